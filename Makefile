@@ -1,0 +1,43 @@
+# make pretrain   set up .venv, then pretrain the demo and write its tables, curves and heat maps to a folder in runs/
+# make test       set up .venv, then run every test
+# make lint, make bench, make clean; make setup prepares .venv alone
+# PYTHON=python3.12 make ... chooses the interpreter .venv is made of (3.10 or newer)
+
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+STAMP := $(VENV)/.installed
+# the editable install compiles the extension, so its sources make it out of date too
+SOURCES := pyproject.toml constraints.txt $(wildcard setup.py csrc/*.* csrc/*/*.*)
+
+export PATH := $(VENV)/bin:$(PATH)
+
+.PHONY: pretrain test lint bench setup clean
+.DEFAULT_GOAL := test
+
+pretrain: $(STAMP)
+	deepspeed softmask_fast/train.py --deepspeed ds.json
+
+test: $(STAMP)
+	python -m pytest tests
+
+bench: $(STAMP)
+	python -m pytest benchmarks --benchmark-only
+
+lint: $(STAMP)
+	ruff check .
+
+setup: $(STAMP)
+
+# Build isolation is off because the extension compiles against the torch in .venv, which is therefore installed first.
+$(STAMP): $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, found " + sys.version)'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja numpy torch
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[train,bench,dev]'
+	touch $(STAMP)
+
+# .venv itself stays (several GB); without its stamp the next make installs, and compiles, again
+clean:
+	rm -rf $(STAMP) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find softmask_fast -name '*.so' -delete
+	find $(wildcard softmask_fast tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
