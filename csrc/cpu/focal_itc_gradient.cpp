@@ -1,0 +1,144 @@
+// Backward of the focal contrastive loss on the CPU: a tile of products becomes a tile of the gradient of the logits.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "focal_itc.h"
+
+namespace softmask {
+namespace {
+
+// The row state of softmask_fast/ops/focal_itc/operators.py.
+struct RowState {
+    float maximum, log_sum, teacher_maximum, teacher_log_sum, weight, hard, positive_max, positive_log_sum;
+    float dominant_gradient;
+};
+
+template <int ORDER, bool TEACHER>
+SOFTMASK_INLINE float gradient_of_row(
+    float* products, const float* teacher, int64_t keys, float inverse, float gamma, float alpha, const RowState& state,
+    float factor) {
+    float temperature = 0;
+    const float teacher_factor = alpha * factor, weight = state.weight * factor;
+#pragma omp simd reduction(+ : temperature)
+    for (int64_t j = 0; j < keys; ++j) {
+        const float x = (products[j] - state.maximum) * inverse;
+        const float log_p = x - state.log_sum;
+        const float p = exp_negative(log_p);
+        float gradient = p * weight;
+        if (TEACHER) {
+            const float target = exp_negative((teacher[j] - state.teacher_maximum) * inverse - state.teacher_log_sum);
+            const float q = 1.0f - p;
+            const float power = ORDER == 0 ? 1.0f : focal_power(q, gamma - 1.0f, ORDER < 0 ? -1 : ORDER - 1);
+            const float focal_weight = ORDER == 0 ? 1.0f : power * (q - gamma * p * log_p);
+            gradient -= teacher_factor * target * focal_weight;
+        }
+        temperature += gradient * x;
+        products[j] = gradient;
+    }
+    return temperature;
+}
+
+template <bool TEACHER>
+SOFTMASK_INLINE float gradient_of_row(
+    int order, float* products, const float* teacher, int64_t keys, float inverse, float gamma, float alpha,
+    const RowState& state, float factor) {
+    switch (order) {
+        case 0: return gradient_of_row<0, TEACHER>(products, teacher, keys, inverse, gamma, alpha, state, factor);
+        case 1: return gradient_of_row<1, TEACHER>(products, teacher, keys, inverse, gamma, alpha, state, factor);
+        case 2: return gradient_of_row<2, TEACHER>(products, teacher, keys, inverse, gamma, alpha, state, factor);
+        case 3: return gradient_of_row<3, TEACHER>(products, teacher, keys, inverse, gamma, alpha, state, factor);
+        default: return gradient_of_row<-1, TEACHER>(products, teacher, keys, inverse, gamma, alpha, state, factor);
+    }
+}
+
+struct Gradient {
+    int order;
+    double gamma, alpha;
+    bool any_positive;
+    const float *grad_loss, *row_state;  // (rows), (9, batch) from the first row of the tile on
+    int64_t batch;
+    const int64_t* dominant;
+    double* temperature;  // (rows)
+};
+
+SOFTMASK_CLONES void gradients_of_rows(const Tile& tile, const Gradient& g, int64_t begin, int64_t end) {
+    std::vector<std::pair<int64_t, float>> exact;  // keys whose gradient is replaced, and it
+    for (int64_t i = begin; i < end; ++i) {
+        float* products = tile.products + i * tile.keys;
+        const float* teacher = tile.teacher ? tile.teacher + i * tile.keys : nullptr;
+        auto saved = [&](int64_t row) { return g.row_state[row * g.batch + i]; };
+        const RowState state{
+            saved(0), saved(1), saved(2), saved(3), saved(4), saved(5), saved(6), saved(7), saved(8)};
+        const float factor = g.grad_loss[i] * tile.inverse;
+        const int64_t dominant = g.dominant[i] - tile.first_key;
+
+        exact.clear();
+        double exact_temperature = 0;
+        auto add_positive = [&](int64_t j) {
+            const double product = products[j];
+            const double x = (product - state.maximum) * tile.inverse;
+            const double log_p = std::min(x - state.log_sum, 0.0);
+            const double weight = focal(log_p, g.gamma).weight;
+            double gradient = std::exp(log_p) * state.weight;
+            if (teacher) {
+                const double u = (double(teacher[j]) - state.teacher_maximum) * tile.inverse;
+                gradient -= g.alpha * weight * std::exp(u - state.teacher_log_sum);
+            }
+            const double log_share = (product - state.positive_max) * tile.inverse - state.positive_log_sum;
+            gradient -= state.hard * (g.any_positive ? std::exp(log_share) : weight);
+            exact.emplace_back(j, static_cast<float>(gradient * factor));
+            exact_temperature += gradient * factor * x;
+        };
+        tile.for_positives(i, [&](int64_t, int64_t j) {
+            if (j != dominant) add_positive(j);
+        });
+        if (dominant >= 0 && dominant < tile.keys) exact.emplace_back(dominant, state.dominant_gradient * factor);
+        // The loop over the tile must not count them in the sum for the temperature: at x = 0 they add nothing.
+        for (const auto& key : exact) products[key.first] = state.maximum;
+        const float gamma = static_cast<float>(g.gamma), alpha = static_cast<float>(g.alpha);
+        exact_temperature +=
+            teacher ? gradient_of_row<true>(
+                          g.order, products, teacher, tile.keys, tile.inverse, gamma, alpha, state, factor)
+                    : gradient_of_row<false>(
+                          0, products, teacher, tile.keys, tile.inverse, gamma, alpha, state, factor);
+        for (const auto& key : exact) products[key.first] = key.second;
+        g.temperature[i] += exact_temperature;
+    }
+}
+
+void focal_itc_gradient(
+    const Tensor& products, const std::optional<Tensor>& teacher, double inverse_temperature, int64_t first_key,
+    const Tensor& columns, const Tensor& first, const Tensor& count, double gamma, int64_t order, double alpha,
+    bool any_positive, const Tensor& grad_loss, const Tensor& row_state, const Tensor& dominant,
+    const Tensor& temperature) {
+    const Tile tile = describe(products, teacher, inverse_temperature, first_key, columns, first, count);
+    check_sizes(grad_loss, "grad_loss", {tile.rows});
+    check_dtype(grad_loss, "grad_loss", ScalarType::Float);
+    check_contiguous(grad_loss, "grad_loss");
+    check_sizes(row_state, "row_state", {9, tile.rows});
+    check_dtype(row_state, "row_state", ScalarType::Float);
+    STD_TORCH_CHECK(row_state.stride(1) == 1, "row_state: expected dense rows");
+    check_sizes(dominant, "dominant", {tile.rows});
+    check_dtype(dominant, "dominant", ScalarType::Long);
+    check_contiguous(dominant, "dominant");
+    check_sizes(temperature, "temperature", {tile.rows});
+    check_dtype(temperature, "temperature", ScalarType::Double);
+    const Gradient gradient{
+        static_cast<int>(order), gamma, alpha, any_positive, grad_loss.const_data_ptr<float>(),
+        row_state.const_data_ptr<float>(), row_state.stride(0), dominant.const_data_ptr<int64_t>(),
+        temperature.mutable_data_ptr<double>()};
+    torch::stable::parallel_for(0, tile.rows, GRAIN, [&](int64_t begin, int64_t end) {
+        gradients_of_rows(tile, gradient, begin, end);
+    });
+}
+
+}  // namespace
+}  // namespace softmask
+
+STABLE_TORCH_LIBRARY_IMPL(softmask_fast_cpp, CPU, m) {
+    m.impl("focal_itc_gradient", TORCH_BOX(&softmask::focal_itc_gradient));
+}

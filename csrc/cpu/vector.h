@@ -1,0 +1,229 @@
+// What the CPU kernels share: rows of any dtype and stride as float32, an exponential and a small matrix product that
+// the compiler vectorises. Everything here is inlined into functions marked SOFTMASK_CLONES, which exist once per
+// instruction set and are chosen when the library is loaded.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SOFTMASK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SOFTMASK_CLONES
+#endif
+#define SOFTMASK_INLINE static inline __attribute__((always_inline))
+
+namespace softmask {
+
+// Buffers are padded to this many floats, so that no vector loop has a remainder.
+constexpr int64_t LANES = 16;
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+
+constexpr int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+
+enum class Dtype { Float, Half, BFloat };
+
+inline Dtype dtype_of(const torch::stable::Tensor& tensor, const char* name) {
+    switch (tensor.scalar_type()) {
+        case torch::headeronly::ScalarType::Float: return Dtype::Float;
+        case torch::headeronly::ScalarType::Half: return Dtype::Half;
+        case torch::headeronly::ScalarType::BFloat16: return Dtype::BFloat;
+        default: STD_TORCH_CHECK(false, name, ": expected dtype float32, float16 or bfloat16");
+    }
+}
+
+// A row of `size` elements, `stride` elements apart.
+struct Row {
+    char* data;
+    Dtype dtype;
+    int64_t stride;
+};
+
+// A tensor of up to four dimensions as rows along its last one: at(i, j, k) or fewer indices.
+struct Rows {
+    char* data;
+    Dtype dtype;
+    int64_t element;
+    int64_t strides[4] = {0, 0, 0, 0};
+    int64_t dims;
+
+    Rows(const torch::stable::Tensor& tensor, const char* name)
+        : data(static_cast<char*>(tensor.data_ptr())), dtype(dtype_of(tensor, name)), dims(tensor.dim()) {
+        element = dtype == Dtype::Float ? 4 : 2;
+        for (int64_t i = 0; i < dims; ++i) strides[i] = tensor.stride(i);
+    }
+
+    Row at(int64_t i, int64_t j = 0, int64_t k = 0) const {
+        int64_t offset = i * strides[0];
+        if (dims > 2) offset += j * strides[1];
+        if (dims > 3) offset += k * strides[2];
+        return {data + offset * element, dtype, strides[dims - 1]};
+    }
+};
+
+SOFTMASK_INLINE float from_bfloat(uint16_t bits) {
+    uint32_t word = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+// Round to nearest even, NaN stays NaN.
+SOFTMASK_INLINE uint16_t to_bfloat(float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    uint16_t rounded = static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+    return value != value ? uint16_t(0x7fc0) : rounded;
+}
+
+// target[i] = row[i] * factor
+SOFTMASK_INLINE void load(const Row& row, int64_t size, float factor, float* __restrict target) {
+    if (row.dtype == Dtype::Float) {
+        const float* source = reinterpret_cast<const float*>(row.data);
+        if (row.stride == 1) {
+            for (int64_t i = 0; i < size; ++i) target[i] = source[i] * factor;
+        } else {
+            for (int64_t i = 0; i < size; ++i) target[i] = source[i * row.stride] * factor;
+        }
+    } else if (row.dtype == Dtype::BFloat) {
+        const uint16_t* source = reinterpret_cast<const uint16_t*>(row.data);
+        if (row.stride == 1) {
+            for (int64_t i = 0; i < size; ++i) target[i] = from_bfloat(source[i]) * factor;
+        } else {
+            for (int64_t i = 0; i < size; ++i) target[i] = from_bfloat(source[i * row.stride]) * factor;
+        }
+    } else {
+        const _Float16* source = reinterpret_cast<const _Float16*>(row.data);
+        if (row.stride == 1) {
+            for (int64_t i = 0; i < size; ++i) target[i] = static_cast<float>(source[i]) * factor;
+        } else {
+            for (int64_t i = 0; i < size; ++i) target[i] = static_cast<float>(source[i * row.stride]) * factor;
+        }
+    }
+}
+
+// row[i] = source[i] * factor
+SOFTMASK_INLINE void store(const float* __restrict source, int64_t size, float factor, const Row& row) {
+    if (row.dtype == Dtype::Float) {
+        float* target = reinterpret_cast<float*>(row.data);
+        if (row.stride == 1) {
+            for (int64_t i = 0; i < size; ++i) target[i] = source[i] * factor;
+        } else {
+            for (int64_t i = 0; i < size; ++i) target[i * row.stride] = source[i] * factor;
+        }
+    } else if (row.dtype == Dtype::BFloat) {
+        uint16_t* target = reinterpret_cast<uint16_t*>(row.data);
+        for (int64_t i = 0; i < size; ++i) target[i * row.stride] = to_bfloat(source[i] * factor);
+    } else {
+        _Float16* target = reinterpret_cast<_Float16*>(row.data);
+        for (int64_t i = 0; i < size; ++i) target[i * row.stride] = static_cast<_Float16>(source[i] * factor);
+    }
+}
+
+// The row itself where it is float32 and dense, else a copy of it in `buffer`.
+SOFTMASK_INLINE const float* dense(const Row& row, int64_t size, float* buffer) {
+    if (row.dtype == Dtype::Float && row.stride == 1) return reinterpret_cast<const float*>(row.data);
+    load(row, size, 1.0f, buffer);
+    return buffer;
+}
+
+// Asks for a row that is needed soon; an address behind the end of the tensor does no harm.
+SOFTMASK_INLINE void prefetch(const Row& row, int64_t size) {
+    const int64_t bytes = size * row.stride * (row.dtype == Dtype::Float ? 4 : 2);
+    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row.data + offset);
+}
+
+SOFTMASK_INLINE float sum_lanes(Vector v) {
+    typedef float Half __attribute__((vector_size(32)));
+    typedef float Quarter __attribute__((vector_size(16)));
+    const Half half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Quarter quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5,
+    6, 7); return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
+}
+
+SOFTMASK_INLINE float dot(const float* a, const float* b, int64_t size) {
+    Vector sums = {};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES)
+        sums += *reinterpret_cast<const Vector*>(a + i) * *reinterpret_cast<const Vector*>(b + i);
+    float sum = 0.0f;
+    for (; i < size; ++i) sum += a[i] * b[i];
+    return sum + sum_lanes(sums);
+}
+
+// e^x for x <= 0, to about 1 unit in the last place; 0 below -87.3 and for -inf. x = n ln 2 + r, a polynomial in r, and
+// n added to the exponent bits.
+SOFTMASK_INLINE float exp_negative(float x) {
+    const float clamped = x < -87.3f ? -87.3f : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const float shifted = clamped * 1.44269504f + magic;
+    const float n = shifted - magic;
+    const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits;
+    std::memcpy(&bits, &p, 4);
+    bits += static_cast<int32_t>(n) << 23;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return x < -87.3f ? 0.0f : value;
+}
+
+// C (+)= A B for one register tile of ROWS rows and COLUMNS vectors; B and C have dense rows, A any two strides.
+template <int ROWS, int COLUMNS>
+SOFTMASK_INLINE void tile(
+    const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t
+    depth, bool accumulate) {
+    Vector sums[ROWS][COLUMNS];
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLUMNS; ++j)
+            sums[i][j] = accumulate ? *reinterpret_cast<Vector*>(c + i * c_row + j * LANES) : Vector{};
+    for (int64_t k = 0; k < depth; ++k) {
+        Vector right[COLUMNS];
+        for (int j = 0; j < COLUMNS; ++j) right[j] = *reinterpret_cast<const Vector*>(b + k * b_row + j * LANES);
+        for (int i = 0; i < ROWS; ++i) {
+            const float left = a[i * a_row + k * a_depth];
+            for (int j = 0; j < COLUMNS; ++j) sums[i][j] += left * right[j];
+        }
+    }
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLUMNS; ++j) *reinterpret_cast<Vector*>(c + i * c_row + j * LANES) = sums[i][j];
+}
+
+template <int COLUMNS>
+SOFTMASK_INLINE void tile_column(
+    const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t
+    rows, int64_t depth, bool accumulate) {
+    constexpr int ROWS = 8;
+    int64_t i = 0;
+    for (; i + ROWS <= rows; i += ROWS)
+        tile<ROWS, COLUMNS>(a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, depth, accumulate);
+    for (; i + 2 <= rows; i += 2)
+        tile<2, COLUMNS>(a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, depth, accumulate);
+    for (; i < rows; ++i)
+        tile<1, COLUMNS>(a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, depth, accumulate);
+}
+
+// C (rows, columns) (+)= A (rows, depth) B (depth, columns), float32. `columns` is a multiple of LANES; rows of B and C
+// are dense, b_row and c_row floats apart; element (i, k) of A is a[i * a_row + k * a_depth], so A may be transposed.
+SOFTMASK_INLINE void multiply(
+    const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t
+    rows, int64_t columns, int64_t depth, bool accumulate) {
+    int64_t j = 0;
+    for (; j + 2 * LANES <= columns; j += 2 * LANES)
+        tile_column<2>(a, a_row, a_depth, b + j, b_row, c + j, c_row, rows, depth, accumulate);
+    for (; j < columns; j += LANES)
+        tile_column<1>(a, a_row, a_depth, b + j, b_row, c + j, c_row, rows, depth, accumulate);
+}
+
+}  // namespace softmask

@@ -1,0 +1,186 @@
+// word_gradcam and word_soft_mask on the CPU. One task is one word of one image: it reads that image's K and V once,
+// head by head, and for the soft mask goes on to normalise the map and to scale the features while everything is in the
+// cache.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../check.h"
+#include "vector.h"
+
+namespace softmask {
+namespace {
+
+struct Attention {
+    Rows query, key, value, grad_output;
+    const int64_t* word_index;  // (B,), or null: all words
+    const bool* key_mask;       // (B, N) by strides, or null
+    int64_t mask_image, mask_token;
+    int64_t images, heads, length, tokens, width;
+    float scale;
+};
+
+constexpr int64_t AHEAD = 16;  // rows; the hardware's own prefetching loses track between heads
+
+// products[n] = <vector, rows[image, head, n]>
+SOFTMASK_INLINE void dots(
+    const float* vector, const Rows& rows, int64_t image, int64_t head, int64_t tokens, int64_t width, float* buffer,
+    float* products) {
+    for (int64_t n = 0; n < tokens; ++n) {
+        const Row row = rows.at(image, head, n);
+        prefetch(rows.at(image, head, n + AHEAD), width);
+        products[n] = dot(vector, dense(row, width, buffer), width);
+    }
+}
+
+// cam[n] = mean over heads of a_n relu(<dO, V_n>), a = softmax(scale <q, K_n>) over the attended tokens.
+// buffer: 2 * tokens + 3 * width floats
+SOFTMASK_CLONES void word_map(const Attention& x, int64_t image, int64_t word, float* cam, float* buffer) {
+    float* logits = buffer;
+    float* gradients = logits + x.tokens;
+    float* query = gradients + x.tokens;
+    float* grad_output = query + x.width;
+    float* row = grad_output + x.width;
+    const bool* mask = x.key_mask ? x.key_mask + image * x.mask_image : nullptr;
+    const float lowest = -std::numeric_limits<float>::infinity();
+    for (int64_t n = 0; n < x.tokens; ++n) cam[n] = 0.0f;
+    for (int64_t head = 0; head < x.heads; ++head) {
+        load(x.query.at(image, head, word), x.width, x.scale, query);
+        load(x.grad_output.at(image, head, word), x.width, 1.0f, grad_output);
+        dots(query, x.key, image, head, x.tokens, x.width, row, logits);
+        dots(grad_output, x.value, image, head, x.tokens, x.width, row, gradients);
+        if (mask)
+            for (int64_t n = 0; n < x.tokens; ++n) logits[n] = mask[n * x.mask_token] ? logits[n] : lowest;
+        float maximum = lowest;
+        for (int64_t n = 0; n < x.tokens; ++n) maximum = logits[n] > maximum ? logits[n] : maximum;
+        if (maximum == lowest) return;  // no attended token: the map is zero
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t n = 0; n < x.tokens; ++n) {
+            logits[n] = exp_negative(logits[n] - maximum);
+            sum += logits[n];
+        }
+        const float factor = 1.0f / (sum * static_cast<float>(x.heads));
+        for (int64_t n = 0; n < x.tokens; ++n) {
+            const float positive = gradients[n] > 0.0f ? gradients[n] : 0.0f;
+            cam[n] += logits[n] * factor * positive;
+        }
+    }
+    if (mask)
+        for (int64_t n = 0; n < x.tokens; ++n) cam[n] = mask[n * x.mask_token] ? cam[n] : 0.0f;
+}
+
+// keep[n] = 1 - (cam[n] - min) / (max - min) over the attended patches, 1 elsewhere and for constant maps. In place.
+SOFTMASK_CLONES void normalise(const Attention& x, int64_t image, int64_t prefix, float constant_spread, float* keep) {
+    const bool* mask = x.key_mask ? x.key_mask + image * x.mask_image : nullptr;
+    float low = std::numeric_limits<float>::infinity(), high = 0.0f;
+    for (int64_t n = prefix; n < x.tokens; ++n) {
+        if (mask && !mask[n * x.mask_token]) continue;
+        low = keep[n] < low ? keep[n] : low;
+        high = keep[n] > high ? keep[n] : high;
+    }
+    const float spread = high - low;
+    const bool varies = spread > constant_spread * high;
+    for (int64_t n = 0; n < x.tokens; ++n) {
+        const bool patch = n >= prefix && (!mask || mask[n * x.mask_token]);
+        keep[n] = patch && varies ? 1.0f - (keep[n] - low) / spread : 1.0f;
+    }
+}
+
+SOFTMASK_CLONES void scale_features(
+    const Rows& features, const Rows& masked, const float* keep, int64_t image, int64_t tokens, int64_t channels,
+    float* buffer) {
+    for (int64_t n = 0; n < tokens; ++n) {
+        store(dense(features.at(image, n), channels, buffer), channels, keep[n], masked.at(image, n));
+    }
+}
+
+Attention describe(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output,
+    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask, double scale) {
+    STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: expected 4 dimensions");
+    const int64_t images = query.size(0), heads = query.size(1), length = query.size(2), width = query.size(3);
+    const int64_t tokens = key.size(2);
+    check_sizes(key, "key", {images, heads, tokens, width});
+    check_sizes(value, "value", {images, heads, tokens, width});
+    check_sizes(grad_output, "grad_output", {images, heads, length, width});
+    Attention x{
+        Rows(query, "query"), Rows(key, "key"), Rows(value, "value"), Rows(grad_output, "grad_output"),
+        nullptr, nullptr, 0, 0, images, heads, length, tokens, width, static_cast<float>(scale)};
+    if (word_index) {
+        check_sizes(*word_index, "word_index", {images});
+        check_dtype(*word_index, "word_index", ScalarType::Long);
+        check_contiguous(*word_index, "word_index");
+        x.word_index = word_index->const_data_ptr<int64_t>();
+        for (int64_t image = 0; image < images; ++image) check_index(x.word_index[image], length, "word_index");
+    }
+    if (key_mask) {
+        check_sizes(*key_mask, "key_mask", {images, tokens});
+        check_dtype(*key_mask, "key_mask", ScalarType::Bool);
+        x.key_mask = key_mask->const_data_ptr<bool>();
+        x.mask_image = key_mask->stride(0);
+        x.mask_token = key_mask->stride(1);
+    }
+    return x;
+}
+
+void word_gradcam(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output,
+    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask, double scale, const Tensor& cam) {
+    const Attention x = describe(query, key, value, grad_output, word_index, key_mask, scale);
+    const int64_t words = word_index ? 1 : x.length;
+    STD_TORCH_CHECK(cam.numel() == x.images * words * x.tokens, "cam: unexpected size");
+    check_dtype(cam, "cam", ScalarType::Float);
+    check_contiguous(cam, "cam");
+    float* maps = cam.mutable_data_ptr<float>();
+    torch::stable::parallel_for(0, x.images * words, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> buffer(2 * x.tokens + 3 * x.width);
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t image = task / words;
+            const int64_t word = x.word_index ? x.word_index[image] : task % words;
+            word_map(x, image, word, maps + task * x.tokens, buffer.data());
+        }
+    });
+}
+
+void word_soft_mask(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output, const Tensor& word_index,
+    const std::optional<Tensor>& features, int64_t prefix_tokens, const std::optional<Tensor>& key_mask, double scale,
+    double constant_spread, const std::optional<Tensor>& masked, const Tensor& keep) {
+    const Attention x = describe(query, key, value, grad_output, word_index, key_mask, scale);
+    check_sizes(keep, "keep", {x.images, x.tokens});
+    check_dtype(keep, "keep", ScalarType::Float);
+    check_contiguous(keep, "keep");
+    STD_TORCH_CHECK(features.has_value() == masked.has_value(), "masked: expected exactly where features are given");
+    std::optional<Rows> source, target;
+    int64_t channels = 0;
+    if (features) {
+        STD_TORCH_CHECK(features->dim() == 3, "features: expected 3 dimensions");
+        channels = features->size(2);
+        check_sizes(*features, "features", {x.images, x.tokens, channels});
+        check_sizes(*masked, "masked", {x.images, x.tokens, channels});
+        source.emplace(*features, "features");
+        target.emplace(*masked, "masked");
+    }
+    float* kept = keep.mutable_data_ptr<float>();
+    torch::stable::parallel_for(0, x.images, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> buffer(std::max(2 * x.tokens + 3 * x.width, channels));
+        for (int64_t image = begin; image < end; ++image) {
+            float* row = kept + image * x.tokens;
+            word_map(x, image, x.word_index[image], row, buffer.data());
+            normalise(x, image, prefix_tokens, static_cast<float>(constant_spread), row);
+            if (source) scale_features(*source, *target, row, image, x.tokens, channels, buffer.data());
+        }
+    });
+}
+
+}  // namespace
+}  // namespace softmask
+
+STABLE_TORCH_LIBRARY_IMPL(softmask_fast_cpp, CPU, m) {
+    m.impl("word_gradcam", TORCH_BOX(&softmask::word_gradcam));
+    m.impl("word_soft_mask", TORCH_BOX(&softmask::word_soft_mask));
+}

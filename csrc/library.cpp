@@ -1,0 +1,51 @@
+// Table of contents of the compiled extension: every operator, its arguments, and the file that implements it.
+//
+// They fill tensors that the caller allocated; the public operators, with their fake and autograd formulas, are in
+// softmask_fast/ops/<operator>/. Built on the LibTorch stable ABI: one binary for Python >= 3.10, torch >= 2.11.
+
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(softmask_fast_cpp, m) {
+    // cpu/word_mask.cpp
+    m.def(
+        "word_gradcam(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor? word_index, "
+        "Tensor? key_mask, float scale, Tensor(a!) cam) -> ()");
+    m.def(
+        "word_soft_mask(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor word_index, "
+        "Tensor? features, int prefix_tokens, Tensor? key_mask, float scale, float constant_spread, "
+        "Tensor(a!)? masked, Tensor(b!) keep) -> ()");
+
+    // cpu/soft_masked_attention.cpp
+    m.def(
+        "soft_masked_attention(Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? image_index, "
+        "Tensor? value_bias, Tensor? key_mask, float scale, Tensor(a!) output, Tensor(b!) statistics) -> ()");
+    m.def(
+        "soft_masked_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? keep, "
+        "Tensor? image_index, Tensor? key_mask, Tensor statistics, float scale, Tensor(a!)? d_query, "
+        "Tensor(b!)? d_key, Tensor(c!)? d_value, Tensor(d!)? d_keep_by_head) -> ()");
+
+    // cpu/focal_itc.cpp
+    m.def(
+        "focal_itc_sums(Tensor(a!) products, Tensor(b!)? teacher, float inverse_temperature, int first_key, "
+        "Tensor columns, Tensor first, Tensor count, bool start, int order, bool sample, int first_negative, "
+        "int last_negative, int seed, int direction, int first_row, Tensor(c!) sums, Tensor(d!) places) -> ()");
+    m.def(
+        "focal_itc_terms(Tensor products, Tensor(a!)? teacher, float inverse_temperature, int first_key, "
+        "Tensor columns, Tensor first, Tensor count, float gamma, Tensor(b!) sums, Tensor places) -> ()");
+    m.def(
+        "focal_itc_finish(Tensor sums, Tensor places, Tensor count, float inverse_temperature, float gamma, int order, "
+        "float alpha, bool any_positive, Tensor(a!) results, Tensor(b!) columns) -> ()");
+
+    // cpu/focal_itc_gradient.cpp
+    m.def(
+        "focal_itc_gradient(Tensor(a!) products, Tensor? teacher, float inverse_temperature, int first_key, "
+        "Tensor columns, Tensor first, Tensor count, float gamma, int order, float alpha, bool any_positive, "
+        "Tensor grad_loss, Tensor row_state, Tensor dominant, Tensor(b!) temperature) -> ()");
+}
+
+// The file is also an empty Python module, because that is what setuptools builds and puts in place.
+extern "C" PyObject* PyInit__C() {
+    static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    return PyModule_Create(&module);
+}

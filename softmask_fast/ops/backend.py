@@ -1,0 +1,103 @@
+"""Which implementation of an operator runs: one small resolver.
+
+Every operator registers its implementations in order of preference (the fastest first, the plain PyTorch ``reference``
+last). ``resolve`` takes the first one that is chosen automatically on the device and can run, or the one that the
+caller names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+# Says why an implementation cannot run for (device, dtype, width), or None when it can. `width` is the innermost size
+# the kernels are specialised on: the head width of attention, the projection width of the contrastive loss.
+Obstacle = Callable[[torch.device, torch.dtype, int], str | None]
+
+
+def no_obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """The obstacle of an implementation that runs everywhere."""
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of one operator.
+
+    ``functions`` maps the names of an operator's parts ("forward", "backward", ...) to functions; each operator defines
+    its own parts and their signatures, and ``implementation["forward"]`` is such a function. ``automatic_on`` lists the
+    device types on which ``impl=None`` may choose it (empty: all).
+    """
+
+    name: str
+    functions: dict[str, Callable]
+    obstacle: Obstacle = no_obstacle
+    automatic_on: tuple[str, ...] = ()
+
+    def __getitem__(self, part: str) -> Callable:
+        return self.functions[part]
+
+
+def lazily(module: str, function: str) -> Callable:
+    """A function that is imported when it is first called: importing the operators needs no Triton."""
+
+    def run(*args, **options):
+        return getattr(import_module(module), function)(*args, **options)
+
+    return run
+
+
+_OPERATORS: dict[str, dict[str, Implementation]] = {}
+
+
+def register(operator: str, *implementations: Implementation) -> None:
+    """Registers the implementations of ``operator``, best first. Raises ValueError for a name registered twice."""
+    known = _OPERATORS.setdefault(operator, {})
+    for implementation in implementations:
+        if implementation.name in known:
+            raise ValueError(f"{operator}: implementation {implementation.name!r} is registered twice")
+        known[implementation.name] = implementation
+
+
+def resolve(
+    operator: str, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 64
+) -> Implementation:
+    """The implementation to run.
+
+    ``impl=None`` picks the first registered one that is automatic on this device and has no obstacle. A name that is
+    unknown, or that cannot run here, raises ValueError and says why.
+    """
+    known = _OPERATORS[operator]
+    if impl is not None:
+        if impl not in known:
+            raise ValueError(f"impl: {operator} has the implementations {', '.join(known)}; got {impl!r}")
+        reason = known[impl].obstacle(device, dtype, width)
+        if reason is not None:
+            raise ValueError(f"impl: {operator} cannot run {impl!r} here: {reason}")
+        return known[impl]
+    reasons = []
+    for implementation in known.values():
+        if implementation.automatic_on and device.type not in implementation.automatic_on:
+            continue
+        reason = implementation.obstacle(device, dtype, width)
+        if reason is None:
+            return implementation
+        reasons.append(f"{implementation.name}: {reason}")
+    raise ValueError(f"{operator}: no implementation runs on {device} with {dtype}: {'; '.join(reasons)}")
+
+
+def runnable(operator: str, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 64) -> list[str]:
+    """Names of the implementations that can run here."""
+    return [name for name, found in _OPERATORS[operator].items() if found.obstacle(device, dtype, width) is None]
+
+
+def describe(dtype: torch.dtype = torch.float32, width: int = 64) -> dict[str, dict[str, str]]:
+    """operator -> device type -> what ``impl=None`` chooses there, for the device types of this machine."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    return {
+        operator: {device.type: resolve(operator, None, device, dtype, width).name for device in devices}
+        for operator in _OPERATORS
+    }

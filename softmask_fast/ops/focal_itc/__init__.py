@@ -1,0 +1,236 @@
+"""Focal image-text contrastive loss: queues, soft targets, several positives, statistics, hard negatives."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softmask_fast.ops import backend
+from softmask_fast.ops.checks import FLOAT_DTYPES, check_number, check_tensor
+from softmask_fast.ops.extension import cpu_obstacle
+from softmask_fast.ops.focal_itc import cpp, operators, reference, streamed
+from softmask_fast.ops.focal_itc.reference import Options, RowResult
+
+__all__ = ["FocalITCStats", "focal_itc_loss"]
+
+backend.register(
+    "focal_itc",
+    operators.streaming("cpp", cpp.Forward, cpp.backward, obstacle=cpu_obstacle, automatic_on=("cpu",)),
+    operators.streaming("streamed", streamed.Forward, streamed.backward),
+    backend.Implementation("reference", {"direction": reference.focal_itc_direction}),
+)
+
+
+class FocalITCStats(NamedTuple):
+    """Detached statistics of both directions: ``image_`` for images against text keys, ``text_`` the other one.
+
+    The first six are scalars, averages over the rows, in the dtype of the loss; the negatives are (B,) int64.
+    """
+
+    image_accuracy: Tensor  # share of rows whose most probable key is a positive (the first of equal ones counts)
+    text_accuracy: Tensor
+    image_entropy: Tensor  # mean entropy of the softmax, in nats
+    text_entropy: Tensor
+    image_positive_probability: Tensor  # mean probability of all positives of a row together
+    text_positive_probability: Tensor
+    image_hard_negative: (
+        Tensor  # key column of each image row, drawn from its softmax over negatives; -1 where it has none
+    )
+    text_hard_negative: Tensor
+
+
+def focal_itc_loss(
+    image: Tensor,
+    text: Tensor,
+    image_keys: Tensor | None = None,
+    text_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    gamma: float = 2.0,
+    teacher_image: Tensor | None = None,
+    teacher_text: Tensor | None = None,
+    alpha: float = 0.0,
+    ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    positives: str = "mean",
+    row_offset: int = 0,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    negative_range: tuple[int, int] | None = None,
+    seed: int = 0,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, FocalITCStats]:
+    """Contrastive loss of B image-text pairs, its terms weighted by ``(1 - p)^gamma``, mean of the two directions.
+
+    Image rows are compared with ``text_keys``, text rows with ``image_keys``; ``reference.py`` has the formulas.
+
+    Args:
+        image, text: (B, d) unit vectors, float16, bfloat16, float32 or float64. All features share one dtype and
+            device; sums run in float32 (float64 for float64).
+        image_keys, text_keys: (M, d), both or neither. By default the other modality's batch (CLIP), so M = B and the
+            gradient reaches each feature as a row and as a key. With queues (ALBEF) the keys are the batch's momentum
+            features and then the queue.
+        temperature: positive float, or a 0-dim tensor, which gets its gradient.
+        gamma: focal exponent, >= 0; 0 is plain cross-entropy. 0, 1, 2 and 3 are the fastest.
+        teacher_image, teacher_text: (B, d) momentum features of the same rows, constants. Needed where alpha > 0.
+        alpha: weight in [0, 1] of the teacher's soft targets ``softmax(teacher @ keys.T / temperature)``.
+        ids, key_ids: (B,) and (M,) int64; the keys whose id equals the row's are its positives, each duplicate counts.
+            A row without one raises. ``key_ids`` defaults to ``ids`` where the keys default to the batch. Without ids
+            the positive of row i is key ``row_offset + i``.
+        positives: "mean": the hard target is uniform over the positives (ALBEF, BLIP). "any": the hard term is that of
+            the probability of all of them together (EgoNCE).
+        row_offset: the key column of local row 0. It also numbers the rows for the sampler.
+        reduction: "mean" or "sum" over the rows, or "none" for the (B,) losses.
+        return_stats: also return ``FocalITCStats``.
+        negative_range: (first, last + 1) key columns from which hard negatives are drawn; all keys by default.
+        seed: of the hard negatives. A draw depends on (seed, direction, row_offset + row) and the row's softmax alone.
+        impl: implementation by name; None takes the best one that runs here.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs), or (loss, stats). Gradients flow to image, text, both key sets
+        and temperature; none to the teachers, none through the statistics.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU the values of ids and
+            temperature are not read by the host: an id without a key trips a device-side assertion there.
+    """
+    check_tensor("image", image, ("B", "d"))
+    batch, width = image.shape
+    if batch == 0 or width == 0:
+        raise ValueError(f"image: expected at least one row and one column, got size {tuple(image.shape)}")
+    like = ("image", image)
+    check_tensor("text", text, (batch, width), like=like, same_dtype=True)
+    image_keys, text_keys, own_keys = _check_keys(image, text, image_keys, text_keys)
+    keys = text_keys.shape[0]
+    alpha = _check_teachers(image, teacher_image, teacher_text, alpha)
+    gamma = check_number("gamma", gamma, at_least=0)
+    if not math.isfinite(gamma):
+        raise ValueError(f"gamma: expected a finite number, got {gamma}")
+    if ids is None and key_ids is not None:
+        raise ValueError("ids: expected the ids of the rows along with key_ids, got None")
+    if ids is not None:
+        check_tensor("ids", ids, (batch,), dtypes=(torch.int64,), like=like)
+        if key_ids is None:
+            if not own_keys:
+                raise ValueError("key_ids: expected the ids of the keys along with ids and image_keys, got None")
+            key_ids = ids
+        check_tensor("key_ids", key_ids, (keys,), dtypes=(torch.int64,), like=like)
+    _check_integer("row_offset", row_offset, 0, None if ids is not None else keys - batch)
+    _check_choice("positives", positives, ("mean", "any"))
+    _check_choice("reduction", reduction, ("mean", "sum", "none"))
+    first_negative, last_negative = _check_negative_range(negative_range, keys)
+    _check_integer("seed", seed, -(2**63), 2**63 - 1)
+    temperature = _as_scalar(temperature, image)
+
+    if impl == "reference":
+        run = reference.focal_itc_direction
+    else:
+        run = functools.partial(operators.focal_itc_direction, impl=impl)
+    results: list[RowResult] = []
+    with torch.autocast(image.device.type, enabled=False):
+        for direction, (rows, columns, teacher) in enumerate(
+            ((image, text_keys, teacher_image), (text, image_keys, teacher_text))
+        ):
+            options = Options(
+                gamma,
+                alpha,
+                positives == "any",
+                row_offset,
+                return_stats,
+                first_negative,
+                last_negative,
+                seed,
+                direction,
+            )
+            teacher = teacher.detach() if alpha > 0 else None
+            results.append(run(rows, columns, temperature, teacher, ids, key_ids, options))
+    loss = (results[0].loss + results[1].loss) / 2
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
+    if not return_stats:
+        return loss
+    return loss, _stats(*results)
+
+
+def _stats(image: RowResult, text: RowResult) -> FocalITCStats:
+    return FocalITCStats(
+        image.correct.mean(),
+        text.correct.mean(),
+        image.entropy.mean(),
+        text.entropy.mean(),
+        image.positive_probability.mean(),
+        text.positive_probability.mean(),
+        image.hard_negative,
+        text.hard_negative,
+    )
+
+
+def _check_keys(
+    image: Tensor, text: Tensor, image_keys: Tensor | None, text_keys: Tensor | None
+) -> tuple[Tensor, Tensor, bool]:
+    if (image_keys is None) != (text_keys is None):
+        missing, other = ("image_keys", "text_keys") if image_keys is None else ("text_keys", "image_keys")
+        raise ValueError(f"{missing}: expected a tensor along with {other} (both or neither), got None")
+    if image_keys is None:
+        return image, text, True
+    like = ("image", image)
+    check_tensor("image_keys", image_keys, ("M", image.shape[1]), like=like, same_dtype=True)
+    if image_keys.shape[0] == 0:
+        raise ValueError(f"image_keys: expected at least one key, got size {tuple(image_keys.shape)}")
+    check_tensor("text_keys", text_keys, tuple(image_keys.shape), like=like, same_dtype=True)
+    return image_keys, text_keys, False
+
+
+def _check_teachers(image: Tensor, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float) -> float:
+    alpha = check_number("alpha", alpha, at_least=0)
+    if alpha > 1:
+        raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
+    for name, teacher in (("teacher_image", teacher_image), ("teacher_text", teacher_text)):
+        if teacher is not None:
+            check_tensor(name, teacher, tuple(image.shape), like=("image", image), same_dtype=True)
+        elif alpha > 0:
+            raise ValueError(f"{name}: expected a tensor of size {tuple(image.shape)} as alpha is {alpha}, got None")
+    return alpha
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        bound = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        if name == "row_offset" and high is not None:
+            bound += " (the number of keys less the number of rows)"
+        raise ValueError(f"{name}: expected an integer {bound}, got {value}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_negative_range(negative_range: tuple[int, int] | None, keys: int) -> tuple[int, int]:
+    if negative_range is None:
+        return 0, keys
+    try:
+        first, last = negative_range
+    except (TypeError, ValueError):
+        raise TypeError(f"negative_range: expected a pair of key columns, got {negative_range!r}") from None
+    _check_integer("negative_range", first, 0, keys)
+    _check_integer("negative_range", last, first, keys)
+    return first, last
+
+
+def _as_scalar(temperature: float | Tensor, image: Tensor) -> Tensor:
+    """The temperature as a 0-dim tensor in the dtype of the sums; keeps the graph of a tensor."""
+    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    if not isinstance(temperature, Tensor):
+        value = check_number("temperature", temperature, above=0)
+        return torch.full((), value, dtype=dtype, device=image.device)
+    check_tensor("temperature", temperature, (), dtypes=FLOAT_DTYPES, like=("image", image))
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not float(temperature.detach()) > 0:
+        raise ValueError(f"temperature: expected a number above 0, got {float(temperature.detach())}")
+    return temperature.to(dtype)

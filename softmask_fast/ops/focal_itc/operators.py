@@ -1,0 +1,192 @@
+"""One direction of the loss as torch.library operators: the forward stores row sums, the backward recomputes tiles.
+
+Every streaming implementation has two parts: "forward", a class derived from ``BlockwiseForward``, and "backward", a
+function with the arguments of the operator, the options in an ``Options``, and ``first_key``. ``impl`` travels as an
+argument, so a compiled graph holds one opaque call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softmask_fast.ops import backend
+from softmask_fast.ops.focal_itc.positives import PositiveLists, positive_lists
+from softmask_fast.ops.focal_itc.reference import SECOND_DERIVATIVE, Options, RowResult, check_every_row_has_positive
+
+# What the forward leaves for the backward: the rows of `row_state` (9, B), in the dtype of the sums.
+# log p_ij = (<x_i, y_j> - MAX) / tau - LOG_SUM. The two are kept apart, and the maximum in units of the product, so
+# that differences of large logits stay exact and log p near 0 keeps its precision.
+MAX, LOG_SUM = 0, 1
+TEACHER_MAX, TEACHER_LOG_SUM = 2, 3
+WEIGHT = 4  # W_i
+HARD = 5  # factor of the hard target: (1 - alpha) / number of positives, or (1 - alpha) w(P_i) for positives="any"
+POSITIVE_MAX, POSITIVE_LOG_SUM = 6, 7  # log of the sum of e^s over the positives, in the same two parts
+DOMINANT_GRADIENT = 8  # dloss_i / ds_ij of the most probable key; `streamed` has no use for it
+ROW_STATES = 9
+
+_OPTIONS = (
+    "float gamma, float alpha, bool any_positive, SymInt row_offset, bool stats, SymInt first_negative, "
+    "SymInt last_negative, SymInt seed, int direction, str? impl"
+)
+torch.library.define(
+    "softmask_fast::focal_itc",
+    "(Tensor rows, Tensor keys, Tensor temperature, Tensor? teacher_rows, Tensor? ids, Tensor? key_ids, "
+    f"{_OPTIONS}) -> (Tensor loss, Tensor row_state, Tensor dominant, Tensor statistics, Tensor hard_negative)",
+)
+torch.library.define(
+    "softmask_fast::focal_itc_backward",
+    "(Tensor grad_loss, Tensor rows, Tensor keys, Tensor temperature, Tensor? teacher_rows, Tensor? ids, "
+    "Tensor? key_ids, Tensor row_state, Tensor dominant, bool wants_rows, bool wants_keys, bool wants_temperature, "
+    f"{_OPTIONS}) -> (Tensor grad_rows, Tensor grad_keys, Tensor grad_temperature)",
+)
+_INPUTS = 6  # tensors before the options
+
+
+def focal_itc_direction(
+    rows: Tensor,  # (B, d)
+    keys: Tensor,  # (M, d)
+    temperature: Tensor,  # () float32 or float64
+    teacher_rows: Tensor | None,  # (B, d)
+    ids: Tensor | None,  # (B,) int64
+    key_ids: Tensor | None,  # (M,) int64
+    options: Options,
+    *,
+    impl: str | None,
+) -> RowResult:
+    """One direction of the loss by a streaming implementation; gradients to rows, keys and temperature."""
+    loss, _, _, statistics, hard_negative = torch.ops.softmask_fast.focal_itc(
+        rows, keys, temperature, teacher_rows, ids, key_ids, *options, impl
+    )
+    return RowResult(loss, *statistics.unbind(0), hard_negative) if options.stats else RowResult(loss, *[None] * 4)
+
+
+class BlockwiseForward:
+    """The forward of one direction, to which the keys come in blocks, from one tensor or from other processes.
+
+    ``add`` every block of keys once per pass, then ``finish``. Nothing of size (B, M) is held in between.
+    """
+
+    passes = 2
+
+    def __init__(
+        self, rows: Tensor, temperature: Tensor, teacher_rows: Tensor | None, ids: Tensor | None, options: Options
+    ):
+        self.rows, self.temperature, self.teacher_rows = rows, temperature, teacher_rows
+        self.ids, self.options = ids, options
+        self.count = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)  # positives seen so far
+
+    def add(self, keys: Tensor, key_ids: Tensor | None, first_key: int, second_pass: bool) -> None:
+        """Takes a block of keys (m, d), numbered from ``first_key``, in pass one or two."""
+        positives = positive_lists(self.rows, self.ids, keys, key_ids, self.options.row_offset, first_key)
+        if not second_pass:
+            self.count += positives.count
+        self._add(keys, key_ids, first_key, second_pass, positives)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """loss (B,), row_state (9, B), dominant (B,), statistics (3, B), hard_negative (B,): the operator's outputs.
+
+        Raises ValueError for a row whose id no key has (on a GPU: a device-side assertion).
+        """
+        if self.ids is not None:
+            check_every_row_has_positive(self.count > 0, self.ids)
+        return self._finish()
+
+    def _add(
+        self, keys: Tensor, key_ids: Tensor | None, first_key: int, second_pass: bool, positives: PositiveLists
+    ) -> None:
+        raise NotImplementedError
+
+    def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+
+def streaming(name: str, forward: type[BlockwiseForward], backward, **keywords) -> backend.Implementation:
+    """An ``Implementation`` made of the two parts that stream."""
+    return backend.Implementation(name, {"forward": forward, "backward": backward}, **keywords)
+
+
+def resolve(impl: str | None, rows: Tensor) -> backend.Implementation:
+    return backend.resolve("focal_itc", impl, rows.device, rows.dtype, rows.shape[1])
+
+
+@torch.library.impl("softmask_fast::focal_itc", "CompositeExplicitAutograd")
+def _forward(rows, keys, temperature, teacher_rows, ids, key_ids, *options_and_impl):
+    *options, impl = options_and_impl
+    with torch.autocast(rows.device.type, enabled=False):
+        run = resolve(impl, rows)["forward"](rows, temperature, teacher_rows, ids, Options(*options))
+        for second_pass in range(run.passes):
+            run.add(keys, key_ids, 0, bool(second_pass))
+        return run.finish()
+
+
+@torch.library.impl("softmask_fast::focal_itc_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, row_state, dominant, wants_rows, wants_keys,
+    wants_temperature, *options_and_impl,
+):  # fmt: skip
+    *options, impl = options_and_impl
+    run = resolve(impl, rows)["backward"]
+    with torch.autocast(rows.device.type, enabled=False):
+        return run(
+            grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, row_state, dominant, wants_rows, wants_keys,
+            wants_temperature, Options(*options),
+        )  # fmt: skip
+
+
+@torch.library.register_fake("softmask_fast::focal_itc")
+def _forward_fake(rows, keys, temperature, teacher_rows, ids, key_ids, *options_and_impl):
+    options = Options(*options_and_impl[:-1])
+    batch = rows.shape[0]
+    counted = batch if options.stats else 0
+    return (
+        temperature.new_empty(batch),
+        temperature.new_empty(ROW_STATES, batch),
+        temperature.new_empty(batch, dtype=torch.int64),
+        temperature.new_empty(3, counted),
+        temperature.new_empty(counted, dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("softmask_fast::focal_itc_backward")
+def _backward_fake(
+    grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, row_state, dominant, wants_rows, wants_keys,
+    wants_temperature, *options_and_impl,
+):  # fmt: skip
+    return (
+        rows.new_empty(rows.shape if wants_rows else 0),
+        keys.new_empty(keys.shape if wants_keys else 0),
+        temperature.new_empty(() if wants_temperature else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    loss, row_state, dominant, statistics, hard_negative = output
+    ctx.options = inputs[_INPUTS:]
+    ctx.mark_non_differentiable(row_state, dominant, statistics, hard_negative)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_INPUTS], row_state, dominant)
+
+
+def _autograd(ctx, grad_loss, *_):
+    none = (None,) * (_INPUTS - 3 + len(ctx.options))
+    wants_rows, wants_keys, wants_temperature, *_ = ctx.needs_input_grad
+    if grad_loss is None or not (wants_rows or wants_keys or wants_temperature):
+        return (None, None, None, *none)
+    grad_rows, grad_keys, grad_temperature = torch.ops.softmask_fast.focal_itc_backward(
+        grad_loss, *ctx.saved_tensors, wants_rows, wants_keys, wants_temperature, *ctx.options
+    )
+    return (
+        grad_rows if wants_rows else None,
+        grad_keys if wants_keys else None,
+        grad_temperature if wants_temperature else None,
+        *none,
+    )
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(SECOND_DERIVATIVE)
+
+
+torch.library.register_autograd("softmask_fast::focal_itc", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("softmask_fast::focal_itc_backward", _no_second_derivative)

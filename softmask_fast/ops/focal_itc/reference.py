@@ -1,0 +1,172 @@
+"""The definition of the focal image-text contrastive loss, in plain PyTorch. It holds the (B, M) logits.
+
+For one direction, rows x_i against keys y_j, with s_ij = <x_i, y_j> / tau and p_i = softmax_j(s_ij):
+
+    f(p)   = -(1 - p)^gamma log p                                             the focal cross-entropy of one key
+    t_ij   = softmax_j(<teacher_i, y_j> / tau)                                the momentum teacher's distribution
+    loss_i = alpha sum_j t_ij f(p_ij) + (1 - alpha) hard_i
+    hard_i = mean of f(p_ij) over the positive keys j of row i                positives="mean"
+           = f(sum of p_ij over them)                                         positives="any"
+
+The derivative is -df/dlog p = w(p) = (1 - p)^gamma - gamma p (1 - p)^(gamma - 1) log p, so that with the target
+t'_ij = alpha t_ij + (1 - alpha) h_ij and W_i = sum_j t'_ij w(p_ij):
+
+    dloss_i / ds_ij = p_ij W_i - t'_ij w(p_ij)            dloss / dtau = -sum_ij (dloss_i / ds_ij) s_ij / tau
+
+("any": h_ij = p_ij / P_i over the positives, with P_i = sum of p_ij over them, and w(P_i) in place of w(p_ij) for the
+hard part.)
+
+Sources: the focal factor is that of SoftMask++ (Park & Han, CVPR 2023, arXiv 2304.00719), the soft targets those of
+ALBEF (Li et al., NeurIPS 2021, arXiv 2107.07651), "any" is EgoNCE (Lin et al., NeurIPS 2022, arXiv 2206.01670).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softmask_fast.ops.focal_itc.sampling import negative_log_exponential, row_keys
+
+SECOND_DERIVATIVE = "focal_itc_loss: second derivatives are not supported"
+
+
+class Options(NamedTuple):
+    """What does not change from row to row; every implementation of one direction takes it."""
+
+    gamma: float
+    alpha: float
+    any_positive: bool  # positives="any"
+    row_offset: int  # the key column of row 0's positive; the global number of row 0
+    stats: bool
+    first_negative: int  # a hard negative comes from the key columns first_negative ... last_negative - 1
+    last_negative: int
+    seed: int  # int64
+    direction: int  # 0: image rows, 1: text rows; keeps the two samplers apart
+
+
+class RowResult(NamedTuple):
+    """What one direction gives per row; without ``Options.stats`` the statistics are None."""
+
+    loss: Tensor  # (B,) float32, or float64 for float64 inputs
+    correct: Tensor | None  # (B,) 1.0 where the most probable key (the first of equals) is a positive
+    entropy: Tensor | None  # (B,) of p_i, in nats
+    positive_probability: Tensor | None  # (B,) p of all positives of the row together
+    hard_negative: Tensor | None  # (B,) int64 key column, -1 where the row has no negative in the range
+
+
+def focal_weight(log_p: Tensor, gamma: float) -> Tensor:
+    """w(p) = (1 - p)^gamma - gamma p (1 - p)^(gamma - 1) log p, in a form that holds at p = 0 and at p = 1."""
+    log_p = log_p.clamp(max=0.0)  # a sum of probabilities may round to a little above 1
+    one_minus_p = -torch.expm1(log_p)
+    # -p log p / (1 - p), which tends to 1 where p tends to 1
+    ratio = torch.where(one_minus_p > 0, -torch.exp(log_p) * log_p / one_minus_p, 1.0)
+    return one_minus_p**gamma * (1 + gamma * ratio)
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Passes a first derivative on, ties it to what it depends on, and raises where it is differentiated again."""
+
+    @staticmethod
+    def forward(ctx, derivative: Tensor, *depends_on: Tensor) -> Tensor:
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> None:
+        raise RuntimeError(SECOND_DERIVATIVE)
+
+
+class _FocalCrossEntropy(torch.autograd.Function):
+    """f of log p, with the derivative -w(p): the chain rule through (1 - p)^gamma would give inf * 0 at p = 1."""
+
+    @staticmethod
+    def forward(ctx, log_p: Tensor, gamma: float) -> Tensor:
+        ctx.save_for_backward(log_p)
+        ctx.gamma = gamma
+        log_p = log_p.clamp(max=0.0)
+        return -((-torch.expm1(log_p)) ** gamma) * log_p
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (log_p,) = ctx.saved_tensors
+        with torch.no_grad():
+            derivative = -focal_weight(log_p, ctx.gamma) * grad
+        return _OnceOnly.apply(derivative, log_p, grad) if torch.is_grad_enabled() else derivative, None
+
+
+def focal_cross_entropy(log_p: Tensor, gamma: float) -> Tensor:
+    """f(p) = -(1 - p)^gamma log p from log p, any shape; differentiable once, without NaN at p = 0 and p = 1."""
+    return _FocalCrossEntropy.apply(log_p, gamma)
+
+
+def positive_mask(
+    rows: int, keys: int, ids: Tensor | None, key_ids: Tensor | None, row_offset: int, device: torch.device
+) -> Tensor:
+    """(rows, keys) bool: the positives, by ids where given, else key ``row_offset + i`` for row i.
+
+    Raises ValueError for a row whose id no key has (on a GPU: a device-side assertion, which waits for nothing).
+    """
+    if ids is None:
+        column = torch.arange(row_offset, row_offset + rows, device=device)
+        return column[:, None] == torch.arange(keys, device=device)[None]
+    mask = ids[:, None] == key_ids[None]
+    check_every_row_has_positive(mask.any(dim=1), ids)
+    return mask
+
+
+def check_every_row_has_positive(has_positive: Tensor, ids: Tensor) -> None:
+    """Raises ValueError unless ``has_positive`` (B,) is all True; on a GPU a device-side assertion."""
+    if has_positive.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(has_positive.all()):
+            row = int((~has_positive).nonzero()[0])
+            raise ValueError(
+                f"key_ids: expected a key for the id of every row, got none for ids[{row}] = {int(ids[row])}"
+            )
+    else:
+        torch._assert_async(has_positive.all(), "focal_itc_loss: key_ids has no key for the id of a row")
+
+
+def focal_itc_direction(
+    rows: Tensor,  # (B, d)
+    keys: Tensor,  # (M, d)
+    temperature: Tensor,  # () float32 or float64
+    teacher_rows: Tensor | None,  # (B, d), needed where alpha > 0
+    ids: Tensor | None,  # (B,) int64
+    key_ids: Tensor | None,  # (M,) int64
+    options: Options,
+) -> RowResult:
+    """One direction of the loss; gradients to rows, keys and temperature."""
+    dtype = temperature.dtype
+    rows, keys = rows.to(dtype), keys.to(dtype)
+    positive = positive_mask(rows.shape[0], keys.shape[0], ids, key_ids, options.row_offset, rows.device)
+    log_p = torch.log_softmax(rows @ keys.T / temperature, dim=1)
+    target = None
+    if options.alpha > 0:
+        with torch.no_grad():
+            target = options.alpha * torch.softmax(teacher_rows.to(dtype) @ keys.T / temperature, dim=1)
+    if not options.any_positive:
+        hard = positive * ((1 - options.alpha) / positive.sum(dim=1, keepdim=True, dtype=dtype))
+        target = hard if target is None else target + hard
+    loss = log_p.new_zeros(log_p.shape[0])
+    if target is not None:
+        loss = (target * focal_cross_entropy(log_p, options.gamma)).sum(dim=1)
+    if options.any_positive:
+        log_mass = torch.logsumexp(log_p.masked_fill(~positive, -torch.inf), dim=1)
+        loss = loss + (1 - options.alpha) * focal_cross_entropy(log_mass, options.gamma)
+    if not options.stats:
+        return RowResult(loss, None, None, None, None)
+    return RowResult(loss, *_statistics(log_p.detach(), positive, options))
+
+
+def _statistics(log_p: Tensor, positive: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = log_p.exp()
+    correct = positive.gather(1, log_p.argmax(dim=1, keepdim=True)).squeeze(1).to(p.dtype)
+    entropy = -(p * log_p).sum(dim=1)
+    positive_probability = (p * positive).sum(dim=1)
+    noise_keys = row_keys(options.row_offset, p.shape[0], options.seed, options.direction, p.device)
+    score = log_p + negative_log_exponential(noise_keys, 0, p.shape[1], p.dtype)
+    column = torch.arange(p.shape[1], device=p.device)
+    barred = positive | (column < options.first_negative) | (column >= options.last_negative)
+    choice = score.masked_fill(barred, -torch.inf).argmax(dim=1)
+    return correct, entropy, positive_probability, torch.where(barred.all(dim=1), -1, choice)

@@ -1,0 +1,381 @@
+"""Forward kernels of the focal contrastive loss in Triton. Formulas: ``reference.py``, launches: ``triton_launch.py``.
+
+Student and teacher rows share each tile of keys. The most probable key of a row, its "dominant" key, is kept out of the
+sums: every other key has p <= 1/2, so powers of 1 - p expand without cancellation, and 1 - p of the dominant key is the
+sum of all others over the total. Its share is added by ``finish``.
+
+Sums over keys are relative to running maxima: x = (product - maximum) / tau, and u likewise for the teacher.
+"""
+
+import triton
+import triton.language as tl
+
+# Rows of `sums` (splits, SUMS, B), float32. T and H hold pairs for k = 0 ... 3: sum e^u e^(kx) and sum e^u e^(kx) x
+# over the keys, and without e^u over the positives; none of the sums but POSITIVE_SUM counts the dominant key. For
+# gammas that do not expand, k = 1 has the sums of loss and weight of ``row_terms``.
+MAX = tl.constexpr(0)
+TEACHER_MAX = tl.constexpr(1)
+TEACHER_DOMINANT = tl.constexpr(2)  # the teacher's product with the dominant key
+NEGATIVE = tl.constexpr(3)  # sum e^x over the negatives
+POSITIVE = tl.constexpr(4)  # and over the positives
+ENTROPY = tl.constexpr(5)  # sum e^x x
+BEST = tl.constexpr(6)  # best score of a hard negative, relative to the maximum
+POSITIVE_MAX = tl.constexpr(7)  # largest product of a positive
+POSITIVE_SUM = tl.constexpr(8)  # sum over the positives of e^((product - POSITIVE_MAX) / tau)
+T = tl.constexpr(9)
+H = tl.constexpr(17)
+SUMS = tl.constexpr(25)
+# Rows of `places` (splits, PLACES, B), int32.
+DOMINANT = tl.constexpr(0)
+DOMINANT_POSITIVE = tl.constexpr(1)  # 1 where it is a positive
+CHOICE = tl.constexpr(2)  # the hard negative, -1 for none
+PLACES = tl.constexpr(3)
+BLANK = tl.constexpr(-1e30)  # product of a key that does not exist
+NO_SCORE = tl.constexpr(-1e15)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x > -1, to full relative precision: the rounding error of 1 + x cancels."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def mix(x):
+    """lowbias32, see sampling.py; x is uint32."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def gumbel(row, column, seed_high, stream):
+    """-log(E) of global rows (BLOCK_B, 1) and key columns (1, BLOCK_K), as in sampling.py."""
+    first = mix(row.to(tl.uint32) + stream)
+    second = mix(first ^ seed_high ^ 0x85EBCA6B)
+    bits = mix(mix(column.to(tl.uint32) ^ first) + second)
+    v = tl.minimum(bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
+    return -tl.log(-log1p(-v))
+
+
+@triton.jit
+def load_tile(p, o_rows, o_columns, m_rows, m_columns, WIDEN: tl.constexpr):
+    tile = tl.load(p + o_rows[:, None] + o_columns[None, :], mask=m_rows[:, None] & m_columns[None, :], other=0.0)
+    if WIDEN:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def multiply(
+    p_rows, p_teacher, p_keys, o_rows, o_teacher, o_keys, rows_d, teacher_d, keys_d, m_rows, m_keys, D, rows, teacher,
+    keys, HAS_TEACHER: tl.constexpr, RESIDENT: tl.constexpr, BY_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of student and teacher rows with keys, (rows, keys), or (keys, rows) where BY_KEYS.
+
+    RESIDENT: D fits one tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the
+    other side is loaded here and returned. Else both sides are read in tiles of BLOCK_D.
+    """
+    d = tl.arange(0, BLOCK_D)
+    other = keys
+    if RESIDENT:
+        if BY_KEYS:
+            other = load_tile(p_rows, o_rows, d * rows_d, m_rows, d < D, WIDEN)
+            student = tl.dot(keys, tl.trans(other), input_precision=PRECISION)
+            momentum = student
+            if HAS_TEACHER:
+                teacher = load_tile(p_teacher, o_teacher, d * teacher_d, m_rows, d < D, WIDEN)
+                momentum = tl.dot(keys, tl.trans(teacher), input_precision=PRECISION)
+        else:
+            other = load_tile(p_keys, o_keys, d * keys_d, m_keys, d < D, WIDEN)
+            student = tl.dot(rows, tl.trans(other), input_precision=PRECISION)
+            momentum = student
+            if HAS_TEACHER:
+                momentum = tl.dot(teacher, tl.trans(other), input_precision=PRECISION)
+    else:
+        if BY_KEYS:
+            student = tl.zeros((o_keys.shape[0], o_rows.shape[0]), tl.float32)
+        else:
+            student = tl.zeros((o_rows.shape[0], o_keys.shape[0]), tl.float32)
+        momentum = student
+        for first in range(0, D, BLOCK_D):
+            column = first + d
+            key_tile = load_tile(p_keys, o_keys, column * keys_d, m_keys, column < D, WIDEN)
+            row_tile = load_tile(p_rows, o_rows, column * rows_d, m_rows, column < D, WIDEN)
+            if BY_KEYS:
+                student = tl.dot(key_tile, tl.trans(row_tile), student, input_precision=PRECISION)
+            else:
+                student = tl.dot(row_tile, tl.trans(key_tile), student, input_precision=PRECISION)
+            if HAS_TEACHER:
+                row_tile = load_tile(p_teacher, o_teacher, column * teacher_d, m_rows, column < D, WIDEN)
+                if BY_KEYS:
+                    momentum = tl.dot(key_tile, tl.trans(row_tile), momentum, input_precision=PRECISION)
+                else:
+                    momentum = tl.dot(row_tile, tl.trans(key_tile), momentum, input_precision=PRECISION)
+    return student, momentum, other
+
+
+@triton.jit
+def positive_tile(row_ids, key_ids, row, key, row_offset, HAS_IDS: tl.constexpr):
+    """Positive mask of a tile; rows and keys come in the shapes that broadcast to it."""
+    if HAS_IDS:
+        mask = row_ids == key_ids
+    else:
+        mask = key == row + row_offset
+    return mask
+
+
+@triton.jit
+def raise_maximum(
+    sums, t, h, maximum, new_maximum, teacher_max, new_teacher_max, teacher_dominant, dominant_positive, replaced,
+    inverse, HAS_TEACHER: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Makes the sums relative to new maxima; where ``replaced``, the old dominant key becomes one of the others."""
+    negative, positive, entropy, best = sums
+    delta = tl.where(maximum > BLANK, (new_maximum - maximum) * inverse, 0.0)
+    one = tl.where(replaced, 1.0, 0.0)
+    hard = one * dominant_positive
+    negative, positive = negative + (one - hard), positive + hard
+    factor = tl.exp(-delta)
+    entropy = (entropy - delta * (negative + positive)) * factor
+    decay, weight = one, one
+    if HAS_TEACHER:
+        decay = tl.exp((teacher_max - new_teacher_max) * inverse)
+        weight = one * tl.exp(tl.minimum((teacher_dominant - new_teacher_max) * inverse, 0.0))
+    new_t, new_h = (), ()
+    power = tl.full(delta.shape, 1.0, tl.float32)
+    for k in tl.static_range(TERMS):
+        if HAS_TEACHER:
+            plain, with_x = t[k]
+            plain = plain * decay + weight
+            new_t = new_t + ((plain * power, (with_x * decay - delta * plain) * power),)
+        plain, with_x = h[k]
+        plain = plain + hard
+        new_h = new_h + ((plain * power, (with_x - delta * plain) * power),)
+        power = power * factor
+    return (negative * factor, positive * factor, entropy, best - delta), new_t, new_h
+
+
+@triton.jit
+def pairs_of_zeros(zero, TERMS: tl.constexpr):
+    pairs = ()
+    for _ in tl.static_range(TERMS):
+        pairs = pairs + ((zero, zero),)
+    return pairs
+
+
+@triton.jit
+def add_powers(pairs, weight, e, x, TERMS: tl.constexpr):
+    """pairs + (sum weight e^k, sum weight e^k x) over the keys of a tile."""
+    added = ()
+    for k in tl.static_range(TERMS):
+        plain, with_x = pairs[k]
+        added = added + ((plain + tl.sum(weight, 1), with_x + tl.sum(weight * x, 1)),)
+        weight = weight * e
+    return added
+
+
+@triton.jit
+def row_sums(
+    p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_temperature, p_sums, p_places,
+    rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
+    B, M, D, row_offset, first_negative, last_negative, seed_high, stream, KEYS_PER_SPLIT,
+    TERMS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, STATS: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(B, BLOCK_B), splits): the sums of a block of rows over KEYS_PER_SPLIT keys, powers 0 ... TERMS - 1."""
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    m_rows = row < B
+    row64 = row.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inverse = 1.0 / tl.load(p_temperature)
+    rows = load_tile(p_rows, row64 * rows_b, d * rows_d, m_rows, d < D, WIDEN)
+    teacher = rows
+    if HAS_TEACHER:
+        teacher = load_tile(p_teacher, row64 * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
+    row_ids = row64
+    if HAS_IDS:
+        row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
+    seed_high = seed_high.to(tl.uint32, bitcast=True)
+    stream = stream.to(tl.uint32, bitcast=True)
+
+    zero = tl.zeros((BLOCK_B,), tl.float32)
+    maximum, teacher_max, positive_max = zero + BLANK, zero + BLANK, zero + BLANK
+    teacher_dominant, dominant_positive, positive_sum = zero, zero, zero
+    sums = (zero, zero, zero, zero + NO_SCORE)
+    t, h = pairs_of_zeros(zero, TERMS), pairs_of_zeros(zero, TERMS)
+    dominant = tl.zeros((BLOCK_B,), tl.int32)
+    choice = dominant - 1
+
+    start = tl.program_id(1) * KEYS_PER_SPLIT
+    for first in range(start, tl.minimum(start + KEYS_PER_SPLIT, M), BLOCK_K):
+        key = first + tl.arange(0, BLOCK_K)
+        m_keys = key < M
+        products, momentum, _ = multiply(
+            p_rows, p_teacher, p_keys, row64 * rows_b, row64 * teacher_b, key.to(tl.int64) * keys_m, rows_d, teacher_d,
+            keys_d, m_rows, m_keys, D, rows, teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_D, WIDEN, PRECISION,
+        )  # fmt: skip
+        products = tl.where(m_keys[None, :], products, BLANK)
+        key_ids = key
+        if HAS_IDS:
+            key_ids = tl.load(p_key_ids + key, mask=m_keys, other=0)
+        is_positive = positive_tile(row_ids[:, None], key_ids[None, :], row[:, None], key[None, :], row_offset, HAS_IDS)
+        is_positive = is_positive & m_keys[None, :]
+
+        tile_max, tile_argmax = tl.max(products, 1, return_indices=True)
+        rises = tile_max > maximum
+        new_maximum = tl.maximum(maximum, tile_max)
+        new_teacher_max = teacher_max
+        if HAS_TEACHER:
+            momentum = tl.where(m_keys[None, :], momentum, BLANK)
+            new_teacher_max = tl.maximum(teacher_max, tl.max(momentum, 1))
+        sums, t_raised, h = raise_maximum(
+            sums, t, h, maximum, new_maximum, teacher_max, new_teacher_max, teacher_dominant, dominant_positive,
+            rises & (maximum > BLANK), inverse, HAS_TEACHER, TERMS,
+        )  # fmt: skip
+        maximum, teacher_max = new_maximum, new_teacher_max
+        dominant = tl.where(rises, first + tile_argmax, dominant)
+        is_dominant = key[None, :] == dominant[:, None]
+        among_positives = tl.sum(tl.where(is_dominant & is_positive, 1.0, 0.0), 1)
+        dominant_positive = tl.where(rises, among_positives, dominant_positive)
+
+        new_positive_max = tl.maximum(positive_max, tl.max(tl.where(is_positive, products, BLANK), 1))
+        positive_e = tl.exp((products - new_positive_max[:, None]) * inverse)
+        positive_sum = positive_sum * tl.exp((positive_max - new_positive_max) * inverse)
+        positive_sum += tl.sum(tl.where(is_positive, positive_e, 0.0), 1)
+        positive_max = new_positive_max
+
+        negative, positive, entropy, best = sums
+        x = (products - maximum[:, None]) * inverse
+        if STATS:
+            barred = is_positive | (key < first_negative)[None, :] | (key >= last_negative)[None, :]
+            score = x + gumbel((row + row_offset)[:, None], key[None, :], seed_high, stream)
+            tile_best, tile_choice = tl.max(tl.where(barred, BLANK, score), 1, return_indices=True)
+            choice = tl.where(tile_best > best, first + tile_choice, choice)
+            best = tl.maximum(best, tile_best)
+        e = tl.where(is_dominant, 0.0, tl.exp(x))
+        negative += tl.sum(tl.where(is_positive, 0.0, e), 1)
+        positive += tl.sum(tl.where(is_positive, e, 0.0), 1)
+        if STATS:
+            entropy += tl.sum(e * x, 1)
+        sums = (negative, positive, entropy, best)
+        hard = tl.where(is_positive, tl.where(is_dominant, 0.0, 1.0), 0.0)
+        h = add_powers(h, hard, e, x, TERMS)
+        if HAS_TEACHER:
+            at_dominant = tl.sum(tl.where(is_dominant, momentum, 0.0), 1)
+            teacher_dominant = tl.where(rises, at_dominant, teacher_dominant)
+            weight = tl.where(is_dominant, 0.0, tl.exp((momentum - teacher_max[:, None]) * inverse))
+            t = add_powers(t_raised, weight, e, x, TERMS)
+
+    p_sums += tl.program_id(1).to(tl.int64) * SUMS * B + row
+    p_places += tl.program_id(1).to(tl.int64) * PLACES * B + row
+    store_sums(
+        p_sums, p_places, m_rows, B, maximum, teacher_max, teacher_dominant, sums, positive_max, positive_sum, t, h,
+        dominant, dominant_positive, choice, TERMS,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_sums(
+    p_sums, p_places, m_rows, B, maximum, teacher_max, teacher_dominant, sums, positive_max, positive_sum, t, h,
+    dominant, dominant_positive, choice, TERMS: tl.constexpr,
+):  # fmt: skip
+    negative, positive, entropy, best = sums
+    tl.store(p_sums + MAX * B, maximum, mask=m_rows)
+    tl.store(p_sums + TEACHER_MAX * B, teacher_max, mask=m_rows)
+    tl.store(p_sums + TEACHER_DOMINANT * B, teacher_dominant, mask=m_rows)
+    tl.store(p_sums + NEGATIVE * B, negative, mask=m_rows)
+    tl.store(p_sums + POSITIVE * B, positive, mask=m_rows)
+    tl.store(p_sums + ENTROPY * B, entropy, mask=m_rows)
+    tl.store(p_sums + BEST * B, best, mask=m_rows)
+    tl.store(p_sums + POSITIVE_MAX * B, positive_max, mask=m_rows)
+    tl.store(p_sums + POSITIVE_SUM * B, positive_sum, mask=m_rows)
+    for k in tl.static_range(TERMS):
+        tl.store(p_sums + (T + 2 * k) * B, t[k][0], mask=m_rows)
+        tl.store(p_sums + (T + 2 * k + 1) * B, t[k][1], mask=m_rows)
+        tl.store(p_sums + (H + 2 * k) * B, h[k][0], mask=m_rows)
+        tl.store(p_sums + (H + 2 * k + 1) * B, h[k][1], mask=m_rows)
+    tl.store(p_places + DOMINANT * B, dominant, mask=m_rows)
+    tl.store(p_places + DOMINANT_POSITIVE * B, dominant_positive.to(tl.int32), mask=m_rows)
+    tl.store(p_places + CHOICE * B, choice, mask=m_rows)
+
+
+@triton.jit
+def focal(log_p, one_minus_p, gamma, ORDER: tl.constexpr):
+    """f(p) and w(p) of ``reference.py``; ORDER = gamma where it is 0, 1, 2 or 3, else -1."""
+    if ORDER == 0:
+        power = tl.full(log_p.shape, 1.0, tl.float32)
+    elif ORDER == 1:
+        power = one_minus_p
+    elif ORDER == 2:
+        power = one_minus_p * one_minus_p
+    elif ORDER == 3:
+        power = one_minus_p * one_minus_p * one_minus_p
+    else:
+        power = tl.where(one_minus_p > 0, tl.exp(gamma * tl.log(tl.maximum(one_minus_p, 1e-37))), 0.0)
+    ratio = -tl.exp(log_p) * log_p / tl.where(one_minus_p > 0, one_minus_p, 1.0)
+    return -power * log_p, power * (1.0 + gamma * tl.where(one_minus_p > 0, ratio, 1.0))
+
+
+@triton.jit
+def row_terms(
+    p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_temperature, p_sums, p_places, p_terms,
+    rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
+    B, M, D, row_offset, gamma, KEYS_PER_SPLIT,
+    HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Second pass for gammas that do not expand, same grid as ``row_sums``, after ``merge``.
+
+    terms (splits, 4, B): loss and weight under the teacher's e^u, loss and weight over the positives; no dominant key.
+    """
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    m_rows = row < B
+    row64 = row.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inverse = 1.0 / tl.load(p_temperature)
+    rows = load_tile(p_rows, row64 * rows_b, d * rows_d, m_rows, d < D, WIDEN)
+    teacher = rows
+    if HAS_TEACHER:
+        teacher = load_tile(p_teacher, row64 * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
+    row_ids = row64
+    if HAS_IDS:
+        row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
+    maximum = tl.load(p_sums + MAX * B + row, mask=m_rows, other=0.0)
+    teacher_max = tl.load(p_sums + TEACHER_MAX * B + row, mask=m_rows, other=0.0)
+    others = tl.load(p_sums + NEGATIVE * B + row, mask=m_rows, other=0.0)
+    log_sum = log1p(others + tl.load(p_sums + POSITIVE * B + row, mask=m_rows, other=0.0))
+    dominant = tl.load(p_places + DOMINANT * B + row, mask=m_rows, other=0)
+    zero = tl.zeros((BLOCK_B,), tl.float32)
+    soft_loss, soft_weight, hard_loss, hard_weight = zero, zero, zero, zero
+    start = tl.program_id(1) * KEYS_PER_SPLIT
+    for first in range(start, tl.minimum(start + KEYS_PER_SPLIT, M), BLOCK_K):
+        key = first + tl.arange(0, BLOCK_K)
+        m_keys = key < M
+        products, momentum, _ = multiply(
+            p_rows, p_teacher, p_keys, row64 * rows_b, row64 * teacher_b, key.to(tl.int64) * keys_m, rows_d, teacher_d,
+            keys_d, m_rows, m_keys, D, rows, teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_D, WIDEN, PRECISION,
+        )  # fmt: skip
+        key_ids = key
+        if HAS_IDS:
+            key_ids = tl.load(p_key_ids + key, mask=m_keys, other=0)
+        is_positive = positive_tile(row_ids[:, None], key_ids[None, :], row[:, None], key[None, :], row_offset, HAS_IDS)
+        counted = m_keys[None, :] & (key[None, :] != dominant[:, None])
+        log_p = tl.minimum((products - maximum[:, None]) * inverse, 0.0) - log_sum[:, None]
+        loss, weight = focal(log_p, 1.0 - tl.exp(log_p), gamma, -1)
+        hard = tl.where(is_positive & counted, 1.0, 0.0)
+        hard_loss += tl.sum(hard * loss, 1)
+        hard_weight += tl.sum(hard * weight, 1)
+        if HAS_TEACHER:
+            soft = tl.where(counted, tl.exp((momentum - teacher_max[:, None]) * inverse), 0.0)
+            soft_loss += tl.sum(soft * loss, 1)
+            soft_weight += tl.sum(soft * weight, 1)
+    p_terms += tl.program_id(1).to(tl.int64) * 4 * B + row
+    tl.store(p_terms, soft_loss, mask=m_rows)
+    tl.store(p_terms + B, soft_weight, mask=m_rows)
+    tl.store(p_terms + 2 * B, hard_loss, mask=m_rows)
+    tl.store(p_terms + 3 * B, hard_weight, mask=m_rows)

@@ -1,0 +1,184 @@
+"""soft_masked_attention: cross-attention to image tokens that each sequence sees through its own soft mask.
+
+The operators live in ``torch.ops.softmask_fast``; the public function checks its arguments and calls them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softmask_fast.ops import backend, triton_support
+from softmask_fast.ops.autocast import cast_for_autocast
+from softmask_fast.ops.checks import check_has_tokens, check_index_range, check_number, check_tensor
+from softmask_fast.ops.extension import cpu_obstacle
+from softmask_fast.ops.soft_masked_attention import cpp, reference
+
+_TRITON = "softmask_fast.ops.soft_masked_attention.triton_launch"
+backend.register(
+    "soft_masked_attention",
+    backend.Implementation(
+        "triton",
+        {name: backend.lazily(_TRITON, name) for name in ("forward", "backward")},
+        triton_support.obstacle,
+        automatic_on=("cuda",),
+    ),
+    backend.Implementation(
+        "cpp", {"forward": cpp.forward, "backward": cpp.backward}, cpu_obstacle, automatic_on=("cpu",)
+    ),
+    backend.Implementation("reference", {"forward": reference.forward, "backward": reference.backward}),
+)
+
+
+def soft_masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None = None,
+    *,
+    image_index: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Attention of S sequences to soft-masked tokens of B images: ``softmax_n(keep_n q.K_n scale) keep_n V_n + b_v``.
+
+    It equals attention over the features ``keep_n x_n`` with keys and values projected from them, but neither the
+    masked features nor their projections exist: K and V are computed once per image, *without bias*, and shared by its
+    sequences.
+
+    Args:
+        query: (S, H, L, D), any strides, like all arguments.
+        key, value: (B, H, N, D) projections of the unmasked image tokens without bias, dtype and device of ``query``.
+        keep: (S, N), 1 = token seen in full, 0 = token masked out (its key and value are then zero vectors, which still
+            take part in the softmax). Any floating dtype. None: all ones.
+        image_index: (S,) int64, the image of each sequence, in any order and number. None: S == B, sequence i sees
+            image i.
+        value_bias: (H, D) bias of the value projection, any floating dtype. A key bias has no effect on attention.
+        key_mask: (B, N) bool, True where a token takes part at all. Without any, the output is ``value_bias`` (or
+            zero).
+        scale: factor of the logits, by default D ** -0.5.
+        impl: "reference", "triton" or "cpp"; None picks the best one that can run here.
+
+    Returns:
+        (S, H, L, D) of the dtype of ``query``. Gradients flow to query, key, value, keep and value_bias, once; results
+        are bitwise reproducible.
+
+    Raises:
+        TypeError, ValueError: naming the argument. On a GPU the values of ``image_index`` are not read on the host: a
+        sequence with an index out of range gives NaN there.
+    """
+    check_tensor("query", query, ("S", "H", "L", "D"))
+    query, key, value = cast_for_autocast(query, key, value)
+    sequences, heads, _, width = query.shape
+    check_tensor("key", key, ("B", heads, "N", width), like=("query", query), same_dtype=True)
+    check_has_tokens(key)
+    images, _, tokens, _ = key.shape
+    check_tensor("value", value, (images, heads, tokens, width), like=("query", query), same_dtype=True)
+    if image_index is not None:
+        check_tensor("image_index", image_index, (sequences,), dtypes=(torch.int64,), like=("query", query))
+    elif images != sequences:
+        raise ValueError(f"image_index: expected a tensor for {sequences} sequences of {images} images, got None")
+    if keep is not None:
+        check_tensor("keep", keep, (sequences, tokens), like=("query", query))
+    if value_bias is not None:
+        check_tensor("value_bias", value_bias, (heads, width), like=("query", query))
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, (images, tokens), dtypes=(torch.bool,), like=("query", query))
+    scale = width**-0.5 if scale is None else check_number("scale", scale)
+    output, _ = torch.ops.softmask_fast.soft_masked_attention(
+        query, key, value, keep, image_index, value_bias, key_mask, scale, impl
+    )
+    return output
+
+
+# The operators behind the public function. `impl` travels as an argument, so a compiled graph holds one opaque call and
+# the choice of the implementation happens when it runs, on the device of the tensors.
+
+torch.library.define(
+    "softmask_fast::soft_masked_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? image_index, Tensor? value_bias, Tensor? key_mask, "
+    "float scale, str? impl=None) -> (Tensor output, Tensor statistics)",
+)
+torch.library.define(
+    "softmask_fast::soft_masked_attention_backward",
+    "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? image_index, "
+    "Tensor? value_bias, Tensor? key_mask, Tensor output, Tensor statistics, float scale, bool query_gradient, "
+    "bool key_value_gradient, bool keep_gradient, str? impl=None) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("softmask_fast::soft_masked_attention", "CompositeExplicitAutograd")
+def _forward(query, key, value, keep, image_index, value_bias, key_mask, scale, impl=None):
+    if image_index is not None:
+        check_index_range("image_index", image_index, key.shape[0])
+    run = backend.resolve("soft_masked_attention", impl, query.device, query.dtype, query.shape[3])["forward"]
+    return run(query, key, value, keep, image_index, value_bias, key_mask, scale)
+
+
+@torch.library.impl("softmask_fast::soft_masked_attention_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_output, query, key, value, keep, image_index, value_bias, key_mask, output, statistics, scale,
+    query_gradient, key_value_gradient, keep_gradient, impl=None,
+):  # fmt: skip
+    run = backend.resolve("soft_masked_attention", impl, query.device, query.dtype, query.shape[3])["backward"]
+    return run(
+        grad_output, query, key, value, keep, image_index, value_bias, key_mask, output, statistics, scale,
+        query_gradient, key_value_gradient, keep_gradient,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("softmask_fast::soft_masked_attention")
+def _forward_fake(query, key, value, keep, image_index, value_bias, key_mask, scale, impl=None):
+    return torch.empty_like(query), query.new_empty((*query.shape[:3], 2), dtype=reference.compute_dtype(query.dtype))
+
+
+@torch.library.register_fake("softmask_fast::soft_masked_attention_backward")
+def _backward_fake(
+    grad_output, query, key, value, keep, image_index, value_bias, key_mask, output, statistics, scale,
+    query_gradient, key_value_gradient, keep_gradient, impl=None,
+):  # fmt: skip
+    return (
+        torch.empty_like(query) if query_gradient else query.new_empty(0),
+        torch.empty_like(key) if key_value_gradient else query.new_empty(0),
+        torch.empty_like(value) if key_value_gradient else query.new_empty(0),
+        keep.new_empty(keep.shape) if keep_gradient else query.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, keep, image_index, value_bias, key_mask, ctx.scale, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, keep, image_index, value_bias, key_mask, *output)
+
+
+def _autograd(ctx, grad_output, grad_statistics):
+    if grad_output is None:
+        return (None,) * 9
+    query, key, value, keep, image_index, value_bias, key_mask, output, statistics = ctx.saved_tensors
+    wants_query, wants_key, wants_value, wants_keep, _, wants_bias, *_ = ctx.needs_input_grad
+    wants_key_value = wants_key or wants_value
+    d_query = d_key = d_value = d_keep = d_bias = None
+    if wants_query or wants_key_value or wants_keep:
+        d_query, d_key, d_value, d_keep = torch.ops.softmask_fast.soft_masked_attention_backward(
+            grad_output, query, key, value, keep, image_index, value_bias, key_mask, output, statistics, ctx.scale,
+            wants_query, wants_key_value, wants_keep, ctx.impl,
+        )  # fmt: skip
+    if wants_bias:
+        d_bias = grad_output.sum((0, 2), dtype=reference.compute_dtype(grad_output.dtype)).to(value_bias.dtype)
+    return (
+        d_query if wants_query else None, d_key if wants_key else None, d_value if wants_value else None,
+        d_keep if wants_keep else None, None, d_bias, None, None, None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("softmask_fast::soft_masked_attention", _autograd, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("soft_masked_attention: second derivatives are not implemented")
+
+
+torch.library.register_autograd("softmask_fast::soft_masked_attention_backward", _no_second_derivative)

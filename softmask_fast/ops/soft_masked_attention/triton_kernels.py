@@ -1,0 +1,354 @@
+"""Kernels of soft_masked_attention in Triton; formulas in ``reference.py``, launches in ``triton_launch.py``.
+
+A caption has too few rows for a tile of a tensor core, so the rows of all sequences of an image are stacked: row r of
+    an
+image is token ``r % L`` of its sequence ``r // L``, and every row brings the keep of its own sequence. ``order`` lists
+the sequences by image, ``starts`` says where each image's begin (see ``plan``).
+
+Offsets are 64 bits wide from image to image and from row to row; inside of the keys of one image and of keep they are
+32, because tiles of wide pointers take the registers of the products (the launches see to it that 32 are enough).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def plan(p_index, p_starts, p_order, S, B, BLOCK: tl.constexpr):
+    """order: the sequences by image, ascending; starts (B + 2). Sequences without a valid image belong to image B.
+
+    One program per image scans all indices twice; no sort, no atomics, nothing returns to the host.
+    """
+    image = tl.program_id(0)
+    before = 0
+    for first in range(0, S, BLOCK):
+        sequence = first + tl.arange(0, BLOCK)
+        index = tl.load(p_index + sequence, mask=sequence < S, other=0)
+        index = tl.where((index < 0) | (index >= B), B, index)
+        before += tl.sum(((index < image) & (sequence < S)).to(tl.int32), 0)
+    tl.store(p_starts + image, before)
+    if image == B:
+        tl.store(p_starts + B + 1, S)
+    for first in range(0, S, BLOCK):
+        sequence = first + tl.arange(0, BLOCK)
+        index = tl.load(p_index + sequence, mask=sequence < S, other=0)
+        index = tl.where((index < 0) | (index >= B), B, index)
+        mine = ((index == image) & (sequence < S)).to(tl.int32)
+        tl.store(p_order + before + tl.cumsum(mine, 0) - 1, sequence, mask=mine != 0)
+        before += tl.sum(mine, 0)
+
+
+@triton.jit
+def group_of(image, p_starts, HAS_INDEX: tl.constexpr):
+    """First place in ``order`` and number of the image's sequences; without an index sequence i belongs to image i."""
+    if HAS_INDEX:
+        start = tl.load(p_starts + image)
+        count = tl.load(p_starts + image + 1) - start
+    else:
+        start = image
+        count = image * 0 + 1
+    return start, count
+
+
+@triton.jit
+def stacked_rows(rows, start, count, p_order, L, HAS_INDEX: tl.constexpr):
+    """Sequence (int64), token, validity of stacked rows."""
+    valid = rows < count * L
+    slot = tl.where(valid, start + rows // L, start)
+    if HAS_INDEX:
+        sequence = tl.load(p_order + slot, mask=valid, other=0)
+    else:
+        sequence = slot
+    return sequence.to(tl.int64), rows % L, valid
+
+
+@triton.jit
+def load_tile(p, o_rows, o_columns, m_rows, m_columns, WIDEN: tl.constexpr):
+    tile = tl.load(p + o_rows[:, None] + o_columns[None, :], mask=m_rows[:, None] & m_columns[None, :], other=0.0)
+    if WIDEN:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def load_keep(p_keep, o_sequences, o_keys, m_keys):
+    """Rows beyond the last one read the keep of some other sequence: they are never stored, and need no mask."""
+    return tl.load(p_keep + (o_sequences + o_keys), mask=m_keys, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def masked_logits(scores, keep, p_mask, o_mask, m_keys, HAS_KEEP: tl.constexpr, HAS_MASK: tl.constexpr):
+    """z = keep s; -inf at padding. ``scores``, ``keep`` have the keys in columns; ``o_mask`` are offsets per key."""
+    if HAS_KEEP:
+        scores = scores * keep
+    attended = m_keys
+    if HAS_MASK:
+        attended = attended & (tl.load(p_mask + o_mask, mask=m_keys, other=0) != 0)
+    return tl.where(attended, scores, float("-inf"))
+
+
+@triton.jit
+def forward(
+    p_query, p_key, p_value, p_keep, p_bias, p_mask, p_starts, p_order, p_output, p_statistics,
+    query_s, query_h, query_l, query_d, key_b, key_h, key_n, key_d, value_b, value_h, value_n, value_d,
+    output_s, output_h, output_l, output_d, keep_s, keep_n, bias_h, bias_d, mask_b, mask_n,
+    B, H, L, N, D, scale, SPLIT,
+    HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (SPLIT * H * (B + 1),): program ``split`` takes row tiles split, split + SPLIT, ... of a head of an image.
+
+    Image B stands for the sequences whose image does not exist: they get NaN.
+    """
+    i_program = tl.program_id(0)
+    split, head, image = i_program % SPLIT, (i_program // SPLIT) % H, i_program // (SPLIT * H)
+    start, count = group_of(image, p_starts, HAS_INDEX)
+    d = tl.arange(0, BLOCK_D)
+    m_d = d < D
+    image64, head64 = image.to(tl.int64), head.to(tl.int64)
+    p_key += image64 * key_b + head64 * key_h
+    p_value += image64 * value_b + head64 * value_h
+    for tile in range(split, tl.cdiv(count * L, BLOCK_M), SPLIT):
+        sequence, token, m_rows = stacked_rows(
+            tile * BLOCK_M + tl.arange(0, BLOCK_M), start, count, p_order, L, HAS_INDEX
+        )
+        o_query = sequence * query_s + head64 * query_h + token * query_l
+        query = load_tile(p_query, o_query, d * query_d, m_rows, m_d, WIDEN)
+        maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        rows = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        last = tl.where(image < B, N, 0)
+        for first in range(0, last, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            m_keys = n < N
+            key = load_tile(p_key, n * key_n, d * key_d, m_keys, m_d, WIDEN)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+            keep = scores
+            if HAS_KEEP:
+                keep = load_keep(p_keep, (sequence.to(tl.int32) * keep_s)[:, None], (n * keep_n)[None, :], m_keys[None, :])
+            logits = masked_logits(
+                scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
+            )
+            new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+            reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            weights = tl.exp(logits - reference[:, None])
+            decay = tl.exp(maximum - reference)
+            total = total * decay + tl.sum(weights, 1)
+            if HAS_KEEP:
+                weights = weights * keep
+            value = load_tile(p_value, n * value_n, d * value_d, m_keys, m_d, WIDEN)
+            rows = rows * decay[:, None]
+            rows = tl.dot(weights.to(value.dtype), value, rows, input_precision=PRECISION)
+            maximum = new_maximum
+        inverse = tl.where(total > 0, 1.0 / total, 0.0)
+        rows = rows * inverse[:, None]
+        if HAS_BIAS:
+            bias = tl.load(p_bias + head64 * bias_h + d * bias_d, mask=m_d, other=0.0).to(tl.float32)
+            rows = rows + bias[None, :]
+        rows = tl.where(image < B, rows, float("nan"))
+        o_output = sequence * output_s + head64 * output_h + token * output_l
+        tl.store(
+            p_output + o_output[:, None] + (d * output_d)[None, :],
+            rows.to(p_output.dtype.element_ty),
+            mask=m_rows[:, None] & m_d[None, :],
+        )
+        o_statistics = ((sequence * H + head) * L + token) * 2
+        tl.store(p_statistics + o_statistics, tl.where(maximum == float("-inf"), 0.0, maximum), mask=m_rows)
+        tl.store(p_statistics + o_statistics + 1, inverse, mask=m_rows)
+
+
+@triton.jit
+def backward_query(
+    p_grad, p_query, p_key, p_value, p_keep, p_bias, p_mask, p_starts, p_order, p_output, p_statistics, p_delta,
+    p_d_query,
+    grad_s, grad_h, grad_l, grad_d, query_s, query_h, query_l, query_d, key_b, key_h, key_n, key_d,
+    value_b, value_h, value_n, value_d, output_s, output_h, output_l, output_d,
+    d_query_s, d_query_h, d_query_l, d_query_d, keep_s, keep_n, bias_h, bias_d, mask_b, mask_n,
+    B, H, L, N, D, scale, SPLIT,
+    EXACT_DELTA: tl.constexpr,
+    HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Same grid as ``forward``. Writes dq and delta, which the other backward kernels read.
+
+    delta is <dO, O - b_v>; with EXACT_DELTA it is summed from the maps in a pass of its own, because the rounding of O
+    is felt where the gradients of the logits nearly cancel.
+    """
+    i_program = tl.program_id(0)
+    split, head, image = i_program % SPLIT, (i_program // SPLIT) % H, i_program // (SPLIT * H)
+    start, count = group_of(image, p_starts, HAS_INDEX)
+    d = tl.arange(0, BLOCK_D)
+    m_d = d < D
+    image64, head64 = image.to(tl.int64), head.to(tl.int64)
+    p_key += image64 * key_b + head64 * key_h
+    p_value += image64 * value_b + head64 * value_h
+    for tile in range(split, tl.cdiv(count * L, BLOCK_M), SPLIT):
+        sequence, token, m_rows = stacked_rows(
+            tile * BLOCK_M + tl.arange(0, BLOCK_M), start, count, p_order, L, HAS_INDEX
+        )
+        o_query = sequence * query_s + head64 * query_h + token * query_l
+        query = load_tile(p_query, o_query, d * query_d, m_rows, m_d, WIDEN)
+        o_grad = sequence * grad_s + head64 * grad_h + token * grad_l
+        grad = load_tile(p_grad, o_grad, d * grad_d, m_rows, m_d, WIDEN)
+        o_row = (sequence * H + head) * L + token
+        maximum = tl.load(p_statistics + 2 * o_row, mask=m_rows, other=0.0)
+        inverse = tl.load(p_statistics + 2 * o_row + 1, mask=m_rows, other=0.0)
+        last = tl.where(image < B, N, 0)
+        if EXACT_DELTA:
+            delta = tl.zeros((BLOCK_M,), tl.float32)
+            for first in range(0, last, BLOCK_N):
+                n = first + tl.arange(0, BLOCK_N)
+                m_keys = n < N
+                key = load_tile(p_key, n * key_n, d * key_d, m_keys, m_d, WIDEN)
+                value = load_tile(p_value, n * value_n, d * value_d, m_keys, m_d, WIDEN)
+                scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+                keep = scores
+                if HAS_KEEP:
+                    keep = load_keep(p_keep, (sequence.to(tl.int32) * keep_s)[:, None], (n * keep_n)[None, :], m_keys[None, :])
+                logits = masked_logits(
+                    scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
+                )
+                weights = tl.exp(logits - maximum[:, None]) * inverse[:, None]
+                if HAS_KEEP:
+                    weights = weights * keep
+                delta += tl.sum(weights * tl.dot(grad, tl.trans(value), input_precision=PRECISION), 1)
+        else:
+            o_output = sequence * output_s + head64 * output_h + token * output_l
+            attended = load_tile(p_output, o_output, d * output_d, m_rows, m_d, True)
+            if HAS_BIAS:
+                bias = tl.load(p_bias + head64 * bias_h + d * bias_d, mask=m_d, other=0.0).to(tl.float32)
+                attended = attended - bias[None, :]
+            delta = tl.sum(grad.to(tl.float32) * attended, 1)
+        tl.store(p_delta + o_row, delta, mask=m_rows)
+        d_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for first in range(0, last, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            m_keys = n < N
+            key = load_tile(p_key, n * key_n, d * key_d, m_keys, m_d, WIDEN)
+            value = load_tile(p_value, n * value_n, d * value_d, m_keys, m_d, WIDEN)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+            keep = scores
+            if HAS_KEEP:
+                keep = load_keep(p_keep, (sequence.to(tl.int32) * keep_s)[:, None], (n * keep_n)[None, :], m_keys[None, :])
+            logits = masked_logits(
+                scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
+            )
+            weights = tl.exp(logits - maximum[:, None]) * inverse[:, None]
+            weights_gradient = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+            if HAS_KEEP:
+                logits_gradient = weights * (weights_gradient * keep - delta[:, None]) * keep
+            else:
+                logits_gradient = weights * (weights_gradient - delta[:, None])
+            d_query = tl.dot(logits_gradient.to(key.dtype), key, d_query, input_precision=PRECISION)
+        d_query = tl.where(image < B, d_query * scale, float("nan"))
+        o_d_query = sequence * d_query_s + head64 * d_query_h + token * d_query_l
+        tl.store(
+            p_d_query + o_d_query[:, None] + (d * d_query_d)[None, :],
+            d_query.to(p_d_query.dtype.element_ty),
+            mask=m_rows[:, None] & m_d[None, :],
+        )
+
+
+@triton.jit
+def backward_key_value(
+    p_grad, p_query, p_key, p_value, p_keep, p_mask, p_starts, p_order, p_statistics, p_delta, p_d_key, p_d_value,
+    grad_s, grad_h, grad_l, grad_d, query_s, query_h, query_l, query_d, key_b, key_h, key_n, key_d,
+    value_b, value_h, value_n, value_d, d_key_b, d_key_h, d_key_n, d_key_d, d_value_b, d_value_h, d_value_n, d_value_d,
+    keep_s, keep_n, mask_b, mask_n,
+    H, L, N, D, scale,
+    HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BLOCK_N), H, B): one program owns dK and dV of a key tile and passes over all rows of its image."""
+    head, image = tl.program_id(1), tl.program_id(2)
+    start, count = group_of(image, p_starts, HAS_INDEX)
+    d = tl.arange(0, BLOCK_D)
+    m_d = d < D
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_keys = n < N
+    image64, head64 = image.to(tl.int64), head.to(tl.int64)
+    key = load_tile(p_key + image64 * key_b + head64 * key_h, n * key_n, d * key_d, m_keys, m_d, WIDEN)
+    value = load_tile(p_value + image64 * value_b + head64 * value_h, n * value_n, d * value_d, m_keys, m_d, WIDEN)
+    d_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    d_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(0, count * L, BLOCK_M):
+        sequence, token, m_rows = stacked_rows(first + tl.arange(0, BLOCK_M), start, count, p_order, L, HAS_INDEX)
+        o_query = sequence * query_s + head64 * query_h + token * query_l
+        query = load_tile(p_query, o_query, d * query_d, m_rows, m_d, WIDEN)
+        o_grad = sequence * grad_s + head64 * grad_h + token * grad_l
+        grad = load_tile(p_grad, o_grad, d * grad_d, m_rows, m_d, WIDEN)
+        o_row = (sequence * H + head) * L + token
+        maximum = tl.load(p_statistics + 2 * o_row, mask=m_rows, other=0.0)
+        inverse = tl.load(p_statistics + 2 * o_row + 1, mask=m_rows, other=0.0)
+        delta = tl.load(p_delta + o_row, mask=m_rows, other=0.0)
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale  # (BLOCK_N, BLOCK_M)
+        keep = scores
+        if HAS_KEEP:
+            keep = load_keep(p_keep, (sequence.to(tl.int32) * keep_s)[None, :], (n * keep_n)[:, None], m_keys[:, None])
+        logits = masked_logits(
+            scores, keep, p_mask, (image64 * mask_b + n * mask_n)[:, None], m_keys[:, None], HAS_KEEP, HAS_MASK
+        )
+        weights = tl.exp(logits - maximum[None, :]) * inverse[None, :]
+        weights_gradient = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+        if HAS_KEEP:
+            logits_gradient = weights * (weights_gradient * keep - delta[None, :]) * keep
+            weights = weights * keep
+        else:
+            logits_gradient = weights * (weights_gradient - delta[None, :])
+        d_value = tl.dot(weights.to(grad.dtype), grad, d_value, input_precision=PRECISION)
+        d_key = tl.dot(logits_gradient.to(query.dtype), query, d_key, input_precision=PRECISION)
+    m_tile = m_keys[:, None] & m_d[None, :]
+    p_d_key += image64 * d_key_b + head64 * d_key_h
+    p_d_value += image64 * d_value_b + head64 * d_value_h
+    o_d_key = (n * d_key_n)[:, None] + (d * d_key_d)[None, :]
+    o_d_value = (n * d_value_n)[:, None] + (d * d_value_d)[None, :]
+    tl.store(p_d_key + o_d_key, (d_key * scale).to(p_d_key.dtype.element_ty), mask=m_tile)
+    tl.store(p_d_value + o_d_value, d_value.to(p_d_value.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def backward_keep(
+    p_grad, p_query, p_key, p_value, p_keep, p_mask, p_index, p_statistics, p_delta, p_d_keep,
+    grad_s, grad_h, grad_l, grad_d, query_s, query_h, query_l, query_d, key_b, key_h, key_n, key_d,
+    value_b, value_h, value_n, value_d, keep_s, keep_n, mask_b, mask_n,
+    B, H, L, N, D, scale,
+    HAS_INDEX: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BLOCK_N), S): one program owns dkeep of a key tile of one sequence; d_keep (S, N) is float32."""
+    sequence = tl.program_id(1)
+    image = sequence
+    if HAS_INDEX:
+        image = tl.load(p_index + sequence)
+    exists = (image >= 0) & (image < B)
+    image64, sequence64 = tl.where(exists, image, 0).to(tl.int64), sequence.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    m_d = d < D
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_keys = n < N
+    keep = tl.load(p_keep + sequence64 * keep_s + n * keep_n, mask=m_keys, other=0.0).to(tl.float32)[None, :]
+    d_keep = tl.zeros((BLOCK_N,), tl.float32)
+    for head in range(0, H):
+        key = load_tile(p_key + image64 * key_b + head * key_h, n * key_n, d * key_d, m_keys, m_d, WIDEN)
+        value = load_tile(p_value + image64 * value_b + head * value_h, n * value_n, d * value_d, m_keys, m_d, WIDEN)
+        for first in range(0, L, BLOCK_M):
+            token = first + tl.arange(0, BLOCK_M)
+            m_rows = token < L
+            o_query = sequence64 * query_s + head * query_h + token.to(tl.int64) * query_l
+            query = load_tile(p_query, o_query, d * query_d, m_rows, m_d, WIDEN)
+            o_grad = sequence64 * grad_s + head * grad_h + token.to(tl.int64) * grad_l
+            grad = load_tile(p_grad, o_grad, d * grad_d, m_rows, m_d, WIDEN)
+            o_row = (sequence64 * H + head) * L + token
+            maximum = tl.load(p_statistics + 2 * o_row, mask=m_rows, other=0.0)
+            inverse = tl.load(p_statistics + 2 * o_row + 1, mask=m_rows, other=0.0)
+            delta = tl.load(p_delta + o_row, mask=m_rows, other=0.0)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+            logits = masked_logits(
+                scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], True, HAS_MASK
+            )
+            weights = tl.exp(logits - maximum[:, None]) * inverse[:, None]
+            weights_gradient = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+            logits_gradient = weights * (weights_gradient * keep - delta[:, None])
+            d_keep += tl.sum(logits_gradient * scores + weights * weights_gradient, 0)
+    d_keep = tl.where(exists, d_keep, float("nan"))
+    tl.store(p_d_keep + sequence64 * N + n, d_keep, mask=m_keys)

@@ -1,0 +1,156 @@
+"""Launches the kernels of ``triton_kernels.py``: sizes, tiles and grids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softmask_fast.ops.soft_masked_attention import triton_kernels as kernels
+from softmask_fast.ops.triton_support import (
+    INTERPRETED,
+    device_of,
+    element_options,
+    next_power_of_2,
+    strides,
+    with_narrow_offsets,
+)
+
+
+def tiles(kernel: str, dtype: torch.dtype, width: int, rows: int) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages of a kernel for heads of ``width`` and ``rows`` stacked rows per image.
+
+    Chosen by sizes alone, not timed at run time: another tile is another order of summation, and results must be the
+    same bit for bit in every run.
+    """
+    block_d = max(16, next_power_of_2(width))
+    if INTERPRETED:
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
+    half, wide = dtype != torch.float32, block_d > 64
+    # (BLOCK_M, BLOCK_N, stages): the largest tiles whose registers do not spill on any GPU, see tests/test_aot.py
+    block_m = 64 if half and rows > 32 else 32
+    if kernel == "forward":
+        chosen = (block_m, 64 if half and not wide else 32, 2 if half or not wide else 1)
+    elif kernel == "backward_query":
+        chosen = (32 if wide else block_m, 32, 2 if half and wide else 1)
+    elif kernel == "backward_key_value":
+        chosen = (32, 64 if half and not wide else 32, 1)
+    elif kernel == "backward_keep":
+        chosen = (16 if wide else 32, 32, 1)
+    else:
+        raise ValueError(f"kernel: unknown name {kernel!r}")
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_stages"), chosen, strict=True)) | {"BLOCK_D": block_d, "num_warps": 4}
+
+
+def _plan(image_index: Tensor | None, images: int) -> tuple[Tensor | None, Tensor | None]:
+    if image_index is None:
+        return None, None
+    sequences = len(image_index)
+    starts = torch.empty(images + 2, dtype=torch.int32, device=image_index.device)
+    order = torch.empty(sequences, dtype=torch.int32, device=image_index.device)
+    block = 64 if INTERPRETED else 1024
+    kernels.plan[(images + 1,)](image_index.contiguous(), starts, order, sequences, images, BLOCK=block)
+    return starts, order
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    image_index: Tensor | None,
+    value_bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    sequences, heads, length, width = query.shape
+    images, _, tokens, _ = key.shape
+    key, value = with_narrow_offsets(key, 2), with_narrow_offsets(value, 2)
+    keep = with_narrow_offsets(keep, 2)
+    output = torch.empty_like(query)
+    statistics = query.new_empty((sequences, heads, length, 2), dtype=torch.float32)
+    if query.numel() == 0:
+        return output, statistics
+    with device_of(query):
+        starts, order = _plan(image_index, images)
+        rows = -(-sequences * length // max(images, 1))
+        options = tiles("forward", query.dtype, width, rows)
+        split = -(-rows // options["BLOCK_M"])
+        kernels.forward[(split * heads * _groups(images, image_index),)](
+            query, key, value, keep, value_bias, key_mask, starts, order, output, statistics,
+            *query.stride(), *key.stride(), *value.stride(), *output.stride(),
+            *strides(keep, 2), *strides(value_bias, 2), *strides(key_mask, 2),
+            images, heads, length, tokens, width, scale, split,
+            HAS_INDEX=image_index is not None, HAS_KEEP=keep is not None, HAS_BIAS=value_bias is not None,
+            HAS_MASK=key_mask is not None, **element_options(query.dtype), **options,
+        )  # fmt: skip
+    return output, statistics
+
+
+def backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    image_index: Tensor | None,
+    value_bias: Tensor | None,
+    key_mask: Tensor | None,
+    output: Tensor,
+    statistics: Tensor,
+    scale: float,
+    query_gradient: bool,
+    key_value_gradient: bool,
+    keep_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sequences, heads, length, width = query.shape
+    images, _, tokens, _ = key.shape
+    key, value = with_narrow_offsets(key, 2), with_narrow_offsets(value, 2)
+    keep = with_narrow_offsets(keep, 2)
+    d_query = torch.empty_like(query)
+    nothing = query.new_empty(0)
+    d_key = torch.empty_like(key) if key_value_gradient else nothing
+    d_value = torch.empty_like(value) if key_value_gradient else nothing
+    d_keep = query.new_empty((sequences, tokens), dtype=torch.float32) if keep_gradient else nothing
+    delta = query.new_empty((sequences, heads, length), dtype=torch.float32)
+    if query.numel() == 0:
+        d_key, d_value, d_keep = d_key.zero_(), d_value.zero_(), d_keep.zero_()
+        return d_query, d_key, d_value, d_keep if keep is None else d_keep.to(keep.dtype)
+    inputs = (*grad_output.stride(), *query.stride(), *key.stride(), *value.stride())
+    common = {"HAS_INDEX": image_index is not None, "HAS_MASK": key_mask is not None, **element_options(query.dtype)}
+    with device_of(query):
+        starts, order = _plan(image_index, images)
+        rows = -(-sequences * length // max(images, 1))
+        options = tiles("backward_query", query.dtype, width, rows)
+        split = -(-rows // options["BLOCK_M"])
+        kernels.backward_query[(split * heads * _groups(images, image_index),)](
+            grad_output, query, key, value, keep, value_bias, key_mask, starts, order, output, statistics, delta,
+            d_query,
+            *inputs, *output.stride(), *d_query.stride(),
+            *strides(keep, 2), *strides(value_bias, 2), *strides(key_mask, 2),
+            images, heads, length, tokens, width, scale, split,
+            HAS_KEEP=keep is not None, HAS_BIAS=value_bias is not None, EXACT_DELTA=query.dtype == torch.float32,
+            **common, **options,
+        )  # fmt: skip
+        if key_value_gradient:
+            options = tiles("backward_key_value", query.dtype, width, rows)
+            kernels.backward_key_value[(-(-tokens // options["BLOCK_N"]), heads, images)](
+                grad_output, query, key, value, keep, key_mask, starts, order, statistics, delta, d_key, d_value,
+                *inputs, *d_key.stride(), *d_value.stride(), *strides(keep, 2), *strides(key_mask, 2),
+                heads, length, tokens, width, scale,
+                HAS_KEEP=keep is not None, **common, **options,
+            )  # fmt: skip
+        if keep_gradient:
+            options = tiles("backward_keep", query.dtype, width, rows)
+            kernels.backward_keep[(-(-tokens // options["BLOCK_N"]), sequences)](
+                grad_output, query, key, value, keep, key_mask,
+                None if image_index is None else image_index.contiguous(), statistics, delta, d_keep,
+                *inputs, *keep.stride(), *strides(key_mask, 2),
+                images, heads, length, tokens, width, scale, **common, **options,
+            )  # fmt: skip
+            d_keep = d_keep.to(keep.dtype)
+    return d_query if query_gradient else nothing, d_key, d_value, d_keep
+
+
+def _groups(images: int, image_index: Tensor | None) -> int:
+    """Images, and one more group for sequences whose image does not exist."""
+    return images if image_index is None else images + 1

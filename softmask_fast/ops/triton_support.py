@@ -1,0 +1,58 @@
+"""What the launches of all Triton kernels share. It imports no Triton itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """The obstacle of the Triton implementations with heads of up to 128 elements."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" and not INTERPRETED:
+        return f"it runs on a GPU (or, slowly, with TRITON_INTERPRET=1 in the environment), the tensors are on {device}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it takes float16, bfloat16 and float32, not {dtype}"
+    if width > 128:
+        return f"it takes heads of up to 128 elements, not {width}"
+    return None
+
+
+@functools.cache
+def element_options(dtype: torch.dtype) -> dict[str, object]:
+    """Constants that depend on the dtype of the inputs.
+
+    WIDEN: the interpreter keeps bfloat16 as integers, so there everything becomes float32 right after it is loaded.
+    PRECISION: float32 products run as three products of tf32 parts, which is near float32, never as one; AMD's matrix
+    cores take float32 as it is.
+    """
+    widen = INTERPRETED and dtype != torch.float32
+    exact = INTERPRETED or dtype != torch.float32 or torch.version.hip is not None
+    return {"WIDEN": widen, "PRECISION": "ieee" if exact else "tf32x3"}
+
+
+def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if tensor is None else tensor.stride()
+
+
+def with_narrow_offsets(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | None:
+    """The tensor itself where 32 bits hold every offset along its last ``dims`` dimensions, else a dense copy of it."""
+    if tensor is None:
+        return None
+    pairs = zip(tensor.shape[-dims:], tensor.stride()[-dims:], strict=True)
+    return tensor if sum((size - 1) * stride for size, stride in pairs) < 2**31 else tensor.contiguous()
+
+
+def device_of(tensor: torch.Tensor) -> torch.cuda.device:
+    """Triton launches on the current device: this makes the tensor's device the current one."""
+    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
+
+
+def next_power_of_2(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()

@@ -1,0 +1,209 @@
+"""word_gradcam and word_soft_mask: the relevance of every image token for a word, and the soft mask made of it.
+
+The operators live in ``torch.ops.softmask_fast``; the public functions check their arguments and call them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softmask_fast.ops import backend, triton_support
+from softmask_fast.ops.autocast import cast_for_autocast
+from softmask_fast.ops.checks import FLOAT_DTYPES, check_has_tokens, check_index_range, check_number, check_tensor
+from softmask_fast.ops.extension import cpu_obstacle
+from softmask_fast.ops.word_mask import cpp, reference
+
+_TRITON = "softmask_fast.ops.word_mask.triton_launch"
+backend.register(
+    "word_mask",
+    backend.Implementation(
+        "triton",
+        {name: backend.lazily(_TRITON, name) for name in ("word_gradcam", "word_soft_mask")},
+        triton_support.obstacle,
+        automatic_on=("cuda",),
+    ),
+    backend.Implementation(
+        "cpp",
+        {"word_gradcam": cpp.word_gradcam, "word_soft_mask": cpp.word_soft_mask},
+        cpu_obstacle,
+        automatic_on=("cpu",),
+    ),
+    backend.Implementation(
+        "reference",
+        {"word_gradcam": reference.word_gradcam, "word_soft_mask": reference.word_soft_mask},
+    ),
+)
+
+
+def word_gradcam(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_output: Tensor,
+    word_index: Tensor | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Word-conditional Grad-CAM of an attention layer: mean over heads of ``A * relu(dS/dA)``, without attention maps.
+
+    Args:
+        query: (B, H, L, D) queries of the text tokens, any strides, like all arguments.
+        key, value: (B, H, N, D) keys and values of the image tokens, of the same dtype and device as ``query``.
+        grad_output: (B, H, L, D) gradient of the score with respect to the attention output, see
+            ``attention_output_gradient``.
+        word_index: (B,) int64, the token of each caption whose map is wanted; None for all tokens.
+        key_mask: (B, N) bool, True where an image token takes part. A row without any gives a map of zeros.
+        scale: factor of the logits, by default D ** -0.5.
+        impl: "reference", "triton", "cpp" or "cuda"; None picks the best one that can run here.
+
+    Returns:
+        float32 (float64 for float64 inputs) map, never negative: (B, N), or (B, L, N) without ``word_index``. It has no
+        gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument. On a GPU the values of ``word_index`` are not read on the host: a
+            word out of range gives a map of NaN there.
+    """
+    query, key, value, grad_output = _checked(query, key, value, grad_output, word_index, key_mask)
+    scale = query.shape[3] ** -0.5 if scale is None else check_number("scale", scale)
+    return torch.ops.softmask_fast.word_gradcam(query, key, value, grad_output, word_index, key_mask, scale, impl)
+
+
+def word_soft_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_output: Tensor,
+    word_index: Tensor,
+    features: Tensor | None = None,
+    *,
+    prefix_tokens: int = 1,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Soft mask of one word per image: ``keep = 1 - m``, m its Grad-CAM, min-max normalised over the patches.
+
+    Args:
+        query, key, value, grad_output, key_mask, scale, impl: as for ``word_gradcam``.
+        word_index: (B,) int64, the token of each caption that is masked out of the image.
+        features: (B, N, C) image features to mask, any floating dtype (float64 with a float64 ``query`` only); None
+            when ``keep`` is all that is needed.
+        prefix_tokens: leading tokens that are no patches (the image [CLS]); they and padding keep 1. A map that is
+            constant (up to rounding, see ``reference.CONSTANT_SPREAD``) keeps 1 everywhere.
+
+    Returns:
+        (masked features (B, N, C) of the dtype of ``features``, keep (B, N)), or keep alone without ``features``. keep
+        is float32 (float64 for float64 inputs) and a constant; the gradient flows to ``features`` alone.
+
+    Raises:
+        TypeError, ValueError: naming the argument. On a GPU a word out of range gives NaN.
+    """
+    query, key, value, grad_output = _checked(query, key, value, grad_output, word_index, key_mask)
+    if word_index is None:
+        raise TypeError("word_index: expected a tensor, got NoneType")
+    batch, _, tokens, width = key.shape
+    if features is not None:
+        dtypes = FLOAT_DTYPES if query.dtype == torch.float64 else FLOAT_DTYPES[:3]
+        check_tensor("features", features, (batch, tokens, "C"), dtypes=dtypes, like=("query", query))
+    if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, int | torch.SymInt):
+        raise TypeError(f"prefix_tokens: expected an integer, got {type(prefix_tokens).__name__}")
+    if not 0 <= prefix_tokens <= tokens:
+        raise ValueError(f"prefix_tokens: expected a number from 0 to {tokens}, got {prefix_tokens}")
+    scale = width**-0.5 if scale is None else check_number("scale", scale)
+    masked, keep = torch.ops.softmask_fast.word_soft_mask(
+        query, key, value, grad_output, word_index, features, prefix_tokens, key_mask, scale, impl
+    )
+    return keep if features is None else (masked, keep)
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_output: Tensor,
+    word_index: Tensor | None,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Checks what both functions share; returns query, key, value, grad_output without graph, cast as autocast asks."""
+    check_tensor("query", query, ("B", "H", "L", "D"))
+    query, key, value, grad_output = cast_for_autocast(query, key, value, grad_output)
+    batch, heads, length, width = query.shape
+    same = {"like": ("query", query), "same_dtype": True}
+    check_tensor("key", key, (batch, heads, "N", width), **same)
+    check_has_tokens(key)
+    check_tensor("value", value, (batch, heads, key.shape[2], width), **same)
+    check_tensor("grad_output", grad_output, (batch, heads, length, width), **same)
+    if word_index is not None:
+        check_tensor("word_index", word_index, (batch,), dtypes=(torch.int64,), like=("query", query))
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, (batch, key.shape[2]), dtypes=(torch.bool,), like=("query", query))
+    return query.detach(), key.detach(), value.detach(), grad_output.detach()
+
+
+# The operators behind the public functions. `impl` travels as an argument, so a compiled graph holds one opaque call
+# and the choice of the implementation happens when it runs, on the device of the tensors.
+
+torch.library.define(
+    "softmask_fast::word_gradcam",
+    "(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor? word_index, Tensor? key_mask, float scale, "
+    "str? impl=None) -> Tensor",
+)
+torch.library.define(
+    "softmask_fast::word_soft_mask",
+    "(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor word_index, Tensor? features, "
+    "SymInt prefix_tokens, Tensor? key_mask, float scale, str? impl=None) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("softmask_fast::word_gradcam", "CompositeExplicitAutograd")
+def _word_gradcam(query, key, value, grad_output, word_index, key_mask, scale, impl=None):
+    if word_index is not None:
+        check_index_range("word_index", word_index, query.shape[2])
+    run = backend.resolve("word_mask", impl, query.device, query.dtype, query.shape[3])["word_gradcam"]
+    return run(query, key, value, grad_output, word_index, key_mask, scale)
+
+
+@torch.library.impl("softmask_fast::word_soft_mask", "CompositeExplicitAutograd")
+def _word_soft_mask(query, key, value, grad_output, word_index, features, prefix_tokens, key_mask, scale, impl=None):
+    check_index_range("word_index", word_index, query.shape[2])
+    run = backend.resolve("word_mask", impl, query.device, query.dtype, query.shape[3])["word_soft_mask"]
+    return run(query, key, value, grad_output, word_index, features, prefix_tokens, key_mask, scale)
+
+
+@torch.library.register_fake("softmask_fast::word_gradcam")
+def _word_gradcam_fake(query, key, value, grad_output, word_index, key_mask, scale, impl=None):
+    batch, _, length, _ = query.shape
+    tokens = key.shape[2]
+    sizes = (batch, length, tokens) if word_index is None else (batch, tokens)
+    return query.new_empty(sizes, dtype=reference.compute_dtype(query.dtype))
+
+
+@torch.library.register_fake("softmask_fast::word_soft_mask")
+def _word_soft_mask_fake(
+    query, key, value, grad_output, word_index, features, prefix_tokens, key_mask, scale, impl=None
+):
+    keep = query.new_empty((query.shape[0], key.shape[2]), dtype=reference.compute_dtype(query.dtype))
+    return query.new_empty(0) if features is None else torch.empty_like(features), keep
+
+
+def _save_keep(ctx, inputs, output):
+    keep = output[1]
+    ctx.mark_non_differentiable(keep)
+    ctx.save_for_backward(keep)
+    ctx.set_materialize_grads(False)
+
+
+def _word_soft_mask_backward(ctx, grad_masked, grad_keep):
+    """masked = features * keep is linear: its gradient is the same product, in ordinary differentiable operations."""
+    grad_features = None
+    if ctx.needs_input_grad[5] and grad_masked is not None:
+        (keep,) = ctx.saved_tensors
+        grad_features = (grad_masked * keep[:, :, None]).to(grad_masked.dtype)
+    return None, None, None, None, None, grad_features, None, None, None, None
+
+
+torch.library.register_autograd("softmask_fast::word_soft_mask", _word_soft_mask_backward, setup_context=_save_keep)

@@ -1,0 +1,188 @@
+"""Kernels of word_gradcam and word_soft_mask in Triton. The formulas stand in ``reference.py``, launches in
+``triton_launch.py``.
+
+One word: ``word_products`` streams K and V once, many programs per image, and leaves two numbers per head and token;
+    then
+``word_map`` makes the map and the mask of them and streams the features once. All words: two matrix passes, whose
+softmax statistics are all that is kept between them.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(p, o_rows, o_columns, m_rows, m_columns, WIDEN: tl.constexpr):
+    tile = tl.load(p + o_rows[:, None] + o_columns[None, :], mask=m_rows[:, None] & m_columns[None, :], other=0.0)
+    if WIDEN:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def word_products(
+    p_query, p_key, p_value, p_grad, p_word, p_mask, p_logits, p_gradients,
+    query_b, query_h, query_l, query_d, key_b, key_h, key_n, key_d, value_b, value_h, value_n, value_d,
+    grad_b, grad_h, grad_l, grad_d, mask_b, mask_n,
+    H, L, N, D, scale,
+    HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BLOCK_N), H, B). logits (B, H, N): <q_i, K_n> scale, -inf at padding; gradients: <dO_i, V_n>."""
+    head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_keys = n < N
+    n64 = n.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    m_d = d < D
+    word = tl.load(p_word + image)
+    exists = (word >= 0) & (word < L)
+    word = tl.where(exists, word, 0)
+    query = tl.load(p_query + image * query_b + head * query_h + word * query_l + d * query_d, mask=m_d, other=0.0)
+    grad = tl.load(p_grad + image * grad_b + head * grad_h + word * grad_l + d * grad_d, mask=m_d, other=0.0)
+    key = load_tile(p_key + image * key_b + head * key_h, n64 * key_n, d * key_d, m_keys, m_d, True)
+    value = load_tile(p_value + image * value_b + head * value_h, n64 * value_n, d * value_d, m_keys, m_d, True)
+    logits = tl.sum(key * query.to(tl.float32)[None, :], 1) * scale
+    gradients = tl.sum(value * grad.to(tl.float32)[None, :], 1)
+    if HAS_MASK:
+        attended = tl.load(p_mask + image * mask_b + n * mask_n, mask=m_keys, other=0) != 0
+        logits = tl.where(attended, logits, float("-inf"))
+    o_row = (image * H + head) * N + n
+    tl.store(p_logits + o_row, logits, mask=m_keys)
+    tl.store(p_gradients + o_row, tl.where(exists, gradients, float("nan")), mask=m_keys)
+
+
+@triton.jit
+def word_map(
+    p_logits, p_gradients, p_mask, p_features, p_map, p_masked,
+    mask_b, mask_n, features_b, features_n, features_c, masked_b, masked_n, masked_c,
+    H, N, C, prefix, constant_spread,
+    HAS_MASK: tl.constexpr, NORMALISE: tl.constexpr, HAS_FEATURES: tl.constexpr,
+    BLOCK_ALL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BLOCK_T), B): every program makes the whole map of its image (BLOCK_ALL >= N), for its minimum and
+    maximum, and writes the map (or keep, with NORMALISE) and the features of its own BLOCK_T tokens.
+    """
+    image = tl.program_id(1).to(tl.int64)
+    every = tl.arange(0, BLOCK_ALL)
+    own = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_every, m_own = every < N, own < N
+    cam_every = tl.zeros((BLOCK_ALL,), tl.float32)
+    cam_own = tl.zeros((BLOCK_T,), tl.float32)
+    for head in range(0, H):
+        o_head = (image * H + head) * N
+        logits = tl.load(p_logits + o_head + every, mask=m_every, other=float("-inf"))
+        maximum = tl.max(logits, 0)
+        maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+        weights = tl.exp(logits - maximum)
+        total = tl.sum(weights, 0)
+        inverse = tl.where(total > 0, 1.0 / (total * H), 0.0)
+        own_logits = tl.load(p_logits + o_head + own, mask=m_own, other=float("-inf"))
+        own_gradients = tl.load(p_gradients + o_head + own, mask=m_own, other=0.0)
+        # the comparison is false for NaN, so that a NaN stays: tl.maximum would drop it
+        cam_own += tl.exp(own_logits - maximum) * inverse * tl.where(own_gradients < 0, 0.0, own_gradients)
+        if NORMALISE:
+            gradients = tl.load(p_gradients + o_head + every, mask=m_every, other=0.0)
+            cam_every += weights * inverse * tl.where(gradients < 0, 0.0, gradients)
+    patch = m_own & (own >= prefix)
+    result = cam_own
+    if HAS_MASK:
+        attended = tl.load(p_mask + image * mask_b + own * mask_n, mask=m_own, other=0) != 0
+        patch = patch & attended
+    if NORMALISE:
+        counted = m_every & (every >= prefix)
+        if HAS_MASK:
+            counted = counted & (tl.load(p_mask + image * mask_b + every * mask_n, mask=m_every, other=0) != 0)
+        low = tl.min(tl.where(counted, cam_every, float("inf")), 0)
+        high = tl.max(tl.where(counted, cam_every, 0.0), 0)
+        spread = high - low
+        varies = spread > constant_spread * high
+        keep = 1.0 - (cam_own - low) / tl.where(varies, spread, 1.0)
+        result = tl.where(patch, tl.where(varies, keep, 1.0), 1.0)
+        result = tl.where(cam_own == cam_own, result, float("nan"))
+    tl.store(p_map + image * N + own, result, mask=m_own)
+    if HAS_FEATURES:
+        own64 = own.to(tl.int64)
+        p_features += image * features_b
+        p_masked += image * masked_b
+        for first in range(0, C, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            tile = load_tile(p_features, own64 * features_n, c * features_c, m_own, c < C, WIDEN)
+            o_masked = (own64 * masked_n)[:, None] + (c * masked_c)[None, :]
+            masked = (tile.to(tl.float32) * result[:, None]).to(p_masked.dtype.element_ty)
+            tl.store(p_masked + o_masked, masked, mask=m_own[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def all_words_statistics(
+    p_query, p_key, p_mask, p_statistics,
+    query_b, query_h, query_l, query_d, key_b, key_h, key_n, key_d, mask_b, mask_n,
+    H, L, N, D, scale,
+    HAS_MASK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(L, BLOCK_L), H, B). statistics (B, H, L, 2): maximum and inverse sum of every row of the softmax."""
+    head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    word = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    m_words = word < L
+    d = tl.arange(0, BLOCK_D)
+    m_d = d < D
+    o_query = word.to(tl.int64) * query_l
+    query = load_tile(p_query + image * query_b + head * query_h, o_query, d * query_d, m_words, m_d, WIDEN)
+    maximum = tl.full((BLOCK_L,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_L,), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        attended = n < N
+        o_key = n.to(tl.int64) * key_n
+        key = load_tile(p_key + image * key_b + head * key_h, o_key, d * key_d, attended, m_d, WIDEN)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if HAS_MASK:
+            attended = attended & (tl.load(p_mask + image * mask_b + n * mask_n, mask=attended, other=0) != 0)
+        logits = tl.where(attended[None, :], logits, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        total = total * tl.exp(maximum - reference) + tl.sum(tl.exp(logits - reference[:, None]), 1)
+        maximum = new_maximum
+    o_statistics = 2 * ((image * H + head) * L + word)
+    tl.store(p_statistics + o_statistics, tl.where(maximum == float("-inf"), 0.0, maximum), mask=m_words)
+    tl.store(p_statistics + o_statistics + 1, tl.where(total > 0, 1.0 / total, 0.0), mask=m_words)
+
+
+@triton.jit
+def all_words_map(
+    p_query, p_key, p_value, p_grad, p_mask, p_statistics, p_map,
+    query_b, query_h, query_l, query_d, key_b, key_h, key_n, key_d, value_b, value_h, value_n, value_d,
+    grad_b, grad_h, grad_l, grad_d, mask_b, mask_n,
+    H, L, N, D, scale,
+    HAS_MASK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BLOCK_N), cdiv(L, BLOCK_L), B). map (B, L, N): the mean over heads of A relu(dO V^T)."""
+    image = tl.program_id(2).to(tl.int64)
+    word = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_words, m_keys = word < L, n < N
+    word64, n64 = word.to(tl.int64), n.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    m_d = d < D
+    attended = m_keys
+    if HAS_MASK:
+        attended = attended & (tl.load(p_mask + image * mask_b + n * mask_n, mask=m_keys, other=0) != 0)
+    cam = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
+    for head in range(0, H):
+        query = load_tile(
+            p_query + image * query_b + head * query_h, word64 * query_l, d * query_d, m_words, m_d, WIDEN
+        )
+        grad = load_tile(p_grad + image * grad_b + head * grad_h, word64 * grad_l, d * grad_d, m_words, m_d, WIDEN)
+        key = load_tile(p_key + image * key_b + head * key_h, n64 * key_n, d * key_d, m_keys, m_d, WIDEN)
+        value = load_tile(p_value + image * value_b + head * value_h, n64 * value_n, d * value_d, m_keys, m_d, WIDEN)
+        o_statistics = 2 * ((image * H + head) * L + word)
+        maximum = tl.load(p_statistics + o_statistics, mask=m_words, other=0.0)
+        inverse = tl.load(p_statistics + o_statistics + 1, mask=m_words, other=0.0)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        logits = tl.where(attended[None, :], logits, float("-inf"))
+        gradients = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+        weights = tl.exp(logits - maximum[:, None]) * inverse[:, None]
+        cam += weights * tl.where(gradients < 0, 0.0, gradients)
+    o_map = (image * L + word64)[:, None] * N + n[None, :]
+    tl.store(p_map + o_map, cam / H, mask=m_words[:, None] & m_keys[None, :])

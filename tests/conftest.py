@@ -1,0 +1,34 @@
+"""Fixtures that every test may use."""
+
+import os
+import random
+
+# cuBLAS is deterministic only with a fixed workspace, which it reads when it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Every test draws the same numbers, whichever ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Each device of this machine."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def nan_filled_empty():
+    """torch.empty returns NaN, so that a value nobody wrote is seen; operations that are not deterministic raise."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,276 @@
+"""The implementations of focal_itc_loss that stream: accuracy, autograd, compilation, memory, determinism."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_as_accurate, require
+
+from softmask_fast.ops.focal_itc import cpp, focal_itc_loss, streamed
+
+IMPLEMENTATIONS = ("cpp", "streamed")
+NAMES = ("loss", "grad image", "grad text", "grad image_keys", "grad text_keys", "grad temperature")
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request):
+    require("focal_itc", request.param, torch.device("cpu"), torch.float32, 16)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles that divide nothing, so that every test crosses their borders."""
+    for module in (cpp, streamed):
+        monkeypatch.setattr(module, "TILE_ROWS", 16)
+        monkeypatch.setattr(module, "TILE_KEYS", 24)
+
+
+def inputs(batch, keys, width, dtype, scale=1.0):
+    """image, text, image_keys, text_keys, teacher_image, teacher_text; texts partly agree with their images."""
+    generator = torch.Generator().manual_seed(batch + keys)
+
+    def draw(rows):
+        return torch.randn(rows, width, generator=generator, dtype=torch.float64)
+
+    image, image_keys, text_keys = draw(batch), draw(keys), draw(keys)
+    text = image + draw(batch)
+    image_keys[:batch], text_keys[:batch] = image + 0.5 * draw(batch), text + 0.5 * draw(batch)
+    teachers = image_keys[:batch].clone(), text_keys[:batch].clone()
+    unit = (F.normalize(tensor, dim=1) for tensor in (image, text, image_keys, text_keys, *teachers))
+    return [(tensor * scale).to(dtype) for tensor in unit]
+
+
+def run(impl, tensors, dtype, temperature, row_weights=None, **keywords):
+    """loss per row, gradients and statistics, computed in ``dtype`` from the values of ``tensors``."""
+    leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors[:4]]
+    teachers = [tensor.to(dtype) for tensor in tensors[4:]]
+    tau = torch.tensor(temperature).to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    loss, stats = focal_itc_loss(
+        *leaves, temperature=tau, teacher_image=teachers[0], teacher_text=teachers[1], reduction="none",
+        return_stats=True, impl=impl, **keywords,
+    )  # fmt: skip
+    (loss * torch.linspace(0.5, 1.5, loss.shape[0], dtype=loss.dtype)).sum().backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves), tau.grad], stats
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 2.5, 3.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("positives", ["offset", "mean", "any"])
+@pytest.mark.parametrize("temperature", [0.2, 0.001])
+def test_as_accurate_as_pytorch(impl, gamma, alpha, positives, temperature):
+    batch, keys = 45, 83
+    tensors = inputs(batch, keys, 24, torch.float32)
+    keywords = {"gamma": gamma, "alpha": alpha, "seed": 3}
+    if positives == "offset":
+        keywords["row_offset"] = 7
+    else:
+        ids = torch.arange(batch) % 19
+        key_ids = torch.cat([ids, torch.arange(keys - batch) % 30])
+        keywords |= {"positives": positives, "ids": ids, "key_ids": key_ids}
+    actual, stats = run(impl, tensors, torch.float32, temperature, **keywords)
+    baseline, _ = run("reference", tensors, torch.float32, temperature, **keywords)
+    truth, true_stats = run("reference", tensors, torch.float64, temperature, **keywords)
+    for name, *results in zip(NAMES, actual, baseline, truth, strict=True):
+        assert_as_accurate(*results, torch.float32, name)
+    for name, value, expected in zip(stats._fields, stats, true_stats, strict=True):
+        if "negative" in name:
+            assert torch.equal(value, expected), name
+        else:  # a product rounded to float32 is off by 1e-7, so p by 1e-7 / temperature
+            torch.testing.assert_close(value, expected.float(), rtol=1e-6 / temperature, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(impl, dtype):
+    require("focal_itc", impl, torch.device("cpu"), dtype, 24)
+    tensors = inputs(33, 50, 24, dtype)
+    actual, _ = run(impl, tensors, dtype, 0.07, alpha=0.4)
+    baseline, _ = run("reference", tensors, dtype, 0.07, alpha=0.4)
+    truth, _ = run("reference", tensors, torch.float64, 0.07, alpha=0.4)
+    for name, *results in zip(NAMES, actual, baseline, truth, strict=True):
+        assert results[0].dtype == results[1].dtype
+        if dtype == torch.float64:  # the truth is of this dtype as well
+            torch.testing.assert_close(results[0], results[2], rtol=1e-12, atol=1e-12)
+            continue
+        assert_as_accurate(*results, torch.float32 if results[0].dim() < 2 else dtype, name)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16), (1, 9, 16), (3, 3, 5), (17, 25, 1), (16, 24, 33), (2, 49, 130)])
+@pytest.mark.parametrize("gamma", [2.0, 1.5])
+def test_odd_sizes(impl, shape, gamma):
+    tensors = inputs(*shape, torch.float32)
+    actual, stats = run(impl, tensors, torch.float32, 0.1, gamma=gamma, alpha=0.4)
+    baseline, _ = run("reference", tensors, torch.float32, 0.1, gamma=gamma, alpha=0.4)
+    truth, true_stats = run("reference", tensors, torch.float64, 0.1, gamma=gamma, alpha=0.4)
+    for name, *results in zip(NAMES, actual, baseline, truth, strict=True):
+        assert_as_accurate(*results, torch.float32, name)
+    assert torch.equal(stats.image_hard_negative, true_stats.image_hard_negative)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("case", ["saturated", "p to 0", "equal keys", "outliers"])
+def test_extremes(impl, case, gamma):
+    """p -> 1 for rows, teachers and targets alike; p -> 0 at the target; all keys equal; logits 20 times too large."""
+    width = 64 if case == "saturated" else 24  # many rows equally saturated, so that no single product decides
+    tensors = inputs(64, 80, width, torch.float32, scale=20.0 if case == "outliers" else 1.0)
+    if case == "saturated":
+        tensors[2][:64], tensors[3][:64] = tensors[1], tensors[0]
+        tensors[4], tensors[5] = tensors[0], tensors[1]
+    if case == "p to 0":
+        tensors[2][:64], tensors[3][:64] = -tensors[1], -tensors[0]
+    if case == "equal keys":
+        tensors[2], tensors[3] = (keys[:1].expand(80, width).clone() for keys in tensors[2:4])
+    temperature = 0.05 if case == "saturated" else 0.07
+    actual, stats = run(impl, tensors, torch.float32, temperature, gamma=gamma, alpha=0.4)
+    baseline, _ = run("reference", tensors, torch.float32, temperature, gamma=gamma, alpha=0.4)
+    truth, _ = run("reference", tensors, torch.float64, temperature, gamma=gamma, alpha=0.4)
+    for name, *results in zip(NAMES, actual, baseline, truth, strict=True):
+        assert bool(results[0].isfinite().all()), name
+        assert_as_accurate(*results, torch.float32, name)
+    assert all(bool(statistic.isfinite().all()) for statistic in stats)
+
+
+def test_strided_inputs(impl):
+    tensors = inputs(18, 40, 24, torch.float32)
+    strided = [tensor.T.contiguous().T for tensor in tensors]
+    padded = [F.pad(tensor, (0, 3))[:, :24] for tensor in tensors]
+    expected, _ = run(impl, tensors, torch.float32, 0.1, alpha=0.4)
+    for changed in (strided, padded):
+        actual, _ = run(impl, changed, torch.float32, 0.1, alpha=0.4)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_clip_keys_get_both_gradients(impl):
+    """Keys that default to the batch: each feature is a row and a key."""
+    image, text = inputs(37, 37, 24, torch.float32)[:2]
+    results = []
+    for name, dtype in ((impl, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (image, text)]
+        loss = focal_itc_loss(*leaves, temperature=0.05, impl=name)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for name, *values in zip(("loss", "image", "text"), *results, strict=True):
+        assert_as_accurate(*values, torch.float32, name)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (2,), (4,), (0, 3), (1, 4)])
+def test_each_subset_of_gradients(impl, wanted):
+    tensors = inputs(19, 30, 24, torch.float32)
+
+    def gradients(chosen):
+        values = [*(tensor.clone() for tensor in tensors[:4]), torch.tensor(0.1)]
+        leaves = [values[i].requires_grad_() for i in chosen]
+        loss = focal_itc_loss(*values[:4], temperature=values[4], impl=impl)
+        return torch.autograd.grad(loss, leaves)
+
+    everything = gradients(range(5))
+    torch.testing.assert_close(gradients(wanted), tuple(everything[i] for i in wanted), rtol=0, atol=0)
+
+
+def test_bitwise_reproducible(impl, nan_filled_empty):
+    tensors = inputs(50, 90, 24, torch.float32)
+    first, first_stats = run(impl, tensors, torch.float32, 0.05, alpha=0.4)
+    second, second_stats = run(impl, tensors, torch.float32, 0.05, alpha=0.4)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(first_stats, second_stats, strict=True))
+    assert all(bool(tensor.isfinite().all()) for tensor in first)
+
+
+def operator_arguments(impl, dtype, ids):
+    image, _, _, text_keys, teacher, _ = inputs(18, 30, 24, dtype)
+    temperature = torch.tensor(0.1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    row_ids = torch.arange(18) % 5 if ids else None
+    key_ids = torch.arange(30) % 6 if ids else None
+    options = (2.0, 0.4, False, 0, True, 0, 30, 1, 0, impl)
+    leaves = (image.requires_grad_(), text_keys.requires_grad_(), temperature.requires_grad_())
+    return (*leaves, teacher, row_ids, key_ids, *options)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_opcheck(impl, ids):
+    arguments = operator_arguments(impl, torch.float32, ids)
+    torch.library.opcheck(torch.ops.softmask_fast.focal_itc.default, arguments)
+    with torch.no_grad():
+        loss, row_state, dominant, _, _ = torch.ops.softmask_fast.focal_itc(*arguments)
+    for wants in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        torch.library.opcheck(
+            torch.ops.softmask_fast.focal_itc_backward.default,
+            (
+                torch.ones_like(loss), *(argument.detach() for argument in arguments[:4]), *arguments[4:6], row_state,
+                dominant, *wants, *arguments[6:],
+            ),
+        )  # fmt: skip
+
+
+def test_compiles_as_one_graph(impl):
+    tensors = inputs(18, 30, 24, torch.float32)
+    ids, key_ids = torch.arange(18) % 5, torch.arange(30) % 6
+
+    def step(image, text, image_keys, text_keys, temperature, alpha, seed):
+        loss, stats = focal_itc_loss(
+            image, text, image_keys, text_keys, temperature=temperature, teacher_image=tensors[4],
+            teacher_text=tensors[5], alpha=alpha, ids=ids, key_ids=key_ids, return_stats=True, seed=seed, impl=impl,
+        )  # fmt: skip
+        return loss, stats.image_accuracy, stats.text_hard_negative
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for alpha, seed in ((0.4, 0), (0.3, 1), (0.2, 2)):
+        results = []
+        for function in (step, compiled):
+            leaves = [
+                *(tensor.clone().requires_grad_() for tensor in tensors[:4]),
+                torch.tensor(0.1, requires_grad=True),
+            ]
+            loss, accuracy, negatives = function(*leaves, alpha, seed)
+            results.append((loss.detach(), accuracy, negatives, *torch.autograd.grad(loss, leaves)))
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_second_derivatives_are_refused(impl):
+    image, text = (tensor.requires_grad_() for tensor in inputs(8, 8, 24, torch.float32)[:2])
+    loss = focal_itc_loss(image, text, temperature=0.1, impl=impl)
+    (grad,) = torch.autograd.grad(loss, image, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        grad.sum().backward()
+
+
+def test_id_without_key_raises(impl):
+    image, text, image_keys, text_keys = inputs(8, 20, 24, torch.float32)[:4]
+    with pytest.raises(ValueError, match=r"key_ids: expected a key .* got none for ids\[7\] = 7"):
+        focal_itc_loss(
+            image, text, image_keys, text_keys, temperature=0.1, ids=torch.arange(8), key_ids=torch.arange(20) % 7,
+            impl=impl,
+        )  # fmt: skip
+
+
+def test_autocast_changes_nothing(impl):
+    tensors = inputs(18, 30, 24, torch.float32)
+    expected, _ = run(impl, tensors, torch.float32, 0.05, alpha=0.4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, _ = run(impl, tensors, torch.float32, 0.05, alpha=0.4)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
+PEAK = """
+import resource, sys, torch
+from softmask_fast.ops.focal_itc import focal_itc_loss
+def step(batch, keys, width=32):
+    torch.manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(batch, width), dim=1).requires_grad_() for _ in range(2))
+    queue = torch.nn.functional.normalize(torch.randn(keys, width), dim=1).requires_grad_()
+    loss, _ = focal_itc_loss(image, text, queue, queue, temperature=0.1, alpha=0.4, teacher_image=image.detach(),
+                             teacher_text=text.detach(), ids=torch.arange(batch), key_ids=torch.arange(keys),
+                             return_stats=True, impl=sys.argv[1])
+    loss.backward()
+step(64, 128)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(2048, 16384)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_nothing_of_the_size_of_the_logits_is_allocated(impl):
+    """One (B, M) float32 matrix is 128 MiB here; inputs, gradients and tiles together take less than half of that."""
+    process = subprocess.run([sys.executable, "-c", PEAK, impl], capture_output=True, text=True, check=True)
+    assert float(process.stdout) < 64

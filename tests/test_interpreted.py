@@ -1,0 +1,22 @@
+"""The Triton kernels on the CPU: their cases of the other tests, in a process where Triton interprets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are tested on the GPU")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets")
+@pytest.mark.parametrize("file", ["test_word_mask.py", "test_soft_masked_attention.py"])
+def test_kernels_in_the_interpreter(file):
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton or on_a_gpu", "-p", "no:cacheprovider", file]
+    run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout and "cannot run 'triton'" not in run.stdout
