@@ -1,0 +1,411 @@
+"""The training loader: an endless stream of batches in keyed order that survives bad samples and resumes exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from softmask_fast.data.captions import CaptionSource
+from softmask_fast.data.distort import DistortionConfig, DistortionPipeline, draw_parameters
+from softmask_fast.data.images import MAX_PIXELS, BadSample, ImageFacts, check_image, convert_image
+from softmask_fast.data.randomness import hash_names, keyed_generator, visiting_order
+from softmask_fast.data.text_masking import TextMasker
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 10  # bad samples named in the error
+_SEARCHED = 1000  # further samples looked at to find them
+
+
+class BadDataError(RuntimeError):
+    """More samples cannot be used than `max_bad_fraction` allows."""
+
+
+@dataclass
+class Batch:
+    """One batch, all tensors on the loader's device. L is the length of the longest caption in the batch."""
+
+    pixels: torch.Tensor  # (B, 3, size, size) float32, normalised
+    input_ids: torch.Tensor  # (B, L) int64, the clean caption: [CLS] ... [SEP] [PAD]
+    masked_ids: torch.Tensor  # (B, L) int64, the caption after masking
+    attention_mask: torch.Tensor  # (B, L) bool, True = token
+    mlm_positions: torch.Tensor  # (P,) int64, flat positions in (B * L) of the masked tokens
+    mlm_labels: torch.Tensor  # (P,) int64, the original ids there
+    word_index: torch.Tensor  # (B,) int64, token position of one random word
+    ids: torch.Tensor  # (B,) int64, identity of the image
+    keys: list[str]
+
+
+@dataclass
+class _Prepared:
+    """One visit to a sample that can be used: everything but its pixels."""
+
+    index: int
+    key: str
+    epoch: int
+    image: bytes | np.ndarray
+    caption: str
+    parameters: dict[str, np.ndarray]
+    skipped_captions: int
+
+
+@dataclass
+class _Progress:
+    """Where the stream stands after a batch: what `state_dict` keeps."""
+
+    epoch: int = 0
+    position: int = 0  # in this rank's order of the epoch
+    truncated_captions: int = 0
+    skipped_captions: int = 0
+
+
+@dataclass
+class _Selection:
+    """The samples of the next batch, and where the stream stands behind them."""
+
+    progress: _Progress
+    samples: list[_Prepared] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)  # found on the way
+
+
+class PretrainingLoader:
+    """Endless iterator over batches of this rank.
+
+    Every epoch has its own order over the whole source; rank r takes the places r, r + world_size, ... of it. A bad
+    sample is skipped and the next one takes its place; a batch may reach over the end of an epoch. Images are read and
+    checked by threads ahead of time, and DALI works on the next batch while the caller trains on this one.
+    """
+
+    def __init__(
+        self,
+        source: CaptionSource,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        batch_size: int,
+        image_size: int,
+        distortions: DistortionConfig,
+        max_tokens: int,
+        mask_probability: float = 0.15,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        max_bad_fraction: float = 0.01,
+        max_pixels: int = MAX_PIXELS,
+        num_threads: int | None = None,
+    ):
+        """max_tokens: longest caption, with [CLS] and [SEP]; max_bad_fraction: of this rank's share of the source;
+        max_pixels: largest image, width times height; num_threads: for checking images and for DALI each (default: the
+        cores of this process, shared among the ranks of this machine, at most 16).
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if max_tokens < 3:
+            raise ValueError(f"max_tokens must be at least 3 ([CLS], a word piece, [SEP]), got {max_tokens}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
+        if len(source) < world_size:
+            raise ValueError(f"source has {len(source)} samples, too few for world_size {world_size}")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction must be in [0, 1], got {max_bad_fraction}")
+        self.source, self.tokenizer, self.batch_size, self.image_size = source, tokenizer, batch_size, image_size
+        self.distortions, self.max_tokens, self.seed = distortions, max_tokens, seed
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.max_bad_fraction, self.max_pixels = max_bad_fraction, max_pixels
+        self.num_threads = default_threads() if num_threads is None else num_threads
+        self.bad: dict[str, str] = {}  # key -> reason, in the order in which they were met
+
+        self._share = len(range(rank, len(source), world_size))  # samples of this rank in one epoch
+        self._masker = TextMasker(tokenizer, mask_probability)
+        self._hashes = hash_names(source.keys)
+        self._fingerprint = hashlib.blake2b(self._hashes.tobytes(), digest_size=8).hexdigest()
+        self._facts = np.zeros(len(source), [("width", np.int32), ("height", np.int32), ("convert", bool)])
+        self._pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="softmask-data")
+        self._closed = False
+        self._progress = _Progress()
+        self._visits: deque[tuple[int, int, int, Future[_Prepared]]] = deque()
+        self._restart()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """Raises BadDataError when too many samples are bad."""
+        if self._closed:
+            raise ValueError("the loader is closed")
+        if self._failure is not None:
+            raise self._failure
+        current, pixels = self._take()
+        batch = self._collate(current, pixels)
+        self.bad.update(current.bad)
+        self._progress = current.progress
+        with suppress(BadDataError):  # the batch at hand is good: the error is due at the next call
+            self._schedule(self._select(current.progress))
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the source so far."""
+        return self._progress.epoch + self._progress.position / self._share
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Of this rank, when no sample is bad; the stream itself has no such border."""
+        return max(1, self._share // self.batch_size)
+
+    @property
+    def truncated_captions(self) -> int:
+        """Visits so far whose caption was cut to `max_tokens`."""
+        return self._progress.truncated_captions
+
+    @property
+    def skipped_captions(self) -> int:
+        """Captions without a word that were left out beside good ones, counted at every visit to their image."""
+        return self._progress.skipped_captions
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the last batch returned; JSON-able."""
+        return {**asdict(self._progress), "bad": dict(self.bad), **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues behind the batch after which `state` was taken, bit-identically.
+
+        Raises ValueError when the state belongs to another source or seed. With another number of ranks the stream
+        continues at about the same place of the epoch, which is logged.
+        """
+        own = self._identity()
+        for name in ("source", "seed"):
+            if state[name] != own[name]:
+                raise ValueError(
+                    f"state: was taken with another {name} ({state[name]}, now {own[name]}); "
+                    f"continue with the same data and seed, or start the data anew without this state"
+                )
+        progress = _Progress(**{name: state[name] for name in _Progress.__dataclass_fields__})
+        if state["world_size"] != self.world_size:
+            progress.position = progress.position * state["world_size"] // self.world_size
+            logger.warning(
+                "the data state is of %d ranks, now there are %d: continuing near the same place of epoch %d",
+                state["world_size"], self.world_size, progress.epoch,
+            )  # fmt: skip
+        self._progress, self.bad = progress, dict(state["bad"])
+        self._restart()
+
+    def close(self) -> None:
+        """Ends the threads and frees the pipeline."""
+        if not self._closed:
+            self._closed = True
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            del self._pipeline
+
+    def __enter__(self) -> PretrainingLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _identity(self) -> dict[str, Any]:
+        return {"source": f"{len(self.source)}-{self._fingerprint}", "seed": self.seed, "world_size": self.world_size}
+
+    def _restart(self) -> None:
+        """Forgets what was prepared ahead and goes back to behind the last batch returned."""
+        for *_, future in self._visits:
+            future.cancel()
+        self._known_bad = dict(self.bad)
+        self._places = self._walk(self._progress.epoch, self._progress.position)
+        self._visits.clear()
+        self._scheduled: _Selection | None = None
+        self._failure: BadDataError | None = None
+        self._pipeline = DistortionPipeline(
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            encoded=self.source.encoded,
+            arguments=self.distortions.arguments(),
+            device=self.device,
+            num_threads=self.num_threads,
+        )
+
+    def _walk(self, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
+        """(epoch, position, index) of this rank's samples, without end."""
+        while True:
+            order = visiting_order(self._hashes, self.seed, epoch)[self.rank :: self.world_size]
+            for place in range(position, len(order)):
+                yield epoch, place, int(order[place])
+            epoch, position = epoch + 1, 0
+
+    def _next_visit(self) -> tuple[int, int, int, Future[_Prepared]]:
+        """The next sample in order; keeps the threads busy with those behind it."""
+        while len(self._visits) < 2 * self.batch_size:
+            epoch, position, index = next(self._places)
+            self._visits.append((epoch, position, index, self._pool.submit(self._prepare, epoch, index)))
+        return self._visits.popleft()
+
+    def _prepare(self, epoch: int, index: int) -> _Prepared:
+        """Runs in a thread. Raises BadSample."""
+        key = self.source.keys[index]
+        if key in self._known_bad:
+            raise BadSample(self._known_bad[key])
+        sample = self.source.read(index)
+        facts = self._check(index, sample.image)
+        image = convert_image(sample.image) if facts.convert else sample.image
+        choice = keyed_generator(self.seed, epoch, key, "caption").integers(len(sample.captions))
+        generator = keyed_generator(self.seed, epoch, key, "image")
+        parameters = draw_parameters(self.distortions, generator, facts.width, facts.height, self.image_size)
+        return _Prepared(index, key, epoch, image, sample.captions[choice], parameters, sample.skipped_captions)
+
+    def _check(self, index: int, image: bytes | np.ndarray) -> ImageFacts:
+        """Decodes an image in full at its first visit only."""
+        found = self._facts[index]
+        if found["width"]:
+            return ImageFacts(int(found["width"]), int(found["height"]), bool(found["convert"]))
+        facts = check_image(image, self.max_pixels)
+        self._facts[index] = (facts.width, facts.height, facts.convert)
+        return facts
+
+    def _select(self, progress: _Progress) -> _Selection:
+        """The next `batch_size` good samples behind `progress`."""
+        selection = _Selection(replace(progress))
+        bad_in_a_row = 0
+        while len(selection.samples) < self.batch_size:
+            epoch, position, index, future = self._next_visit()
+            selection.progress.epoch, selection.progress.position = epoch, position + 1
+            try:
+                prepared = future.result()
+            except BadSample as error:
+                bad_in_a_row += 1
+                self._note_bad(self.source.keys[index], str(error), selection, epoch)
+                if bad_in_a_row >= self._share:
+                    raise self._fail("no sample of this rank can be used") from error
+                continue
+            bad_in_a_row = 0
+            selection.samples.append(prepared)
+            selection.progress.skipped_captions += prepared.skipped_captions
+        return selection
+
+    def _note_bad(self, key: str, reason: str, selection: _Selection, epoch: int) -> None:
+        if key in self._known_bad:
+            return
+        self._known_bad[key] = selection.bad[key] = reason
+        logger.warning("skipped %s: %s", key, reason)
+        # over the epochs a rank meets ever more of the source
+        met = min(len(self.source), self._share * (epoch + 1))
+        limit = int(self.max_bad_fraction * met + 1e-9)
+        if len(self._known_bad) > limit:
+            self._search_bad()
+            raise self._fail(
+                f"more than {limit} of {met} samples cannot be used (max_bad_fraction {self.max_bad_fraction:g})"
+            )
+
+    def _search_bad(self) -> None:
+        """Looks through some samples more, so that the error can name ten."""
+        for _ in range(min(_SEARCHED, self._share)):
+            if len(self._known_bad) >= _NAMED:
+                return
+            _, _, index, future = self._next_visit()
+            if isinstance(error := future.exception(), BadSample):
+                self._known_bad.setdefault(self.source.keys[index], str(error))
+
+    def _fail(self, what: str) -> BadDataError:
+        """The error that this and every later call raises."""
+        self.bad.update(self._known_bad)
+        first = "\n".join(f"  {key}: {reason}" for key, reason in list(self.bad.items())[:_NAMED])
+        self._failure = BadDataError(f"{what}; {len(self.bad)} bad so far, the first are:\n{first}")
+        return self._failure
+
+    def _schedule(self, selection: _Selection) -> None:
+        self._pipeline.schedule(
+            [sample.image for sample in selection.samples], [sample.parameters for sample in selection.samples]
+        )
+        self._scheduled = selection
+
+    def _take(self) -> tuple[_Selection, torch.Tensor]:
+        """The scheduled batch and its pixels."""
+        while True:
+            if self._scheduled is None:
+                self._schedule(self._select(self._progress))
+            selection, self._scheduled = self._scheduled, None
+            try:
+                return selection, self._pipeline.result()
+            except RuntimeError as error:
+                self._drop_undecodable(selection, error)
+
+    def _drop_undecodable(self, selection: _Selection, error: RuntimeError) -> None:
+        """An image that PIL decodes and DALI does not ended the batch: marks it as bad and goes back to try again."""
+        found = {}
+        for sample in selection.samples:
+            single = DistortionPipeline(
+                image_size=self.image_size, batch_size=1, encoded=self.source.encoded, device=self.device
+            )
+            single.schedule([sample.image])
+            try:
+                single.result()
+            except RuntimeError as reason:
+                found[sample.key] = f"image cannot be decoded by DALI: {str(reason).splitlines()[0]}"
+        if not found:
+            raise error
+        self._restart()
+        for key, reason in found.items():
+            self._note_bad(key, reason, selection, selection.progress.epoch)
+        self.bad.update(found)
+
+    def _collate(self, selection: _Selection, pixels: torch.Tensor) -> Batch:
+        samples = selection.samples
+        captions = []
+        for sample, ids in zip(samples, self._tokenize(selection), strict=True):
+            captions.append((ids, self._masker.mask(ids, keyed_generator(self.seed, sample.epoch, sample.key, "mask"))))
+        length = max(len(ids) for ids, _ in captions)
+        shape = (len(samples), length)
+        input_ids = np.full(shape, self.tokenizer.pad_token_id, np.int64)
+        masked_ids = input_ids.copy()
+        attention_mask = np.zeros(shape, bool)
+        for row, (ids, masked) in enumerate(captions):
+            input_ids[row, : len(ids)] = ids
+            masked_ids[row, : len(ids)] = masked.ids
+            attention_mask[row, : len(ids)] = True
+        positions = [masked.positions + row * length for row, (_, masked) in enumerate(captions)]
+
+        def tensor(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values).to(self.device)
+
+        return Batch(
+            pixels=pixels,
+            input_ids=tensor(input_ids),
+            masked_ids=tensor(masked_ids),
+            attention_mask=tensor(attention_mask),
+            mlm_positions=tensor(np.concatenate(positions)),
+            mlm_labels=tensor(np.concatenate([masked.labels for _, masked in captions])),
+            word_index=tensor(np.array([masked.word_index for _, masked in captions], np.int64)),
+            ids=tensor(self.source.image_ids[[sample.index for sample in samples]]),
+            keys=[sample.key for sample in samples],
+        )
+
+    def _tokenize(self, selection: _Selection) -> list[np.ndarray]:
+        """[CLS] ... [SEP] of each caption, at most `max_tokens` long; counts those that are cut."""
+        encoded = self.tokenizer(
+            [sample.caption for sample in selection.samples], add_special_tokens=False, verbose=False
+        )
+        rows = []
+        for sample, ids in zip(selection.samples, encoded["input_ids"], strict=True):
+            room = self.max_tokens - 2
+            if len(ids) > room:
+                selection.progress.truncated_captions += 1
+                logger.info("caption of %s cut from %d to %d tokens", sample.key, len(ids) + 2, self.max_tokens)
+            rows.append(np.array([self.tokenizer.cls_token_id, *ids[:room], self.tokenizer.sep_token_id], np.int64))
+        return rows
+
+
+def default_threads() -> int:
+    """The cores of this process, shared among the ranks of this machine; at most 16."""
+    # torchrun sets the first name, the DeepSpeed launcher the second
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return max(1, min(16, len(os.sched_getaffinity(0)) // ranks))

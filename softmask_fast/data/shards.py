@@ -1,0 +1,142 @@
+"""WebDataset shards: local tar files, indexed once by their headers and read by offset; nothing is unpacked to disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from softmask_fast.data.captions import Phrase, Sample, distinct_keys, parse_phrases, relative_names, usable_captions
+from softmask_fast.data.images import BadSample
+from softmask_fast.data.randomness import identities
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+CAPTION_EXTENSIONS = ("json", "txt")
+# recognised only so that the sample is named as bad, with this as the reason
+UNSUPPORTED_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "heic", "jp2", "svg")
+
+
+@dataclass
+class Entry:
+    """One sample: where its members lie in the shard."""
+
+    shard: str
+    name: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension -> offset, size in bytes
+
+
+class ShardSource:
+    """Samples of tar files: `name.jpg` (.jpeg, .png, .webp) beside `name.json` or `name.txt`.
+
+    JSON: {"captions": [...]} or {"caption": "..."}, optionally "phrases"; text: one caption per line. Keys are
+    "shard/name", the shard as seen from the folder of them all, with "#2" behind the second of the same.
+    """
+
+    encoded = True
+
+    def __init__(self, shards: Sequence[Path]):
+        self._entries = [entry for shard in shards for entry in index_shard(shard)]
+        if not self._entries:
+            raise ValueError(f"data: no samples in {len(shards)} shards, the first is {shards[0]}")
+        paths = [os.path.abspath(shard) for shard in shards]
+        names = dict(zip(map(str, shards), relative_names(paths), strict=True))
+        self.keys = distinct_keys(
+            [f"{names[entry.shard].removesuffix('.tar')}/{entry.name}" for entry in self._entries]
+        )
+        self.image_ids = identities(self.keys)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read(self, index: int) -> Sample:
+        entry = self._entries[index]
+        image = next((extension for extension in IMAGE_EXTENSIONS if extension in entry.members), None)
+        if image is None:
+            raise BadSample(f"no .jpg, .jpeg, .png or .webp file; there is {', '.join(entry.members)}")
+        captions, skipped, phrases = self._read_captions(entry)
+        return Sample(self.keys[index], self._read_member(entry, image), captions, phrases, skipped)
+
+    def _read_captions(self, entry: Entry) -> tuple[list[str], int, list[Phrase]]:
+        if "json" in entry.members:
+            try:
+                content = json.loads(self._read_member(entry, "json"))
+            except (ValueError, RecursionError) as error:
+                raise BadSample(f"invalid .json: {error}") from error
+            if not isinstance(content, dict):
+                raise BadSample(f".json must be an object, got {type(content).__name__}")
+            name = "captions" if "captions" in content else "caption"
+            if name in content:
+                captions, skipped = usable_captions(content[name], f'"{name}"')
+                return captions, skipped, parse_phrases(content.get("phrases", []))
+            if "txt" not in entry.members:
+                raise BadSample('no "captions" in the .json file')
+        if "txt" not in entry.members:
+            raise BadSample("no caption file (.json or .txt)")
+        try:
+            lines = self._read_member(entry, "txt").decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise BadSample(f".txt is not UTF-8: {error}") from error
+        captions, skipped = usable_captions([line for line in lines if line.strip()], ".txt")
+        return captions, skipped, []
+
+    def _read_member(self, entry: Entry, extension: str) -> bytes:
+        offset, size = entry.members[extension]
+        try:
+            with open(entry.shard, "rb", buffering=0) as file:
+                content = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise BadSample(f"shard cannot be read: {error}") from error
+        if len(content) < size:
+            raise BadSample(f"the shard ends inside its .{extension} file ({len(content)} of {size} bytes)")
+        return content
+
+
+def index_shard(shard: Path) -> Iterator[Entry]:
+    """The samples of one tar file, in its order. Raises ValueError when it is no tar file or is damaged."""
+    entry, others = None, 0
+    for member in _members(shard):
+        folder, _, file_name = member.name.removeprefix("./").rpartition("/")
+        stem, _, extension = file_name.partition(".")
+        name, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
+        known = extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS + UNSUPPORTED_EXTENSIONS
+        if not (member.isfile() and known and stem):  # no stem: a hidden file
+            others += 1
+            continue
+        if entry is None or entry.name != name or extension in entry.members:
+            if entry is not None:
+                yield entry
+            entry = Entry(str(shard), name)
+        entry.members[extension] = (member.offset_data, member.size)
+    if entry is not None:
+        yield entry
+    if others:
+        logger.info("%s: %d members are neither images nor captions", shard, others)
+
+
+def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
+    size = os.path.getsize(shard)
+    try:
+        with tarfile.open(shard, "r:", encoding="utf-8", errors="backslashreplace") as archive:
+            try:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # tarfile keeps all it has seen
+                    yield member
+            except tarfile.ReadError:
+                if archive.offset <= size:
+                    raise
+                # reading that one file fails, which makes its sample a bad one
+                logger.warning("%s is cut off inside its last file, at byte %d", shard, size)
+                return
+            # tarfile stops silently at a header it cannot read
+            archive.fileobj.seek(archive.offset)
+            block = archive.fileobj.read(tarfile.BLOCKSIZE)
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset} of {size}")
+    except tarfile.ReadError as error:
+        raise ValueError(f"data: {shard} is not a readable tar file (uncompressed): {error}") from error

@@ -1,0 +1,64 @@
+"""BERT's masking of word pieces, and the choice of the word that drives the soft mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+REPLACE_BY_MASK = 0.8  # BERT: 80 % [MASK], 10 % a random word piece, 10 % unchanged
+REPLACE_BY_RANDOM = 0.1
+
+
+@dataclass(frozen=True)
+class MaskedCaption:
+    """One caption after masking; positions count tokens from [CLS] = 0."""
+
+    ids: np.ndarray  # (L,) int64
+    positions: np.ndarray  # (P,) int64, ascending: the word pieces to predict
+    labels: np.ndarray  # (P,) int64: the original ids there
+    word_index: int  # first word piece of the chosen word
+
+
+class TextMasker:
+    """Masks the captions of one tokeniser."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, mask_probability: float = 0.15):
+        if not 0 <= mask_probability <= 1:
+            raise ValueError(f"mask_probability must be in [0, 1], got {mask_probability}")
+        self.mask_probability = mask_probability
+        self._mask_id = tokenizer.mask_token_id
+        pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        special = np.zeros(len(pieces), bool)
+        special[tokenizer.all_special_ids] = True
+        self._special = special  # (V,) bool
+        self._ordinary_ids = np.flatnonzero(~special)
+        # punctuation is masked like any word piece, but it is no word that an image could show
+        self._word_start = ~special & [
+            not piece.startswith("##") and any(letter.isalnum() for letter in piece) for piece in pieces
+        ]
+
+    def mask(self, ids: np.ndarray, generator: np.random.Generator) -> MaskedCaption:
+        """Masks one caption, ids (L,) int64 with its special tokens and without padding.
+
+        Each word piece is chosen with `mask_probability`, at least one where there is any (none when the probability is
+        0). The word is one that was not chosen, where there is one; in a caption without a known word it is the first
+        token behind [CLS].
+        """
+        candidates = np.flatnonzero(~self._special[ids])
+        chosen = candidates[generator.random(len(candidates)) < self.mask_probability]
+        if len(chosen) == 0 and len(candidates) and self.mask_probability > 0:
+            chosen = candidates[generator.integers(len(candidates), size=1)]
+        masked = ids.copy()
+        kind = generator.random(len(chosen))
+        masked[chosen[kind < REPLACE_BY_MASK]] = self._mask_id
+        random = chosen[(kind >= REPLACE_BY_MASK) & (kind < REPLACE_BY_MASK + REPLACE_BY_RANDOM)]
+        masked[random] = self._ordinary_ids[generator.integers(len(self._ordinary_ids), size=len(random))]
+
+        words = np.flatnonzero(self._word_start[ids])
+        words = words if len(words) else candidates
+        unmasked = np.setdiff1d(words, chosen, assume_unique=True)
+        words = unmasked if len(unmasked) else words
+        word_index = int(words[generator.integers(len(words))]) if len(words) else min(1, len(ids) - 1)
+        return MaskedCaption(masked, chosen, ids[chosen], word_index)
