@@ -1,0 +1,281 @@
+"""Configuration: four flat dataclasses, their presets and their parser.
+
+Every field is a command line flag (`--batch_size 64`, `--soft_mask false`) and a key of a YAML or JSON file
+(`--config run.yaml`). A flag wins over the file, the file over the preset, the preset over the defaults below, which
+are those of the paper.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelConfig:
+    """Sizes and starting weights of the vision-language model."""
+
+    image_size: int = option(256, "Side of the square input image in pixels.")
+    vision_model: str = option("vit_base_patch16_224", "Name of a timm vision transformer.")
+    vision_patch_size: int | None = option(None, "Patch side in pixels; default: the model's.")
+    vision_width: int | None = option(None, "Width of the image tokens; default: the model's.")
+    vision_depth: int | None = option(None, "Number of blocks; default: the model's.")
+    vision_heads: int | None = option(None, "Number of heads; default: the model's.")
+    vision_weights: str = option("timm", "'timm' (its pretrained weights), a .safetensors or .pth file, or 'random'.")
+    text_width: int = option(768, "Width of the text and fusion layers.")
+    text_heads: int = option(12, "Heads of the text and fusion layers.")
+    text_layers: int = option(6, "Number of text-only layers.")
+    fusion_layers: int = option(6, "Number of layers that attend to the image.")
+    text_weights: str = option(
+        "google-bert/bert-base-uncased",
+        "A BERT on the hub or in a local folder, or 'random'. Its first layers become the text "
+        "encoder, the next ones the fusion encoder; cross-attention always starts at random.",
+    )
+    vocab_size: int = option(30522, "Size of a trained vocabulary; else the tokenizer's.")
+    max_tokens: int = option(30, "Longest caption in tokens, [CLS] and [SEP] included.")
+    embed_dim: int = option(256, "Width of the contrastive projection.")
+    hidden_dropout: float = option(0.1, "Dropout on the hidden states of text and fusion.")
+    soft_mask_layer: int = option(2, "Fusion layer (0 = first) whose Grad-CAM makes the mask.")
+
+    def __post_init__(self) -> None:
+        for name in (
+            "image_size",
+            "text_width",
+            "text_heads",
+            "text_layers",
+            "fusion_layers",
+            "embed_dim",
+            "vocab_size",
+        ):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.max_tokens >= 3, "max_tokens", "at least 3 ([CLS], one token, [SEP])", self.max_tokens)
+        _require(
+            self.text_width % self.text_heads == 0,
+            "text_width",
+            f"a multiple of text_heads={self.text_heads}",
+            self.text_width,
+        )
+        _require(0 <= self.hidden_dropout < 1, "hidden_dropout", "in [0, 1)", self.hidden_dropout)
+        # After the last layer [CLS] alone is read, so no word's attention there has a gradient.
+        _require(
+            0 <= self.soft_mask_layer < self.fusion_layers - 1,
+            "soft_mask_layer",
+            f"below the last of fusion_layers={self.fusion_layers}, counted from 0",
+            self.soft_mask_layer,
+        )
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is learned. `soft_mask`, `focal_gamma`, and `masked_captions` with the distortions are the paper's parts."""
+
+    soft_mask: bool = option(True, "Text-driven soft masks: one more matched pair for ITM.")
+    focal_gamma: float = option(2.0, "Focal exponent of the contrastive loss; 0 switches it off.")
+    masked_captions: bool = option(True, "The masked caption is the text that ITC, ITM and MLM see (else MLM alone).")
+    itc_weight: float = option(1.0, "Weight of image-text contrast; 0 switches it off.")
+    itm_weight: float = option(1.0, "Weight of image-text matching; 0 switches it off.")
+    mlm_weight: float = option(1.0, "Weight of masked language modelling; 0 switches it off.")
+    mask_probability: float = option(0.15, "Share of the word pieces that are masked.")
+    temperature: float = option(0.07, "Contrastive temperature at the start; it is learned.")
+    queue_size: int = option(65536, "Momentum features kept per modality as contrastive keys.")
+    queue_warmup_steps: int = option(0, "Steps before the queued features become keys; see docs/decisions.md.")
+    momentum: float = option(0.995, "Decay of the momentum copy.")
+    distill_alpha: float = option(0.4, "Share of the momentum copy's soft targets.")
+    distill_ramp_steps: int | None = option(None, "Steps to full distill_alpha; default: one epoch.")
+
+    def __post_init__(self) -> None:
+        for name in ("mask_probability", "momentum", "distill_alpha"):
+            _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        for name in ("focal_gamma", "itc_weight", "itm_weight", "mlm_weight", "queue_size", "queue_warmup_steps"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(0.001 <= self.temperature <= 0.5, "temperature", "in [0.001, 0.5]", self.temperature)
+        _require(
+            self.itc_weight + self.itm_weight + self.mlm_weight > 0, "itc_weight", "not all objectives switched off", 0
+        )
+
+
+@dataclass
+class DataConfig:
+    """Where the pairs come from and how the images are distorted."""
+
+    data: str = option(
+        "shapes",
+        "'shapes' (drawn on the fly), WebDataset shards ('cc/{000..331}.tar', a folder, a comma list) "
+        "or ALBEF JSON lists ('coco.json,vg.json').",
+    )
+    eval_data: str | None = option(None, "Held-out pairs evaluated after training; default: unseen shapes for shapes.")
+    eval_size: int = option(256, "How many held-out images the final evaluation takes.")
+    tokenizer: str | None = option(
+        None, "Tokenizer folder or hub name; default: text_weights', or a WordPiece trained on the captions."
+    )
+    crop: bool = option(True, "Random resized crop.")
+    crop_scale: float = option(0.2, "Smallest share of the image's area that a crop keeps.")
+    flip: bool = option(True, "Horizontal flip, half of the time.")
+    rand_augment: bool = option(True, "RandAugment, two operations an image.")
+    colour: bool = option(True, "Brightness, contrast and saturation jitter.")
+    blur: bool = option(True, "Gaussian blur, half of the time.")
+    max_bad_fraction: float = option(0.01, "Share of unreadable samples at which training stops.")
+    data_threads: int | None = option(None, "Threads that read and distort; default: all cores.")
+
+
+@dataclass
+class TrainConfig:
+    """The run: its length, its optimiser, its outputs."""
+
+    output_dir: str | None = option(None, "Default: runs/<preset>-<n>, the next free n.")
+    max_steps: int | None = option(None, "Optimiser steps; overrides epochs.")
+    epochs: float = option(30.0, "Passes over the data.")
+    batch_size: int = option(64, "Pairs per device and forward pass.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.")
+    learning_rate: float = option(1e-4, "Peak learning rate.")
+    final_learning_rate: float = option(1e-5, "Learning rate at the end of the cosine.")
+    warmup_steps: int = option(1000, "Steps of linear warm-up.")
+    weight_decay: float = option(0.02, "AdamW weight decay of matrices.")
+    gradient_clipping: float = option(1.0, "Largest gradient norm; 0 switches clipping off.")
+    bf16: bool | None = option(None, "bfloat16 training; default: on a GPU that has it.")
+    seed: int = option(0, "Seed of the weights, the data order and every distortion.")
+    resume: bool = option(False, "Go on from the newest checkpoint in output_dir.")
+    checkpoint_steps: int = option(1000, "Steps between checkpoints.")
+    keep_checkpoints: int = option(2, "How many of the newest checkpoints stay.")
+    log_steps: int = option(10, "Steps between lines of metrics.jsonl and TensorBoard.")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "checkpoint_steps", "keep_checkpoints", "log_steps"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
+        _require(
+            not self.resume or self.output_dir is not None, "resume", "used together with output_dir", "no output_dir"
+        )
+
+
+@dataclass
+class Config:
+    """Everything that decides a run; stored as config.json in the output folder."""
+
+    preset: str
+    model: ModelConfig
+    objectives: ObjectiveConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.objectives.itm_weight:
+            _require(
+                self.train.batch_size >= 2, "batch_size", "at least 2 (ITM needs another pair)", self.train.batch_size
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# `base` is the paper: the defaults above. The others list what they change.
+PRESETS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "small": {
+        "image_size": 128, "vision_model": "vit_small_patch16_224", "vision_width": 192, "vision_depth": 6,
+        "vision_heads": 3, "vision_weights": "random", "text_weights": "random", "text_width": 192, "text_heads": 3,
+        "text_layers": 2, "fusion_layers": 3, "vocab_size": 4000, "soft_mask_layer": 1, "embed_dim": 128,
+        "rand_augment": False, "crop_scale": 0.5, "eval_size": 1000,
+        "queue_size": 1024, "queue_warmup_steps": 1500, "momentum": 0.99, "distill_ramp_steps": 2000,
+        "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 200, "epochs": 20.0, "checkpoint_steps": 500,
+    },
+    # For `shapes`: a flip makes "left of" wrong, RandAugment moves objects out of the picture or changes their colour.
+    "tiny": {
+        "image_size": 64, "vision_model": "vit_tiny_patch16_224", "vision_patch_size": 8, "vision_width": 128,
+        "vision_depth": 4, "vision_heads": 4, "vision_weights": "random", "text_weights": "random", "text_width": 128,
+        "text_heads": 4, "text_layers": 2, "fusion_layers": 2, "vocab_size": 256, "soft_mask_layer": 0,
+        "max_tokens": 32, "embed_dim": 128, "hidden_dropout": 0.0,
+        "data": "shapes:objects=3", "flip": False, "rand_augment": False, "crop_scale": 0.8,
+        "queue_size": 256, "queue_warmup_steps": 400, "momentum": 0.98, "distill_ramp_steps": 1000,
+        "batch_size": 32, "max_steps": 1000, "learning_rate": 1e-3, "warmup_steps": 100, "checkpoint_steps": 250,
+    },
+}  # fmt: skip
+
+_SECTIONS = {"model": ModelConfig, "objectives": ObjectiveConfig, "data": DataConfig, "train": TrainConfig}
+
+
+@dataclass
+class LaunchOptions:
+    """What the launcher and DeepSpeed's own configuration need; not part of the run's configuration."""
+
+    deepspeed: str
+    local_rank: int
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[Config, LaunchOptions]:
+    """Parse flags and an optional --config file into a checked Config.
+
+    Raises SystemExit (argparse) for unknown flags and ValueError for values out of range or unknown keys in the file.
+    """
+    from transformers import HfArgumentParser  # slow to import, and not needed to load a trained model
+
+    parser = HfArgumentParser(
+        tuple(_SECTIONS.values()), description="Pretrain a vision-language model with SoftMask++."
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="Where the other options start; default: tiny.")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of the options.")
+    parser.add_argument("--deepspeed", "--deepspeed_config", metavar="FILE", help="DeepSpeed configuration (ds.json).")
+    parser.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
+
+    first, _ = parser.parse_known_args(argv)
+    from_file = _read_options(first.config) if first.config else {}
+    preset = first.preset or from_file.pop("preset", "tiny")
+    from_file.pop("preset", None)
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
+    known = {f.name for section in _SECTIONS.values() for f in fields(section)}
+    unknown = sorted(set(from_file) - known)
+    if unknown:
+        raise ValueError(f"{first.config}: unknown options {unknown}")
+    parser.set_defaults(**PRESETS[preset] | from_file)
+    options = parser.parse_args(argv)
+    if not options.deepspeed:
+        parser.error("--deepspeed: expected the path of a DeepSpeed configuration such as ds.json")
+    return _build(preset, options), LaunchOptions(options.deepspeed, options.local_rank)
+
+
+def make_config(preset: str = "tiny", **options: Any) -> Config:
+    """The configuration of a preset with some options changed, for use from Python.
+
+    Raises ValueError for an unknown preset or option and for values out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
+    values = {f.name: f.default for section in _SECTIONS.values() for f in fields(section)}
+    unknown = sorted(set(options) - set(values))
+    if unknown:
+        raise ValueError(f"unknown options {unknown}")
+    return _build(preset, Namespace(**values | PRESETS[preset] | options))
+
+
+def _build(preset: str, options: Namespace) -> Config:
+    sections = {
+        name: section(**{f.name: getattr(options, f.name) for f in fields(section)})
+        for name, section in _SECTIONS.items()
+    }
+    return Config(preset=preset, **sections)
+
+
+def _read_options(path: str) -> dict[str, Any]:
+    text = Path(path).read_text()
+    if path.endswith(".json"):
+        options = json.loads(text)
+    else:
+        import yaml
+
+        options = yaml.safe_load(text)
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: expected a mapping of options, got {type(options).__name__}")
+    return options
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")

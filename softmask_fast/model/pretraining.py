@@ -1,0 +1,202 @@
+"""One pretraining step, batch -> losses: the method of SoftMask++ (Park & Han, CVPR 2023).
+
+Read `_losses` from top to bottom: encode, contrast (ITC), choose hard negatives, make the text-driven soft mask, fuse
+all sequences in one batch, match (ITM), predict the masked words (MLM).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softmask_fast.config import ObjectiveConfig
+from softmask_fast.data.loader import Batch
+from softmask_fast.model.momentum import MomentumTeacher, gather_ranks
+from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.ops import FocalITCStats, focal_itc_loss, word_soft_mask
+
+MATCHED, NOT_MATCHED = 1, 0
+
+
+@dataclass
+class TeacherOutputs:
+    """What the momentum copy says of a batch, without graph."""
+
+    image_tokens: Tensor  # (B, N, Cv)
+    text_tokens: Tensor  # (B, L, C), of the text that MLM sees
+    image_features: Tensor  # (B, d) unit
+    text_features: Tensor  # (B, d) unit, of the text that ITC sees
+
+
+class PretrainingStep(nn.Module):
+    """The objectives around a model; this is the module that DeepSpeed owns."""
+
+    def __init__(self, model: VisionLanguageModel, objectives: ObjectiveConfig, bf16: bool = False):
+        super().__init__()
+        self.model = model
+        self.objectives = objectives
+        self.bf16 = bf16
+
+    def forward(
+        self, batch: Batch, teacher: MomentumTeacher, alpha: float, seed: int, use_queue: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and its detached figures.
+
+        alpha: share of the teacher's soft targets in this step; seed: of the hard negatives drawn in this step;
+        use_queue: whether the queued features are contrastive keys beside those of the batch.
+        Adds the batch's momentum features to the teacher's queues.
+        """
+        with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._losses(batch, teacher, alpha, seed, use_queue)
+
+    def _losses(self, batch: Batch, teacher: MomentumTeacher, alpha: float, seed: int, use_queue: bool):
+        model, objectives = self.model, self.objectives
+        mask = batch.attention_mask
+        text_ids = batch.masked_ids if objectives.masked_captions else batch.input_ids
+
+        image_tokens, image_features = model.encode_image(batch.pixels)
+        text_tokens, text_features = model.encode_text(text_ids, mask)
+        taught = self._teach(batch, teacher)
+
+        losses: dict[str, Tensor] = {}
+        figures: dict[str, Tensor] = {}
+        itc, stats = self._contrast(batch, image_features, text_features, taught, teacher, alpha, seed, use_queue)
+        if objectives.itc_weight:
+            losses["itc"] = itc
+            figures["itc_image_accuracy"], figures["itc_text_accuracy"] = stats.image_accuracy, stats.text_accuracy
+
+        # Every sequence below looks at one of the B images, whose keys and values are computed once.
+        keys_values = model.fusion.keys_values(image_tokens)
+        pairs = torch.arange(len(mask), device=mask.device)
+        sequences = _Sequences(image_tokens.shape[1])
+        sequences.add("matched", text_tokens, mask, pairs)
+        if objectives.itm_weight:
+            offset = _row_offset(len(pairs))
+            sequences.add("other image", text_tokens, mask, stats.text_hard_negative - offset)
+            other = stats.image_hard_negative - offset
+            sequences.add("other text", text_tokens[other], mask[other], pairs)
+            if objectives.soft_mask:
+                keep = self._soft_mask(batch, text_tokens, keys_values)
+                sequences.add("soft-masked", text_tokens, mask, pairs, keep)
+                figures["soft_mask_mean"] = 1 - keep[:, model.prefix_tokens :].mean()
+        language_rows = "matched"
+        if objectives.mlm_weight and not objectives.masked_captions:
+            language_rows = "masked words"
+            sequences.add(language_rows, model.encode_text(batch.masked_ids, mask)[0], mask, pairs)
+
+        fused = model.fusion(*sequences.joined(keys_values))
+        if objectives.itm_weight:
+            scored = ["matched", "other image", "other text"] + ["soft-masked"] * objectives.soft_mask
+            logits = model.match_head(torch.cat([fused[sequences.rows[name], 0] for name in scored]))
+            labels = [NOT_MATCHED if name.startswith("other") else MATCHED for name in scored]
+            target = torch.tensor(labels, device=logits.device).repeat_interleave(len(pairs))
+            losses["itm"] = F.cross_entropy(logits.float(), target)
+            figures["itm_accuracy"] = (logits.argmax(-1) == target).float().mean()
+        if objectives.mlm_weight:
+            hidden = fused[sequences.rows[language_rows]]
+            losses["mlm"], figures["mlm_accuracy"] = self._predict_words(batch, hidden, taught, teacher, alpha)
+
+        gathered = [gather_ranks(x) for x in (taught.image_features, taught.text_features, batch.ids)]
+        teacher.enqueue(*gathered)
+        loss = sum(getattr(objectives, f"{name}_weight") * value for name, value in losses.items())
+        figures |= {"loss": loss, **losses, "temperature": model.temperature}
+        return loss, {name: value.detach().float() for name, value in figures.items()}
+
+    @torch.no_grad()
+    def _teach(self, batch: Batch, teacher: MomentumTeacher) -> TeacherOutputs:
+        mask = batch.attention_mask
+        image_tokens, image_features = teacher.model.encode_image(batch.pixels)
+        text_tokens, text_features = teacher.model.encode_text(batch.masked_ids, mask)
+        if not self.objectives.masked_captions:
+            _, text_features = teacher.model.encode_text(batch.input_ids, mask)
+        return TeacherOutputs(image_tokens, text_tokens, image_features, text_features)
+
+    def _contrast(
+        self, batch, image_features, text_features, taught: TeacherOutputs, teacher, alpha, seed, use_queue
+    ) -> tuple[Tensor, FocalITCStats]:
+        """Focal ITC against the momentum features of all ranks and of the queues, and a hard negative of each row."""
+        rows, offset = len(batch.ids), _row_offset(len(batch.ids))
+        queued = slice(None) if use_queue else slice(0)
+        image_keys, text_keys, key_ids = (
+            torch.cat([gather_ranks(new), queue[queued].to(new)])
+            for new, queue in (
+                (taught.image_features, teacher.image_queue),
+                (taught.text_features, teacher.text_queue),
+                (batch.ids, teacher.queue_ids),
+            )
+        )
+        return focal_itc_loss(
+            image_features,
+            text_features,
+            image_keys,
+            text_keys,
+            temperature=self.model.temperature,
+            gamma=self.objectives.focal_gamma,
+            teacher_image=taught.image_features,
+            teacher_text=taught.text_features,
+            alpha=alpha,
+            ids=batch.ids,
+            key_ids=key_ids,
+            row_offset=offset,
+            return_stats=True,
+            negative_range=(offset, offset + rows),  # of this rank's images: the others' tokens are not here
+            seed=seed,
+        )
+
+    @torch.no_grad()
+    def _soft_mask(self, batch: Batch, text_tokens: Tensor, keys_values) -> Tensor:
+        """What the masked image keeps (B, N): one minus the word's normalised Grad-CAM over the patches."""
+        layer = self.model.config.soft_mask_layer
+        query, key, value, gradient = self.model.relevance_inputs(text_tokens, batch.attention_mask, keys_values, layer)
+        return word_soft_mask(query, key, value, gradient, batch.word_index, prefix_tokens=self.model.prefix_tokens)
+
+    def _predict_words(
+        self, batch: Batch, hidden: Tensor, taught: TeacherOutputs, teacher: MomentumTeacher, alpha: float
+    ) -> tuple[Tensor, Tensor]:
+        """MLM at the masked positions alone, with the teacher's predictions as soft targets."""
+        logits = self.model.language_head(hidden.flatten(0, 1)[batch.mlm_positions]).float()
+        loss = F.cross_entropy(logits, batch.mlm_labels)
+        accuracy = (logits.argmax(-1) == batch.mlm_labels).float().mean()
+        if alpha > 0:
+            with torch.no_grad():
+                keys_values = teacher.model.fusion.keys_values(taught.image_tokens)
+                fused = teacher.model.fusion(taught.text_tokens, batch.attention_mask, keys_values)
+                soft_target = teacher.model.language_head(fused.flatten(0, 1)[batch.mlm_positions]).float().softmax(-1)
+            loss = (1 - alpha) * loss + alpha * F.cross_entropy(logits, soft_target)
+        return loss, accuracy
+
+
+class _Sequences:
+    """The text sequences of a step, joined into one batch for the fusion encoder."""
+
+    def __init__(self, image_tokens: int):
+        self.image_tokens = image_tokens
+        self.rows: dict[str, slice] = {}  # of each kind in the joined batch
+        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        self.count = 0
+
+    def add(self, name: str, text: Tensor, mask: Tensor, image_index: Tensor, keep: Tensor | None = None) -> None:
+        """text (S, L, C), mask (S, L) bool, image_index (S,), keep (S, N) or None for an unmasked image."""
+        self.rows[name] = slice(self.count, self.count + len(text))
+        self.count += len(text)
+        self.parts.append((text, mask, image_index, keep))
+
+    def joined(self, keys_values):
+        """The arguments of FusionEncoder.forward."""
+        text, mask, image_index = (torch.cat([part[i] for part in self.parts]) for i in range(3))
+        keep = None
+        if any(part[3] is not None for part in self.parts):
+            keep = text.new_ones(self.count, self.image_tokens, dtype=torch.float32)
+            for rows, part in zip(self.rows.values(), self.parts, strict=True):
+                if part[3] is not None:
+                    keep[rows] = part[3]
+        return text, mask, keys_values, image_index, keep
+
+
+def _row_offset(rows: int) -> int:
+    """Where this rank's rows begin among the gathered ones."""
+    return dist.get_rank() * rows if dist.is_initialized() else 0

@@ -1,0 +1,99 @@
+"""Image encoder: any timm vision transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from torch import Tensor, nn
+
+from softmask_fast.config import ModelConfig
+
+
+class VisionEncoder(nn.Module):
+    """A timm vision transformer without its head.
+
+    Attributes: width (Cv), grid_size (rows, columns of patches), prefix_tokens (leading tokens that are no patches; the
+    first of them is [CLS]).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        sizes = {
+            "patch_size": config.vision_patch_size,
+            "embed_dim": config.vision_width,
+            "depth": config.vision_depth,
+            "num_heads": config.vision_heads,
+        }
+        self.vit = timm.create_model(
+            config.vision_model,
+            pretrained=False,
+            img_size=config.image_size,
+            num_classes=0,
+            global_pool="",
+            weight_init="jax",  # scaled by fan-in; the default of 0.02 nearly silences the layers of a narrow model
+            **{name: size for name, size in sizes.items() if size is not None},
+        )
+        if self.vit.num_prefix_tokens < 1:
+            raise ValueError(f"vision_model: expected a transformer with a [CLS] token, got {config.vision_model!r}")
+        self.width: int = self.vit.embed_dim
+        self.grid_size: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
+        self.prefix_tokens: int = self.vit.num_prefix_tokens
+        self._place_patches()
+
+    @torch.no_grad()
+    def _place_patches(self) -> None:
+        """Start the learned position embeddings from 2-d sines and cosines: at timm's 0.02 they are drowned by the pixels,
+        and a model from scratch takes long to see where anything is."""
+        places = build_sincos2d_pos_embed(list(self.grid_size), dim=self.width)
+        self.vit.pos_embed[:, -len(places) :] = places
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv), N = prefix_tokens + rows * columns."""
+        return self.vit.forward_features(pixels)
+
+
+def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
+    """Fill the encoder from timm's pretrained weights or from a file; position embeddings are resampled to its grid.
+
+    Raises ValueError that says what to do when the weights cannot be had or do not fit.
+    """
+    if config.vision_weights == "random":
+        return
+    if config.vision_weights == "timm":
+        try:
+            pretrained = timm.create_model(config.vision_model, pretrained=True, num_classes=0)
+        except Exception as error:
+            raise ValueError(
+                f"vision_weights: timm's pretrained weights of {config.vision_model!r} cannot be loaded ({error}). Give "
+                "a file (--vision_weights FILE.safetensors), or start without them (--vision_weights random)."
+            ) from error
+        state = pretrained.state_dict()
+    else:
+        state = _read_state(config.vision_weights)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "fc_norm."))}
+    state = timm.models.vision_transformer.checkpoint_filter_fn(state, encoder.vit)
+    try:
+        missing, unexpected = encoder.vit.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(
+            f"vision_weights: {config.vision_weights!r} does not fit the image encoder: {error}"
+        ) from error
+    if missing or unexpected:
+        raise ValueError(
+            f"vision_weights: {config.vision_weights!r} does not fit {config.vision_model!r}: missing {missing}, "
+            f"unexpected {unexpected}"
+        )
+
+
+def _read_state(path: str) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise ValueError(f"vision_weights: expected 'timm', 'random' or a file, got {path!r}, which is no file")
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state.get("model", state)

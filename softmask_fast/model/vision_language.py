@@ -1,0 +1,159 @@
+"""The vision-language model: image encoder, text encoder, fusion encoder and their heads.
+
+The model of ALBEF (Li et al., NeurIPS 2021), on which SoftMask++ (Park & Han, CVPR 2023) builds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softmask_fast.config import ModelConfig
+from softmask_fast.model.fusion import FusionEncoder, KeyValue
+from softmask_fast.model.text import MaskedLanguageHead, TextEncoder, initial_std, load_bert
+from softmask_fast.model.vision import VisionEncoder, load_vision_weights
+from softmask_fast.ops import word_gradcam
+
+TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+class VisionLanguageModel(nn.Module):
+    """Encoders, heads and the contrastive temperature; weights random until `load_pretrained`.
+
+    Attributes: config, grid_size (rows, columns of patches), prefix_tokens (image tokens before the patches).
+    """
+
+    def __init__(self, config: ModelConfig, temperature: float = 0.07):
+        super().__init__()
+        self.config = config
+        self.vision = VisionEncoder(config)
+        self.text = TextEncoder(config)
+        self.fusion = FusionEncoder(config, self.vision.width)
+        self.image_projection = nn.Linear(self.vision.width, config.embed_dim)
+        self.text_projection = nn.Linear(config.text_width, config.embed_dim)
+        self.match_head = nn.Linear(config.text_width, 2)
+        self.language_head = MaskedLanguageHead(config, self.text.word_embeddings)
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))  # DeepSpeed takes no 0-dim parameter
+        for module in (self.fusion, self.image_projection, self.text_projection, self.match_head):
+            module.apply(_initialise)
+        _initialise(self.language_head.transform.dense)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        return self.vision.grid_size
+
+    @property
+    def prefix_tokens(self) -> int:
+        return self.vision.prefix_tokens
+
+    @property
+    def temperature(self) -> Tensor:
+        """The contrastive temperature, 0-dim, within ALBEF's range."""
+        low, high = TEMPERATURE_RANGE
+        return clamped(self.log_temperature, math.log(low), math.log(high)).exp()[0]
+
+    def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv) and unit features (B, d)."""
+        tokens = self.vision(pixels)
+        return tokens, F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids (B, L) int64, attention_mask (B, L) bool -> tokens (B, L, C) and unit features (B, d)."""
+        tokens = self.text(input_ids, attention_mask)
+        return tokens, F.normalize(self.text_projection(tokens[:, 0]), dim=-1)
+
+    def match_tokens(
+        self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, image_index: Tensor | None = None
+    ) -> Tensor:
+        """image_tokens (B, N, Cv), text_tokens (S, L, C), attention_mask (S, L) bool, image_index (S,) int64: the image
+        of each text (None: text i and image i) -> logits (S, 2), [:, 1] for "matched"."""
+        keys_values = self.fusion.keys_values(image_tokens)
+        return self.match_head(self.fusion(text_tokens, attention_mask, keys_values, image_index)[:, 0])
+
+    def match_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The pairs' matching logits (B, 2), [:, 1] for "matched"."""
+        text_tokens, _ = self.encode_text(input_ids, attention_mask)
+        return self.match_tokens(self.vision(pixels), text_tokens, attention_mask)
+
+    def mlm_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The vocabulary's logits (B, L, V) at every token of the captions, given the images."""
+        text_tokens, _ = self.encode_text(input_ids, attention_mask)
+        keys_values = self.fusion.keys_values(self.vision(pixels))
+        return self.language_head(self.fusion(text_tokens, attention_mask, keys_values))
+
+    def matched_score(self, fused: Tensor) -> Tensor:
+        """Fusion encoder output (S, L, C) -> the logit of "matched" (S,), the score whose Grad-CAM explains a word."""
+        return self.match_head(fused[:, 0])[:, 1]
+
+    def relevance_inputs(
+        self, text_tokens: Tensor, attention_mask: Tensor, keys_values: list[KeyValue], layer: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key, value and output gradient of a fusion layer's cross-attention for the true pairs, dropout off."""
+        training = self.training
+        self.eval()
+        try:
+            return self.fusion.relevance_inputs(text_tokens, attention_mask, keys_values, layer, self.matched_score)
+        finally:
+            self.train(training)
+
+    def word_relevance(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int | None = None
+    ) -> Tensor:
+        """Grad-CAM of "matched" for every token of the captions over the image tokens.
+
+        layer: fusion layer, 0 is the first; default: the one that training masks by (config.soft_mask_layer).
+        Returns float32 (B, L, N); the first `prefix_tokens` of N are no patches, the rest is `grid_size`, row by row.
+        """
+        layer = self.config.soft_mask_layer if layer is None else layer
+        if not 0 <= layer < self.config.fusion_layers:
+            raise ValueError(f"layer: expected a fusion layer from 0 to {self.config.fusion_layers - 1}, got {layer}")
+        with torch.no_grad():
+            text_tokens, _ = self.encode_text(input_ids, attention_mask)
+            keys_values = self.fusion.keys_values(self.vision(pixels))
+        return word_gradcam(*self.relevance_inputs(text_tokens, attention_mask, keys_values, layer))
+
+
+def clamped(parameter: Tensor, low: float, high: float) -> Tensor:
+    """The parameter within [low, high], with a gradient that can lead back into the range but not further out.
+
+    A plain clamp has no gradient outside the range, so a parameter that left it would be stuck; clamping the parameter
+    itself, as ALBEF does, is lost under ZeRO, whose optimiser owns the weights.
+    """
+    inside = parameter + (parameter.clamp(low, high) - parameter).detach()
+    if inside.requires_grad:
+        value = parameter.detach().clone()
+        below, above = value <= low, value >= high
+        inside.register_hook(lambda gradient: gradient.masked_fill(below & (gradient > 0) | above & (gradient < 0), 0))
+    return inside
+
+
+def load_pretrained(model: VisionLanguageModel) -> None:
+    """Fill the model with the weights that its configuration names; 'random' leaves that part as it is.
+
+    Raises ValueError that says what to do when weights cannot be had or do not fit.
+    """
+    config = model.config
+    load_vision_weights(model.vision, config)
+    if config.text_weights == "random":
+        return
+    bert = load_bert(config)
+    layers = bert.bert.encoder.layer
+    model.text.bert.embeddings.load_state_dict(bert.bert.embeddings.state_dict())
+    for ours, theirs in zip(model.text.bert.encoder.layer, layers[: config.text_layers], strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    fusion_weights = layers[config.text_layers : config.text_layers + config.fusion_layers]
+    for ours, theirs in zip(model.fusion.layers, fusion_weights, strict=True):
+        for part in ("attention", "intermediate", "output"):
+            getattr(ours, part).load_state_dict(getattr(theirs, part).state_dict())
+    model.language_head.transform.load_state_dict(bert.cls.predictions.transform.state_dict())
+    model.language_head.decoder.bias.data.copy_(bert.cls.predictions.decoder.bias)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=initial_std(module.in_features))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,73 @@
+"""Options: flags win over the file, the file over the preset, and mistakes are named."""
+
+import json
+
+import pytest
+
+from softmask_fast.config import PRESETS, make_config, parse_arguments
+
+
+def parse(*flags):
+    return parse_arguments(["--deepspeed", "ds.json", *flags])[0]
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: small\nlearning_rate: 3.0e-4\nbatch_size: 16\nsoft_mask: false\n")
+    config = parse("--config", str(path), "--batch_size", "8")
+    assert config.preset == "small" and config.model.image_size == PRESETS["small"]["image_size"]
+    assert config.train.learning_rate == 3e-4 and config.train.batch_size == 8 and not config.objectives.soft_mask
+    assert config.model.embed_dim == 256  # no one's but the default
+    assert parse("--config", str(path), "--preset", "tiny").model.image_size == PRESETS["tiny"]["image_size"]
+
+
+def test_json_file(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"epochs": 2, "flip": False}))
+    config = parse("--config", str(path))
+    assert config.preset == "tiny" and config.train.epochs == 2 and not config.data.flip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_same_from_flags_and_from_python(preset):
+    assert parse("--preset", preset) == make_config(preset)
+
+
+def test_base_is_the_paper():
+    config = make_config("base")
+    assert (config.model.image_size, config.model.vision_model) == (256, "vit_base_patch16_224")
+    assert (config.model.text_layers, config.model.fusion_layers, config.model.embed_dim) == (6, 6, 256)
+    objectives = config.objectives
+    assert (objectives.queue_size, objectives.momentum, objectives.distill_alpha) == (65536, 0.995, 0.4)
+    assert (objectives.queue_warmup_steps, objectives.mask_probability, objectives.temperature) == (0, 0.15, 0.07)
+    train = config.train
+    assert (train.learning_rate, train.final_learning_rate, train.weight_decay) == (1e-4, 1e-5, 0.02)
+    assert train.epochs == 30 and config.model.soft_mask_layer == 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(temperature=0.6), r"temperature: expected in \[0.001, 0.5\], got 0.6"),
+        (dict(soft_mask_layer=5), "soft_mask_layer: expected below the last of fusion_layers=6, counted from 0, got 5"),
+        (dict(text_width=100), "text_width: expected a multiple of text_heads=12, got 100"),
+        (dict(batch_size=1), "batch_size: expected at least 2"),
+        (dict(momentum=1.5), r"momentum: expected in \[0, 1\], got 1.5"),
+        (dict(resume=True), "resume: expected used together with output_dir"),
+        (dict(itc_weight=0, itm_weight=0, mlm_weight=0), "itc_weight: expected not all objectives switched off"),
+        (dict(learnin_rate=1), "unknown options .*learnin_rate"),
+    ],
+)
+def test_values_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config("base", **options)
+
+
+def test_unknown_options_in_the_file_are_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("batchsize: 8\n")
+    with pytest.raises(ValueError, match="unknown options .*batchsize"):
+        parse("--config", str(path))
+    path.write_text("- batch_size\n")
+    with pytest.raises(ValueError, match="expected a mapping of options, got list"):
+        parse("--config", str(path))

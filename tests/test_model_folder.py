@@ -1,0 +1,112 @@
+"""Models on disk, and weights to start from."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
+
+from softmask_fast.config import make_config
+from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.model.checkpoints import load_model, save_model
+from softmask_fast.model.vision_language import VisionLanguageModel, load_pretrained
+
+SIZES = dict(image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
+             text_layers=1, fusion_layers=2, embed_dim=16)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a red circle left of a small blue square", "two dogs run"], 60)
+
+
+def make_model(tokenizer, **options) -> VisionLanguageModel:
+    torch.manual_seed(0)
+    return VisionLanguageModel(make_config("tiny", vocab_size=len(tokenizer), **SIZES | options).model).eval()
+
+
+def test_a_saved_model_gives_the_same_answers(tokenizer, tmp_path):
+    model = make_model(tokenizer)
+    save_model(model, tokenizer, tmp_path / "model")
+    save_model(model, tokenizer, tmp_path / "model")  # a second time replaces the first
+    again, its_tokenizer = load_model(tmp_path / "model")
+    text = its_tokenizer(["a red circle"], return_tensors="pt")
+    inputs = torch.randn(1, 3, 32, 32), text["input_ids"], text["attention_mask"].bool()
+    for method in ("match_logits", "mlm_logits", "word_relevance"):
+        assert torch.equal(getattr(again, method)(*inputs), getattr(model, method)(*inputs))
+    assert not again.training and sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_damaged_folder_is_named(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="lacks .*model.safetensors"):
+        load_model(tmp_path)
+    folder = tmp_path / "model"
+    save_model(make_model(tokenizer), tokenizer, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"embed_dim": 8}))
+    with pytest.raises(ValueError, match=r"image_projection.weight has size \(16, 32\), expected \(8, 32\)"):
+        load_model(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"depth": 8}))
+    with pytest.raises(ValueError, match="unknown options .*depth"):
+        load_model(folder)
+
+
+def bert_folder(folder, layers=3, width=32, vocabulary=60):
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=width, num_attention_heads=2, intermediate_size=4 * width)
+    bert = BertForMaskedLM(BertConfig(vocab_size=vocabulary, num_hidden_layers=layers, **sizes))
+    bert.save_pretrained(folder)
+    return bert.eval()
+
+
+def test_bert_weights_are_split_into_text_and_fusion_layers(tokenizer, tmp_path):
+    bert = bert_folder(tmp_path, vocabulary=len(tokenizer))
+    model = make_model(tokenizer, text_weights=str(tmp_path), hidden_dropout=0.0)
+    load_pretrained(model)
+    ids = torch.randint(5, len(tokenizer), (2, 6))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    tokens, _ = model.encode_text(ids, mask)
+    torch.testing.assert_close(tokens, bert.bert(ids, output_hidden_states=True).hidden_states[1])
+    # Without cross-attention our fusion layers are BERT's, so text, fusion and head together are BERT.
+    expected = bert(ids).logits
+    for layer in model.fusion.layers:
+        tokens, _ = layer.query(tokens, mask[:, None, None, :])
+        tokens = layer.output(layer.intermediate(tokens), tokens)
+    torch.testing.assert_close(model.language_head(tokens), expected)
+
+
+def test_bert_of_another_size_is_refused(tokenizer, tmp_path):
+    bert_folder(tmp_path, layers=2, vocabulary=70)
+    model = make_model(tokenizer, text_weights=str(tmp_path))
+    with pytest.raises(ValueError, match="vocab_size is 70, expected .*num_hidden_layers is 2, expected 3"):
+        load_pretrained(model)
+
+
+def test_vision_weights_from_a_file_are_resampled_to_the_grid(tokenizer, tmp_path):
+    model = make_model(tokenizer)
+    save_file(model.vision.vit.state_dict(), tmp_path / "vit.safetensors")
+    same = make_model(tokenizer, vision_weights=str(tmp_path / "vit.safetensors"))
+    with torch.no_grad():
+        same.vision.vit.norm.weight.fill_(7)
+    load_pretrained(same)
+    pixels = torch.randn(1, 3, 32, 32)
+    assert torch.equal(same.vision(pixels), model.vision(pixels))
+    larger = make_model(tokenizer, vision_weights=str(tmp_path / "vit.safetensors"), image_size=64)
+    load_pretrained(larger)
+    assert larger.vision(torch.randn(1, 3, 64, 64)).shape == (1, 65, 32)
+    assert torch.equal(larger.vision.vit.blocks[0].attn.qkv.weight, model.vision.vit.blocks[0].attn.qkv.weight)
+
+
+def test_weights_that_cannot_be_had_say_what_to_do(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="which is no file"):
+        load_pretrained(make_model(tokenizer, vision_weights=str(tmp_path / "none.pth")))
+    with pytest.raises(ValueError, match="--text_weights DIR"):
+        load_pretrained(make_model(tokenizer, text_weights=str(tmp_path / "none")))
+    state = make_model(tokenizer).vision.vit.state_dict()
+    del state["norm.weight"]
+    save_file(state, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match="missing .*norm.weight"):
+        load_pretrained(make_model(tokenizer, vision_weights=str(tmp_path / "part.safetensors")))
+    assert "norm.weight" not in load_file(tmp_path / "part.safetensors")

@@ -1,0 +1,192 @@
+"""The pretraining step against the objectives written out one by one, each in a pass of its own, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_attention import plain_attention
+
+from softmask_fast.config import ObjectiveConfig, make_config
+from softmask_fast.data.loader import Batch
+from softmask_fast.model.fusion import CrossAttention
+from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.pretraining import PretrainingStep
+from softmask_fast.model.vision_language import VisionLanguageModel
+
+ALPHA, SEED, PAIRS, TOKENS, VOCABULARY = 0.4, 11, 4, 8, 40
+
+ABLATION = {  # the five configurations of the paper; the distortions of the images are the data's part
+    "baseline": dict(soft_mask=False, focal_gamma=0.0, masked_captions=False),
+    "augmentation": dict(soft_mask=False, focal_gamma=0.0, masked_captions=True),
+    "soft masks": dict(soft_mask=True, focal_gamma=0.0, masked_captions=False),
+    "focal": dict(soft_mask=False, focal_gamma=2.0, masked_captions=False),
+    "all": dict(soft_mask=True, focal_gamma=2.0, masked_captions=True),
+}
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, VOCABULARY, (PAIRS, TOKENS), generator=generator)
+    mask = torch.ones(PAIRS, TOKENS, dtype=torch.bool)
+    mask[2, 6:] = False
+    ids[~mask] = 0
+    positions = torch.tensor([1, 4, TOKENS + 3, 2 * TOKENS + 2, 3 * TOKENS + 5])
+    masked = ids.clone()
+    masked.view(-1)[positions] = 4
+    return Batch(
+        pixels=torch.randn(PAIRS, 3, 32, 32, generator=generator, dtype=torch.float64),
+        input_ids=ids,
+        masked_ids=masked,
+        attention_mask=mask,
+        mlm_positions=positions,
+        mlm_labels=ids.view(-1)[positions],
+        word_index=torch.tensor([2, 1, 3, 4]),
+        ids=torch.tensor([7, 3, 9, 5]),
+        keys=["a", "b", "c", "d"],
+    )
+
+
+def make_step(**objectives):
+    torch.manual_seed(4)
+    config = make_config("tiny", vocab_size=VOCABULARY, image_size=32, hidden_dropout=0.0, queue_size=6).model
+    model = VisionLanguageModel(config).double()
+    step = PretrainingStep(model, ObjectiveConfig(queue_size=6, **objectives))
+    torch.manual_seed(5)
+    teacher = MomentumTeacher(VisionLanguageModel(config).double(), 6, 0.9).double()
+    teacher.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
+    return step, teacher
+
+
+def focal_cross_entropy(logits, teacher_logits, hard_target, gamma):
+    p = logits.softmax(-1)
+    target = ALPHA * teacher_logits.softmax(-1) + (1 - ALPHA) * hard_target
+    return -(target * (1 - p) ** gamma * p.log()).sum(-1).mean()
+
+
+def plain_losses(step, teacher, batch, other_images, other_texts, monkeypatch):
+    """Every objective by its formula: own fusion passes, full maps and hooks-like autograd for the Grad-CAM."""
+    model, objectives, taught = step.model, step.objectives, teacher.model
+    mask = batch.attention_mask
+    text_ids = batch.masked_ids if objectives.masked_captions else batch.input_ids
+    images, image_features = model.encode_image(batch.pixels)
+    texts, text_features = model.encode_text(text_ids, mask)
+    with torch.no_grad():
+        taught_images, taught_image_features = taught.encode_image(batch.pixels)
+        _, taught_text_features = taught.encode_text(text_ids, mask)
+    image_keys = torch.cat([taught_image_features, teacher.image_queue])
+    text_keys = torch.cat([taught_text_features, teacher.text_queue])
+    key_ids = torch.cat([batch.ids, teacher.queue_ids])
+    positive = (batch.ids[:, None] == key_ids).double()
+    hard_target = positive / positive.sum(-1, keepdim=True)
+    scale = 1 / model.log_temperature.exp()
+    itc = sum(
+        focal_cross_entropy(
+            rows @ keys.T * scale, teacher_rows @ keys.T * scale.detach(), hard_target, objectives.focal_gamma
+        )
+        for rows, keys, teacher_rows in (
+            (image_features, text_keys, taught_image_features),
+            (text_features, image_keys, taught_text_features),
+        )
+    )
+    itm_logits = [
+        model.match_tokens(images, texts, mask),
+        model.match_tokens(images[other_images], texts, mask),
+        model.match_tokens(images, texts[other_texts], mask[other_texts]),
+    ]
+    labels = [1] * PAIRS + [0] * 2 * PAIRS
+    if objectives.soft_mask:
+        maps = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(CrossAttention, "forward", plain_attention(maps))
+            score = model.match_tokens(images, texts, mask)[:, 1].sum()
+        attention = maps[model.fusion.layers[model.config.soft_mask_layer].cross_attention]
+        (gradient,) = torch.autograd.grad(score, attention)
+        cam = (attention.detach() * gradient.clamp(min=0)).mean(1)[torch.arange(PAIRS), batch.word_index, 1:]
+        low, high = cam.amin(-1, keepdim=True), cam.amax(-1, keepdim=True)
+        masked_images = torch.cat([images[:, :1], images[:, 1:] * (1 - (cam - low) / (high - low))[..., None]], 1)
+        itm_logits.append(model.match_tokens(masked_images, texts, mask))
+        labels += [1] * PAIRS
+    itm = F.cross_entropy(torch.cat(itm_logits), torch.tensor(labels))
+    logits = model.mlm_logits(batch.pixels, batch.masked_ids, mask).flatten(0, 1)[batch.mlm_positions]
+    with torch.no_grad():
+        soft = taught.mlm_logits(batch.pixels, batch.masked_ids, mask).flatten(0, 1)[batch.mlm_positions].softmax(-1)
+    hard = F.one_hot(batch.mlm_labels, VOCABULARY)
+    mlm = -((ALPHA * soft + (1 - ALPHA) * hard) * logits.log_softmax(-1)).sum(-1).mean()
+    return {"itc": itc / 2, "itm": itm, "mlm": mlm}
+
+
+@pytest.mark.parametrize("name", ABLATION)
+def test_losses_and_gradients_are_those_of_the_method(name, batch, monkeypatch):
+    step, teacher = make_step(**ABLATION[name])
+    drawn = {}
+    contrast = step._contrast
+
+    def remember(*arguments):
+        drawn["stats"] = contrast(*arguments)[1]
+        return contrast(*arguments)
+
+    monkeypatch.setattr(step, "_contrast", remember)
+    before = {buffer: value.clone() for buffer, value in teacher.named_buffers()}
+    loss, figures = step(batch, teacher, ALPHA, SEED)
+    got = torch.autograd.grad(loss, list(step.parameters()), allow_unused=True)
+
+    for buffer, value in teacher.named_buffers():
+        value.copy_(before[buffer])
+    others = drawn["stats"].text_hard_negative, drawn["stats"].image_hard_negative
+    assert (others[0] != torch.arange(PAIRS)).all() and (others[1] != torch.arange(PAIRS)).all()
+    expected = plain_losses(step, teacher, batch, *others, monkeypatch)
+    for term, value in expected.items():
+        torch.testing.assert_close(figures[term].double(), value, rtol=1e-6, atol=1e-7, check_dtype=False)
+    want = torch.autograd.grad(sum(expected.values()), list(step.parameters()), allow_unused=True)
+    for (parameter, _), ours, theirs in zip(step.named_parameters(), got, want, strict=True):
+        assert (ours is None) == (theirs is None), parameter
+        if ours is not None:
+            scale = theirs.abs().max().item()
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-4, atol=1e-5 * scale + 1e-9, msg=lambda m, p=parameter: f"{p}: {m}"
+            )
+
+
+def test_each_objective_can_be_switched_off(batch):
+    for absent in ("itc", "itm", "mlm"):
+        step, teacher = make_step(**{f"{absent}_weight": 0.0})
+        loss, figures = step(batch, teacher, ALPHA, SEED)
+        present = {"itc", "itm", "mlm"} - {absent}
+        assert present == {"itc", "itm", "mlm"} & figures.keys()
+        torch.testing.assert_close(loss.double(), sum(figures[name] for name in present).double())
+
+
+def test_momentum_features_enter_the_queue(batch):
+    step, teacher = make_step()
+    step(batch, teacher, ALPHA, SEED)
+    with torch.no_grad():
+        _, features = teacher.model.encode_image(batch.pixels)
+    torch.testing.assert_close(teacher.image_queue[:PAIRS], features)
+    assert teacher.queue_ids[:PAIRS].tolist() == batch.ids.tolist() and int(teacher.queue_position) == PAIRS
+
+
+def test_before_its_warm_up_the_queue_gives_no_keys(batch):
+    losses = {}
+    for use_queue in (True, False):
+        step, teacher = make_step()
+        losses[use_queue] = step(batch, teacher, ALPHA, SEED, use_queue)[1]["itc"]
+    step, teacher = make_step()
+    teacher.image_queue, teacher.text_queue = teacher.image_queue[:0], teacher.text_queue[:0]
+    teacher.queue_ids = teacher.queue_ids[:0]
+    assert torch.equal(losses[False], step(batch, teacher, ALPHA, SEED)[1]["itc"])
+    assert losses[True] != losses[False]
+
+
+def test_same_seed_same_bits(batch):
+    runs = []
+    for _ in range(2):
+        step, teacher = make_step()
+        loss, _ = step(batch, teacher, ALPHA, SEED)
+        loss.backward()
+        runs.append([loss.detach()] + [p.grad for p in step.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_one_pair_has_no_negatives():
+    with pytest.raises(ValueError, match="batch_size: expected at least 2"):
+        make_config("tiny", batch_size=1)
