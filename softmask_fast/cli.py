@@ -1,0 +1,194 @@
+"""The command `softmask-fast`: evaluate a pretrained model, and explain what it sees.
+
+Everything heavy is imported by the command that needs it, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from softmask_fast import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, or 2 after a message about what the user can put right."""
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        own_module_missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("softmask_fast")
+        if options.debug or own_module_missing:
+            raise
+        print(f"softmask-fast: error: {_explain_error(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="softmask-fast", description="Evaluate and explain pretrained models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    evaluate = commands.add_parser("evaluate", help="Measure retrieval or grounding.", description=_evaluate.__doc__)
+    _common_options(evaluate)
+    evaluate.add_argument(
+        "--data",
+        required=True,
+        metavar="SHARDS",
+        help="WebDataset shards (a file, a folder, 'val-{000..003}.tar', a comma list), JSON lists, or 'shapes'.",
+    )
+    evaluate.add_argument("--task", required=True, choices=("retrieval", "grounding"))
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="Write the figures there, too.")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="Take the first N samples only.")
+    evaluate.add_argument("--batch-size", type=int, default=64, metavar="N", help="Images at a time (default: 64).")
+    retrieval = evaluate.add_argument_group("retrieval")
+    retrieval.add_argument(
+        "--captions", choices=("first", "all"), default="first", help="Captions of each image (default: first)."
+    )
+    retrieval.add_argument(
+        "--rerank",
+        type=int,
+        default=16,
+        metavar="K",
+        help="Let image-text matching re-rank the best K of each query; 0 leaves it out (default: 16).",
+    )
+    _layer_option(evaluate.add_argument_group("grounding"))
+    evaluate.set_defaults(run=_evaluate)
+
+    explain = commands.add_parser("explain", help="Draw a heat map for every word.", description=_explain.__doc__)
+    _common_options(explain)
+    explain.add_argument("--image", required=True, type=Path, metavar="FILE", help="A JPEG, PNG or WebP image.")
+    explain.add_argument("--text", required=True, metavar="TEXT", help="A caption of the image, true or not.")
+    explain.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="Where the figure goes.")
+    _layer_option(explain)
+    explain.set_defaults(run=_explain)
+    return parser
+
+
+def _common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, type=Path, metavar="DIR", help="A model folder, as training leaves it in its output."
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda where there is one).")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+
+
+def _layer_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="Fusion layer of the heat maps, 0 is the first (default: the layer of the soft masks).",
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    """Print recall@1, 5 and 10 of retrieval, or how well word heat maps point at the boxes of the words."""
+    if options.json is not None:
+        _check_output(options.json, "--json")
+    _check_model(options.model)
+    _quiet_libraries()
+    from softmask_fast.data.captions import open_source
+    from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
+    from softmask_fast.model.checkpoints import load_model
+
+    model, tokenizer = load_model(options.model, _device(options.device))
+    source = open_source(options.data, split="val", image_size=model.config.image_size)
+    common = {"batch_size": options.batch_size, "limit": options.limit, "progress": sys.stderr.isatty()}
+    if options.task == "retrieval":
+        report = evaluate_retrieval(
+            model, tokenizer, source, captions=options.captions, rerank=options.rerank, **common
+        )
+    else:
+        report = evaluate_grounding(model, tokenizer, source, layer=options.layer, **common)
+    print(report.table())
+    for key, reason in report.skipped.items():
+        print(f"skipped {key}: {reason}", file=sys.stderr)
+    if options.json is not None:
+        _write_json(options.json, {"model": str(options.model), "data": options.data} | report.as_dict())
+        print(f"written to {options.json}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    """Draw where a model looks for every word of a text: one heat map per word over the image, as a PNG."""
+    if options.out.suffix.lower() != ".png":
+        raise ValueError(f"--out: expected a name that ends in .png, got {options.out}")
+    _check_output(options.out, "--out")
+    if not options.text.split():
+        raise ValueError("--text: expected at least one word, got none")
+    image = options.image.read_bytes()
+    _check_model(options.model)
+    _quiet_libraries()
+    from softmask_fast.explain import explain
+    from softmask_fast.model.checkpoints import load_model
+    from softmask_fast.tasks.common import format_table
+
+    model, tokenizer = load_model(options.model, _device(options.device))
+    shown = explain(model, tokenizer, image, options.text, options.out, layer=options.layer)
+    rows = [
+        [word["word"], f"{100 * word['strength']:.0f}", *(f"{100 * place:.0f}" for place in word["peak"])]
+        for word in shown["words"]
+    ]
+    title = f"The model gives the pair a {100 * shown['matched']:.1f} % chance to match"
+    notes = {"words without a map": len(shown["left_out"])}
+    print(format_table(title, notes, ["word", "strength %", "peak x %", "peak y %"], rows))
+    print(f"written to {options.out}")
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {error}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: {name} asked for, but {torch.cuda.device_count()} CUDA devices are here")
+    return device
+
+
+def _check_model(directory: Path) -> None:
+    if not directory.is_dir():
+        raise ValueError(f"--model: expected a model folder, {directory} is none")
+
+
+def _check_output(path: Path, option: str) -> None:
+    """Before the work, not after it."""
+    if path.is_dir():
+        raise ValueError(f"{option}: expected a file name, {path} is a folder")
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _quiet_libraries() -> None:
+    """A terminal user wants the table, not the libraries' start-up notes."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _explain_error(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; install what the commands need with: pip install 'softmask_fast[train]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What DeepSpeed needs: its configuration, the engine, the full weights under every ZeRO stage, and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from softmask_fast.config import TrainConfig
+from softmask_fast.model.checkpoints import load_own_state, own_state, save_model, save_state
+from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.pretraining import PretrainingStep
+
+TRAINING_STATE, TEACHER, MODEL = "training_state.json", "teacher.safetensors", "model"
+
+
+def read_deepspeed_config(path: str, train: TrainConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration with every "auto" filled in from ours.
+
+    Raises ValueError when the file contradicts a field of ours: each number has one place.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--deepspeed: expected a JSON file, got {path!r}, which is no file")
+    config = json.loads(Path(path).read_text())
+    ours = {
+        "train_micro_batch_size_per_gpu": ("batch_size", train.batch_size),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", train.gradient_accumulation_steps),
+        "gradient_clipping": ("gradient_clipping", train.gradient_clipping),
+    }
+    for name, (option, value) in ours.items():
+        if config.setdefault(name, "auto") not in ("auto", value):
+            raise ValueError(f'{path}: {name} is {config[name]}, but --{option} is {value}; write "auto" in the file')
+        config[name] = value
+    if config.get("bf16", {}).get("enabled") and not train.bf16:
+        raise ValueError(f"{path}: bf16 is enabled, so --bf16 true is expected too")
+    return config
+
+
+def create_engine(step: PretrainingStep, config: dict[str, Any], train: TrainConfig) -> deepspeed.DeepSpeedEngine:
+    """Wrap the step. The optimiser is AdamW, unless the DeepSpeed configuration names one (for offloading, say)."""
+    decayed = [p for p in step.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in step.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimiser = None if "optimizer" in config else torch.optim.AdamW(groups, lr=train.learning_rate)
+    engine, *_ = deepspeed.initialize(model=step, model_parameters=groups, optimizer=optimiser, config=config)
+    return engine
+
+
+def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole fp32 tensor) of every parameter, under every ZeRO stage. A collective: all ranks iterate."""
+    for name, parameter in module.named_parameters():
+        sharded = hasattr(parameter, "ds_id")
+        if sharded or parameter.dtype != torch.float32:  # else the parameter itself is the optimiser's fp32 weight
+            yield name, safe_get_full_fp32_param(parameter)
+        else:
+            yield name, parameter.detach()
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """`own_state` of the module with whole fp32 parameters, on the CPU. A collective: all ranks call it."""
+    state = {name: weight.cpu() for name, weight in full_weights(module)}
+    return {name: state.get(name, tensor) for name, tensor in own_state(module).items()}
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    return sorted(path for path in directory.glob("step-????????") if (path / TRAINING_STATE).is_file())
+
+
+def save_checkpoint(
+    directory: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    teacher: MomentumTeacher,
+    tokenizer,
+    state: dict[str, Any],
+    loader_state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write directory/step-<state["step"]>, whole or not at all, and keep the newest `keep`. All ranks call it.
+
+    It holds DeepSpeed's shards, the momentum copy with its queues, the model as a folder that `load_model` reads, and a
+    JSON with the step and the position of every rank's data.
+    """
+    final = directory / f"step-{state['step']:08d}"
+    partial = directory / f"partial-{final.name}"
+    if engine.global_rank == 0:
+        for unfinished in directory.glob("partial-*"):  # of a run that was killed while writing
+            shutil.rmtree(unfinished)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(directory), tag=partial.name, save_latest=False)
+    weights = full_state(engine.module.model)
+    loader_states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(loader_states, loader_state)
+    if engine.global_rank == 0:
+        save_state(own_state(teacher), partial / TEACHER)
+        save_model(engine.module.model, tokenizer, partial / MODEL, weights)
+        text = json.dumps(state | {"world_size": dist.get_world_size(), "loaders": loader_states})
+        (partial / TRAINING_STATE).write_text(text)
+    dist.barrier()  # every rank has written its part
+    if engine.global_rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in checkpoints(directory)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumTeacher) -> dict[str, Any]:
+    """Restore engine and momentum copy; returns the saved state, with this rank's data position in "loader"."""
+    state = json.loads((path / TRAINING_STATE).read_text())
+    if state["world_size"] != dist.get_world_size():
+        raise ValueError(
+            f"resume: {path} was written by {state['world_size']} processes, expected the same number, "
+            f"got {dist.get_world_size()}"
+        )
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise ValueError(f"resume: {path} holds no DeepSpeed checkpoint")
+    load_own_state(teacher, load_file(path / TEACHER))
+    return state | {"loader": state["loaders"][dist.get_rank()]}

@@ -1,0 +1,1 @@
+"""Tasks a pretrained model is measured by."""

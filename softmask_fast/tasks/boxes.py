@@ -1,0 +1,76 @@
+"""Scores of one heat map against boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Box = tuple[float, float, float, float]  # x1 y1 x2 y2 as fractions of width and height
+
+
+@dataclass(frozen=True)
+class GroundingScore:
+    """One heat map against the boxes of its phrase; every field in [0, 1]."""
+
+    hit: float  # 1 when the largest patch's centre is inside a box; equal largest patches: their mean
+    hit_random: float
+    hit_centre: float
+    mass_inside: float
+    area_inside: float
+    mask_inside: float
+    mask_image: float
+    flat: bool
+
+
+def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
+    """Score a heat map (rows, cols), finite and at least 0, against boxes in fractions of the image.
+
+    A map that is the same everywhere gets what an even map is expected to get, and a mask of 0 (nothing is masked).
+    """
+    rows, cols = heat.shape
+    coverage = box_coverage(boxes, rows, cols)
+    centres = _inside((np.arange(cols) + 0.5) / cols, (np.arange(rows) + 0.5) / rows, boxes)  # (rows, cols) bool
+    low, high = float(heat.min()), float(heat.max())
+    mask = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
+    total = float(heat.sum(dtype=np.float64))
+    area = float(coverage.mean())
+    return GroundingScore(
+        hit=float(centres[heat == high].mean()),
+        hit_random=float(centres.mean()),
+        hit_centre=float(_inside(np.array([0.5]), np.array([0.5]), boxes)[0, 0]),
+        mass_inside=float((heat * coverage).sum()) / total if total > 0 else area,
+        area_inside=area,
+        mask_inside=float((mask * coverage).sum() / coverage.sum()),
+        mask_image=float(mask.mean()),
+        flat=high == low,
+    )
+
+
+def box_coverage(boxes: Sequence[Box], rows: int, cols: int) -> np.ndarray:
+    """(rows, cols) float64: the exact share of each patch that the union of the boxes covers.
+
+    Raises ValueError for no boxes and for a box without area inside the image.
+    """
+    if not boxes:
+        raise ValueError("boxes: expected at least one (x1, y1, x2, y2), got none")
+    for x1, y1, x2, y2 in boxes:
+        if not (max(x1, 0) < min(x2, 1) and max(y1, 0) < min(y2, 1)):
+            raise ValueError(f"boxes: expected x1 < x2 and y1 < y2 as fractions of the image, got {(x1, y1, x2, y2)}")
+    # Cut the image along every patch and box edge: each cell then lies wholly inside or wholly outside.
+    x_edges = np.unique(np.clip([*np.linspace(0, 1, cols + 1), *(x for b in boxes for x in (b[0], b[2]))], 0, 1))
+    y_edges = np.unique(np.clip([*np.linspace(0, 1, rows + 1), *(y for b in boxes for y in (b[1], b[3]))], 0, 1))
+    x_mid, y_mid = (x_edges[1:] + x_edges[:-1]) / 2, (y_edges[1:] + y_edges[:-1]) / 2
+    area = np.diff(y_edges)[:, None] * np.diff(x_edges)[None, :] * _inside(x_mid, y_mid, boxes)
+    coverage = np.zeros((rows, cols))
+    np.add.at(coverage, ((y_mid * rows).astype(int)[:, None], (x_mid * cols).astype(int)[None, :]), area)
+    return coverage * rows * cols
+
+
+def _inside(x: np.ndarray, y: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
+    """(len(y), len(x)) bool: is the point inside, or on the edge of, any box."""
+    inside = np.zeros((len(y), len(x)), dtype=bool)
+    for x1, y1, x2, y2 in boxes:
+        inside |= ((y >= y1) & (y <= y2))[:, None] & ((x >= x1) & (x <= x2))[None, :]
+    return inside

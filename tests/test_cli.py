@@ -1,0 +1,130 @@
+"""The command line: its output, its files, and its messages for mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from softmask_fast import __version__
+from softmask_fast.cli import main
+from softmask_fast.config import make_config
+from softmask_fast.data.captions import open_source
+from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.model.checkpoints import save_model
+from softmask_fast.model.vision_language import VisionLanguageModel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a small random model, and an image."""
+    folder = tmp_path_factory.mktemp("cli")
+    shapes = open_source("shapes:num=8", split="val", image_size=32)
+    tokenizer = train_tokenizer([c for i in range(len(shapes)) for c in shapes.read(i).captions], 200)
+    torch.manual_seed(0)
+    config = make_config(
+        "tiny", image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
+        text_layers=1, fusion_layers=2, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=0,
+    )  # fmt: skip
+    save_model(VisionLanguageModel(config.model), tokenizer, folder / "model")
+    Image.fromarray(shapes.read(0).image).save(folder / "scene.jpg")
+    return folder
+
+
+def test_evaluate_retrieval(folder, tmp_path, capsys):
+    out = tmp_path / "results" / "retrieval.json"
+    command = ["evaluate", "--model", str(folder / "model"), "--data", "shapes:num=16", "--task", "retrieval"]
+    assert main([*command, "--json", str(out), "--rerank", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "Retrieval among 16 images and 16 captions" in printed and "ITM on the best 10" in printed
+    report = json.loads(out.read_text())
+    assert report["task"] == "retrieval" and report["data"] == "shapes:num=16" and report["images"] == 16
+    assert f"{100 * report['itc']['text_to_image']['recall@10']:.1f}" in printed
+    assert [path.name for path in out.parent.iterdir()] == ["retrieval.json"]
+
+
+def test_evaluate_grounding(folder, tmp_path, capsys):
+    out = tmp_path / "grounding.json"
+    command = ["evaluate", "--model", str(folder / "model"), "--data", "shapes:num=16", "--task", "grounding"]
+    assert main([*command, "--json", str(out), "--limit", "4", "--layer", "0"]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert report["images"] == 4 and report["layer"] == 0
+    assert f"Grounding of {report['phrases']} phrases in 4 images, fusion layer 0" in printed
+    assert f"{100 * report['pointing_game']['centre']:.1f}" in printed
+
+
+def test_explain(folder, tmp_path, capsys):
+    out = tmp_path / "words.png"
+    command = ["explain", "--model", str(folder / "model"), "--image", str(folder / "scene.jpg")]
+    assert main([*command, "--text", "a red circle", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "chance to match" in printed and "circle" in printed and str(out) in printed
+    with Image.open(out) as picture:
+        picture.load()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["evaluate", "--model", "nowhere"], "--model: expected a model folder, nowhere is none"),
+        (["evaluate", "--data", "missing.tar"], "missing.tar"),
+        (["evaluate", "--task", "grounding", "--layer", "5"], "layer: expected a fusion layer from 0 to 0, got 5"),
+        (["evaluate", "--rerank", "3"], "rerank: expected 0, or at least 10"),
+        (["evaluate", "--device", "abacus"], "--device"),
+        (["evaluate", "--device", "cuda:99"], "--device: cuda:99 asked for"),
+        (["evaluate", "--json", "."], "--json: expected a file name"),
+        (["explain", "--image", "missing.jpg"], "missing.jpg: No such file or directory"),
+        (["explain", "--out", "words.jpg"], "--out: expected a name that ends in .png, got words.jpg"),
+        (["explain", "--text", " "], "--text: expected at least one word"),
+        (["explain", "--image", __file__], "image cannot be decoded"),
+    ],
+)
+def test_mistakes_get_a_message_and_no_traceback(folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    defaults = {
+        "evaluate": {"--model": str(folder / "model"), "--data": "shapes:num=12", "--task": "retrieval"},
+        "explain": {
+            "--model": str(folder / "model"),
+            "--image": str(folder / "scene.jpg"),
+            "--text": "a circle",
+            "--out": "words.png",
+        },
+    }[arguments[0]]
+    options = defaults | dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    assert main([arguments[0], *(part for option in options.items() for part in option)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("softmask-fast: error: ")
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(folder):
+    command = ["evaluate", "--model", "nowhere", "--data", "shapes", "--task", "retrieval", "--debug"]
+    with pytest.raises(ValueError, match="--model"):
+        main(command)
+
+
+def test_unknown_options_end_with_usage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--task", "juggling", "--model", "m", "--data", "shapes"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'juggling'" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    """--help and --version answer without loading torch."""
+    code = (
+        "import sys; from softmask_fast.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'numpy', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == __version__
+    for command in ([], ["evaluate"], ["explain"]):
+        shown = subprocess.run(
+            [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True
+        )
+        assert "usage: softmask-fast" in shown.stdout

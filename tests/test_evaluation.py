@@ -1,0 +1,372 @@
+"""Retrieval and grounding: the metrics against hand-computed cases, then a small random model end to end."""
+
+import json
+from math import comb
+
+import numpy as np
+import pytest
+import torch
+
+from softmask_fast.config import make_config
+from softmask_fast.data.captions import Phrase, Sample, open_source
+from softmask_fast.data.distort import evaluation_pixels
+from softmask_fast.data.images import BadSample
+from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
+from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.tasks.boxes import box_coverage, grounding_score
+from softmask_fast.tasks.common import batches, format_table, tokenize
+from softmask_fast.tasks.grounding import phrase_maps, word_tokens
+from softmask_fast.tasks.retrieval import ranks_of_best, recall_at_k
+
+
+class ListSource:
+    """A caption source over samples at hand; None stands for one that cannot be read."""
+
+    encoded = False
+
+    def __init__(self, samples, image_ids=None):
+        self.samples = samples
+        self.keys = [f"sample {i}" if sample is None else sample.key for i, sample in enumerate(samples)]
+        self.image_ids = np.arange(len(samples)) if image_ids is None else np.array(image_ids)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def read(self, index):
+        if self.samples[index] is None:
+            raise BadSample("damaged")
+        return self.samples[index]
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return open_source("shapes:num=28", split="val", image_size=32)
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(shapes):
+    tokenizer = train_tokenizer([c for i in range(len(shapes)) for c in shapes.read(i).captions], 200)
+    torch.manual_seed(0)
+    config = make_config(
+        "tiny", image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
+        text_layers=1, fusion_layers=3, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=1,
+    )  # fmt: skip
+    return VisionLanguageModel(config.model).eval(), tokenizer
+
+
+def test_ranks_count_the_wrong_items_before_the_best_correct_one():
+    inf = torch.inf
+    scores = torch.tensor([[9, 5, 1, 3], [9, 5, 1, 3], [2, 2, 2, 2], [9, 5, 1, -inf]])
+    correct = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1]]).bool()
+    assert ranks_of_best(scores, correct).tolist() == [0, 2, 3, 3]
+
+
+def test_another_correct_item_does_not_stand_in_the_way():
+    scores = torch.tensor([[0.9, 0.8, 0.7, 0.6]])
+    assert ranks_of_best(scores, torch.tensor([[False, True, True, True]])).tolist() == [1]
+
+
+def test_recall_at_k():
+    assert recall_at_k(torch.tensor([0, 1, 4, 5, 9, 10, 99, 0])) == {
+        "recall@1": 2 / 8,
+        "recall@5": 4 / 8,
+        "recall@10": 6 / 8,
+    }
+
+
+def test_box_coverage_is_exact_for_edges_between_and_inside_patches():
+    coverage = box_coverage([(0.25, 0.0, 0.75, 0.5)], 2, 2)
+    np.testing.assert_allclose(coverage, [[0.5, 0.5], [0.0, 0.0]])
+    # two overlapping boxes count once: 0.6 x 0.6 and 0.6 x 0.6 share 0.2 x 0.2
+    coverage = box_coverage([(0.0, 0.0, 0.6, 0.6), (0.4, 0.4, 1.0, 1.0)], 3, 5)
+    assert coverage.mean() == pytest.approx(0.36 + 0.36 - 0.04)
+    assert coverage.max() <= 1 + 1e-12
+    # what lies outside the image does not count
+    np.testing.assert_allclose(box_coverage([(-0.5, -1.0, 0.5, 2.0)], 1, 2), [[1.0, 0.0]])
+
+
+@pytest.mark.parametrize("boxes", [[], [(0.5, 0.0, 0.5, 1.0)], [(0.0, 0.9, 1.0, 0.1)], [(1.1, 0.0, 1.5, 1.0)]])
+def test_boxes_without_area_are_refused(boxes):
+    with pytest.raises(ValueError, match="boxes: expected"):
+        box_coverage(boxes, 4, 4)
+
+
+def test_grounding_score_by_hand():
+    heat = np.array([[1.0, 0.0], [2.0, 5.0]], dtype=np.float32)
+    right = grounding_score(heat, [(0.5, 0.5, 1.0, 1.0)])  # exactly the patch with 5
+    assert (right.hit, right.hit_random, right.hit_centre, right.flat) == (1.0, 0.25, 1.0, False)
+    assert right.mass_inside == pytest.approx(5 / 8)
+    assert right.area_inside == pytest.approx(0.25)
+    assert right.mask_inside == pytest.approx(1.0)
+    assert right.mask_image == pytest.approx((0.2 + 0 + 0.4 + 1) / 4)
+
+    left = grounding_score(heat, [(0.0, 0.0, 0.5, 1.0)])  # the left column; x = 0.5 is on its edge
+    assert (left.hit, left.hit_random, left.hit_centre) == (0.0, 0.5, 1.0)
+    assert left.mass_inside == pytest.approx(3 / 8)
+    assert left.mask_inside == pytest.approx((0.2 + 0.4) / 2)
+
+    corner = grounding_score(heat, [(0.0, 0.0, 0.2, 0.2), (0.8, 0.0, 1.0, 0.2)])  # reaches no patch centre
+    assert (corner.hit, corner.hit_random, corner.hit_centre) == (0.0, 0.0, 0.0)
+    assert corner.mass_inside == pytest.approx(0.16 * 1 / 8)
+
+
+def test_a_flat_map_scores_what_the_random_floor_scores():
+    box = [(0.0, 0.0, 0.5, 0.5)]
+    for value in (0.0, 3.0):
+        score = grounding_score(np.full((4, 4), value, np.float32), box)
+        assert score.flat
+        assert score.hit == score.hit_random == 0.25
+        assert score.mass_inside == pytest.approx(score.area_inside)
+        assert score.mask_inside == score.mask_image == 0
+
+
+def test_word_tokens_follow_whitespace_words(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    caption = "A  red circle, left-of a Square"
+    tokens = tokenize(model, tokenizer, [caption])
+    texts = [caption[a:b] for a, b in tokens.offsets[0]]
+    assert texts[0] == "" and texts[-1] == ""  # [CLS] and [SEP]
+    for first, count, expected in ((0, 1, "A"), (1, 2, "redcircle,"), (3, 1, "left-of"), (5, 1, "Square")):
+        span = word_tokens(caption, tokens.offsets[0], range(first, first + count))
+        assert "".join(texts[i] for i in span) == expected
+    assert word_tokens("a a a", [(0, 0), (0, 1), (2, 3), (4, 5), (0, 0)], range(1, 3)) == [2, 3]
+    assert word_tokens("a a a", [(0, 0), (0, 1), (0, 0)], range(1, 3)) == []  # cut away
+
+
+def test_tokenize_counts_what_it_cuts(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    tokens = tokenize(model, tokenizer, ["a circle", "red " * 60])
+    assert tokens.truncated == 1
+    assert tokens.input_ids.shape == (2, model.config.max_tokens)
+    assert tokens.attention_mask.dtype == torch.bool
+    assert tokens.attention_mask[0].sum() < model.config.max_tokens and tokens.attention_mask[1].all()
+
+
+def single_pixels(model, sample):
+    return evaluation_pixels([sample.image], model.config.image_size)
+
+
+@torch.no_grad()
+def expected_recalls(model, tokenizer, samples, captions_of, rerank):
+    """The definition: every pair alone through the model, loops and sorting."""
+    pixels = [single_pixels(model, sample) for sample in samples]
+    texts = [(owner, tokenize(model, tokenizer, [c])) for owner, own in enumerate(captions_of) for c in own]
+    images = [model.encode_image(p)[1][0] for p in pixels]
+    features = [model.encode_text(t.input_ids, t.attention_mask)[1][0] for _, t in texts]
+
+    def itc(text, image):
+        return float(features[text] @ images[image])
+
+    def itm(text, image):
+        logits = model.match_logits(pixels[image], texts[text][1].input_ids, texts[text][1].attention_mask)[0]
+        return float(logits[1] - logits[0])
+
+    def recalls(queries, gallery, score, rescore, is_correct):
+        ranks = []
+        for q in range(queries):
+            order = sorted(range(gallery), key=lambda g: -score(q, g))  # noqa: B023
+            if rescore is not None:
+                order = sorted(order[:rerank], key=lambda g: -rescore(q, g))  # noqa: B023
+            ranks.append(next((place for place, g in enumerate(order) if is_correct(q, g)), 10**6))
+        return {f"recall@{k}": float(np.mean([rank < k for rank in ranks])) for k in (1, 5, 10)}
+
+    def both(rescore):
+        return {
+            "text_to_image": recalls(
+                len(texts), len(images), itc, itm if rescore else None, lambda t, i: texts[t][0] == i
+            ),
+            "image_to_text": recalls(
+                len(images),
+                len(texts),
+                lambda i, t: itc(t, i),
+                (lambda i, t: itm(t, i)) if rescore else None,
+                lambda i, t: texts[t][0] == i,
+            ),
+        }
+
+    return both(False), both(True)
+
+
+@pytest.mark.parametrize("captions", ["first", "all"])
+def test_retrieval_equals_its_definition(model_and_tokenizer, shapes, captions):
+    model, tokenizer = model_and_tokenizer
+    samples = [shapes.read(i) for i in range(14)]
+    # Two or three captions each, no two the same, so that "first" and "all" differ and nothing is tied.
+    others = [shapes.read(i).captions[0] for i in range(14, 28)]
+    captions_of = [[samples[i].captions[0], others[i]] + ["circle"] * (i == 3) for i in range(14)]
+    assert len({caption for own in captions_of for caption in own}) == 29
+    source = ListSource([Sample(s.key, s.image, c) for s, c in zip(samples, captions_of, strict=True)])
+
+    taken = [own[:1] for own in captions_of] if captions == "first" else captions_of
+    itc, itm = expected_recalls(model, tokenizer, samples, taken, rerank=10)
+    report = evaluate_retrieval(model, tokenizer, source, captions=captions, rerank=10, batch_size=5)
+    assert (report.images, report.captions) == (14, 14 if captions == "first" else 29)
+    assert report.itc == itc
+    assert report.itm == itm
+    assert report.truncated_captions == 0
+    assert json.loads(json.dumps(report.as_dict()))["itm"] == itm
+    assert "ITM on the best 10" in report.table()
+
+
+def test_chance_with_several_captions(model_and_tokenizer, shapes):
+    """Drawing 5 of 29 captions, none twice: an image with 2 of them is missed with (27 over 5) / (29 over 5)."""
+    model, tokenizer = model_and_tokenizer
+    samples = [shapes.read(i) for i in range(14)]
+    source = ListSource([Sample(s.key, s.image, [f"a {i}", "b"] + ["c"] * (i == 3)) for i, s in enumerate(samples)])
+    chance = evaluate_retrieval(model, tokenizer, source, captions="all", rerank=0).chance
+    expected = 1 - (13 * comb(27, 5) + comb(26, 5)) / comb(29, 5) / 14
+    assert chance["image_to_text"]["recall@5"] == pytest.approx(expected)
+    assert chance["text_to_image"]["recall@5"] == pytest.approx(5 / 14)
+
+
+def test_retrieval_without_reranking_and_in_training_mode(model_and_tokenizer, shapes):
+    model, tokenizer = model_and_tokenizer
+    model.train()
+    try:
+        report = evaluate_retrieval(model, tokenizer, shapes, rerank=0, limit=12)
+        assert model.training
+    finally:
+        model.eval()
+    assert report.itm is None and report.images == 12
+    assert "ITM" not in report.table()
+    assert report == evaluate_retrieval(model, tokenizer, shapes, rerank=0, limit=12, batch_size=12)
+
+
+def test_an_image_listed_once_per_caption_is_one_image(model_and_tokenizer, shapes):
+    model, tokenizer = model_and_tokenizer
+    a, b, c = (shapes.read(i) for i in range(3))
+    listed = ListSource(
+        [
+            Sample("a", a.image, ["a red circle"]),
+            Sample("b", b.image, ["a blue square"]),
+            Sample("a#2", a.image, ["a circle"]),
+            Sample("c", c.image, ["green"]),
+        ],
+        image_ids=[7, 8, 7, 9],
+    )
+    merged = ListSource(
+        [
+            Sample("a", a.image, ["a red circle", "a circle"]),
+            Sample("b", b.image, ["a blue square"]),
+            Sample("c", c.image, ["green"]),
+        ]
+    )
+    for captions, count in (("first", 3), ("all", 4)):
+        report = evaluate_retrieval(model, tokenizer, listed, captions=captions)
+        assert (report.images, report.captions) == (3, count)
+        assert report == evaluate_retrieval(model, tokenizer, merged, captions=captions)
+
+
+def test_unreadable_samples_are_skipped_and_named(model_and_tokenizer, shapes):
+    model, tokenizer = model_and_tokenizer
+    good = [shapes.read(i) for i in range(3)]
+    damaged = Sample("not an image", b"GIF89a?", ["a circle"], good[0].phrases)
+    source = ListSource([good[0], None, good[1], damaged, good[2]])
+    for report in (evaluate_retrieval(model, tokenizer, source), evaluate_grounding(model, tokenizer, source)):
+        assert list(report.skipped) == ["sample 1", "not an image"]
+        assert report.skipped["sample 1"] == "damaged"
+        assert report.images == 3
+        assert "2 samples skipped" in report.table()
+    with pytest.raises(ValueError, match="none of 1 samples.*damaged"):
+        evaluate_retrieval(model, tokenizer, ListSource([None]))
+
+
+def test_grounding_equals_its_definition(model_and_tokenizer, shapes):
+    """Every phrase alone: the mean of its tokens' Grad-CAM over the patches, scored by hand-checked grounding_score."""
+    model, tokenizer = model_and_tokenizer
+    for layer in (None, 0):
+        expected = []
+        for i in range(8):
+            sample = shapes.read(i)
+            for phrase in sample.phrases:
+                tokens = tokenize(model, tokenizer, [phrase.caption])
+                relevance = model.word_relevance(
+                    single_pixels(model, sample), tokens.input_ids, tokens.attention_mask, layer
+                )
+                words = range(phrase.first_word, phrase.first_word + phrase.n_words)
+                span = word_tokens(phrase.caption, tokens.offsets[0], words)
+                heat = relevance[0, span].mean(0)[model.prefix_tokens :].reshape(model.grid_size)
+                expected.append(grounding_score(heat.numpy(), phrase.boxes))
+        report = evaluate_grounding(model, tokenizer, shapes, layer=layer, limit=8, batch_size=3)
+        assert report.flat_maps < len(expected)
+        assert report.phrases == len(expected) > 8
+        assert report.layer == (1 if layer is None else layer)
+        for ours, field in (
+            (report.pointing_game["model"], "hit"),
+            (report.pointing_game["random"], "hit_random"),
+            (report.pointing_game["centre"], "hit_centre"),
+            (report.mass_inside["model"], "mass_inside"),
+            (report.mass_inside["even"], "area_inside"),
+            (report.mean_mask["inside"], "mask_inside"),
+            (report.mean_mask["image"], "mask_image"),
+        ):
+            assert ours == pytest.approx(np.mean([getattr(score, field) for score in expected]), abs=1e-4), field
+        assert json.loads(json.dumps(report.as_dict()))["phrases"] == len(expected)
+        assert "pointing game" in report.table()
+
+
+def test_phrases_beyond_the_token_limit_are_counted(model_and_tokenizer, shapes):
+    model, tokenizer = model_and_tokenizer
+    sample = shapes.read(0)
+    caption = "red " * 40 + "circle"
+    boxes = [(0.0, 0.0, 0.5, 0.5)]
+    phrases = [Phrase(caption, "red", 0, 1, boxes), Phrase(caption, "circle", 40, 1, boxes)]
+    report = evaluate_grounding(
+        model, tokenizer, ListSource([Sample("long", sample.image, [caption], phrases)])
+    )
+    assert (report.phrases, report.skipped_phrases) == (1, 1)
+    assert "1 phrases beyond the token limit" in report.table()
+
+
+def test_unusable_phrases_are_errors(model_and_tokenizer, shapes):
+    model, tokenizer = model_and_tokenizer
+    image = shapes.read(0).image
+    without = ListSource([Sample("bare", image, ["a circle"])])
+    with pytest.raises(ValueError, match="grounding needs phrases with boxes"):
+        evaluate_grounding(model, tokenizer, without)
+    outside = [Phrase("a circle", "circle", 1, 2, [(0.0, 0.0, 1.0, 1.0)])]
+    with pytest.raises(ValueError, match="key 5: phrase 'circle'"):
+        evaluate_grounding(model, tokenizer, ListSource([Sample("key 5", image, ["a circle"], outside)]))
+
+
+def test_a_phrase_map_is_the_mean_of_its_words(model_and_tokenizer, shapes):
+    model, tokenizer = model_and_tokenizer
+    sample, caption = shapes.read(0), "red circle"
+    phrases = [Phrase(caption, "", 0, 1, []), Phrase(caption, "", 1, 1, []), Phrase(caption, "", 0, 2, [])]
+    [maps], [spans] = phrase_maps(model, tokenizer, [(sample, caption, phrases)])
+    weights = [len(span) for span in spans]
+    assert weights[0] + weights[1] == weights[2]
+    np.testing.assert_allclose(maps[2], np.average(maps[:2], axis=0, weights=weights[:2]), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"captions": "some"}, "captions: expected 'first' or 'all', got 'some'"),
+        ({"rerank": 5}, "rerank: expected 0, or at least 10"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"limit": 0}, "limit: expected at least 1 or None, got 0"),
+    ],
+)
+def test_retrieval_checks_its_options(model_and_tokenizer, shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_retrieval(*model_and_tokenizer, shapes, **options)
+
+
+def test_grounding_checks_its_options(model_and_tokenizer, shapes):
+    for layer in (-1, 2, 3):
+        with pytest.raises(ValueError, match=f"layer: expected a fusion layer from 0 to 1, got {layer}"):
+            evaluate_grounding(*model_and_tokenizer, shapes, layer=layer)
+    with pytest.raises(ValueError, match="source: expected at least one sample"):
+        evaluate_grounding(*model_and_tokenizer, ListSource([]))
+
+
+def test_batches():
+    assert list(batches(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(batches([], 2)) == []
+
+
+def test_format_table():
+    table = format_table("Title", {"odd": 2, "even": 0}, ["name", "x"], [["a", "1.0"], ["long", "10.0"]])
+    assert table.splitlines() == ["Title (2 odd)", "name     x", "----  ----", "a      1.0", "long  10.0"]

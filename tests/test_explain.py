@@ -1,0 +1,169 @@
+"""Pictures: what they show as numbers, and that they are written whole."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from softmask_fast.config import make_config
+from softmask_fast.data.captions import Sample, open_source
+from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.explain import decode_image, explain, heatmap_page, overlay, peak, plot_curves, smooth
+from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.tasks.common import image_pixels, tokenize
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return open_source("shapes:num=6", split="val", image_size=32)
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(shapes):
+    tokenizer = train_tokenizer([c for i in range(len(shapes)) for c in shapes.read(i).captions], 200)
+    torch.manual_seed(0)
+    config = make_config(
+        "tiny", image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
+        text_layers=1, fusion_layers=2, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=0,
+    )  # fmt: skip
+    return VisionLanguageModel(config.model).eval(), tokenizer
+
+
+def size_of(png):
+    """Size of a PNG; a cut file raises."""
+    with Image.open(png) as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        return picture.size
+
+
+def jpeg(width, height, orientation=None):
+    picture = Image.new("RGB", (width, height), "white")
+    picture.paste((200, 0, 0), (0, 0, width // 2, height))  # the left half is red
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=95, exif=exif)
+    return file.getvalue()
+
+
+def test_explain_reports_each_word(model_and_tokenizer, shapes, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    image = shapes.read(0).image
+    text = "A small red circle"
+    out = tmp_path / "new folder" / "words.png"
+    shown = explain(model, tokenizer, image, text, out)
+    assert [word["word"] for word in shown["words"]] == text.split()
+    assert max(word["strength"] for word in shown["words"]) == 1.0
+    assert all(0 < place < 1 for word in shown["words"] for place in word["peak"])
+    assert json.loads(json.dumps(shown)) == shown | {
+        "words": [word | {"peak": list(word["peak"])} for word in shown["words"]]
+    }
+
+    tokens = tokenize(model, tokenizer, [text])
+    pixels = image_pixels(model, [Sample("x", image, [text])])
+    with torch.no_grad():
+        logits = model.match_logits(pixels, tokens.input_ids, tokens.attention_mask)
+    assert shown["matched"] == pytest.approx(logits.softmax(-1)[0, 1].item(), rel=1e-5)
+
+    assert min(size_of(out)) > 100
+    assert [path.name for path in out.parent.iterdir()] == ["words.png"]  # no temporary file stays
+
+
+def test_explain_says_which_words_it_cannot_map(model_and_tokenizer, shapes, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    text = "a " * model.config.max_tokens + "circle"
+    shown = explain(model, tokenizer, shapes.read(0).image, text, tmp_path / "long.png")
+    kept = model.config.max_tokens - 2
+    assert len(shown["words"]) == kept
+    assert shown["left_out"] == text.split()[kept:]
+    assert size_of(tmp_path / "long.png")
+
+
+def test_explain_refuses_what_it_cannot_draw(model_and_tokenizer, shapes, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    out = tmp_path / "none.png"
+    with pytest.raises(ValueError, match="text: expected at least one word"):
+        explain(model, tokenizer, shapes.read(0).image, "  ", out)
+    with pytest.raises(ValueError, match="image cannot be decoded"):
+        explain(model, tokenizer, b"not an image", "a circle", out)
+    with pytest.raises(ValueError, match="layer"):
+        explain(model, tokenizer, shapes.read(0).image, "a circle", out, layer=1)
+    assert not out.exists()
+
+
+def test_heatmap_page_with_and_without_boxes(model_and_tokenizer, shapes, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    heatmap_page(model, tokenizer, shapes, tmp_path / "boxes.png", images=3, words=2)
+    with_boxes = size_of(tmp_path / "boxes.png")
+
+    class Bare:
+        keys, image_ids, encoded = ["a", "b"], np.arange(2), True
+
+        def __len__(self):
+            return 2
+
+        def read(self, index):
+            return Sample(self.keys[index], jpeg(40 + 20 * index, 60), ["one two three four", "x"])
+
+    heatmap_page(model, tokenizer, Bare(), tmp_path / "bare.png", images=3, words=2)
+    bare = size_of(tmp_path / "bare.png")
+    assert with_boxes[0] == bare[0]  # both have 1 + 2 columns
+    assert with_boxes[1] > bare[1]  # 3 rows against 2
+    with pytest.raises(ValueError, match="images, words: expected at least 1"):
+        heatmap_page(model, tokenizer, shapes, tmp_path / "none.png", images=0)
+
+
+def test_plot_curves(tmp_path):
+    metrics, out = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
+    lines = [
+        {"step": 10 * i, "loss": 9 / (i + 1), "itc": 4 / (i + 1), "itm_accuracy": i / 200, "temperature": 0.07}
+        | ({"grad_norm": 1.0} if i % 2 else {})
+        for i in range(200)
+    ]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_curves(metrics, out)
+    four_panels = size_of(out)
+    metrics.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    plot_curves(metrics, out)
+    assert size_of(out)[0] < four_panels[0]  # one panel, one point
+    metrics.write_text("")
+    with pytest.raises(ValueError, match="expected lines with figures"):
+        plot_curves(metrics, out)
+
+
+def test_overlay_puts_the_colour_where_the_relevance_is():
+    picture = np.full((40, 80, 3), 128, np.uint8)
+    heat = np.zeros((4, 8), np.float32)
+    heat[1, 6] = 0.01  # small, but the largest: the scale is the word's own
+    shown = overlay(picture, heat)
+    assert shown.shape == (40, 80, 3) and shown.min() >= 0 and shown.max() <= 1
+    row, column = np.unravel_index(shown.sum(axis=2).argmax(), (40, 80))
+    assert 10 <= row < 20 and 60 <= column < 70
+    flat = overlay(picture, np.zeros((4, 8), np.float32))
+    assert np.ptp(flat) == 0 and flat.max() < 128 / 255
+
+
+def test_peak_is_the_centre_of_the_largest_patch():
+    heat = np.zeros((2, 4))
+    heat[1, 2] = 1
+    assert peak(heat) == (0.625, 0.75)
+
+
+def test_smooth_keeps_constants_and_averages():
+    np.testing.assert_allclose(smooth(np.full(7, 3.0), 4), 3.0)
+    np.testing.assert_allclose(smooth(np.array([0.0, 3.0, 0.0]), 3), [1.5, 1.0, 1.5])
+
+
+def test_decode_image_turns_and_scales():
+    wide = decode_image(jpeg(64, 32))
+    assert wide.shape == (192, 384, 3)
+    assert wide[100, 20, 1] < 60 < 200 < wide[100, 360, 1]  # red to the left, white to the right
+    turned = decode_image(jpeg(64, 32, orientation=6))  # 90 degrees clockwise: red on top
+    assert turned.shape == (384, 192, 3)
+    assert turned[20, 100, 1] < 60 < 200 < turned[360, 100, 1]
+    assert decode_image(np.zeros((800, 400, 3), np.uint8)).shape == (384, 192, 3)

@@ -1,0 +1,222 @@
+"""The training script as a user runs it: launched, interrupted, resumed, sharded. Every run is real, only small."""
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from shard_files import write_shard
+from test_loader import BAD, GOOD
+
+ROOT = Path(__file__).parent.parent
+STEPS = 10
+SMALL = {
+    "data": "shapes:num=256",
+    "image_size": 32, "vision_width": 32, "vision_depth": 1, "vision_heads": 2,
+    "text_width": 32, "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 16, "hidden_dropout": 0.1,
+    "queue_size": 24, "distill_ramp_steps": 4, "warmup_steps": 2, "eval_size": 32,
+    "batch_size": 4, "max_steps": STEPS, "log_steps": 1, "checkpoint_steps": 3, "data_threads": 1,
+}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(
+    output: Path, *, ranks: int = 1, script: str = "softmask_fast/train.py", cwd: Path, **options
+) -> subprocess.Popen:
+    flags = [text for name, value in (SMALL | options).items() for text in (f"--{name}", str(value))]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+    ]
+    command += [str(ROOT / script), "--deepspeed", str(ROOT / "ds.json"), "--output_dir", str(output), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, expected: int = 0) -> str:
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == expected, text[-6000:]
+    return text
+
+
+def metrics(output: Path) -> dict[int, dict]:
+    """step -> figures that must not depend on how the run was cut up."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        for timing in ("pairs_per_second", "data_wait"):
+            del record[timing]
+    return {record["step"]: record for record in records}
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        log = output / "metrics.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[0][-4000:]}")
+
+
+def same_run(first: Path, second: Path) -> None:
+    assert metrics(first) == metrics(second) and len(metrics(first)) == STEPS
+    for name in ("model.safetensors",):
+        a, b = (load_file(folder / "model" / name) for folder in (first, second))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    last = f"checkpoints/step-{STEPS:08d}/teacher.safetensors"
+    a, b = load_file(first / last), load_file(second / last)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """Two ranks, from the first step to the last, from a working directory that is not the repository."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    text = finish(launch(folder / "run", ranks=2, cwd=folder))
+    assert "Retrieval among 32 images" in text and "pointing game" in text
+    return folder / "run"
+
+
+def test_a_run_leaves_its_record(uninterrupted):
+    record = json.loads((uninterrupted / "config.json").read_text())
+    assert record["world_size"] == 2 and record["config"]["train"]["max_steps"] == STEPS
+    assert set(record["operators"]) >= {"word_mask", "soft_masked_attention", "focal_itc"}
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    logged = metrics(uninterrupted)
+    assert list(logged) == list(range(1, STEPS + 1))
+    for figure in ("loss", "itc", "itm", "mlm", "itm_accuracy", "temperature", "learning_rate", "alpha", "bad_samples"):
+        assert figure in logged[STEPS], figure
+    assert logged[1]["alpha"] == 0 and logged[STEPS]["alpha"] == pytest.approx(0.4)
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {
+        "model",
+        "tokenizer",
+        "checkpoints",
+        "tensorboard",
+        "evaluation.json",
+        "curves.png",
+        "heatmaps.png",
+    } <= names
+    kept = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir() if path.is_dir())
+    assert kept == ["step-00000009", "step-00000010"]
+
+
+def test_killed_rank_then_resume_is_the_uninterrupted_run(uninterrupted, tmp_path):
+    process = launch(tmp_path / "run", ranks=2, cwd=tmp_path)
+    wait_for_step(tmp_path / "run", 5, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in children if not child.children() and "--local_rank" in " ".join(child.cmdline())]
+    ranks[-1].send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    (tmp_path / "run" / "checkpoints" / "partial-step-00000099").mkdir()  # as a crash leaves it
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
+        log.write('{"step": 7, "lo')
+    finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, resume=True))
+    same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("whom", ["process group", "launcher alone"])
+def test_sigterm_writes_a_checkpoint_and_exits_cleanly(uninterrupted, tmp_path, whom):
+    process = launch(tmp_path / "run", ranks=2, cwd=tmp_path)
+    wait_for_step(tmp_path / "run", 4, process)
+    if whom == "process group":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=100)
+    assert "go on with --output_dir" in text, text[-4000:]
+    done = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert int(done[-1].removeprefix("step-")) >= 4
+    if whom == "process group":
+        finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, resume=True))
+        same_run(uninterrupted, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
+    text = finish(
+        launch(
+            tmp_path / "run", cwd=tmp_path, learning_rate=1e30, warmup_steps=0, checkpoint_steps=1, gradient_clipping=0
+        ),
+        1,
+    )
+    assert "the loss is not finite (" in text and "Samples: " in text and "The last checkpoint is that of step" in text
+    assert not (tmp_path / "run" / "model").exists()
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_bad_samples_are_skipped_counted_and_named_or_stop_the_run(tmp_path):
+    huge = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(huge, "PNG")
+    bad = BAD | {"huge": {"png": huge.getvalue(), "json": BAD["empty"]["json"]}}
+    samples = list((GOOD | bad).items())
+    for part in range(2):
+        write_shard(tmp_path / f"s-{part}.tar", dict(samples[part::2]))
+    data = dict(data=f"{tmp_path}/s-{{0..1}}.tar", cwd=tmp_path, batch_size=20, max_steps=12)
+    text = finish(launch(tmp_path / "run", max_bad_fraction=0.1, **data))
+    assert "skipped 12 samples" in text and all(re.search(rf"s-\d/{name}", text) for name in bad)
+    assert metrics(tmp_path / "run")[12]["bad_samples"] == 12
+    assert "no evaluation: no --eval_data" in text and (tmp_path / "run" / "curves.png").exists()
+    text = finish(launch(tmp_path / "stopped", **data), 1)
+    assert "BadDataError: more than 2 of 200 samples cannot be used" in text
+    assert len(set(re.findall(r"  s-\d/([\w-]+): ", text.split("BadDataError")[1]))) == 10
+
+
+def test_zero_stages_agree(tmp_path):
+    """ZeRO 0 to 3 in fp32 on two ranks, 20 steps each, in one launch: losses, momentum copy and queues."""
+    finish(launch(tmp_path, ranks=2, cwd=tmp_path, script="tests/zero_stages.py", max_steps=20, checkpoint_steps=20))
+    reference = metrics(tmp_path / "stage-0")
+    assert len(reference) == 20
+    taught = load_file(tmp_path / "stage-0/checkpoints/step-00000020/teacher.safetensors")
+    for stage in (1, 2, 3):
+        logged = metrics(tmp_path / f"stage-{stage}")
+        for step, figures in reference.items():
+            assert logged[step] == pytest.approx(figures, abs=1e-5), (stage, step)
+        other = load_file(tmp_path / f"stage-{stage}/checkpoints/step-00000020/teacher.safetensors")
+        for name, tensor in taught.items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        model = load_file(tmp_path / f"stage-{stage}/model/model.safetensors")
+        for name, tensor in load_file(tmp_path / "stage-0/model/model.safetensors").items():
+            torch.testing.assert_close(model[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_mistakes_are_named_before_any_work(tmp_path):
+    def error_of(**options) -> str:
+        flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        command = [sys.executable, str(ROOT / "softmask_fast/train.py"), *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 7}')
+    assert "train_micro_batch_size_per_gpu is 7, but --batch_size is 32" in error_of(deepspeed="ds.json")
+    assert "expected a JSON file, got 'none.json'" in error_of(deepspeed="none.json")
+    assert "temperature: expected in [0.001, 0.5], got 3.0" in error_of(deepspeed="ds.json", temperature=3)
+    assert not (tmp_path / "runs").exists()
