@@ -17,7 +17,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     config = parse("--config", str(path), "--batch_size", "8")
     assert config.preset == "small" and config.model.image_size == PRESETS["small"]["image_size"]
     assert config.train.learning_rate == 3e-4 and config.train.batch_size == 8 and not config.objectives.soft_mask
-    assert config.model.embed_dim == 256  # no one's but the default
+    assert config.train.weight_decay == 0.02  # no one's but the default
     assert parse("--config", str(path), "--preset", "tiny").model.image_size == PRESETS["tiny"]["image_size"]
 
 

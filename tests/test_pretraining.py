@@ -190,3 +190,33 @@ def test_same_seed_same_bits(batch):
 def test_one_pair_has_no_negatives():
     with pytest.raises(ValueError, match="batch_size: expected at least 2"):
         make_config("tiny", batch_size=1)
+
+
+def test_pairs_without_a_negative_are_not_scored_as_unmatched(batch):
+    """One image four times: only its true pairs are scored."""
+    step, teacher = make_step(soft_mask=False)
+    batch.ids = torch.tensor([7, 7, 7, 7])
+    _, figures = step(batch, teacher, ALPHA, SEED)
+    text_tokens, _ = step.model.encode_text(batch.masked_ids, batch.attention_mask)
+    logits = step.model.match_tokens(step.model.vision(batch.pixels), text_tokens, batch.attention_mask)
+    expected = F.cross_entropy(logits, torch.ones(PAIRS, dtype=torch.int64))
+    torch.testing.assert_close(figures["itm"].double(), expected, rtol=1e-6, atol=1e-7)
+    assert figures["itm_accuracy"] == (logits.argmax(-1) == 1).float().mean()
+
+
+def test_weights_that_are_not_finite_give_a_loss_that_is_not_finite(batch):
+    step, teacher = make_step()
+    with torch.no_grad():
+        step.model.image_projection.weight.fill_(torch.nan)
+    loss, _ = step(batch, teacher, ALPHA, SEED)
+    assert not loss.isfinite()
+
+
+def test_key_biases_do_not_move(batch):
+    step, teacher = make_step()
+    step(batch, teacher, ALPHA, SEED)[0].backward()
+    named = dict(step.model.named_parameters())
+    held = [p.grad for name, p in named.items() if name.endswith("self.key.bias")]
+    held += [p.grad.chunk(3)[1] for name, p in named.items() if name.endswith("qkv.bias")]
+    assert len(held) == 8 and all((gradient == 0).all() for gradient in held)
+    assert (named["vision.vit.blocks.0.attn.qkv.bias"].grad.chunk(3)[0] != 0).any()

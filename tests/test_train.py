@@ -204,7 +204,7 @@ def test_zero_stages_agree(tmp_path):
             torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
         model = load_file(tmp_path / f"stage-{stage}/model/model.safetensors")
         for name, tensor in load_file(tmp_path / "stage-0/model/model.safetensors").items():
-            torch.testing.assert_close(model[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(model[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_mistakes_are_named_before_any_work(tmp_path):

@@ -19,7 +19,7 @@ from softmask_fast.model.momentum import MomentumTeacher, gather_ranks
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import FocalITCStats, focal_itc_loss, word_soft_mask
 
-MATCHED, NOT_MATCHED = 1, 0
+MATCHED, NOT_MATCHED, NOT_SCORED = 1, 0, -100
 
 
 @dataclass
@@ -76,9 +76,11 @@ class PretrainingStep(nn.Module):
         sequences.add("matched", text_tokens, mask, pairs)
         if objectives.itm_weight:
             offset = _row_offset(len(pairs))
-            sequences.add("other image", text_tokens, mask, stats.text_hard_negative - offset)
-            other = stats.image_hard_negative - offset
-            sequences.add("other text", text_tokens[other], mask[other], pairs)
+            # -1 where a row has no negative: the whole batch shows its image, or its probabilities are not finite
+            negatives = {"other image": stats.text_hard_negative, "other text": stats.image_hard_negative}
+            other_image, other_text = ((column - offset).clamp(min=0) for column in negatives.values())
+            sequences.add("other image", text_tokens, mask, other_image)
+            sequences.add("other text", text_tokens[other_text], mask[other_text], pairs)
             if objectives.soft_mask:
                 keep = self._soft_mask(batch, text_tokens, keys_values)
                 sequences.add("soft-masked", text_tokens, mask, pairs, keep)
@@ -92,10 +94,15 @@ class PretrainingStep(nn.Module):
         if objectives.itm_weight:
             scored = ["matched", "other image", "other text"] + ["soft-masked"] * objectives.soft_mask
             logits = model.match_head(torch.cat([fused[sequences.rows[name], 0] for name in scored]))
-            labels = [NOT_MATCHED if name.startswith("other") else MATCHED for name in scored]
-            target = torch.tensor(labels, device=logits.device).repeat_interleave(len(pairs))
-            losses["itm"] = F.cross_entropy(logits.float(), target)
-            figures["itm_accuracy"] = (logits.argmax(-1) == target).float().mean()
+            matched = torch.full_like(pairs, MATCHED)
+            target = torch.cat(
+                [
+                    torch.where(negatives[name] < 0, NOT_SCORED, NOT_MATCHED) if name in negatives else matched
+                    for name in scored
+                ]
+            )
+            losses["itm"] = F.cross_entropy(logits.float(), target, ignore_index=NOT_SCORED)
+            figures["itm_accuracy"] = (logits.argmax(-1) == target).float().sum() / (target != NOT_SCORED).sum()
         if objectives.mlm_weight:
             hidden = fused[sequences.rows[language_rows]]
             losses["mlm"], figures["mlm_accuracy"] = self._predict_words(batch, hidden, taught, teacher, alpha)
