@@ -28,9 +28,12 @@ class ModelConfig:
     vision_width: int | None = option(None, "Width of the image tokens; default: the model's.")
     vision_depth: int | None = option(None, "Number of blocks; default: the model's.")
     vision_heads: int | None = option(None, "Number of heads; default: the model's.")
+    vision_mlp_ratio: float | None = option(None, "Hidden width of the MLPs by their width; default: the model's.")
     vision_weights: str = option("timm", "'timm' (its pretrained weights), a .safetensors or .pth file, or 'random'.")
     text_width: int = option(768, "Width of the text and fusion layers.")
     text_heads: int = option(12, "Heads of the text and fusion layers.")
+    text_mlp_ratio: float = option(4.0, "Hidden width of the MLPs of text and fusion by their width.")
+    text_positions: int = option(512, "Position embeddings of the text; at least max_tokens are made.")
     text_layers: int = option(6, "Number of text-only layers.")
     fusion_layers: int = option(6, "Number of layers that attend to the image.")
     text_weights: str = option(
@@ -53,6 +56,7 @@ class ModelConfig:
             "fusion_layers",
             "embed_dim",
             "vocab_size",
+            "text_positions",
         ):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.max_tokens >= 3, "max_tokens", "at least 3 ([CLS], one token, [SEP])", self.max_tokens)
@@ -62,6 +66,7 @@ class ModelConfig:
             f"a multiple of text_heads={self.text_heads}",
             self.text_width,
         )
+        _require(self.text_mlp_ratio > 0, "text_mlp_ratio", "above 0", self.text_mlp_ratio)
         _require(0 <= self.hidden_dropout < 1, "hidden_dropout", "in [0, 1)", self.hidden_dropout)
         # After the last layer [CLS] alone is read, so no word's attention there has a gradient.
         _require(
