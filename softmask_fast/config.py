@@ -108,7 +108,7 @@ class DataConfig:
     data: str = option(
         "shapes",
         "'shapes' (drawn on the fly), WebDataset shards ('cc/{000..331}.tar', a folder, a comma list) "
-        "or ALBEF JSON lists ('coco.json,vg.json').",
+        "by path or by URL (https://, s3://, gs://), or ALBEF JSON lists ('coco.json,vg.json').",
     )
     eval_data: str | None = option(None, "Held-out pairs evaluated after training; default: unseen shapes for shapes.")
     eval_size: int = option(256, "How many held-out images the final evaluation takes.")
@@ -123,6 +123,18 @@ class DataConfig:
     blur: bool = option(True, "Gaussian blur, half of the time.")
     max_bad_fraction: float = option(0.01, "Share of unreadable samples at which training stops.")
     data_threads: int | None = option(None, "Threads that read and distort; default: all cores.")
+    cache_dir: str | None = option(None, "Shards by URL are kept here; default: ~/.cache/softmask_fast.")
+    cache_gigabytes: float = option(64.0, "Bound of cache_dir, for all ranks of a machine together.")
+    shuffle_shards: int = option(8, "Shards by URL: how many a rank mixes at a time (decides the order).")
+    prefetch_shards: int = option(2, "Shards by URL: how many a rank downloads ahead.")
+    download_tries: int = option(5, "Tries to download a shard before the run stops.")
+    download_timeout: float = option(60.0, "Seconds without data at which a try counts as failed.")
+
+    def __post_init__(self) -> None:
+        for name, least in (("shuffle_shards", 1), ("prefetch_shards", 0), ("download_tries", 1)):
+            _require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
+        for name in ("cache_gigabytes", "download_timeout"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
 
 
 @dataclass
