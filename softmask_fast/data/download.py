@@ -20,7 +20,7 @@ from fsspec.callbacks import Callback
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_LONGEST_PAUSE = 60.0  # seconds between two attempts
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two attempts
 _WORTH_A_RETRY = (408, 425, 429)  # of the HTTP statuses 4xx
 
 
@@ -31,9 +31,9 @@ class UnreachableFile(OSError):
 class Downloader:
     """Thread-safe. Every failure that may pass is retried `tries` times in all, with pauses that double."""
 
-    def __init__(self, tries: int = 5, timeout: float = 60.0, first_pause: float = 0.5):
-        """timeout: seconds without any data after which an attempt counts as failed; first_pause: in seconds."""
-        self._tries, self._timeout, self._first_pause = tries, timeout, first_pause
+    def __init__(self, tries: int = 5, timeout: float = 60.0):
+        """timeout: seconds without any data after which an attempt counts as failed."""
+        self._tries, self._timeout = tries, timeout
 
     def size(self, url: str) -> int:
         """The size in bytes. Raises UnreachableFile."""
@@ -78,7 +78,7 @@ class Downloader:
                 if number == self._tries or _is_final(error):
                     tries = "1 try" if number == 1 else f"{number} tries"
                     raise UnreachableFile(f"{without_query(url)}: cannot be had after {tries}: {cause}") from error
-                pause = min(_LONGEST_PAUSE, self._first_pause * 2 ** (number - 1)) * random.uniform(0.75, 1.25)
+                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (number - 1)) * random.uniform(0.75, 1.25)
                 logger.warning("%s: %s; trying again in %.1f s", without_query(url), cause, pause)
                 time.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -145,7 +145,9 @@ def _options(protocol: str) -> dict[str, Any]:
 
 def _is_final(error: BaseException) -> bool:
     """Whether the server answered that there is no such file, or not for us: asking again changes nothing."""
-    cause = error.__cause__ or error  # fsspec calls every failure to look at an HTTP file a FileNotFoundError
+    cause = error
+    if isinstance(error, FileNotFoundError):  # so fsspec calls every failure to look at an HTTP file
+        cause = error.__cause__ or error
     status = getattr(cause, "status", None) or getattr(cause, "code", None)
     if response := getattr(cause, "response", None):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None

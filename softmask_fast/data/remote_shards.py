@@ -65,7 +65,7 @@ class RemoteShardSource:
         _check_names(self._names)
         self._downloader = Downloader(options.download_tries, options.download_timeout)
         folder = options.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "softmask_fast")
-        self._cache = ShardCache(Path(folder).expanduser(), int(options.cache_gigabytes * 1e9), self._downloader)
+        self._cache = ShardCache(Path(folder).expanduser(), round(options.cache_gigabytes * 1e9), self._downloader)
         self._heads = self._read_heads()
         counts = [head.samples for head in self._heads]
         if not sum(counts):

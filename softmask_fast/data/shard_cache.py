@@ -68,7 +68,7 @@ class ShardCache:
         """An empty file whose name reserves room for `size` bytes."""
         if size > self.limit:
             raise ValueError(
-                f"cache_gigabytes: expected at least {size / 1e9:.3g} for {without_query(url)}, got {self.limit / 1e9:g}"
+                f"cache_gigabytes: expected {size / 1e9:.3g} or more for {without_query(url)}, got {self.limit / 1e9:g}"
             )
         while True:
             with self._space():
