@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from softmask_fast.data.remote_options import RemoteOptions
+
 
 def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -131,10 +133,7 @@ class DataConfig:
     download_timeout: float = option(60.0, "Seconds without data at which a try counts as failed.")
 
     def __post_init__(self) -> None:
-        for name, least in (("shuffle_shards", 1), ("prefetch_shards", 0), ("download_tries", 1)):
-            _require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
-        for name in ("cache_gigabytes", "download_timeout"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        RemoteOptions.of(self)  # looks at the values
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 
 from softmask_fast.config import Config
 from softmask_fast.data.captions import CaptionSource, open_source
-from softmask_fast.data.remote_shards import RemoteOptions
+from softmask_fast.data.remote_options import RemoteOptions
 from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
 from softmask_fast.explain import heatmap_page, plot_curves
 from softmask_fast.model.checkpoints import load_model

@@ -29,7 +29,7 @@ from softmask_fast.data.captions import CaptionSource, open_source
 from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.images import BadSample
 from softmask_fast.data.loader import Batch, PretrainingLoader
-from softmask_fast.data.remote_shards import RemoteOptions
+from softmask_fast.data.remote_options import RemoteOptions
 from softmask_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from softmask_fast.logs import RunLog, environment
 from softmask_fast.model.checkpoints import save_model

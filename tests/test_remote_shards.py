@@ -12,12 +12,13 @@ import pytest
 from file_server import FileServer
 from shard_files import scene_files, write_shard
 
+from softmask_fast.config import make_config
 from softmask_fast.data import download
 from softmask_fast.data.captions import open_source
 from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.download import UnreachableFile
 from softmask_fast.data.loader import PretrainingLoader
-from softmask_fast.data.remote_shards import RemoteOptions
+from softmask_fast.data.remote_options import RemoteOptions
 from softmask_fast.data.shapes import ShapesSource
 from softmask_fast.data.shard_index import write_index
 from softmask_fast.data.tokenizer import train_tokenizer
@@ -173,7 +174,7 @@ def test_two_ranks_in_one_bounded_cache(shards, server, remote, tmp_path, monkey
 READER = """
 import sys
 from softmask_fast.data.captions import open_source
-from softmask_fast.data.remote_shards import RemoteOptions
+from softmask_fast.data.remote_options import RemoteOptions
 url, folder, gigabytes, first = sys.argv[1:]
 options = RemoteOptions(cache_dir=folder, cache_gigabytes=float(gigabytes), shuffle_shards=1, prefetch_shards=0)
 source = open_source(url, remote=options)
@@ -307,6 +308,10 @@ def test_mistakes_are_named(server, remote, monkeypatch, tmp_path):
         remote("simplecache::s-0.tar")
     with pytest.raises(ValueError, match="nothing://"):
         open_source("nothing://bucket/*.tar")
+    assert RemoteOptions.of(make_config("tiny").data) == RemoteOptions()
+    for wrong in ({"shuffle_shards": 0}, {"prefetch_shards": -1}, {"download_timeout": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected .*, got"):
+            make_config("tiny", **wrong)
 
 
 def test_damaged_shards_are_refused_by_their_url(tmp_path):

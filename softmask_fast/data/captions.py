@@ -17,7 +17,7 @@ from softmask_fast.data.images import BadSample
 from softmask_fast.data.randomness import identities
 
 if TYPE_CHECKING:
-    from softmask_fast.data.remote_shards import RemoteOptions
+    from softmask_fast.data.remote_options import RemoteOptions
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 from urllib.parse import urlsplit
 
 import fsspec
@@ -21,6 +20,7 @@ from softmask_fast.data.download import Downloader, without_query
 from softmask_fast.data.images import BadSample
 from softmask_fast.data.order import WindowedOrder, local_ranks
 from softmask_fast.data.randomness import identities
+from softmask_fast.data.remote_options import RemoteOptions
 from softmask_fast.data.shard_cache import ShardCache
 from softmask_fast.data.shard_index import SUFFIX, IndexHead, parse_index, read_head, read_index, write_index
 from softmask_fast.data.shards import read_sample
@@ -29,23 +29,6 @@ logger = logging.getLogger(__name__)
 
 _INDEX_THREADS = 16
 _LISTED = 100  # indexes between two lines of the log
-
-
-@dataclass(frozen=True)
-class RemoteOptions:
-    """How shards by URL are kept and mixed."""
-
-    cache_dir: str | None = None  # default: softmask_fast in $XDG_CACHE_HOME or ~/.cache
-    cache_gigabytes: float = 64.0  # for all ranks of the machine together
-    shuffle_shards: int = 8  # shards that a rank mixes; part of the order
-    prefetch_shards: int = 2  # downloaded ahead, per rank
-    download_tries: int = 5
-    download_timeout: float = 60.0  # seconds without data
-
-    @classmethod
-    def of(cls, data: Any) -> RemoteOptions:
-        """From the fields of the same names of `data`, a DataConfig."""
-        return cls(**{field.name: getattr(data, field.name) for field in fields(cls)})
 
 
 class RemoteShardSource:
