@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from softmask_fast.data.remote_options import RemoteOptions
+
 
 def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -113,7 +115,7 @@ class DataConfig:
     data: str = option(
         "shapes",
         "'shapes' (drawn on the fly), WebDataset shards ('cc/{000..331}.tar', a folder, a comma list) "
-        "or ALBEF JSON lists ('coco.json,vg.json').",
+        "by path or by URL (https://, s3://, gs://), or ALBEF JSON lists ('coco.json,vg.json').",
     )
     eval_data: str | None = option(None, "Held-out pairs evaluated after training; default: unseen shapes for shapes.")
     eval_size: int = option(256, "How many held-out images the final evaluation takes.")
@@ -128,6 +130,15 @@ class DataConfig:
     blur: bool = option(True, "Gaussian blur, half of the time.")
     max_bad_fraction: float = option(0.01, "Share of unreadable samples at which training stops.")
     data_threads: int | None = option(None, "Threads that read and distort; default: all cores.")
+    cache_dir: str | None = option(None, "Shards by URL are kept here; default: ~/.cache/softmask_fast.")
+    cache_gigabytes: float = option(64.0, "Bound of cache_dir, for all ranks of a machine together.")
+    shuffle_shards: int = option(8, "Shards by URL: how many a rank mixes at a time (decides the order).")
+    prefetch_shards: int = option(2, "Shards by URL: how many a rank downloads ahead.")
+    download_tries: int = option(5, "Tries to download a shard before the run stops.")
+    download_timeout: float = option(60.0, "Seconds without data at which a try counts as failed.")
+
+    def __post_init__(self) -> None:
+        RemoteOptions.of(self)  # looks at the values
 
 
 @dataclass

@@ -29,6 +29,7 @@ from softmask_fast.data.captions import CaptionSource, open_source
 from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.images import BadSample
 from softmask_fast.data.loader import Batch, PretrainingLoader
+from softmask_fast.data.remote_options import RemoteOptions
 from softmask_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from softmask_fast.logs import RunLog, environment
 from softmask_fast.model.checkpoints import save_model
@@ -39,6 +40,12 @@ from softmask_fast.ops.backend import describe
 from softmask_fast.report import report_run
 
 logger = logging.getLogger("softmask_fast")
+
+# options of model, objectives and data that a resumed run may change: they decide nothing that is learned
+MAY_CHANGE = (
+    "data_threads", "eval_data", "eval_size",
+    "cache_dir", "cache_gigabytes", "prefetch_shards", "download_tries", "download_timeout",
+)  # fmt: skip
 
 
 class StopRequest:
@@ -201,7 +208,13 @@ def pretrain(config: Config, deepspeed_config: dict, output: Path, stop: StopReq
     train, rank, world = config.train, dist.get_rank(), dist.get_world_size()
     device = torch.device(get_accelerator().current_device_name())
     torch.manual_seed(train.seed)
-    source = open_source(config.data.data, split="train", seed=train.seed, image_size=config.model.image_size)
+    source = open_source(
+        config.data.data,
+        split="train",
+        seed=train.seed,
+        image_size=config.model.image_size,
+        remote=RemoteOptions.of(config.data),
+    )
     tokenizer = prepare_tokenizer(config, source, output)
     loader = PretrainingLoader(
         source,
@@ -342,7 +355,8 @@ def check_same_run(output: Path, config: Config) -> None:
     current = config.as_dict()
     for section in ("model", "objectives", "data"):
         for name, value in current[section].items():
-            if stored[section].get(name) != value and name not in ("data_threads", "eval_data", "eval_size"):
+            # an option younger than the run had its present default's effect
+            if stored[section].get(name, value) != value and name not in MAY_CHANGE:
                 raise ValueError(f"resume: {name} was {stored[section].get(name)!r} in {output}, got {value!r}")
 
 
