@@ -50,10 +50,11 @@ def make_step(**objectives):
     torch.manual_seed(4)
     config = make_config("tiny", vocab_size=VOCABULARY, image_size=32, hidden_dropout=0.0, queue_size=6).model
     model = VisionLanguageModel(config).double()
-    step = PretrainingStep(model, ObjectiveConfig(queue_size=6, **objectives))
+    objectives = ObjectiveConfig(queue_size=6, momentum=0.9, **objectives)
+    step = PretrainingStep(model, objectives)
     torch.manual_seed(5)
-    teacher = MomentumTeacher(VisionLanguageModel(config).double(), 6, 0.9).double()
-    teacher.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
+    teacher = MomentumTeacher(VisionLanguageModel(config).double(), objectives).double()
+    teacher.contrast.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
     return step, teacher
 
 
@@ -73,9 +74,9 @@ def plain_losses(step, teacher, batch, other_images, other_texts, monkeypatch):
     with torch.no_grad():
         taught_images, taught_image_features = taught.encode_image(batch.pixels)
         _, taught_text_features = taught.encode_text(text_ids, mask)
-    image_keys = torch.cat([taught_image_features, teacher.image_queue])
-    text_keys = torch.cat([taught_text_features, teacher.text_queue])
-    key_ids = torch.cat([batch.ids, teacher.queue_ids])
+    image_keys = torch.cat([taught_image_features, teacher.contrast.image_queue])
+    text_keys = torch.cat([taught_text_features, teacher.contrast.text_queue])
+    key_ids = torch.cat([batch.ids, teacher.contrast.queue_ids])
     positive = (batch.ids[:, None] == key_ids).double()
     hard_target = positive / positive.sum(-1, keepdim=True)
     scale = 1 / model.log_temperature.exp()
@@ -122,8 +123,8 @@ def test_losses_and_gradients_are_those_of_the_method(name, batch, monkeypatch):
     contrast = step._contrast
 
     def remember(*arguments):
-        drawn["stats"] = contrast(*arguments)[1]
-        return contrast(*arguments)
+        itc, drawn["stats"] = contrast(*arguments)
+        return itc, drawn["stats"]
 
     monkeypatch.setattr(step, "_contrast", remember)
     before = {buffer: value.clone() for buffer, value in teacher.named_buffers()}
@@ -161,8 +162,9 @@ def test_momentum_features_enter_the_queue(batch):
     step(batch, teacher, ALPHA, SEED)
     with torch.no_grad():
         _, features = teacher.model.encode_image(batch.pixels)
-    torch.testing.assert_close(teacher.image_queue[:PAIRS], features)
-    assert teacher.queue_ids[:PAIRS].tolist() == batch.ids.tolist() and int(teacher.queue_position) == PAIRS
+    contrast = teacher.contrast
+    torch.testing.assert_close(contrast.image_queue[:PAIRS], features)
+    assert contrast.queue_ids[:PAIRS].tolist() == batch.ids.tolist() and int(contrast.queue_position) == PAIRS
 
 
 def test_before_its_warm_up_the_queue_gives_no_keys(batch):
@@ -171,8 +173,10 @@ def test_before_its_warm_up_the_queue_gives_no_keys(batch):
         step, teacher = make_step()
         losses[use_queue] = step(batch, teacher, ALPHA, SEED, use_queue)[1]["itc"]
     step, teacher = make_step()
-    teacher.image_queue, teacher.text_queue = teacher.image_queue[:0], teacher.text_queue[:0]
-    teacher.queue_ids = teacher.queue_ids[:0]
+    queues = teacher.contrast
+    queues.image_queue, queues.text_queue, queues.queue_ids = (
+        queue[:0] for queue in (queues.image_queue, queues.text_queue, queues.queue_ids)
+    )
     assert torch.equal(losses[False], step(batch, teacher, ALPHA, SEED)[1]["itc"])
     assert losses[True] != losses[False]
 

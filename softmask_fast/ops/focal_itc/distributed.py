@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -134,18 +133,21 @@ def take_rows(x: Tensor, index: Tensor, group: dist.ProcessGroup | None = None) 
     """Rows of the joined batch, fetched from the ranks that own them; their gradients go back there.
 
     Args:
-        x: (B, T, ...), this rank's rows of the joined batch; B and T may differ from rank to rank.
+        x: (B, ...), this rank's rows of the joined batch; B may differ from rank to rank.
         index: (S,) int64, rows of the joined batch that this rank wants; S may differ from rank to rank.
 
     Returns:
-        (S, largest T, ...): rows that are shorter on their rank end in zeros.
+        (S, ...)
 
     Raises:
-        ValueError: on every rank, for an index of any rank that is no row of the joined batch.
+        ValueError: on every rank, where rows have not the same size everywhere, or an index of any rank is no row of
+            the joined batch.
     """
     if world_size(group) == 1:
         return x[index]
-    sizes, lengths, counts = exchange([len(x), x.shape[1], len(index)], group).unbind(1)
+    sizes, lengths, counts = exchange([len(x), x[:1].numel(), len(index)], group).unbind(1)
+    if len(set(lengths[sizes > 0].tolist())) > 1:
+        raise ValueError(f"x: expected rows of one size on every rank, got {lengths.tolist()} numbers a row")
     joined = JoinedBatch(sizes.tolist(), group)
     wanted = exchange(index.tolist() + [0] * (int(counts.max()) - len(index)), group)
     asked = torch.arange(wanted.shape[1]) < counts[:, None]  # the rest is padding
@@ -157,7 +159,6 @@ def take_rows(x: Tensor, index: Tensor, group: dist.ProcessGroup | None = None) 
     mine = asked & (wanted >= joined.offset) & (wanted < joined.offset + joined.rows)
     owner = torch.bucketize(wanted[joined.rank, : len(index)], torch.tensor(joined.offsets[1:]), right=True)
     arrival = torch.argsort(owner, stable=True).argsort()  # where each wanted row comes among those that arrive
-    x = F.pad(x, [0, 0] * (x.dim() - 2) + [0, int(lengths.max()) - x.shape[1]])
     rows = x[(wanted[mine] - joined.offset).to(x.device)]
     received = torch.bincount(owner, minlength=joined.world).tolist()
     return _AllToAll.apply(rows, mine.sum(1).tolist(), received, group)[arrival.to(x.device)]
