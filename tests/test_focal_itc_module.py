@@ -16,7 +16,7 @@ from softmask_fast.ops.focal_itc.distributed import take_rows
 from softmask_fast.ops.focal_itc.operators import resolve
 from softmask_fast.ops.focal_itc.reference import Options
 
-TIMEOUT = timedelta(seconds=60)  # a rank that waits for others is a failure, not a hang
+TIMEOUT = timedelta(minutes=5)  # a rank that waits for others is a failure, not a hang
 WIDTH, QUEUE, STEPS, RANKS = 24, 11, 2, 4
 SIZES = {"even": [5, 5, 5, 5], "uneven": [4, 6, 1, 5]}  # rows of each rank; the first two of them where there are two
 OPTIONS = {
