@@ -237,7 +237,7 @@ def pretrain(config: Config, deepspeed_config: dict, output: Path, stop: StopReq
 
     model = VisionLanguageModel(config.model, config.objectives.temperature)
     load_pretrained(model)
-    teacher = MomentumTeacher(model, config.objectives.queue_size, config.objectives.momentum, train.seed).to(device)
+    teacher = MomentumTeacher(model, config.objectives, train.seed).to(device)
     step_module = PretrainingStep(model, config.objectives, bf16=train.bf16)
     engine = engines.create_engine(step_module, deepspeed_config, train)
 
