@@ -81,7 +81,9 @@ class Problem:
             return score * keep[sequence, token]
 
         value = self.value[self.image_index] * keep[:, None, :, None].to(DTYPE)
-        query = self.query if torch.is_grad_enabled() else self.query.detach()  # it refuses inputs with a gradient on the CPU
+        query = (
+            self.query if torch.is_grad_enabled() else self.query.detach()
+        )  # it refuses inputs with a gradient on the CPU
         return flex_attention(query, self.key[self.image_index], value, score_mod=logit_factor)
 
     def projected(self):
