@@ -23,14 +23,10 @@ mkdir -p "$STATE"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 give_up() { echo "make gpu: $*" >&2; exit 2; }
-"$PYTHON" -c "import torch" || give_up "$PYTHON cannot import torch: name an interpreter that can, PYTHON=..."
-if "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    device=cuda
-elif [ "${SOFTMASK_FAST_ALLOW_CPU:-}" = 1 ]; then
-    device=cpu
-else
+device=$("$PYTHON" -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')") ||
+    give_up "$PYTHON cannot import torch: name an interpreter that can, PYTHON=..."
+[ "$device" = cuda ] || [ "${SOFTMASK_FAST_ALLOW_CPU:-}" = 1 ] ||
     give_up "torch sees no GPU. SOFTMASK_FAST_ALLOW_CPU=1 runs the same on the CPU"
-fi
 
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
