@@ -17,7 +17,8 @@ MARKERS = ("<!-- benchmarks: begin, written by `make report` -->", "<!-- benchma
 COMMAND = "pytest benchmarks --benchmark-only --save-results"
 # Every key that a results file must have; see measure.environment and measure.compare.
 RUN_KEYS = (
-    "device", "slug", "threads", "date", "commit", "softmask_fast", "torch", "triton", "driver", "ceilings", "rows",
+    "device", "slug", "threads", "date", "commit", "softmask_fast", "torch", "triton", "driver", "load", "ceilings",
+    "rows",
 )  # fmt: skip
 ROW_KEYS = (
     "benchmark", "case", "dtype", "variant", "ours", "floor", "baseline", "ceiling", "seconds", "extra_memory", "share",
@@ -48,26 +49,18 @@ def check(run: dict, name: object) -> None:
 
 
 def newest(folder: Path) -> list[dict]:
-    """The newest run of each device, GPUs first. A device's parts that were run apart are joined: see ``_joined``."""
+    """The runs that count, GPUs first, newest first: each with the benchmarks of its device that no newer run has."""
     runs = []
     for device in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else ():
-        files = sorted(device.glob("*.json"))
-        loaded = []
-        for file in files:
-            loaded.append(json.loads(file.read_text()))
-            check(loaded[-1], file)
-        if loaded:
-            runs.append(_joined(loaded))
+        seen = set()
+        for file in sorted(device.glob("*.json"), reverse=True):
+            run = json.loads(file.read_text())
+            check(run, file)
+            rows = [row for row in run["rows"] if row["benchmark"] not in seen]
+            seen |= {row["benchmark"] for row in rows}
+            if rows:
+                runs.append(run | {"rows": rows})
     return sorted(runs, key=lambda run: (run["driver"] is None, run["slug"]))
-
-
-def _joined(runs: list[dict]) -> dict:
-    """Of every benchmark the rows of the newest run that has it; the rest is that of the newest run."""
-    rows = {}
-    for run in runs:
-        for benchmark in {row["benchmark"] for row in run["rows"]}:
-            rows[benchmark] = [row for row in run["rows"] if row["benchmark"] == benchmark]
-    return runs[-1] | {"rows": [row for part in rows.values() for row in part]}
 
 
 def groups(rows: Iterable[dict]) -> list[list[dict]]:
@@ -115,7 +108,7 @@ def machine_text(run: dict) -> str:
     driver = f", driver {run['driver']}" if run["driver"] else f", {run['threads']} threads"
     commit = (run["commit"] or "unknown")[:12]
     return (
-        f"{run['device']}{driver}, torch {run['torch']}, commit {commit}, {run['date'][:10]}; "
+        f"{run['device']}{driver}, torch {run['torch']}, commit {commit}, {run['date'][:10]}, load {run['load']}; "
         f"measured: copy {rates['copy'] / 1e9:,.0f} GB/s, matrix product {rates['matmul'] / 1e12:.3g} TFLOP/s"
     )
 
@@ -218,9 +211,9 @@ def plot(run: dict, benchmark: str, path: Path) -> bool:
         style = {"linewidth": 2.6, "zorder": 3} if mine[0]["ours"] and name != "reference" else {"linewidth": 1.2}
         style |= {"linestyle": ":"} if mine[0]["floor"] else {}
         sizes = [row["case"][axis] for row in mine]
-        panels[0].plot(sizes, [1e3 * row["seconds"][phase] for row in mine], "o-", label=name, **style)
+        panels[0].plot(sizes, [1e3 * row["seconds"][phase] for row in mine], marker="o", label=name, **style)
         # below a page the resident memory of a process says nothing
-        panels[1].plot(sizes, [max(row["extra_memory"][phase], 4096) / 2**20 for row in mine], "o-", **style)
+        panels[1].plot(sizes, [max(row["extra_memory"][phase], 4096) / 2**20 for row in mine], marker="o", **style)
     for panel, label in zip(panels, ("time, ms", "memory beyond inputs and results, MiB"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
         ticks = sorted({row["case"][axis] for row in rows})
