@@ -194,6 +194,7 @@ def plot(run: dict, benchmark: str, path: Path) -> bool:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     axis = AXES[benchmark]
     rows = [row for row in run["rows"] if row["benchmark"] == benchmark and seconds(row) is not None]
@@ -219,6 +220,8 @@ def plot(run: dict, benchmark: str, path: Path) -> bool:
         ticks = sorted({row["case"][axis] for row in rows})
         panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.grid(alpha=0.3)
     fixed = ", ".join(f"{name} {size}" for name, size in json.loads(rest).items())
     what = "forward and backward" if phase == "both" else "forward"
