@@ -1,9 +1,9 @@
 // The CUDA kernels on a CPU, for tests: csrc/cuda/word_mask.cu as it stands, host code and all, over a device in software.
 //
-// Every thread of every block of a cluster is a fiber. A fiber runs until it waits for others (a warp exchange, a barrier
-// of its block or cluster) and the scheduler goes on with another one, in a new random order every round: results that
-// depend on the order betray a missing barrier. Shared memory is NaN when a block starts and NaN again when it exits, so
-// reading what nobody wrote, or the memory of a block that is gone, shows. Waiting that never ends aborts.
+// Every thread of every block of a cluster is a fiber, which runs until it waits for others (a warp exchange, a barrier of
+// its block or cluster). The scheduler picks a warp at random and lets it run as far ahead of all others as the barriers
+// allow, then another one: a missing barrier shows. Shared memory is NaN when a block starts and NaN again when it exits,
+// so reading what nobody wrote, or the memory of a block that is gone, shows too. Waiting that never ends aborts.
 
 #define SOFTMASK_DEVICE_CUH  // in the place of csrc/cuda/device.cuh
 
@@ -54,22 +54,24 @@ Barrier cluster_barrier;
 Fiber* current = nullptr;
 ucontext_t scheduler;
 bool progress = false;
+unsigned first_block;  // of the cluster that runs
 void (*kernel_call)() = nullptr;
 
 void pause() { swapcontext(&current->context, &scheduler); }
 
 long arrive_at(Barrier& barrier, size_t expected) {
     const long generation = barrier.generation;
+    progress = true;
     if (++barrier.arrived == static_cast<int>(expected)) {
         barrier.arrived = 0;
         ++barrier.generation;
-        progress = true;
     }
     return generation;
 }
 
 void wait_for(const Barrier& barrier, long generation) {
     while (barrier.generation == generation) pause();
+    progress = true;
 }
 
 // What csrc/cuda/device.cuh gives.
@@ -144,7 +146,27 @@ void run_fiber() {
     pause();
 }
 
-void run_cluster(int first_block, int blocks, int threads, size_t shared_bytes, std::mt19937& random) {
+bool is_done(int warp) {
+    return std::all_of(&fibers[warp * WARP], &fibers[warp * WARP] + WARP, [](const Fiber& x) { return x.done; });
+}
+
+// Runs the threads of one warp until all of them wait for other warps or are done; says whether any got further.
+bool run_warp(int warp) {
+    bool moved = false;
+    do {
+        progress = false;
+        for (int i = warp * WARP; i < (warp + 1) * WARP; ++i) {
+            current = &fibers[i];
+            threadIdx.x = current->thread;
+            blockIdx.x = first_block + current->block->rank;
+            if (!current->done) swapcontext(&scheduler, &current->context);
+        }
+        moved = moved || progress;
+    } while (progress);
+    return moved;
+}
+
+void run_cluster(int blocks, int threads, size_t shared_bytes, std::mt19937& random) {
     cluster.clear();
     cluster_barrier = {};
     for (int rank = 0; rank < blocks; ++rank) {
@@ -169,19 +191,13 @@ void run_cluster(int first_block, int blocks, int threads, size_t shared_bytes, 
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, run_fiber, 0);
     }
-    std::vector<int> order(fibers.size());
-    std::iota(order.begin(), order.end(), 0);
-    while (!order.empty()) {
-        std::shuffle(order.begin(), order.end(), random);
-        progress = false;
-        for (int i : order) {
-            current = &fibers[i];
-            threadIdx.x = current->thread;
-            blockIdx.x = first_block + current->block->rank;
-            swapcontext(&scheduler, &current->context);
-        }
-        order.erase(std::remove_if(order.begin(), order.end(), [](int i) { return fibers[i].done; }), order.end());
-        if (!progress) std::fprintf(stderr, "threads wait for each other for ever\n"), std::abort();
+    std::vector<int> warps(fibers.size() / WARP);
+    std::iota(warps.begin(), warps.end(), 0);
+    while (!warps.empty()) {
+        std::shuffle(warps.begin(), warps.end(), random);
+        const bool moved = std::any_of(warps.begin(), warps.end(), run_warp);
+        if (!moved) std::fprintf(stderr, "threads wait for each other for ever\n"), std::abort();
+        warps.erase(std::remove_if(warps.begin(), warps.end(), is_done), warps.end());
     }
 }
 
@@ -222,8 +238,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
     softmask::kernel_call = [] { kernel(problem); };
     const int blocks = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
     if (config->gridDim.x % blocks) return cudaErrorInvalidConfiguration;
-    for (unsigned first = 0; first < config->gridDim.x; first += blocks)
-        softmask::run_cluster(first, blocks, config->blockDim.x, config->dynamicSmemBytes, random);
+    for (unsigned& first = softmask::first_block = 0; first < config->gridDim.x; first += blocks)
+        softmask::run_cluster(blocks, config->blockDim.x, config->dynamicSmemBytes, random);
     return cudaSuccess;
 }
 
