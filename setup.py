@@ -1,7 +1,7 @@
 """Builds the compiled extensions where compilers and torch are at hand, else installs without them and warns.
 
-softmask_fast/_C.abi3.so needs a C++ compiler ($CXX, g++), softmask_fast/_cuda.abi3.so needs nvcc ($CUDA_HOME, PATH) and a
-torch that was built with CUDA. The metadata is in pyproject.toml. In the environment:
+softmask_fast/_C.abi3.so needs a C++ compiler ($CXX, g++), softmask_fast/_cuda.abi3.so also nvcc (in $CUDA_HOME/bin, PATH)
+and a torch that was built with CUDA. The metadata is in pyproject.toml. In the environment:
 SOFTMASK_FAST_REQUIRE_EXTENSION=1   an extension that cannot be built is an error, not a warning
 SOFTMASK_FAST_CUDA_ARCHS="80 90 100"   GPU generations to compile for, PTX of the last for later ones; "none": no CUDA
 """
@@ -28,7 +28,8 @@ def give_up(reason: object, *costs: str) -> None:
     message = f"softmask_fast: {reason}. Everything works, but {', and '.join(costs)}."
     if REQUIRED:
         raise SystemExit(f"SOFTMASK_FAST_REQUIRE_EXTENSION=1: {message}")
-    warnings.warn(message, stacklevel=2)
+    if not {"egg_info", "dist_info"} & set(sys.argv):  # pip asks for the metadata first: the warning comes once
+        warnings.warn(message, stacklevel=2)
 
 
 class Build(build_ext):
@@ -44,35 +45,28 @@ class Build(build_ext):
         if not self.force and not newer_group([*extension.sources, *extension.depends], target):
             return
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in ARCHS[:-1]]
-        codes.append(f"arch=compute_{ARCHS[-1]},code=[sm_{ARCHS[-1]},compute_{ARCHS[-1]}]")
-        self.spawn(
-            [extension.nvcc, "-O3", "-std=c++17", "-shared", "-ccbin", CXX, "--threads", "0"]
-            + ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            + [f"-gencode={code}" for code in codes]
-            + [f"-D{name}={value}" for name, value in extension.define_macros]
-            + [f"-I{path}" for path in extension.include_dirs]
-            + [*extension.sources, "-o", target]
-            + [f"-L{path}" for path in extension.library_dirs]
-            + [f"-l{name}" for name in extension.libraries]
-        )  # the CUDA runtime is linked statically (the default), so any torch with CUDA will do
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+        codes.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
+        options = ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+        options += [f"-D{name}={value}" for name, value in extension.define_macros]
+        options += [f"-I{path}" for path in extension.include_dirs] + [f"-L{path}" for path in extension.library_dirs]
+        libraries = [f"-l{name}" for name in extension.libraries]  # and the CUDA runtime, statically: any torch will do
+        compiler = [extension.nvcc, "-O3", "-std=c++17", "-shared", "-ccbin", CXX, "--threads", "0"]
+        self.spawn([*compiler, *codes, *options, *extension.sources, "-o", target, *libraries])
 
 
 def extensions() -> list[Extension]:
+    obstacle = None
     if sys.platform != "linux" or not shutil.which(CXX):
-        give_up(
-            f"there is no C++ compiler (g++, or $CXX; got {CXX!r} on {sys.platform}, extensions need Linux)",
-            ON_CPU, ON_GPU,
-        )  # fmt: skip
-        return []
-    try:
-        import torch
-        from torch.utils.cpp_extension import include_paths, library_paths
-    except ImportError as error:
-        give_up(
-            f"torch cannot be imported while building ({error}): install torch, then this with --no-build-isolation",
-            ON_CPU, ON_GPU,
-        )  # fmt: skip
+        obstacle = f"there is no C++ compiler for Linux (g++, or $CXX, which is {CXX!r})"
+    else:
+        try:
+            import torch
+            from torch.utils.cpp_extension import include_paths, library_paths
+        except ImportError as error:
+            obstacle = f"torch cannot be imported here ({error}): install torch, then this with --no-build-isolation"
+    if obstacle:
+        give_up(obstacle, ON_CPU, ON_GPU)
         return []
     common = {
         "depends": glob.glob("csrc/**/*.*h", recursive=True),
@@ -115,5 +109,5 @@ def extensions() -> list[Extension]:
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"parallel": 2}},
 )

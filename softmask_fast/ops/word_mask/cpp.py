@@ -1,4 +1,4 @@
-"""Word maps and soft masks by the compiled extensions: csrc/cpu/word_mask.cpp, csrc/cuda/word_mask.cu, by the device."""
+"""Word maps and soft masks by the compiled extensions: csrc/cpu/word_mask.cpp or csrc/cuda/word_mask.cu."""
 
 from __future__ import annotations
 
