@@ -18,32 +18,27 @@ from softmask_fast.ops.focal_itc.triton_kernels import (
 
 
 @triton.jit
-def load_state(p_state, row, m_rows, B):
-    """The nine numbers of each row, see operators.py."""
+def load_state(p_state, row, m_rows, B, HAS_TEACHER: tl.constexpr, BY_KEYS: tl.constexpr):
+    """What every element needs of the row state (see operators.py), in the shape that broadcasts to a tile.
+
+    Reference and log of the sum, reference and log of the sum of the teacher, W.
+    """
     p_state += row
+    maximum = tl.load(p_state, mask=m_rows, other=0.0)
+    log_sum = tl.load(p_state + B, mask=m_rows, other=0.0) * LOG2_E
+    weight = tl.load(p_state + 4 * B, mask=m_rows, other=0.0)
+    teacher_max, teacher_log_sum = maximum, log_sum
+    if HAS_TEACHER:
+        teacher_max = tl.load(p_state + 2 * B, mask=m_rows, other=0.0)
+        teacher_log_sum = tl.load(p_state + 3 * B, mask=m_rows, other=0.0) * LOG2_E
+    axis: tl.constexpr = 0 if BY_KEYS else 1
     return (
-        tl.load(p_state, mask=m_rows, other=0.0),
-        tl.load(p_state + B, mask=m_rows, other=0.0),
-        tl.load(p_state + 2 * B, mask=m_rows, other=0.0),
-        tl.load(p_state + 3 * B, mask=m_rows, other=0.0),
-        tl.load(p_state + 4 * B, mask=m_rows, other=0.0),
-        tl.load(p_state + 5 * B, mask=m_rows, other=0.0),
-        tl.load(p_state + 6 * B, mask=m_rows, other=0.0),
-        tl.load(p_state + 7 * B, mask=m_rows, other=0.0),
-        tl.load(p_state + 8 * B, mask=m_rows, other=0.0),
+        tl.expand_dims(maximum, axis),
+        tl.expand_dims(log_sum, axis),
+        tl.expand_dims(teacher_max, axis),
+        tl.expand_dims(teacher_log_sum, axis),
+        tl.expand_dims(weight, axis),
     )
-
-
-@triton.jit
-def across(state, BY_KEYS: tl.constexpr):
-    """The row state in the shape that broadcasts to a tile."""
-    shaped = ()
-    for i in tl.static_range(9):
-        if BY_KEYS:
-            shaped = shaped + (state[i][None, :],)
-        else:
-            shaped = shaped + (state[i][:, None],)
-    return shaped
 
 
 @triton.jit
@@ -70,27 +65,34 @@ def logit_gradient(
 ):
     """dloss_i / ds_ij of a tile as if it had no positive and no dominant key, and x; formulas in ``reference.py``."""
     x = relative(products, state[0], scale)
-    log2_p = x - state[1] * LOG2_E
+    log2_p = x - state[1]
     p = tl.exp2(log2_p)
     gradient = p * state[4]
     if HAS_TEACHER:
-        soft = tl.exp2(relative(momentum, state[2], scale)) * (alpha * tl.exp2(state[3] * -LOG2_E))
+        soft = tl.exp2(relative(momentum, state[2], scale)) * (alpha * tl.exp2(-state[3]))
         gradient -= soft * focal_weight(log2_p, p, gamma, ORDER)
     return gradient, x
 
 
 @triton.jit
 def with_few(
-    gradient, x, products, state, is_dominant, is_positive, gamma, scale, ORDER: tl.constexpr, ANY: tl.constexpr
-):
+    gradient, x, products, p_state, row, m_rows, B, log_sum, is_dominant, is_positive, gamma, scale,
+    ORDER: tl.constexpr, ANY: tl.constexpr, BY_KEYS: tl.constexpr,
+):  # fmt: skip
     """``logit_gradient`` completed at positives and at dominant keys."""
+    p_state += row
+    axis: tl.constexpr = 0 if BY_KEYS else 1
     if ANY:
-        share = tl.exp2(tl.minimum(relative(products, state[6], scale), 0.0) - state[7] * LOG2_E)
+        reference = tl.expand_dims(tl.load(p_state + 6 * B, mask=m_rows, other=0.0), axis)
+        positive_log_sum = tl.expand_dims(tl.load(p_state + 7 * B, mask=m_rows, other=0.0), axis)
+        share = tl.exp2(tl.minimum(relative(products, reference, scale), 0.0) - positive_log_sum * LOG2_E)
     else:
-        log2_p = x - state[1] * LOG2_E
+        log2_p = x - log_sum
         share = focal_weight(log2_p, tl.exp2(log2_p), gamma, ORDER)
-    gradient = tl.where(is_positive, gradient - state[5] * share, gradient)
-    return tl.where(is_dominant, state[8], gradient), tl.where(is_dominant, 0.0, x)
+    hard = tl.expand_dims(tl.load(p_state + 5 * B, mask=m_rows, other=0.0), axis)
+    gradient = tl.where(is_positive, gradient - hard * share, gradient)
+    at_dominant = tl.expand_dims(tl.load(p_state + 8 * B, mask=m_rows, other=0.0), axis)
+    return tl.where(is_dominant, at_dominant, gradient)
 
 
 @triton.jit
@@ -110,27 +112,28 @@ def grad_rows(
     first_row = tl.program_id(0) * BLOCK_B
     row = first_row + tl.arange(0, BLOCK_B)
     m_rows = row < B
-    row64 = row.to(tl.int64)
     split = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = LOG2_E / tl.load(p_temperature)
-    rows = load_tile(p_rows, row64 * rows_b, d * rows_d, m_rows, d < D, WIDEN)
+    p_rows += first_row.to(tl.int64) * rows_b
+    rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, d * rows_d, m_rows, d < D, WIDEN)
     teacher = rows
     if HAS_TEACHER:
-        teacher = load_tile(p_teacher, row64 * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
+        p_teacher += first_row.to(tl.int64) * teacher_b
+        teacher = load_tile(p_teacher, tl.arange(0, BLOCK_B) * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
     dominant = tl.load(p_dominant + row, mask=m_rows, other=0).to(tl.int32)
-    state = across(load_state(p_state, row, m_rows, B), False)
+    state = load_state(p_state, row, m_rows, B, HAS_TEACHER, False)
     total = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     with_x = tl.zeros((BLOCK_B,), tl.float32)
     start = split * KEYS_PER_SPLIT
+    p_keys += start.to(tl.int64) * keys_m
     for first in range(start, tl.minimum(start + KEYS_PER_SPLIT, M), BLOCK_K):
         key = first + tl.arange(0, BLOCK_K)
         m_keys = key < M
-        o_keys = key.to(tl.int64) * keys_m
         products, momentum, keys = multiply(
-            p_rows, p_teacher, p_keys, row64 * rows_b, row64 * teacher_b, o_keys, rows_d, teacher_d, keys_d, m_rows,
-            m_keys, D, rows, teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_D, WIDEN, PRECISION,
+            p_rows, p_teacher, p_keys, rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d, m_rows, m_keys, D, rows,
+            teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN, PRECISION,
         )  # fmt: skip
         gradient, x = logit_gradient(products, momentum, state, gamma, alpha, scale, ORDER, HAS_TEACHER)
         first_number = first_key + first
@@ -148,16 +151,20 @@ def grad_rows(
                 row_ids[:, None], key_ids[None, :], row[:, None], number[None, :], row_offset, HAS_IDS
             )
             is_dominant = number[None, :] == dominant[:, None]
-            gradient, x = with_few(gradient, x, products, state, is_dominant, is_positive, gamma, scale, ORDER, ANY)
+            gradient = with_few(
+                gradient, x, products, p_state, row, m_rows, B, state[1], is_dominant, is_positive, gamma, scale, ORDER,
+                ANY, False,
+            )  # fmt: skip
             gradient = tl.where(m_keys[None, :], gradient, 0.0)
         with_x += tl.sum(gradient * x, 1)
         if WANTS_ROWS:
             if not RESIDENT:
-                keys = load_tile(p_keys, o_keys, c * keys_d, m_keys, c < D, WIDEN)
+                keys = load_tile(p_keys, tl.arange(0, BLOCK_K) * keys_m, c * keys_d, m_keys, c < D, WIDEN)
             total = tl.dot(gradient.to(keys.dtype), keys, total, input_precision=PRECISION)
+        p_keys += BLOCK_K * keys_m
     factor = tl.load(p_grad + row, mask=m_rows, other=0.0) * (scale * LN_2)
     if WANTS_ROWS:
-        o_total = (split.to(tl.int64) * B + row64) * D
+        o_total = (split.to(tl.int64) * B + row) * D
         tl.store(
             p_grad_rows + o_total[:, None] + c[None, :],
             (total * factor[:, None]).to(p_grad_rows.dtype.element_ty),
@@ -183,24 +190,23 @@ def grad_keys(
     first = tl.program_id(0) * BLOCK_K
     key = first + tl.arange(0, BLOCK_K)
     m_keys = key < M
-    key64 = key.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = LOG2_E / tl.load(p_temperature)
     largest = tl.load(p_largest)
-    keys = load_tile(p_keys, key64 * keys_m, d * keys_d, m_keys, d < D, WIDEN)
+    p_keys += first.to(tl.int64) * keys_m
+    keys = load_tile(p_keys, tl.arange(0, BLOCK_K) * keys_m, d * keys_d, m_keys, d < D, WIDEN)
     number = first_key + key
     total = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for first_row in range(0, B, BLOCK_B):
         row = first_row + tl.arange(0, BLOCK_B)
         m_rows = row < B
-        row64 = row.to(tl.int64)
         products, momentum, rows = multiply(
-            p_rows, p_teacher, p_keys, row64 * rows_b, row64 * teacher_b, key64 * keys_m, rows_d, teacher_d, keys_d,
-            m_rows, m_keys, D, keys, keys, keys, HAS_TEACHER, RESIDENT, True, BLOCK_D, WIDEN, PRECISION,
+            p_rows, p_teacher, p_keys, rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d, m_rows, m_keys, D, keys,
+            keys, keys, HAS_TEACHER, RESIDENT, True, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN, PRECISION,
         )  # fmt: skip
         dominant = tl.load(p_dominant + row, mask=m_rows, other=-1).to(tl.int32)
-        state = across(load_state(p_state, row, m_rows, B), True)
+        state = load_state(p_state, row, m_rows, B, HAS_TEACHER, True)
         gradient, x = logit_gradient(products, momentum, state, gamma, alpha, scale, ORDER, HAS_TEACHER)
         first_number = first_key + first
         has_dominant = tl.max(((dominant >= first_number) & (dominant < first_number + BLOCK_K)).to(tl.int32), 0) > 0
@@ -216,13 +222,18 @@ def grad_keys(
                 row_ids[None, :], key_ids[:, None], row[None, :], number[:, None], row_offset, HAS_IDS
             )
             is_dominant = number[:, None] == dominant[None, :]
-            gradient, x = with_few(gradient, x, products, state, is_dominant, is_positive, gamma, scale, ORDER, ANY)
+            gradient = with_few(
+                gradient, x, products, p_state, row, m_rows, B, state[1], is_dominant, is_positive, gamma, scale, ORDER,
+                ANY, True,
+            )  # fmt: skip
         gradient *= (tl.load(p_grad + row, mask=m_rows, other=0.0) / largest)[None, :]
         if not RESIDENT:
-            rows = load_tile(p_rows, row64 * rows_b, c * rows_d, m_rows, c < D, WIDEN)
+            rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, c * rows_d, m_rows, c < D, WIDEN)
         total = tl.dot(gradient.to(rows.dtype), rows, total, input_precision=PRECISION)
+        p_rows += BLOCK_B * rows_b
+        p_teacher += BLOCK_B * teacher_b
     tl.store(
-        p_grad_keys + key64[:, None] * D + c[None, :],
+        p_grad_keys + key.to(tl.int64)[:, None] * D + c[None, :],
         (total * (largest * scale * LN_2)).to(p_grad_keys.dtype.element_ty),
         mask=m_keys[:, None] & (c < D)[None, :],
     )

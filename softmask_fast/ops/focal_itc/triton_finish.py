@@ -11,8 +11,8 @@ from softmask_fast.ops.focal_itc.triton_kernels import (
     DOMINANT_POSITIVE,
     ENTROPY,
     MAX,
-    NEGATIVE,
     NO_SCORE,
+    OTHERS,
     PLACES,
     POSITIVE,
     POSITIVE_MAX,
@@ -61,7 +61,7 @@ def merge(
         its_dominant_positive = tl.load(p_place + DOMINANT_POSITIVE * B, mask=m_rows, other=0).to(tl.float32)
         its_choice = tl.load(p_place + CHOICE * B, mask=m_rows, other=0)
         its_sums = (
-            tl.load(p + NEGATIVE * B, mask=m_rows, other=0.0),
+            tl.load(p + OTHERS * B, mask=m_rows, other=0.0),
             tl.load(p + POSITIVE * B, mask=m_rows, other=0.0),
             tl.load(p + ENTROPY * B, mask=m_rows, other=0.0),
             tl.load(p + BEST * B, mask=m_rows, other=0.0),
@@ -159,13 +159,12 @@ def finish(
     p_sums += row
     p_places += row
     maximum = tl.load(p_sums + MAX * B, mask=m_rows, other=0.0)
-    negative = tl.load(p_sums + NEGATIVE * B, mask=m_rows, other=0.0)
+    others = tl.load(p_sums + OTHERS * B, mask=m_rows, other=0.0)
     positive = tl.load(p_sums + POSITIVE * B, mask=m_rows, other=0.0)
     positive_max = tl.load(p_sums + POSITIVE_MAX * B, mask=m_rows, other=0.0)
-    positive_log_sum = tl.log(tl.load(p_sums + POSITIVE_SUM * B, mask=m_rows, other=1.0))
+    positive_log_sum = tl.log(tl.maximum(tl.load(p_sums + POSITIVE_SUM * B, mask=m_rows, other=1.0), 1.0))
     dominant = tl.load(p_places + DOMINANT * B, mask=m_rows, other=0)
     is_positive = tl.load(p_places + DOMINANT_POSITIVE * B, mask=m_rows, other=0).to(tl.float32)
-    others = negative + positive
     total = 1.0 + others
     log_sum = log1p(others)
     p = 1.0 / total
@@ -194,7 +193,7 @@ def finish(
         rest_weight += alpha * soft_weight / teacher_total
         target += alpha * weight / teacher_total
     if ANY:
-        one_minus_mass = (negative + 1.0 - is_positive) / total
+        one_minus_mass = (tl.maximum(others - positive, 0.0) + 1.0 - is_positive) / total
         log_mass = tl.where(
             is_positive > 0,
             log1p(-tl.minimum(one_minus_mass, 0.9999999)),

@@ -20,8 +20,8 @@ import triton.language as tl
 MAX = tl.constexpr(0)  # the dominant key's product
 TEACHER_MAX = tl.constexpr(1)
 TEACHER_DOMINANT = tl.constexpr(2)  # the teacher's product with the dominant key
-NEGATIVE = tl.constexpr(3)  # sum 2^x over the negatives
-POSITIVE = tl.constexpr(4)  # and over the positives
+OTHERS = tl.constexpr(3)  # sum 2^x over all keys
+POSITIVE = tl.constexpr(4)  # and over the positives among them
 ENTROPY = tl.constexpr(5)  # sum 2^x x
 BEST = tl.constexpr(6)  # best score of a hard negative, relative to MAX
 POSITIVE_MAX = tl.constexpr(7)  # largest product of a positive
@@ -79,15 +79,18 @@ def load_tile(p, o_rows, o_columns, m_rows, m_columns, WIDEN: tl.constexpr):
 
 @triton.jit
 def multiply(
-    p_rows, p_teacher, p_keys, o_rows, o_teacher, o_keys, rows_d, teacher_d, keys_d, m_rows, m_keys, D, rows, teacher,
-    keys, HAS_TEACHER: tl.constexpr, RESIDENT: tl.constexpr, BY_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    p_rows, p_teacher, p_keys, rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d, m_rows, m_keys, D, rows, teacher,
+    keys, HAS_TEACHER: tl.constexpr, RESIDENT: tl.constexpr, BY_KEYS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of student and teacher rows with keys, (rows, keys), or (keys, rows) where BY_KEYS.
 
-    RESIDENT: D fits one tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the
-    other side is loaded here and returned. Else both sides are read in tiles of BLOCK_D.
+    The pointers stand at the first row and key of the tile, so that offsets within it take 32 bits. RESIDENT: D fits one
+    tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the other side is loaded
+    here and returned. Else both sides are read in tiles of BLOCK_D.
     """
+    o_rows, o_teacher = tl.arange(0, BLOCK_B) * rows_b, tl.arange(0, BLOCK_B) * teacher_b
+    o_keys = tl.arange(0, BLOCK_K) * keys_m
     d = tl.arange(0, BLOCK_D)
     other = keys
     if RESIDENT:
@@ -106,9 +109,9 @@ def multiply(
                 momentum = tl.dot(teacher, tl.trans(other), input_precision=PRECISION)
     else:
         if BY_KEYS:
-            student = tl.zeros((o_keys.shape[0], o_rows.shape[0]), tl.float32)
+            student = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
         else:
-            student = tl.zeros((o_rows.shape[0], o_keys.shape[0]), tl.float32)
+            student = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
         momentum = student
         for first in range(0, D, BLOCK_D):
             column = first + d
@@ -144,6 +147,17 @@ def positive_tile(row_ids, key_ids, row, number, row_offset, HAS_IDS: tl.constex
 
 
 @triton.jit
+def tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS: tl.constexpr):
+    """Positive mask (rows, keys) of a tile."""
+    row_ids, key_ids = row, key
+    if HAS_IDS:
+        row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
+        key_ids = tl.load(p_key_ids + key, mask=m_keys, other=0)
+    mask = positive_tile(row_ids[:, None], key_ids[None, :], row[:, None], number[None, :], row_offset, HAS_IDS)
+    return mask & m_keys[None, :]
+
+
+@triton.jit
 def may_have_positives(
     p_spans, key, m_keys, M, first_number, first_row, row_offset,
     HAS_IDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -168,13 +182,13 @@ def raise_maximum(
     scale, HAS_TEACHER: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Makes the sums relative to new maxima; where ``replaced``, the old dominant key becomes one of the others."""
-    negative, positive, entropy, best = sums
+    others, positive, entropy, best = sums
     delta = tl.where(maximum > BLANK, (new_maximum - maximum) * scale, 0.0)
     one = tl.where(replaced, 1.0, 0.0)
     hard = one * dominant_positive
-    negative, positive = negative + (one - hard), positive + hard
+    others, positive = others + one, positive + hard
     factor = tl.exp2(-delta)
-    entropy = (entropy - delta * (negative + positive)) * factor
+    entropy = (entropy - delta * others) * factor
     decay, weight = one, one
     if HAS_TEACHER:
         decay = tl.exp2((teacher_max - new_teacher_max) * scale)
@@ -190,7 +204,7 @@ def raise_maximum(
         plain = plain + hard
         new_h = new_h + ((plain * power, (with_x - delta * plain) * power),)
         power = power * factor
-    return (negative * factor, positive * factor, entropy, best - delta), new_t, new_h
+    return (others * factor, positive * factor, entropy, best - delta), new_t, new_h
 
 
 @triton.jit
@@ -217,8 +231,8 @@ def row_sums(
     p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_spans, p_temperature, p_sums, p_places,
     rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
     B, M, D, first_key, row_offset, first_negative, last_negative, seed_high, stream, KEYS_PER_SPLIT,
-    TERMS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, STATS: tl.constexpr, RESIDENT: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr, ANY: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, STATS: tl.constexpr,
+    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_B), splits): the sums of a block of rows over KEYS_PER_SPLIT keys, powers 0 ... TERMS - 1.
 
@@ -227,13 +241,14 @@ def row_sums(
     first_row = tl.program_id(0) * BLOCK_B
     row = first_row + tl.arange(0, BLOCK_B)
     m_rows = row < B
-    row64 = row.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     scale = LOG2_E / tl.load(p_temperature)
-    rows = load_tile(p_rows, row64 * rows_b, d * rows_d, m_rows, d < D, WIDEN)
+    p_rows += first_row.to(tl.int64) * rows_b
+    rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, d * rows_d, m_rows, d < D, WIDEN)
     teacher = rows
     if HAS_TEACHER:
-        teacher = load_tile(p_teacher, row64 * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
+        p_teacher += first_row.to(tl.int64) * teacher_b
+        teacher = load_tile(p_teacher, tl.arange(0, BLOCK_B) * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
     seed_high = seed_high.to(tl.uint32, bitcast=True)
     stream = stream.to(tl.uint32, bitcast=True)
     margin = 0.0
@@ -249,14 +264,16 @@ def row_sums(
     choice = dominant - 1
 
     start = tl.program_id(1) * KEYS_PER_SPLIT
+    p_keys += start.to(tl.int64) * keys_m
     for first in range(start, tl.minimum(start + KEYS_PER_SPLIT, M), BLOCK_K):
         key = first + tl.arange(0, BLOCK_K)
         m_keys = key < M
         number = first_key + key
         products, momentum, _ = multiply(
-            p_rows, p_teacher, p_keys, row64 * rows_b, row64 * teacher_b, key.to(tl.int64) * keys_m, rows_d, teacher_d,
-            keys_d, m_rows, m_keys, D, rows, teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_D, WIDEN, PRECISION,
+            p_rows, p_teacher, p_keys, rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d, m_rows, m_keys, D, rows,
+            teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN, PRECISION,
         )  # fmt: skip
+        p_keys += BLOCK_K * keys_m
         rises = tl.max(products, 1) > maximum + margin
         if HAS_TEACHER:
             rises = rises | ((tl.max(momentum, 1) - teacher_max) * scale > TEACHER_MARGIN)
@@ -264,14 +281,7 @@ def row_sums(
             p_spans, key, m_keys, M, first_key + first, first_row, row_offset, HAS_IDS, BLOCK_B, BLOCK_K
         )
         candidates = products
-        if (first + BLOCK_K > M) | with_positives | (tl.max(rises.to(tl.int32), 0) > 0):
-            row_ids, key_ids = row, key
-            if HAS_IDS:
-                row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
-                key_ids = tl.load(p_key_ids + key, mask=m_keys, other=0)
-            is_positive = positive_tile(
-                row_ids[:, None], key_ids[None, :], row[:, None], number[None, :], row_offset, HAS_IDS
-            ) & m_keys[None, :]  # fmt: skip
+        if (first + BLOCK_K > M) | (tl.max(rises.to(tl.int32), 0) > 0):
             products = tl.where(m_keys[None, :], products, BLANK)
             tile_max, tile_argmax = tl.max(products, 1, return_indices=True)
             rises = tile_max > maximum + margin
@@ -280,55 +290,56 @@ def row_sums(
             if HAS_TEACHER:
                 momentum = tl.where(m_keys[None, :], momentum, BLANK)
                 new_teacher_max = tl.maximum(teacher_max, tl.max(momentum, 1))
-            sums, t_raised, h = raise_maximum(
+            sums, t, h = raise_maximum(
                 sums, t, h, maximum, new_maximum, teacher_max, new_teacher_max, teacher_dominant, dominant_positive,
                 rises & (maximum > BLANK), scale, HAS_TEACHER, TERMS,
             )  # fmt: skip
             maximum, teacher_max = new_maximum, new_teacher_max
             dominant = tl.where(rises, first_key + first + tile_argmax, dominant)
+            row_ids, key_ids = row, dominant
+            if HAS_IDS:
+                row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
+                key_ids = tl.load(p_key_ids + first + tile_argmax, mask=rises, other=0)
+            is_positive = positive_tile(row_ids, key_ids, row, dominant, row_offset, HAS_IDS)
+            dominant_positive = tl.where(rises, tl.where(is_positive, 1.0, 0.0), dominant_positive)
             is_dominant = number[None, :] == dominant[:, None]
-            among_positives = tl.sum(tl.where(is_dominant & is_positive, 1.0, 0.0), 1)
-            dominant_positive = tl.where(rises, among_positives, dominant_positive)
-
-            new_positive_max = tl.maximum(positive_max, tl.max(tl.where(is_positive, products, BLANK), 1))
-            positive_e = tl.exp2(relative(products, new_positive_max[:, None], scale))
-            positive_sum = positive_sum * tl.exp2((positive_max - new_positive_max) * scale)
-            positive_sum += tl.sum(tl.where(is_positive, positive_e, 0.0), 1)
-            positive_max = new_positive_max
-
-            # The positives, without the dominant key
-            counted = is_positive & (is_dominant == 0)
-            x = relative(products, maximum[:, None], scale)
-            e = tl.where(counted, tl.exp2(x), 0.0)
-            negative, positive, entropy, best = sums
-            sums = (negative, positive + tl.sum(e, 1), entropy + tl.sum(e * x, 1), best)
-            h = add_powers(h, tl.where(counted, 1.0, 0.0), e, x, TERMS)
             if HAS_TEACHER:
                 at_dominant = tl.sum(tl.where(is_dominant, momentum, 0.0), 1)
                 teacher_dominant = tl.where(rises, at_dominant, teacher_dominant)
-                weight = tl.where(counted, tl.exp2(relative(momentum, teacher_max[:, None], scale)), 0.0)
-                t = add_powers(t_raised, weight, e, x, TERMS)
-                momentum = tl.where(is_positive | is_dominant, BLANK, momentum)
-            candidates = tl.where(is_positive, BLANK, products)
-            products = tl.where(is_dominant, BLANK, candidates)
+                momentum = tl.where(is_dominant, BLANK, momentum)
+            products = tl.where(is_dominant, BLANK, products)
 
-        negative, positive, entropy, best = sums
         x = relative(products, maximum[:, None], scale)
         e = tl.exp2(x)
-        negative += tl.sum(e, 1)
+        others, positive, entropy, best = sums
+        others += tl.sum(e, 1)
         if STATS:
             entropy += tl.sum(e * x, 1)
             if (first_key + first < last_negative) & (first_key + first + BLOCK_K > first_negative):
+                is_positive = tile_of_positives(
+                    p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS
+                )  # fmt: skip
+                barred = (number < first_negative) | (number >= last_negative) | (m_keys == 0)
                 score = relative(candidates, maximum[:, None], scale)
                 score += gumbel((row + row_offset)[:, None], number[None, :], seed_high, stream)
-                barred = (number < first_negative) | (number >= last_negative)
-                tile_best, tile_choice = tl.max(tl.where(barred[None, :], BLANK, score), 1, return_indices=True)
+                score = tl.where(is_positive | barred[None, :], BLANK, score)
+                tile_best, tile_choice = tl.max(score, 1, return_indices=True)
                 choice = tl.where(tile_best > best, first_key + first + tile_choice, choice)
                 best = tl.maximum(best, tile_best)
-        sums = (negative, positive, entropy, best)
         if HAS_TEACHER:
-            weight = tl.exp2(relative(momentum, teacher_max[:, None], scale))
-            t = add_powers(t, weight, e, x, TERMS)
+            t = add_powers(t, tl.exp2(relative(momentum, teacher_max[:, None], scale)), e, x, TERMS)
+        if with_positives:
+            is_positive = tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS)
+            if ANY:
+                new_positive_max = tl.maximum(positive_max, tl.max(tl.where(is_positive, candidates, BLANK), 1))
+                positive_e = tl.exp2(relative(candidates, new_positive_max[:, None], scale))
+                positive_sum = positive_sum * tl.exp2((positive_max - new_positive_max) * scale)
+                positive_sum += tl.sum(tl.where(is_positive, positive_e, 0.0), 1)
+                positive_max = new_positive_max
+            positive += tl.sum(tl.where(is_positive, e, 0.0), 1)
+            counted = is_positive & (number[None, :] != dominant[:, None])
+            h = add_powers(h, tl.where(counted, 1.0, 0.0), e, x, TERMS)
+        sums = (others, positive, entropy, best)
 
     p_sums += tl.program_id(1).to(tl.int64) * SUMS * B + row
     p_places += tl.program_id(1).to(tl.int64) * PLACES * B + row
@@ -343,11 +354,11 @@ def store_sums(
     p_sums, p_places, m_rows, B, maximum, teacher_max, teacher_dominant, sums, positive_max, positive_sum, t, h,
     dominant, dominant_positive, choice, TERMS: tl.constexpr,
 ):  # fmt: skip
-    negative, positive, entropy, best = sums
+    others, positive, entropy, best = sums
     tl.store(p_sums + MAX * B, maximum, mask=m_rows)
     tl.store(p_sums + TEACHER_MAX * B, teacher_max, mask=m_rows)
     tl.store(p_sums + TEACHER_DOMINANT * B, teacher_dominant, mask=m_rows)
-    tl.store(p_sums + NEGATIVE * B, negative, mask=m_rows)
+    tl.store(p_sums + OTHERS * B, others, mask=m_rows)
     tl.store(p_sums + POSITIVE * B, positive, mask=m_rows)
     tl.store(p_sums + ENTROPY * B, entropy, mask=m_rows)
     tl.store(p_sums + BEST * B, best, mask=m_rows)
@@ -392,40 +403,35 @@ def row_terms(
 
     terms (splits, TERM_SUMS, B): loss and weight under the teacher's 2^u, loss and weight over the positives; no dominant key.
     """
-    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    first_row = tl.program_id(0) * BLOCK_B
+    row = first_row + tl.arange(0, BLOCK_B)
     m_rows = row < B
-    row64 = row.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     scale = LOG2_E / tl.load(p_temperature)
-    rows = load_tile(p_rows, row64 * rows_b, d * rows_d, m_rows, d < D, WIDEN)
+    p_rows += first_row.to(tl.int64) * rows_b
+    rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, d * rows_d, m_rows, d < D, WIDEN)
     teacher = rows
     if HAS_TEACHER:
-        teacher = load_tile(p_teacher, row64 * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
-    row_ids = row64
-    if HAS_IDS:
-        row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
+        p_teacher += first_row.to(tl.int64) * teacher_b
+        teacher = load_tile(p_teacher, tl.arange(0, BLOCK_B) * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
     maximum = tl.load(p_sums + MAX * B + row, mask=m_rows, other=0.0)
     teacher_max = tl.load(p_sums + TEACHER_MAX * B + row, mask=m_rows, other=0.0)
-    others = tl.load(p_sums + NEGATIVE * B + row, mask=m_rows, other=0.0)
-    log_sum = log1p(others + tl.load(p_sums + POSITIVE * B + row, mask=m_rows, other=0.0))
+    log_sum = log1p(tl.load(p_sums + OTHERS * B + row, mask=m_rows, other=0.0))
     dominant = tl.load(p_places + DOMINANT * B + row, mask=m_rows, other=0)
     zero = tl.zeros((BLOCK_B,), tl.float32)
     soft_loss, soft_weight, hard_loss, hard_weight = zero, zero, zero, zero
     start = tl.program_id(1) * KEYS_PER_SPLIT
+    p_keys += start.to(tl.int64) * keys_m
     for first in range(start, tl.minimum(start + KEYS_PER_SPLIT, M), BLOCK_K):
         key = first + tl.arange(0, BLOCK_K)
         m_keys = key < M
         products, momentum, _ = multiply(
-            p_rows, p_teacher, p_keys, row64 * rows_b, row64 * teacher_b, key.to(tl.int64) * keys_m, rows_d, teacher_d,
-            keys_d, m_rows, m_keys, D, rows, teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_D, WIDEN, PRECISION,
+            p_rows, p_teacher, p_keys, rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d, m_rows, m_keys, D, rows,
+            teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN, PRECISION,
         )  # fmt: skip
-        key_ids = key
-        if HAS_IDS:
-            key_ids = tl.load(p_key_ids + key, mask=m_keys, other=0)
+        p_keys += BLOCK_K * keys_m
         number = first_key + key
-        is_positive = positive_tile(
-            row_ids[:, None], key_ids[None, :], row[:, None], number[None, :], row_offset, HAS_IDS
-        )
+        is_positive = tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS)
         counted = m_keys[None, :] & (number[None, :] != dominant[:, None])
         log_p = tl.minimum(relative(products, maximum[:, None], scale) * LN_2 - log_sum[:, None], 0.0)
         loss, weight = focal(log_p, 1.0 - tl.exp(log_p), gamma, -1)

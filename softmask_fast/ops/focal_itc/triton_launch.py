@@ -30,8 +30,8 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, large: bool) -> dict[str,
         sizes = (32, 32, min(block_d, 64))
         options = {"num_warps": 4, "num_stages": 2 if large else 1}
     elif large:
-        sizes = (64, 64, min(block_d, 256))
-        options = {"num_warps": 8, "num_stages": 2}
+        sizes = (64 if backward else 128, 64, min(block_d, 256))
+        options = {"num_warps": 8, "num_stages": 1 if kernel == "grad_rows" else 2}
     else:
         sizes = (64, 32 if backward else 64, min(block_d, 128))
         options = {"num_warps": 4, "num_stages": 1}
@@ -119,8 +119,8 @@ class Forward(BlockwiseForward):
             triton_kernels.row_sums[grid](
                 *inputs, _spans(self.ids, key_ids), self.temperature, sums[-splits:], places[-splits:], *strides, batch, total, width, first_key,
                 options.row_offset, options.first_negative, options.last_negative,
-                *stream_keys(options.seed, options.direction), keys_per_split, TERMS=terms, STATS=options.stats,
-                **common,
+                *stream_keys(options.seed, options.direction), keys_per_split, TERMS=terms, ANY=options.any_positive,
+                STATS=options.stats, **common,
             )  # fmt: skip
             triton_finish.merge[(-(-batch // MERGE_ROWS),)](
                 sums, places, self.temperature, batch, sums.shape[0], TERMS=terms, **flags, BLOCK_B=MERGE_ROWS
