@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softmask_fast.ops import backend
+from softmask_fast.ops import backend, triton_support
 from softmask_fast.ops.checks import check_tensor
 from softmask_fast.ops.extension import cpu_obstacle
 from softmask_fast.ops.focal_itc import cpp, operators, reference, streamed
@@ -17,8 +17,16 @@ from softmask_fast.ops.focal_itc.reference import Options, RowResult
 
 __all__ = ["FocalITCStats", "focal_itc_loss"]
 
+_TRITON = "softmask_fast.ops.focal_itc.triton_launch"
 backend.register(
     "focal_itc",
+    operators.streaming(
+        "triton",
+        backend.lazily(_TRITON, "Forward"),
+        backend.lazily(_TRITON, "backward"),
+        obstacle=functools.partial(triton_support.obstacle, largest=1024, what="features"),
+        automatic_on=("cuda",),
+    ),
     operators.streaming("cpp", cpp.Forward, cpp.backward, obstacle=cpu_obstacle, automatic_on=("cpu",)),
     operators.streaming("streamed", streamed.Forward, streamed.backward),
     backend.Implementation("reference", {"direction": reference.focal_itc_direction}),
