@@ -1,6 +1,6 @@
 """Builds the compiled extensions where compilers and torch are at hand, else installs without them and warns.
 
-softmask_fast/_C.abi3.so needs a C++ compiler ($CXX, g++), softmask_fast/_cuda.abi3.so also nvcc (in $CUDA_HOME/bin, PATH)
+softmask_fast/_C.abi3.so needs a C++ compiler ($CXX, g++), softmask_fast/_cuda.abi3.so also nvcc ($CUDA_HOME/bin, PATH)
 and a torch that was built with CUDA. The metadata is in pyproject.toml. In the environment:
 SOFTMASK_FAST_REQUIRE_EXTENSION=1   an extension that cannot be built is an error, not a warning
 SOFTMASK_FAST_CUDA_ARCHS="80 90 100"   GPU generations to compile for, PTX of the last for later ones; "none": no CUDA

@@ -62,7 +62,7 @@ def test_resources():
     usage = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", tool("cuobjdump", "--dump-resource-usage", LIBRARY))
     assert len(usage) == KERNELS * len(ARCHS)
     for registers, stack, shared in usage:
-        # two blocks of 256 threads fit the registers; what clusters take of the shared memory comes on top of the launch's
+        # two blocks of 256 threads fit; shared memory is what clusters take beside that of the launch
         assert int(registers) <= 128 and stack == "0" and int(shared) <= 1024
 
 
