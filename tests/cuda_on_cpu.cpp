@@ -1,9 +1,10 @@
 // The CUDA kernels on a CPU, for tests: csrc/cuda/word_mask.cu as it stands, host code and all, over a device in software.
 //
 // Every thread of every block of a cluster is a fiber, which runs until it waits for others (a warp exchange, a barrier of
-// its block or cluster). The scheduler picks a warp at random and lets it run as far ahead of all others as the barriers
-// allow, then another one: a missing barrier shows. Shared memory is NaN when a block starts and NaN again when it exits,
-// so reading what nobody wrote, or the memory of a block that is gone, shows too. Waiting that never ends aborts.
+// its block or cluster). The scheduler ranks the warps at random and runs a warp only when all before it wait: some run as
+// far ahead of others as the barriers allow, and a missing barrier shows. Shared memory is NaN when a block starts and NaN
+// again when it exits, so reading what nobody wrote, or the memory of a block that is gone, shows too. Waiting that never
+// ends aborts.
 
 #define SOFTMASK_DEVICE_CUH  // in the place of csrc/cuda/device.cuh
 
@@ -193,8 +194,9 @@ void run_cluster(int blocks, int threads, size_t shared_bytes, std::mt19937& ran
     }
     std::vector<int> warps(fibers.size() / WARP);
     std::iota(warps.begin(), warps.end(), 0);
+    std::shuffle(warps.begin(), warps.end(), random);
     while (!warps.empty()) {
-        std::shuffle(warps.begin(), warps.end(), random);
+        if (random() % 256 == 0) std::shuffle(warps.begin(), warps.end(), random);
         const bool moved = std::any_of(warps.begin(), warps.end(), run_warp);
         if (!moved) std::fprintf(stderr, "threads wait for each other for ever\n"), std::abort();
         warps.erase(std::remove_if(warps.begin(), warps.end(), is_done), warps.end());
