@@ -176,7 +176,8 @@ def grad_rows(
 
 @triton.jit
 def grad_keys(
-    p_grad, p_largest, p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_spans, p_temperature, p_state, p_dominant, p_grad_keys,
+    p_grad, p_largest, p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_spans, p_temperature, p_state, p_dominant,
+    p_grad_keys,
     rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
     B, M, D, first_key, row_offset, gamma, alpha,
     ORDER: tl.constexpr, ANY: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr,
@@ -231,7 +232,8 @@ def grad_keys(
             rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, c * rows_d, m_rows, c < D, WIDEN)
         total = tl.dot(gradient.to(rows.dtype), rows, total, input_precision=PRECISION)
         p_rows += BLOCK_B * rows_b
-        p_teacher += BLOCK_B * teacher_b
+        if HAS_TEACHER:
+            p_teacher += BLOCK_B * teacher_b
     tl.store(
         p_grad_keys + key.to(tl.int64)[:, None] * D + c[None, :],
         (total * (largest * scale * LN_2)).to(p_grad_keys.dtype.element_ty),

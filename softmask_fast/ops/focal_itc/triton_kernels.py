@@ -8,8 +8,8 @@ dominant key is the most probable one, the first of equals.
 Logarithms are to base 2, which is what the hardware has. Sums over keys are relative to a reference, the product of the
 dominant key: x = (product - reference) log2(e) / tau, and u likewise for the teacher.
 
-Most tiles have no positive, no new dominant key and no end of the keys: whatever only these need stands in a branch that
-all threads take or skip together, and takes such keys out of the tile. What is left is what every element pays for.
+Most tiles have no positive, no new dominant key and no end of the keys: whatever only these need stands in branches
+that all threads take or skip together. What is left is what every element pays for.
 """
 
 import triton
@@ -25,7 +25,7 @@ POSITIVE = tl.constexpr(4)  # and over the positives among them
 ENTROPY = tl.constexpr(5)  # sum 2^x x
 BEST = tl.constexpr(6)  # best score of a hard negative, relative to MAX
 POSITIVE_MAX = tl.constexpr(7)  # largest product of a positive
-POSITIVE_SUM = tl.constexpr(8)  # sum over the positives of 2^(their x relative to POSITIVE_MAX)
+POSITIVE_SUM = tl.constexpr(8)  # the same sum relative to it (both only for ANY)
 T = tl.constexpr(9)
 H = tl.constexpr(17)
 SUMS = tl.constexpr(25)
@@ -85,8 +85,8 @@ def multiply(
 ):  # fmt: skip
     """Products of student and teacher rows with keys, (rows, keys), or (keys, rows) where BY_KEYS.
 
-    The pointers stand at the first row and key of the tile, so that offsets within it take 32 bits. RESIDENT: D fits one
-    tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the other side is loaded
+    The pointers stand at the first row and key of the tile, so that offsets within it take 32 bits. RESIDENT: D fits
+    one tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the other side is loaded
     here and returned. Else both sides are read in tiles of BLOCK_D.
     """
     o_rows, o_teacher = tl.arange(0, BLOCK_B) * rows_b, tl.arange(0, BLOCK_B) * teacher_b
@@ -204,6 +204,8 @@ def raise_maximum(
         plain = plain + hard
         new_h = new_h + ((plain * power, (with_x - delta * plain) * power),)
         power = power * factor
+    if not HAS_TEACHER:
+        new_t = t
     return (others * factor, positive * factor, entropy, best - delta), new_t, new_h
 
 

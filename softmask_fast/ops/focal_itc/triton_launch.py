@@ -10,7 +10,13 @@ from softmask_fast.ops.focal_itc.operators import ROW_STATES, BlockwiseForward
 from softmask_fast.ops.focal_itc.positives import PositiveLists
 from softmask_fast.ops.focal_itc.reference import Options
 from softmask_fast.ops.focal_itc.sampling import stream_keys
-from softmask_fast.ops.triton_support import INTERPRETED, device_of, element_options, next_power_of_2, with_narrow_offsets
+from softmask_fast.ops.triton_support import (
+    INTERPRETED,
+    device_of,
+    element_options,
+    next_power_of_2,
+    with_narrow_offsets,
+)
 
 MERGE_ROWS = 128  # rows per program of the kernels without products
 
