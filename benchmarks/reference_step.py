@@ -127,7 +127,7 @@ class ReferenceStep(nn.Module):
     def soft_mask(self, images: Tensor, matched: Tensor, attention: Tensor, word_index: Tensor) -> Tensor:
         """images (B, N, Cv) times one minus the Grad-CAM of a word: attention (B, H, L, N) times its positive gradient,
         the mean over heads, normalised over the patches."""
-        score = self.model.matched_score(matched).sum()
+        score = self.model.matched_score(matched[:, 0]).sum()
         (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)
         cam = (attention.detach() * gradient.clamp(min=0)).mean(1)
         cam = cam[torch.arange(len(cam), device=cam.device), word_index, self.model.prefix_tokens :]

@@ -54,6 +54,10 @@ class VisionEncoder(nn.Module):
         """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv), N = prefix_tokens + rows * columns."""
         return self.vit.forward_features(pixels)
 
+    def set_checkpointing(self, on: bool) -> None:
+        """Whether the blocks' insides are computed again in the backward pass instead of kept."""
+        self.vit.set_grad_checkpointing(on)
+
 
 def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
     """Fill the encoder from timm's pretrained weights or from a file; position embeddings are resampled to its grid.
