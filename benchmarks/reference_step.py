@@ -4,8 +4,8 @@ It owns no weights: it runs a `VisionLanguageModel` (and its momentum copy) as t
 both steps can be compared parameter by parameter. What it does as ALBEF (Li et al., NeurIPS 2021) does:
 
 - captions padded to the longest length allowed;
-- fusion passes of their own for the true pairs, the negatives, the soft-masked pairs and MLM, each of which projects the
-  keys and values of its images again, in every layer; MLM encodes its text again, in the model and in the momentum copy;
+- fusion passes of their own for the true pairs, the negatives, the soft-masked pairs and MLM, each of which projects
+  the keys and values of its images again, in every layer; MLM encodes its text again, in model and momentum copy;
 - cross-attention as softmax of a full (S, H, L, N) map, which the Grad-CAM reads and differentiates in the graph of the
   positive pass, retained for the loss;
 - soft-masked image features written out, then projected like any others;
@@ -166,7 +166,7 @@ def draw(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def fuse(model: VisionLanguageModel, texts: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """texts (S, L, C), mask (S, L), images (S, N, Cv) -> fused tokens (S, L, C) and the attention map of every layer."""
+    """texts (S, L, C), mask (S, L), images (S, N, Cv) -> fused tokens (S, L, C) and the attention maps by layer."""
     maps = []
     for layer in model.fusion.layers:
         texts, attention = fusion_layer(layer, texts, mask, images)

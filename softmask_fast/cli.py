@@ -1,4 +1,4 @@
-"""The command `softmask-fast`: evaluate a pretrained model, and explain what it sees.
+"""The command `softmask-fast`: prepare and index data, evaluate a pretrained model, and explain what it sees.
 
 Everything heavy is imported by the command that needs it, so that --help answers at once.
 """
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="softmask-fast", description="Evaluate and explain pretrained models.")
+    parser = argparse.ArgumentParser(prog="softmask-fast", description="Prepare data; evaluate and explain models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -71,6 +71,29 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="Where the figure goes.")
     _layer_option(explain)
     explain.set_defaults(run=_explain)
+
+    prepare = commands.add_parser(
+        "prepare", help="Make shards of images and a table of captions.", description=_prepare.__doc__
+    )
+    prepare.add_argument(
+        "--pairs", required=True, type=Path, metavar="FILE", help="A .csv, .tsv, .json, .jsonl or .parquet table."
+    )
+    prepare.add_argument("--images", required=True, type=Path, metavar="DIR", help="Where its image paths start.")
+    prepare.add_argument("--out", required=True, type=Path, metavar="DIR", help="A new folder for the shards.")
+    prepare.add_argument("--image-column", default="image", metavar="NAME", help="Default: image.")
+    prepare.add_argument("--caption-column", default="caption", metavar="NAME", help="Default: caption.")
+    prepare.add_argument("--shard-size", type=int, default=5000, metavar="N", help="Images per shard (default: 5000).")
+    prepare.add_argument(
+        "--short-side", type=int, metavar="PIXELS", help="Make larger images this small (default: as they are)."
+    )
+    prepare.add_argument("--workers", type=int, metavar="N", help="Processes (default: all cores).")
+    _debug_option(prepare)
+    prepare.set_defaults(run=_prepare)
+
+    index = commands.add_parser("index", help="Index shards before they are uploaded.", description=_index.__doc__)
+    index.add_argument("shards", nargs="+", metavar="SHARDS", help="Local .tar files, patterns or folders.")
+    _debug_option(index)
+    index.set_defaults(run=_index)
     return parser
 
 
@@ -79,6 +102,10 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, type=Path, metavar="DIR", help="A model folder, as training leaves it in its output."
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda where there is one).")
+    _debug_option(parser)
+
+
+def _debug_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
 
@@ -144,6 +171,39 @@ def _explain(options: argparse.Namespace) -> None:
     print(f"written to {options.out}")
 
 
+def _prepare(options: argparse.Namespace) -> None:
+    """Decode every image of a table and write the good ones as WebDataset shards, each with an index; the bad ones are
+    listed. Called again, an interrupted run goes on."""
+    from softmask_fast.data.prepare import prepare
+
+    done = prepare(
+        options.pairs,
+        options.images,
+        options.out,
+        shard_size=options.shard_size,
+        short_side=options.short_side,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        workers=options.workers,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"{done.samples} of {done.listed} images written to {done.shards} shards in {options.out}")
+    if done.skipped_captions:
+        print(f"{done.skipped_captions} captions without a word were left out beside good ones")
+    for row, image, reason in done.bad[:10]:
+        print(f"row {row}: {image}: {reason}", file=sys.stderr)
+    if done.bad:
+        print(f"{len(done.bad)} images cannot be used; {options.out / 'bad.csv'} lists them", file=sys.stderr)
+
+
+def _index(options: argparse.Namespace) -> None:
+    """Write NAME.tar.index.jsonl beside each shard. Uploaded with the shards, it spares training by URL from
+    downloading all of them once before the first step."""
+    from softmask_fast.data.prepare import write_indexes
+
+    print(f"{write_indexes(options.shards, progress=sys.stderr.isatty())} indexes written")
+
+
 def _device(name: str | None) -> torch.device:
     import torch
 
@@ -183,7 +243,7 @@ def _quiet_libraries() -> None:
 
 
 def _explain_error(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and error.name != "pyarrow":
         return f"{error}; install what the commands need with: pip install 'softmask_fast[train]'"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from softmask_fast.data.remote_options import RemoteOptions
+
 
 def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -28,9 +30,12 @@ class ModelConfig:
     vision_width: int | None = option(None, "Width of the image tokens; default: the model's.")
     vision_depth: int | None = option(None, "Number of blocks; default: the model's.")
     vision_heads: int | None = option(None, "Number of heads; default: the model's.")
+    vision_mlp_ratio: float | None = option(None, "Hidden width of the MLPs by their width; default: the model's.")
     vision_weights: str = option("timm", "'timm' (its pretrained weights), a .safetensors or .pth file, or 'random'.")
     text_width: int = option(768, "Width of the text and fusion layers.")
     text_heads: int = option(12, "Heads of the text and fusion layers.")
+    text_mlp_ratio: float = option(4.0, "Hidden width of the MLPs of text and fusion by their width.")
+    text_positions: int = option(512, "Position embeddings of the text; at least max_tokens are made.")
     text_layers: int = option(6, "Number of text-only layers.")
     fusion_layers: int = option(6, "Number of layers that attend to the image.")
     text_weights: str = option(
@@ -53,6 +58,7 @@ class ModelConfig:
             "fusion_layers",
             "embed_dim",
             "vocab_size",
+            "text_positions",
         ):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.max_tokens >= 3, "max_tokens", "at least 3 ([CLS], one token, [SEP])", self.max_tokens)
@@ -62,6 +68,7 @@ class ModelConfig:
             f"a multiple of text_heads={self.text_heads}",
             self.text_width,
         )
+        _require(self.text_mlp_ratio > 0, "text_mlp_ratio", "above 0", self.text_mlp_ratio)
         _require(0 <= self.hidden_dropout < 1, "hidden_dropout", "in [0, 1)", self.hidden_dropout)
         # After the last layer [CLS] alone is read, so no word's attention there has a gradient.
         _require(
@@ -108,7 +115,7 @@ class DataConfig:
     data: str = option(
         "shapes",
         "'shapes' (drawn on the fly), WebDataset shards ('cc/{000..331}.tar', a folder, a comma list) "
-        "or ALBEF JSON lists ('coco.json,vg.json').",
+        "by path or by URL (https://, s3://, gs://), or ALBEF JSON lists ('coco.json,vg.json').",
     )
     eval_data: str | None = option(None, "Held-out pairs evaluated after training; default: unseen shapes for shapes.")
     eval_size: int = option(256, "How many held-out images the final evaluation takes.")
@@ -123,6 +130,15 @@ class DataConfig:
     blur: bool = option(True, "Gaussian blur, half of the time.")
     max_bad_fraction: float = option(0.01, "Share of unreadable samples at which training stops.")
     data_threads: int | None = option(None, "Threads that read and distort; default: all cores.")
+    cache_dir: str | None = option(None, "Shards by URL are kept here; default: ~/.cache/softmask_fast.")
+    cache_gigabytes: float = option(64.0, "Bound of cache_dir, for all ranks of a machine together.")
+    shuffle_shards: int = option(8, "Shards by URL: how many a rank mixes at a time (decides the order).")
+    prefetch_shards: int = option(2, "Shards by URL: how many a rank downloads ahead.")
+    download_tries: int = option(5, "Tries to download a shard before the run stops.")
+    download_timeout: float = option(60.0, "Seconds without data at which a try counts as failed.")
+
+    def __post_init__(self) -> None:
+        RemoteOptions.of(self)  # looks at the values
 
 
 @dataclass
@@ -140,6 +156,12 @@ class TrainConfig:
     weight_decay: float = option(0.02, "AdamW weight decay of matrices.")
     gradient_clipping: float = option(1.0, "Largest gradient norm; 0 switches clipping off.")
     bf16: bool | None = option(None, "bfloat16 training; default: on a GPU that has it.")
+    attention: str = option(
+        "auto", "Self-attention of the text: 'padded', packed 'varlen' or 'xformers' (GPU); 'auto': varlen if it can."
+    )
+    activation_checkpointing: bool = option(False, "Compute every block again in the backward pass: less memory.")
+    compile: bool = option(False, "The image encoder through torch.compile; not with ZeRO-3.")
+    profile: int = option(0, "Trace this many steps, after 3 others, to trace.json in the output folder.")
     seed: int = option(0, "Seed of the weights, the data order and every distortion.")
     resume: bool = option(False, "Go on from the newest checkpoint in output_dir.")
     checkpoint_steps: int = option(1000, "Steps between checkpoints.")
@@ -149,6 +171,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "checkpoint_steps", "keep_checkpoints", "log_steps"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(
+            self.attention in ("auto", "padded", "varlen", "xformers"),
+            "attention",
+            "'auto', 'padded', 'varlen' or 'xformers'",
+            self.attention,
+        )
+        _require(self.profile >= 0, "profile", "at least 0", self.profile)
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
         _require(
             not self.resume or self.output_dir is not None, "resume", "used together with output_dir", "no output_dir"

@@ -10,6 +10,7 @@ import torch
 
 from softmask_fast.config import Config
 from softmask_fast.data.captions import CaptionSource, open_source
+from softmask_fast.data.remote_options import RemoteOptions
 from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
 from softmask_fast.explain import heatmap_page, plot_curves
 from softmask_fast.model.checkpoints import load_model
@@ -23,7 +24,13 @@ def held_out_source(config: Config) -> CaptionSource | None:
     name = data.eval_data or (data.data if data.data.split(":")[0] == "shapes" else None)
     if name is None:
         return None
-    return open_source(name, split="val", seed=config.train.seed, image_size=config.model.image_size)
+    return open_source(
+        name,
+        split="val",
+        seed=config.train.seed,
+        image_size=config.model.image_size,
+        remote=RemoteOptions.of(data),
+    )
 
 
 def report_run(output: Path, config: Config, device: torch.device | str = "cpu") -> None:

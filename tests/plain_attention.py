@@ -12,6 +12,6 @@ def plain_attention(maps: dict):
             key, value = key * keep[:, None, :, None], value * keep[:, None, :, None]
         attention = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
         maps[self] = attention
-        return attention @ value + self.value_bias[None, :, None]
+        return attention @ (value + self.value_bias[:, None])
 
     return forward

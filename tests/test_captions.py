@@ -125,8 +125,10 @@ def test_what_is_missing_or_damaged_is_an_error_with_its_name(tmp_path):
     for name in ("absent-{0..2}.tar", "folder", "x*.tar"):
         with pytest.raises(FileNotFoundError, match=name.split("{")[0].replace("*", ".")):
             open_source(str(tmp_path / name))
-    with pytest.raises(ValueError, match="local"):
-        open_source("s3://bucket/a.tar")
+    with pytest.raises(ValueError, match="good.tar is local"):
+        open_source(f"s3://bucket/a.tar,{good}")
+    with pytest.raises(ValueError, match="pipe"):
+        open_source("pipe:cat a.tar")
     for data in ("", [], "a-{0..2.tar"):
         with pytest.raises(ValueError, match="data"):
             open_source(data)

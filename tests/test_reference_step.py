@@ -52,6 +52,10 @@ def make_batch() -> Batch:
 def make_model(queue_size: int = QUEUE, **changes):
     torch.manual_seed(4)
     model = VisionLanguageModel(make_config("tiny", **SIZES | changes).model)
+    with torch.no_grad():  # parameters that start at zero must not hide a term
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
     torch.manual_seed(5)
     teacher = MomentumTeacher(VisionLanguageModel(model.config), queue_size, 0.9)
     if queue_size:

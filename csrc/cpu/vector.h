@@ -21,7 +21,21 @@ namespace softmask {
 
 // Buffers are padded to this many floats, so that no vector loop has a remainder.
 constexpr int64_t LANES = 16;
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+// One register of AVX-512, and one of AVX2. Without AVX-512 a Vector lives in memory and every operation on it is slow.
+// Templates take the structure, because a template argument would lose the alignment.
+struct WideRegister {
+    typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+};
+constexpr int64_t OCTET = LANES / 2;
+struct NarrowRegister {
+    typedef float Vector __attribute__((vector_size(OCTET * sizeof(float)), aligned(4)));
+};
+typedef NarrowRegister::Vector Octet;
+#if defined(__x86_64__)
+static const bool WIDE = __builtin_cpu_supports("avx512f");
+#else
+constexpr bool WIDE = false;
+#endif
 
 constexpr int64_t padded(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
@@ -137,23 +151,26 @@ SOFTMASK_INLINE void prefetch(const Row& row, int64_t size) {
     for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row.data + offset);
 }
 
-SOFTMASK_INLINE float sum_lanes(Vector v) {
-    typedef float Half __attribute__((vector_size(32)));
+SOFTMASK_INLINE float sum_lanes(Octet v) {
     typedef float Quarter __attribute__((vector_size(16)));
-    const Half half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    const Quarter quarter = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5,
-    6, 7); return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
+    const Quarter quarter = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
 
-SOFTMASK_INLINE float dot(const float* a, const float* b, int64_t size) {
-    Vector sums = {};
+// products[i] = <vector, rows[i]>; several rows at a time, because one sum has to wait for each of its additions.
+template <int COUNT>
+SOFTMASK_INLINE void dot(const float* vector, const float* const* rows, int64_t size, float* products) {
+    Octet sums[COUNT] = {};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES)
-        sums += *reinterpret_cast<const Vector*>(a + i) * *reinterpret_cast<const Vector*>(b + i);
-    float sum = 0.0f;
-    for (; i < size; ++i) sum += a[i] * b[i];
-    return sum + sum_lanes(sums);
+    for (; i + OCTET <= size; i += OCTET) {
+        const Octet part = *reinterpret_cast<const Octet*>(vector + i);
+        for (int row = 0; row < COUNT; ++row) sums[row] += part * *reinterpret_cast<const Octet*>(rows[row] + i);
+    }
+    for (int row = 0; row < COUNT; ++row) {
+        float rest = 0.0f;
+        for (int64_t j = i; j < size; ++j) rest += vector[j] * rows[row][j];
+        products[row] = rest + sum_lanes(sums[row]);
+    }
 }
 
 // e^x for x <= 0, to about 1 unit in the last place; 0 below -87.3 and for -inf. x = n ln 2 + r, a polynomial in r, and
@@ -180,50 +197,57 @@ SOFTMASK_INLINE float exp_negative(float x) {
 }
 
 // C (+)= A B for one register tile of ROWS rows and COLUMNS vectors; B and C have dense rows, A any two strides.
-template <int ROWS, int COLUMNS>
+template <class Register, int ROWS, int COLUMNS>
 SOFTMASK_INLINE void tile(
-    const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t
-    depth, bool accumulate) {
-    Vector sums[ROWS][COLUMNS];
+    const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row,
+    int64_t depth, bool accumulate) {
+    typedef typename Register::Vector V;
+    constexpr int64_t lanes = sizeof(V) / sizeof(float);
+    V sums[ROWS][COLUMNS];
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < COLUMNS; ++j)
-            sums[i][j] = accumulate ? *reinterpret_cast<Vector*>(c + i * c_row + j * LANES) : Vector{};
+            sums[i][j] = accumulate ? *reinterpret_cast<V*>(c + i * c_row + j * lanes) : V{};
     for (int64_t k = 0; k < depth; ++k) {
-        Vector right[COLUMNS];
-        for (int j = 0; j < COLUMNS; ++j) right[j] = *reinterpret_cast<const Vector*>(b + k * b_row + j * LANES);
+        V right[COLUMNS];
+        for (int j = 0; j < COLUMNS; ++j) right[j] = *reinterpret_cast<const V*>(b + k * b_row + j * lanes);
         for (int i = 0; i < ROWS; ++i) {
             const float left = a[i * a_row + k * a_depth];
             for (int j = 0; j < COLUMNS; ++j) sums[i][j] += left * right[j];
         }
     }
     for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < COLUMNS; ++j) *reinterpret_cast<Vector*>(c + i * c_row + j * LANES) = sums[i][j];
+        for (int j = 0; j < COLUMNS; ++j) *reinterpret_cast<V*>(c + i * c_row + j * lanes) = sums[i][j];
 }
 
-template <int COLUMNS>
+// ROWS is what the registers hold: 32 of AVX-512, 16 of AVX2.
+template <class Register, int ROWS, int COLUMNS>
 SOFTMASK_INLINE void tile_column(
-    const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t
-    rows, int64_t depth, bool accumulate) {
-    constexpr int ROWS = 8;
+    const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row,
+    int64_t rows, int64_t depth, bool accumulate) {
     int64_t i = 0;
     for (; i + ROWS <= rows; i += ROWS)
-        tile<ROWS, COLUMNS>(a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, depth, accumulate);
+        tile<Register, ROWS, COLUMNS>(a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, depth, accumulate);
     for (; i + 2 <= rows; i += 2)
-        tile<2, COLUMNS>(a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, depth, accumulate);
+        tile<Register, 2, COLUMNS>(a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, depth, accumulate);
     for (; i < rows; ++i)
-        tile<1, COLUMNS>(a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, depth, accumulate);
+        tile<Register, 1, COLUMNS>(a + i * a_row, a_row, a_depth, b, b_row, c + i * c_row, c_row, depth, accumulate);
 }
 
 // C (rows, columns) (+)= A (rows, depth) B (depth, columns), float32. `columns` is a multiple of LANES; rows of B and C
 // are dense, b_row and c_row floats apart; element (i, k) of A is a[i * a_row + k * a_depth], so A may be transposed.
 SOFTMASK_INLINE void multiply(
-    const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t
-    rows, int64_t columns, int64_t depth, bool accumulate) {
+    const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c, int64_t c_row,
+    int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
     int64_t j = 0;
-    for (; j + 2 * LANES <= columns; j += 2 * LANES)
-        tile_column<2>(a, a_row, a_depth, b + j, b_row, c + j, c_row, rows, depth, accumulate);
-    for (; j < columns; j += LANES)
-        tile_column<1>(a, a_row, a_depth, b + j, b_row, c + j, c_row, rows, depth, accumulate);
+    if (WIDE) {
+        for (; j + 2 * LANES <= columns; j += 2 * LANES)
+            tile_column<WideRegister, 8, 2>(a, a_row, a_depth, b + j, b_row, c + j, c_row, rows, depth, accumulate);
+        for (; j < columns; j += LANES)
+            tile_column<WideRegister, 8, 1>(a, a_row, a_depth, b + j, b_row, c + j, c_row, rows, depth, accumulate);
+    } else {
+        for (; j < columns; j += LANES)
+            tile_column<NarrowRegister, 6, 2>(a, a_row, a_depth, b + j, b_row, c + j, c_row, rows, depth, accumulate);
+    }
 }
 
 }  // namespace softmask

@@ -24,20 +24,29 @@ struct Attention {
 };
 
 constexpr int64_t AHEAD = 16;  // rows; the hardware's own prefetching loses track between heads
+constexpr int64_t BLOCK = 4;   // rows whose products are summed side by side
 
-// products[n] = <vector, rows[image, head, n]>
+// products[n] = <vector, rows[image, head, n]>;  buffer: BLOCK * width floats
 SOFTMASK_INLINE void dots(
     const float* vector, const Rows& rows, int64_t image, int64_t head, int64_t tokens, int64_t width, float* buffer,
     float* products) {
-    for (int64_t n = 0; n < tokens; ++n) {
-        const Row row = rows.at(image, head, n);
-        prefetch(rows.at(image, head, n + AHEAD), width);
-        products[n] = dot(vector, dense(row, width, buffer), width);
+    const float* block[BLOCK];
+    for (int64_t n = 0; n < tokens; n += BLOCK) {
+        const int64_t count = tokens - n < BLOCK ? tokens - n : BLOCK;
+        for (int64_t i = 0; i < count; ++i) {
+            prefetch(rows.at(image, head, n + i + AHEAD), width);
+            block[i] = dense(rows.at(image, head, n + i), width, buffer + i * width);
+        }
+        if (count == BLOCK) {
+            dot<BLOCK>(vector, block, width, products + n);
+        } else {
+            for (int64_t i = 0; i < count; ++i) dot<1>(vector, block + i, width, products + n + i);
+        }
     }
 }
 
 // cam[n] = mean over heads of a_n relu(<dO, V_n>), a = softmax(scale <q, K_n>) over the attended tokens.
-// buffer: 2 * tokens + 3 * width floats
+// buffer: 2 * tokens + (2 + BLOCK) * width floats
 SOFTMASK_CLONES void word_map(const Attention& x, int64_t image, int64_t word, float* cam, float* buffer) {
     float* logits = buffer;
     float* gradients = logits + x.tokens;
@@ -137,7 +146,7 @@ void word_gradcam(
     check_contiguous(cam, "cam");
     float* maps = cam.mutable_data_ptr<float>();
     torch::stable::parallel_for(0, x.images * words, 1, [&](int64_t begin, int64_t end) {
-        std::vector<float> buffer(2 * x.tokens + 3 * x.width);
+        std::vector<float> buffer(2 * x.tokens + (2 + BLOCK) * x.width);
         for (int64_t task = begin; task < end; ++task) {
             const int64_t image = task / words;
             const int64_t word = x.word_index ? x.word_index[image] : task % words;
@@ -167,7 +176,7 @@ void word_soft_mask(
     }
     float* kept = keep.mutable_data_ptr<float>();
     torch::stable::parallel_for(0, x.images, 1, [&](int64_t begin, int64_t end) {
-        std::vector<float> buffer(std::max(2 * x.tokens + 3 * x.width, channels));
+        std::vector<float> buffer(std::max(2 * x.tokens + (2 + BLOCK) * x.width, channels));
         for (int64_t image = begin; image < end; ++image) {
             float* row = kept + image * x.tokens;
             word_map(x, image, x.word_index[image], row, buffer.data());

@@ -8,13 +8,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from softmask_fast.data.images import BadSample
 from softmask_fast.data.randomness import identities
+
+if TYPE_CHECKING:
+    from softmask_fast.data.remote_options import RemoteOptions
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class Sample:
 
 
 class CaptionSource(Protocol):
-    """Samples by index. Reading is thread-safe and deterministic."""
+    """Samples by index. Reading is thread-safe and deterministic.
+
+    A source may have an `order` of its own (data/order.py); else the loader shuffles all of it.
+    """
 
     keys: Sequence[str]  # unique
     image_ids: np.ndarray  # (n,) int64: equal ids are the same image
@@ -54,21 +60,34 @@ class CaptionSource(Protocol):
 
 
 def open_source(
-    data: str | Sequence[str], *, split: str = "train", seed: int = 0, image_size: int = 64
+    data: str | Sequence[str],
+    *,
+    split: str = "train",
+    seed: int = 0,
+    image_size: int = 64,
+    remote: RemoteOptions | None = None,
 ) -> CaptionSource:
     """Opens `data` and lists its samples.
 
     data: "shapes" or "shapes:num=4096,objects=3" (drawn on the fly; `split`, `seed`, `image_size` matter here only);
         WebDataset shards: a tar file, a brace pattern ("cc3m-{000..331}.tar"), a glob pattern, a folder of tar files;
-        ALBEF's JSON lists ([{"image": path, "caption": str or list}]); or several of these, as a list or by commas.
-    Raises ValueError or FileNotFoundError that names what is missing or damaged.
+        ALBEF's JSON lists ([{"image": path, "caption": str or list}]); or several of these, as a list or by commas;
+        or shards by URL alone (https://, s3://, gs://, ...), brace patterns too, which `remote` says how to keep.
+    Raises ValueError or OSError that names what is missing, damaged or unreachable.
     """
+    from softmask_fast.data.remote_shards import RemoteShardSource, expand_urls
     from softmask_fast.data.shapes import ShapesSource
     from softmask_fast.data.shards import ShardSource
 
     if isinstance(data, str) and (data == "shapes" or data.startswith("shapes:")):
         return ShapesSource.from_options(data[len("shapes:") :], split=split, seed=seed, image_size=image_size)
-    paths = expand_paths(data)
+    names = expand_names(data)
+    if urls := [name for name in names if "://" in name]:
+        if len(urls) < len(names):
+            local = next(name for name in names if "://" not in name)
+            raise ValueError(f"data: {local} is local, {urls[0]} a URL: together, write local shards as file:///...")
+        return RemoteShardSource(expand_urls(urls), remote)
+    paths = expand_paths(names)
     shards = [path for path in paths if path.suffix == ".tar"]
     lists = [path for path in paths if path.suffix == ".json"]
     if unknown := sorted(set(paths) - set(shards) - set(lists)):
@@ -77,34 +96,41 @@ def open_source(
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
 
-def expand_paths(data: str | Sequence[str]) -> list[Path]:
-    """The files that `data` names, in a fixed order."""
-    paths: list[Path] = []
+def expand_names(data: str | Sequence[str]) -> list[str]:
+    """The names in `data`, lists by commas and brace patterns taken apart."""
+    names: list[str] = []
     for item in [data] if isinstance(data, str) else data:
-        if "://" in item or item.startswith("pipe:"):
-            raise ValueError(f"data: {item}: only local files can be read; download the shards first")
+        if item.startswith("pipe:"):
+            raise ValueError(f"data: {item}: commands are not run; expected files or URLs")
         # a list by commas is a brace pattern without its outer braces; the last, empty name makes sure of a comma
         try:
-            names = list(braceexpand("{" + item + ",}"))[:-1]
+            found = list(braceexpand("{" + item + ",}"))[:-1]
         except UnbalancedBracesError as error:
             raise ValueError(f"data: {item}: {error}") from error
-        for name in names:
-            if not name:
-                raise ValueError(f"data: an empty name in {item!r}; expected 'shapes', shards or .json lists")
-            path = Path(name).expanduser()
-            if path.is_dir():
-                found = sorted(path.glob("*.tar"))
-            elif any(letter in name for letter in "*?["):
-                found = sorted(map(Path, glob.glob(str(path))))
-            else:
-                found = [path]
-            if not found:
-                raise FileNotFoundError(
-                    f"data: no .tar files in {name}" if path.is_dir() else f"data: nothing matches {name}"
-                )
-            paths += found
-    if not paths:
+        if "" in found:
+            raise ValueError(f"data: an empty name in {item!r}; expected 'shapes', shards or .json lists")
+        names += found
+    if not names:
         raise ValueError("data: names no files; expected 'shapes', shards or .json lists")
+    return names
+
+
+def expand_paths(names: Sequence[str]) -> list[Path]:
+    """The local files that `names` (files, folders, glob patterns) name, in a fixed order."""
+    paths: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found = sorted(path.glob("*.tar"))
+        elif any(letter in name for letter in "*?["):
+            found = sorted(map(Path, glob.glob(str(path))))
+        else:
+            found = [path]
+        if not found:
+            raise FileNotFoundError(
+                f"data: no .tar files in {name}" if path.is_dir() else f"data: nothing matches {name}"
+            )
+        paths += found
     if missing := [str(path) for path in paths if not path.exists()]:
         raise FileNotFoundError(f"data: {len(missing)} of {len(paths)} files do not exist: {', '.join(missing[:10])}")
     return paths

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections import deque
@@ -18,8 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.data.captions import CaptionSource
 from softmask_fast.data.distort import DistortionConfig, DistortionPipeline, draw_parameters
+from softmask_fast.data.download import UnreachableFile
 from softmask_fast.data.images import MAX_PIXELS, BadSample, ImageFacts, check_image, convert_image
-from softmask_fast.data.randomness import hash_names, keyed_generator, visiting_order
+from softmask_fast.data.order import KeyedOrder, local_ranks
+from softmask_fast.data.randomness import keyed_generator
 from softmask_fast.data.text_masking import TextMasker
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,9 @@ class _Selection:
 class PretrainingLoader:
     """Endless iterator over batches of this rank.
 
-    Every epoch has its own order over the whole source; rank r takes the places r, r + world_size, ... of it. A bad
-    sample is skipped and the next one takes its place; a batch may reach over the end of an epoch. Images are read and
-    checked by threads ahead of time, and DALI works on the next batch while the caller trains on this one.
+    Every epoch has its own order over the whole source, dealt to the ranks (data/order.py). A bad sample is skipped and
+    the next one takes its place; a batch may reach over the end of an epoch. Images are read and checked by threads
+    ahead of time, and DALI works on the next batch while the caller trains on this one.
     """
 
     def __init__(
@@ -129,8 +130,7 @@ class PretrainingLoader:
 
         self._share = len(range(rank, len(source), world_size))  # samples of this rank in one epoch
         self._masker = TextMasker(tokenizer, mask_probability)
-        self._hashes = hash_names(source.keys)
-        self._fingerprint = hashlib.blake2b(self._hashes.tobytes(), digest_size=8).hexdigest()
+        self._order = getattr(source, "order", None) or KeyedOrder(source.keys)
         self._facts = np.zeros(len(source), [("width", np.int32), ("height", np.int32), ("convert", bool)])
         self._pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="softmask-data")
         self._closed = False
@@ -142,7 +142,7 @@ class PretrainingLoader:
         return self
 
     def __next__(self) -> Batch:
-        """Raises BadDataError when too many samples are bad."""
+        """Raises BadDataError when too many samples are bad, UnreachableFile when a shard cannot be downloaded."""
         if self._closed:
             raise ValueError("the loader is closed")
         if self._failure is not None:
@@ -151,7 +151,7 @@ class PretrainingLoader:
         batch = self._collate(current, pixels)
         self.bad.update(current.bad)
         self._progress = current.progress
-        with suppress(BadDataError):  # the batch at hand is good: the error is due at the next call
+        with suppress(BadDataError, UnreachableFile):  # the batch at hand is good: the error is due at the next call
             self._schedule(self._select(current.progress))
         return batch
 
@@ -216,7 +216,8 @@ class PretrainingLoader:
         self.close()
 
     def _identity(self) -> dict[str, Any]:
-        return {"source": f"{len(self.source)}-{self._fingerprint}", "seed": self.seed, "world_size": self.world_size}
+        source = f"{len(self.source)}-{self._order.fingerprint}"
+        return {"source": source, "seed": self.seed, "world_size": self.world_size}
 
     def _restart(self) -> None:
         """Forgets what was prepared ahead and goes back to behind the last batch returned."""
@@ -226,7 +227,7 @@ class PretrainingLoader:
         self._places = self._walk(self._progress.epoch, self._progress.position)
         self._visits.clear()
         self._scheduled: _Selection | None = None
-        self._failure: BadDataError | None = None
+        self._failure: BadDataError | UnreachableFile | None = None
         self._pipeline = DistortionPipeline(
             image_size=self.image_size,
             batch_size=self.batch_size,
@@ -239,9 +240,9 @@ class PretrainingLoader:
     def _walk(self, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
         """(epoch, position, index) of this rank's samples, without end."""
         while True:
-            order = visiting_order(self._hashes, self.seed, epoch)[self.rank :: self.world_size]
-            for place in range(position, len(order)):
-                yield epoch, place, int(order[place])
+            order = self._order.places(self.seed, epoch, self.rank, self.world_size, position)
+            for place, index in enumerate(order, position):
+                yield epoch, place, index
             epoch, position = epoch + 1, 0
 
     def _next_visit(self) -> tuple[int, int, int, Future[_Prepared]]:
@@ -288,6 +289,9 @@ class PretrainingLoader:
                 if bad_in_a_row >= self._share:
                     raise self._fail("no sample of this rank can be used") from error
                 continue
+            except UnreachableFile as error:  # going on would leave its samples out
+                self._failure = error
+                raise
             bad_in_a_row = 0
             selection.samples.append(prepared)
             selection.progress.skipped_captions += prepared.skipped_captions
@@ -408,6 +412,4 @@ class PretrainingLoader:
 
 def default_threads() -> int:
     """The cores of this process, shared among the ranks of this machine; at most 16."""
-    # torchrun sets the first name, the DeepSpeed launcher the second
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return max(1, min(16, len(os.sched_getaffinity(0)) // ranks))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // local_ranks()))

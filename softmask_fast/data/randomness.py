@@ -31,11 +31,15 @@ def identities(names: Iterable[str]) -> np.ndarray:
 def visiting_order(hashes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """The order of one epoch: indices sorted by a hash of (seed, epoch, sample).
 
-    Leaving a sample out leaves the order of the others as it is. Vectorised (splitmix64's finaliser), so that four
-    million samples take a second.
+    Leaving a sample out leaves the order of the others as it is. Vectorised, so that four million samples take a
+    second.
     """
     salt = keyed_generator(seed, epoch, "order").integers(0, 2**64, dtype=np.uint64)
-    mixed = hashes ^ salt
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable")
+    return np.argsort(scramble(hashes ^ salt), kind="stable")
+
+
+def scramble(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: a bijection of uint64 whose output bits depend on all input bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""WebDataset shards: local tar files, indexed once by their headers and read by offset; nothing is unpacked to disk."""
+"""WebDataset shards: tar files, indexed once by their headers and read by offset; nothing is unpacked to disk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 from softmask_fast.data.captions import Phrase, Sample, distinct_keys, parse_phrases, relative_names, usable_captions
@@ -56,45 +57,52 @@ class ShardSource:
 
     def read(self, index: int) -> Sample:
         entry = self._entries[index]
-        image = next((extension for extension in IMAGE_EXTENSIONS if extension in entry.members), None)
-        if image is None:
-            raise BadSample(f"no .jpg, .jpeg, .png or .webp file; there is {', '.join(entry.members)}")
-        captions, skipped, phrases = self._read_captions(entry)
-        return Sample(self.keys[index], self._read_member(entry, image), captions, phrases, skipped)
-
-    def _read_captions(self, entry: Entry) -> tuple[list[str], int, list[Phrase]]:
-        if "json" in entry.members:
-            try:
-                content = json.loads(self._read_member(entry, "json"))
-            except (ValueError, RecursionError) as error:
-                raise BadSample(f"invalid .json: {error}") from error
-            if not isinstance(content, dict):
-                raise BadSample(f".json must be an object, got {type(content).__name__}")
-            name = "captions" if "captions" in content else "caption"
-            if name in content:
-                captions, skipped = usable_captions(content[name], f'"{name}"')
-                return captions, skipped, parse_phrases(content.get("phrases", []))
-            if "txt" not in entry.members:
-                raise BadSample('no "captions" in the .json file')
-        if "txt" not in entry.members:
-            raise BadSample("no caption file (.json or .txt)")
         try:
-            lines = self._read_member(entry, "txt").decode("utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise BadSample(f".txt is not UTF-8: {error}") from error
-        captions, skipped = usable_captions([line for line in lines if line.strip()], ".txt")
-        return captions, skipped, []
-
-    def _read_member(self, entry: Entry, extension: str) -> bytes:
-        offset, size = entry.members[extension]
-        try:
-            with open(entry.shard, "rb", buffering=0) as file:
-                content = os.pread(file.fileno(), size, offset)
+            with FileIO(entry.shard) as file:
+                return read_sample(self.keys[index], entry.members, file)
         except OSError as error:
             raise BadSample(f"shard cannot be read: {error}") from error
-        if len(content) < size:
-            raise BadSample(f"the shard ends inside its .{extension} file ({len(content)} of {size} bytes)")
-        return content
+
+
+def read_sample(key: str, members: dict[str, tuple[int, int]], shard: FileIO) -> Sample:
+    """members: extension -> offset, size in bytes. Raises BadSample when the sample cannot be used."""
+    image = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
+    if image is None:
+        raise BadSample(f"no .jpg, .jpeg, .png or .webp file; there is {', '.join(members)}")
+    captions, skipped, phrases = _read_captions(members, shard)
+    return Sample(key, _read_member(members, image, shard), captions, phrases, skipped)
+
+
+def _read_captions(members: dict[str, tuple[int, int]], shard: FileIO) -> tuple[list[str], int, list[Phrase]]:
+    if "json" in members:
+        try:
+            content = json.loads(_read_member(members, "json", shard))
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f"invalid .json: {error}") from error
+        if not isinstance(content, dict):
+            raise BadSample(f".json must be an object, got {type(content).__name__}")
+        name = "captions" if "captions" in content else "caption"
+        if name in content:
+            captions, skipped = usable_captions(content[name], f'"{name}"')
+            return captions, skipped, parse_phrases(content.get("phrases", []))
+        if "txt" not in members:
+            raise BadSample('no "captions" in the .json file')
+    if "txt" not in members:
+        raise BadSample("no caption file (.json or .txt)")
+    try:
+        lines = _read_member(members, "txt", shard).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadSample(f".txt is not UTF-8: {error}") from error
+    captions, skipped = usable_captions([line for line in lines if line.strip()], ".txt")
+    return captions, skipped, []
+
+
+def _read_member(members: dict[str, tuple[int, int]], extension: str, shard: FileIO) -> bytes:
+    offset, size = members[extension]
+    content = os.pread(shard.fileno(), size, offset)
+    if len(content) < size:
+        raise BadSample(f"the shard ends inside its .{extension} file ({len(content)} of {size} bytes)")
+    return content
 
 
 def index_shard(shard: Path) -> Iterator[Entry]:

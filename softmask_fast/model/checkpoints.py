@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.model.albef import load_albef, save_albef
 from softmask_fast.model.vision_language import VisionLanguageModel
+
+__all__ = ["load_albef", "load_model", "load_own_state", "own_state", "save_albef", "save_model", "save_state"]
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 

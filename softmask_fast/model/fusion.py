@@ -47,6 +47,16 @@ class CrossAttention(nn.Module):
         """image_tokens (B, N, Cv) -> keys and values (B, H, N, D)."""
         return self.split_heads(self.key(image_tokens)), self.split_heads(self.value(image_tokens))
 
+    def biased(self, value: Tensor) -> Tensor:
+        """value (B, H, N, D) with its bias, as a Grad-CAM needs it: dS/dA is dS/dO times the whole value, and what the
+        bias adds, the same for every image token, decides which of them are above zero.
+
+        The bias is read as the attention to a single token of value zero: only in a module's forward is a parameter
+        whole under ZeRO-3.
+        """
+        token = value[:, :, :1]
+        return value + self(token, (token, torch.zeros_like(token)), None, None)
+
     def forward(self, query: Tensor, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None) -> Tensor:
         """query (S, H, L, D), image_index (S,) or None, keep (S, N) or None -> attention output (S, H, L, D)."""
         key, value = key_value
@@ -182,7 +192,10 @@ class FusionEncoder(nn.Module):
             return score(hidden).sum()
 
         gradient = attention_output_gradient(score_of, attended)
-        return query, *keys_values[layer], gradient
+        key, value = keys_values[layer]
+        with torch.no_grad():
+            value = chosen.cross_attention.biased(value)
+        return query, key, value, gradient
 
 
 def join_heads(x: Tensor) -> Tensor:

@@ -22,15 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ATTENTION = ("auto", "padded", "varlen", "xformers")
-
 
 @dataclass(frozen=True)
 class Packing:
     """Where the tokens of S padded sequences of length L lie in T rows.
 
-    T is the number of tokens where the host can know it. A GPU is not waited for: T is then an upper bound, and the rows
-    behind the last token are padding, in sequences of their own that nobody reads.
+    T is the number of tokens where the host can know it. A GPU is not waited for: T is then an upper bound, and the
+    rows behind the last token are padding, in sequences of their own that nobody reads.
     """
 
     mask: Tensor  # (S, L) bool, True = token
@@ -78,8 +76,8 @@ class Packing:
 
 def attention_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why self-attention `name` cannot run on a device in a dtype; None where it can."""
-    if name not in ATTENTION:
-        return f"expected one of {', '.join(ATTENTION)}"
+    if name not in ("auto", *_IMPLEMENTATIONS):
+        return f"expected 'auto' or one of {sorted(_IMPLEMENTATIONS)}"
     if name in ("auto", "padded"):
         return None
     if device.type != "cuda":

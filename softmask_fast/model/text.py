@@ -27,10 +27,10 @@ def bert_config(config: ModelConfig, layers: int) -> BertConfig:
         hidden_size=config.text_width,
         num_hidden_layers=layers,
         num_attention_heads=config.text_heads,
-        intermediate_size=4 * config.text_width,
+        intermediate_size=round(config.text_mlp_ratio * config.text_width),
         hidden_dropout_prob=config.hidden_dropout,
         attention_probs_dropout_prob=0.0,
-        max_position_embeddings=max(512, config.max_tokens),
+        max_position_embeddings=max(config.text_positions, config.max_tokens),
         initializer_range=initial_std(config.text_width),
         attn_implementation="sdpa",
     )
@@ -46,8 +46,8 @@ def attend(projections: BertSelfAttention, text: Tensor, packing: Packing, atten
 
 
 def run_layer(layer: Callable, *arguments, checkpointing: bool):
-    """A layer's output; with checkpointing its insides are not kept for the backward pass but computed again there, with
-    the same dropout."""
+    """A layer's output; with checkpointing its insides are not kept for the backward pass but computed again there,
+    with the same dropout."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(layer, *arguments, use_reentrant=False)
     return layer(*arguments)
@@ -69,7 +69,7 @@ class TextEncoder(nn.Module):
         return self.bert.embeddings.word_embeddings
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None) -> Tensor:
-        """input_ids (B, L) int64, attention_mask (B, L) bool, packing: of that mask -> tokens (B, L, C), 0 at padding."""
+        """input_ids (B, L) int64, attention_mask (B, L) bool, packing: of that mask -> tokens (B, L, C), padding 0."""
         packing = Packing.of(attention_mask) if packing is None else packing
         places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         text = self.bert.embeddings(packing.pack(input_ids)[None], position_ids=packing.pack(places)[None])[0]
@@ -109,13 +109,9 @@ def load_bert(config: ModelConfig) -> BertForMaskedLM:
             f"text_weights: {config.text_weights!r} cannot be loaded ({error}). Give a local folder with a BERT "
             "(--text_weights DIR), or start without weights (--text_weights random)."
         ) from error
-    found = bert.config
-    expected = {
-        "hidden_size": config.text_width,
-        "num_attention_heads": config.text_heads,
-        "intermediate_size": 4 * config.text_width,
-        "vocab_size": config.vocab_size,
-    }
+    found, ours = bert.config, bert_config(config, config.text_layers)
+    sizes = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings")
+    expected = {name: getattr(ours, name) for name in sizes}
     wrong = {name: (getattr(found, name), want) for name, want in expected.items() if getattr(found, name) != want}
     if found.num_hidden_layers < config.text_layers + config.fusion_layers:
         wrong["num_hidden_layers"] = (found.num_hidden_layers, config.text_layers + config.fusion_layers)

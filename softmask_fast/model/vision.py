@@ -26,6 +26,7 @@ class VisionEncoder(nn.Module):
             "embed_dim": config.vision_width,
             "depth": config.vision_depth,
             "num_heads": config.vision_heads,
+            "mlp_ratio": config.vision_mlp_ratio,
         }
         self.vit = timm.create_model(
             config.vision_model,

@@ -1,0 +1,1 @@
+"""Word maps, soft masks and losses for the models of other libraries."""

@@ -1,0 +1,320 @@
+"""ALBEF's checkpoints (Li et al., NeurIPS 2021): their weights in our model, and ours in a file that their code loads.
+
+The models are the same function; four things are stored differently:
+
+- the upper layers of ALBEF's text encoder, those with cross-attention, are our fusion encoder;
+- the cross-attention's keys have a bias there. It adds one number to all logits of a query, which softmax ignores: it
+  is left out here, and zero on the way back;
+- the bias of its values stands apart here, as (heads, head width);
+- `temp` is the temperature itself, here its logarithm is the parameter.
+
+Fine-tuned checkpoints name the text encoder without `.bert` and lack the heads that their task does not use.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from softmask_fast.config import ModelConfig
+from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.vision_language import VisionLanguageModel
+
+logger = logging.getLogger(__name__)
+
+BERT, FINE_TUNED_BERT = "text_encoder.bert.", "text_encoder."
+WORDS, POSITION_IDS = "embeddings.word_embeddings.weight", "embeddings.position_ids"
+DECODER = "text_encoder.cls.predictions."
+QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
+MOMENTUM = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")  # the parts with a momentum copy, "..._m"
+HEADS = ("vision_proj.", "text_proj.", "itm_head.", DECODER, "temp")  # what a fine-tuned checkpoint may lack
+
+_PREFIXES = {
+    "vision.vit.": "visual_encoder.",
+    "image_projection.": "vision_proj.",
+    "text_projection.": "text_proj.",
+    "match_head.": "itm_head.",
+    "language_head.transform.": DECODER + "transform.",
+    "language_head.decoder.bias": DECODER + "bias",
+    "log_temperature": "temp",
+}
+_FUSION_PREFIXES = {
+    "cross_attention.value_bias": "crossattention.self.value.bias",
+    "cross_attention.": "crossattention.self.",
+    "cross_output.": "crossattention.output.",
+}
+_VIT = re.compile(
+    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
+    r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+)
+
+
+@dataclass(frozen=True)
+class AlbefReport:
+    """What did not go from a checkpoint into the model, by the names in the checkpoint.
+
+    unplaced: tensors that the model has no place for. absent: parameters of heads that the checkpoint lacks; they are
+    as a new model starts them, random.
+    """
+
+    unplaced: list[str]
+    absent: list[str]
+
+    def __str__(self) -> str:
+        kinds = {
+            "queues": [name for name in self.unplaced if name in QUEUES],
+            "momentum copy": [name for name in self.unplaced if name.split(".")[0] in {f"{m}_m" for m in MOMENTUM}],
+            "key biases of the cross-attention, which have no effect": [
+                name for name in self.unplaced if re.match(r"text_encoder\..*crossattention\.self\.key\.bias", name)
+            ],
+        }
+        others = Counter(name.split(".")[0] for name in sorted(set(self.unplaced).difference(*kinds.values())))
+        told = [f"{kind} ({len(names)})" for kind, names in kinds.items() if names]
+        told += [f"{part} ({count})" for part, count in others.items()]
+        lines = [f"tensors without a place in the model: {', '.join(told)}"] if told else []
+        if self.absent:
+            lines.append(f"not in the checkpoint and left at random: {', '.join(self.absent)}")
+        return "; ".join(lines) or "every tensor has its place"
+
+
+def load_albef(path: str | Path, *, image_size: int | None = None, head_width: int = 64) -> VisionLanguageModel:
+    """Read an ALBEF checkpoint (.pth; pretrained or fine-tuned) -> the model, in eval mode, float32, on the CPU.
+
+    image_size: side of the input in pixels, default the checkpoint's; position embeddings are interpolated as ALBEF
+    does. head_width: width of an attention head, the one size that no tensor shows.
+    What has no place in the model, and which heads the checkpoint lacks, is logged as a warning; `load_albef_state`
+    returns it. Nothing is unpickled but tensors and plain containers. Raises ValueError for a file that is no
+    checkpoint, for missing tensors and for sizes that do not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"path: expected an ALBEF checkpoint, got {str(path)!r}, which is no file")
+    try:  # mapped into memory where the format allows it: the optimiser's state, twice the weights, is never read
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"path: {str(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"path: expected a state dict, alone or under 'model', in {str(path)!r}")
+    model, report = load_albef_state(state, image_size=image_size, head_width=head_width)
+    if report.unplaced or report.absent:
+        logger.warning("%s: %s", path, report)
+    return model
+
+
+def load_albef_state(
+    state: Mapping[str, Tensor], *, image_size: int | None = None, head_width: int = 64
+) -> tuple[VisionLanguageModel, AlbefReport]:
+    """`load_albef` for a state dict at hand; it is not changed. Returns the model and what could not be placed."""
+    bert = BERT if BERT + WORDS in state else FINE_TUNED_BERT
+    config = _infer_config(state, bert, image_size, head_width)
+    left = dict(state)
+    _take_copies(left, bert)
+    model = VisionLanguageModel(config).eval()
+    absent = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            theirs = albef_name(name, config.text_layers, bert)
+            if theirs not in left:
+                absent.append(theirs)
+                continue
+            value = left.pop(theirs)
+            if name == "vision.vit.pos_embed":
+                value = _resample_positions(value, model.grid_size)
+            elif name == "log_temperature":
+                value = _positive(value, theirs).log()
+            if name.endswith("value_bias") or name == "log_temperature":
+                parameter = parameter.view(-1)
+                value = value.reshape(-1)
+            if value.shape != parameter.shape:
+                raise ValueError(f"state: {theirs} has size {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+            parameter.copy_(value)
+    _check_absent(absent, left, state)
+    return model, AlbefReport(unplaced=sorted(left), absent=absent)
+
+
+def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = None) -> dict[str, Tensor]:
+    """The state dict of ALBEF's pretraining model with our weights; its tensors share memory with the model's.
+
+    With a teacher its momentum copy and queues are included, and ALBEF's strict loading finds every name. Without one
+    the momentum copies are the model itself, as ALBEF starts them, and there are no queues. Key biases of the
+    cross-attention are zero. Raises ValueError for an image encoder that ALBEF's code does not have.
+    """
+    state = _own_part(model)
+    momentum = state if teacher is None else _own_part(teacher.model)
+    for name, tensor in list(momentum.items()):
+        part, _, rest = name.partition(".")
+        if part in MOMENTUM:
+            state[f"{part}_m.{rest}"] = tensor
+    if teacher is not None:
+        state["image_queue"], state["text_queue"] = teacher.image_queue.T, teacher.text_queue.T  # (d, M)
+        state["queue_ptr"] = teacher.queue_position.reshape(1)
+    return state
+
+
+def save_albef(model: VisionLanguageModel, path: str | Path, teacher: MomentumTeacher | None = None) -> None:
+    """Write `albef_state` under 'model', as ALBEF's scripts read it: whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".partial")
+    torch.save({"model": albef_state(model, teacher)}, temporary)
+    os.replace(temporary, path)
+
+
+def albef_tokenizer(bert_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """BERT's tokeniser as ALBEF uses it: [CLS] and the words, no [SEP] after them. The given one stays as it is."""
+    backend = copy.deepcopy(bert_tokenizer.backend_tokenizer)
+    first = [("[CLS]", bert_tokenizer.cls_token_id)]
+    backend.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=first)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **bert_tokenizer.special_tokens_map)
+
+
+def albef_name(name: str, text_layers: int, bert: str = BERT) -> str:
+    """The name in ALBEF's state dict of our parameter `name`: our fusion layer 0 is their layer `text_layers`."""
+    if fused := re.fullmatch(r"fusion\.layers\.(\d+)\.(.+)", name):
+        return f"{bert}encoder.layer.{text_layers + int(fused[1])}.{_renamed(fused[2], _FUSION_PREFIXES)}"
+    return _renamed(name, {"text.bert.": bert} | _PREFIXES)
+
+
+def _renamed(name: str, prefixes: dict[str, str]) -> str:
+    """The name with the first prefix that fits exchanged."""
+    for ours, theirs in prefixes.items():
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def _infer_config(state: Mapping[str, Tensor], bert: str, image_size: int | None, head_width: int) -> ModelConfig:
+    """Every size of the model, from the tensors."""
+
+    def size(name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in state or state[name].dim() != dimensions:
+            came = f"size {tuple(state[name].shape)}" if name in state else "no such tensor"
+            raise ValueError(f"state: expected {name} of {dimensions} dimensions, got {came}")
+        return tuple(state[name].shape)
+
+    def heads(width: int, name: str) -> int:
+        if head_width < 1 or width % head_width:
+            raise ValueError(f"head_width: expected a divisor of {width}, the width of {name}, got {head_width}")
+        return width // head_width
+
+    _, tokens, vision_width = size("visual_encoder.pos_embed", 3)
+    patch = size("visual_encoder.patch_embed.proj.weight", 4)[-1]
+    grid = math.isqrt(tokens - 1)
+    if grid * grid != tokens - 1:
+        raise ValueError(f"state: expected positions of [CLS] and a square of patches, got {tokens} of them")
+    image_size = grid * patch if image_size is None else image_size
+    if image_size < patch or image_size % patch:
+        raise ValueError(f"image_size: expected a multiple of the patches' side, {patch}, got {image_size}")
+
+    vocab_size, text_width = size(bert + WORDS, 2)
+    layers = _layers(state, bert + r"encoder\.layer\.(\d+)\.")
+    fused = _layers(state, bert + r"encoder\.layer\.(\d+)\.crossattention\.")
+    if not fused or not 0 < min(fused) or fused != set(range(min(fused), max(layers) + 1)):
+        raise ValueError(
+            f"state: expected cross-attention in the upper layers of {bert}encoder and not below, found it in "
+            f"{sorted(fused)} of {len(layers)}"
+        )
+    positions = size(bert + "embeddings.position_embeddings.weight", 2)[0]
+    defaults = ModelConfig()
+    return ModelConfig(
+        image_size=image_size,
+        vision_patch_size=patch,
+        vision_width=vision_width,
+        vision_depth=len(_layers(state, r"visual_encoder\.blocks\.(\d+)\.")),
+        vision_heads=heads(vision_width, "visual_encoder"),
+        vision_mlp_ratio=size("visual_encoder.blocks.0.mlp.fc1.weight", 2)[0] / vision_width,
+        vision_weights="random",
+        text_width=text_width,
+        text_heads=heads(text_width, "text_encoder"),
+        text_mlp_ratio=size(bert + "encoder.layer.0.intermediate.dense.weight", 2)[0] / text_width,
+        text_positions=positions,
+        text_layers=min(fused),
+        fusion_layers=len(fused),
+        text_weights="random",
+        vocab_size=vocab_size,
+        max_tokens=min(defaults.max_tokens, positions),
+        embed_dim=size("vision_proj.weight", 2)[0] if "vision_proj.weight" in state else defaults.embed_dim,
+        soft_mask_layer=max(0, min(defaults.soft_mask_layer, len(fused) - 2)),
+    )
+
+
+def _layers(state: Mapping[str, Tensor], pattern: str) -> set[int]:
+    """The layers' numbers in the names that begin with the pattern."""
+    return {int(found[1]) for name in state if (found := re.match(pattern, name))}
+
+
+def _take_copies(state: dict[str, Tensor], bert: str) -> None:
+    """Remove what repeats another tensor: the MLM decoder's matrix and bias, and the numbers of the positions.
+
+    Raises ValueError when a tied tensor differs from its twin: neither ALBEF's code nor this model has two of them.
+    """
+    for twin, original in ((DECODER + "decoder.weight", bert + WORDS), (DECODER + "decoder.bias", DECODER + "bias")):
+        if twin in state and original in state:
+            if not torch.equal(state[twin], state[original]):
+                raise ValueError(f"state: expected {twin} equal to {original}, to which it is tied; they differ")
+            del state[twin]
+    numbers = state.get(bert + POSITION_IDS)
+    if numbers is not None and torch.equal(numbers.flatten(), torch.arange(numbers.numel())):
+        del state[bert + POSITION_IDS]
+
+
+def _check_absent(absent: list[str], left: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """A head may be absent as a whole; anything else that is missing is an error."""
+    lacking = [head for head in HEADS if not any(name.startswith(head) for name in state)]
+    missing = [name for name in absent if not name.startswith(tuple(lacking))]
+    if missing:
+        raise ValueError(f"state: missing {missing}; without a place in the model are {sorted(left)}")
+
+
+def _positive(temperature: Tensor, name: str) -> Tensor:
+    if not (temperature > 0).all():
+        raise ValueError(f"state: expected {name} above 0, got {temperature.tolist()}")
+    return temperature
+
+
+def _resample_positions(positions: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, 1 + n * n, Cv) for another grid, [CLS]'s unchanged: bicubic, as ALBEF's code does."""
+    side = math.isqrt(positions.shape[1] - 1)
+    if (side, side) == grid_size:
+        return positions
+    first, patches = positions[:, :1], positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches.float(), size=grid_size, mode="bicubic", align_corners=False)
+    return torch.cat([first, patches.flatten(2).mT], dim=1)
+
+
+def _own_part(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """ALBEF's state dict without momentum copies and queues."""
+    vit = model.vision.vit.state_dict()
+    other = sorted(name for name in vit if not _VIT.fullmatch(name))
+    rows, columns = model.grid_size
+    if other or model.prefix_tokens != 1 or rows != columns or vit["pos_embed"].shape[1] != 1 + rows * columns:
+        raise ValueError(
+            "model: expected an image encoder as ALBEF's, with [CLS], a square of patches and a position for each, got "
+            f"{model.config.vision_model!r} with {model.prefix_tokens} prefix tokens, a grid of {model.grid_size}, and "
+            f"parameters {other} beyond ALBEF's"
+        )
+    state = {albef_name(name, model.config.text_layers): p.detach() for name, p in model.named_parameters()}
+    for name in [name for name in state if name.endswith("crossattention.self.value.bias")]:
+        state[name] = state[name].flatten()
+        state[name.replace("value", "key")] = torch.zeros_like(state[name])
+    state["temp"] = model.temperature.detach()
+    state[DECODER + "decoder.weight"] = state[BERT + WORDS]
+    state[DECODER + "decoder.bias"] = state[DECODER + "bias"]
+    positions = state[BERT + "embeddings.position_embeddings.weight"]
+    state[BERT + POSITION_IDS] = torch.arange(len(positions), device=positions.device)[None]
+    return state

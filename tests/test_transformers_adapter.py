@@ -1,0 +1,188 @@
+"""Word maps of transformers' models against full attention maps, which eager attention returns, and their gradients."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    BridgeTowerConfig,
+    BridgeTowerForImageAndTextRetrieval,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
+
+from softmask_fast.adapters.transformers import word_relevance
+
+SIZES = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96)
+TEXT = dict(SIZES, vocab_size=60, max_position_embeddings=20)
+IMAGE = dict(SIZES, image_size=32, patch_size=8)
+
+
+def blip(backend):
+    config = BlipConfig(
+        text_config=TEXT | dict(encoder_hidden_size=64, is_decoder=True, bos_token_id=1, sep_token_id=2),
+        vision_config=IMAGE, image_text_hidden_size=32,
+    )  # fmt: skip
+    return BlipForImageTextRetrieval._from_config(config, attn_implementation=backend)
+
+
+def captioner(backend):
+    decoder = BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**IMAGE), decoder)
+    return VisionEncoderDecoderModel._from_config(config, attn_implementation=backend)
+
+
+def bridgetower(backend):
+    config = BridgeTowerConfig(
+        hidden_size=64, num_attention_heads=2, num_hidden_layers=3, text_config=dict(TEXT, pad_token_id=1),
+        vision_config=dict(hidden_size=64, num_hidden_layers=4, image_size=32, patch_size=8),
+    )  # fmt: skip
+    return BridgeTowerForImageAndTextRetrieval._from_config(config, attn_implementation=backend)
+
+
+def randomised(model):
+    """Weights of a size that makes attention uneven, and biases that are not zero."""
+    for name, parameter in model.named_parameters():
+        if "norm" not in name.lower():
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def inputs():
+    ids, mask = torch.randint(5, 60, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    return dict(pixel_values=torch.randn(2, 3, 32, 32), input_ids=ids, attention_mask=mask)
+
+
+def matched(model, batch):
+    return (model(**batch).itm_score if hasattr(model, "itm_head") else model(**batch).logits)[:, 1]
+
+
+def caption_score(model, batch):
+    """Log-probability of each caption."""
+    ids = batch["input_ids"]
+    logits = model(batch["pixel_values"], decoder_input_ids=ids, decoder_attention_mask=batch["attention_mask"]).logits
+    return logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).sum((1, 2))
+
+
+def expected_maps(model, attention, score, batch):
+    """mean over heads of A * relu(dS/dA), from the map that the layer returns."""
+    kept = {}
+    handle = attention.register_forward_hook(lambda module, args, outputs: kept.update(map=outputs[1]))
+    total = score(model, batch).sum()
+    handle.remove()
+    (gradient,) = torch.autograd.grad(total, kept["map"])
+    return (kept["map"] * gradient.clamp(min=0)).mean(1).detach()
+
+
+MODELS = {
+    "blip": (blip, matched, lambda model: model.text_encoder.encoder.layer),
+    "captioner": (captioner, caption_score, lambda model: model.decoder.bert.encoder.layer),
+    "bridgetower": (bridgetower, matched, lambda model: model.bridgetower.cross_modal_text_layers),
+}
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", MODELS)
+def test_maps_are_those_of_full_attention(name, layer):
+    make, score, layers = MODELS[name]
+    eager = randomised(make("eager"))
+    model = eager
+    if name == "captioner":  # BLIP's text encoder and BridgeTower have no other attention than eager
+        model = make("sdpa").eval()
+        model.load_state_dict(eager.state_dict())
+        assert model.decoder.config._attn_implementation == "sdpa"
+    batch = inputs()
+    expected = expected_maps(eager, layers(eager)[layer].crossattention.self, score, batch)
+    attention, returned = layers(model)[layer].crossattention.self, []
+    hook = attention.register_forward_hook(lambda module, args, outputs: returned.append(outputs[1]))
+    with torch.no_grad(), word_relevance(model, layer if name != "bridgetower" else attention) as cam:
+        maps = cam.maps(total := score(model, batch))
+        word = torch.tensor([2, 3])
+        one, keep = cam.maps(total, word), cam.soft_mask(total, word)
+        masked, _ = cam.soft_mask(total, word, features := torch.randn(2, 17, 5))
+    hook.remove()
+    assert (returned[0] is None) == (name == "captioner")  # no fall-back to eager
+    assert maps.shape == expected.shape == (2, 7, 17) and expected.amax((0, 1, 2)) > 0
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5 * scale)
+    rows = expected[torch.arange(2), word]
+    torch.testing.assert_close(one, rows, rtol=1e-4, atol=1e-5 * scale)
+    patches = rows[:, 1:]
+    low, high = patches.amin(1, keepdim=True), patches.amax(1, keepdim=True)
+    torch.testing.assert_close(keep[:, 1:], 1 - (patches - low) / (high - low), rtol=1e-4, atol=1e-4)
+    assert (keep[:, 0] == 1).all()
+    torch.testing.assert_close(masked, features * keep[..., None])
+
+
+def hook_count(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_nothing_stays_on_the_model():
+    model, batch = randomised(blip("eager")), inputs()
+    before, state, hooks = matched(model, batch), copy.deepcopy(model.state_dict()), hook_count(model)
+    with pytest.raises(RuntimeError, match="inside"), word_relevance(model, 0):
+        assert hook_count(model) == hooks + 6
+        matched(model, batch)
+        raise RuntimeError("inside")
+    assert torch.is_grad_enabled()
+    assert hook_count(model) == hooks
+    after = matched(model, batch)
+    assert torch.equal(before, after) and after.requires_grad
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.no_grad():
+        with word_relevance(model, 0):
+            pass
+        assert not torch.is_grad_enabled()
+
+
+def test_image_tokens_that_are_hidden_have_no_relevance():
+    model = randomised(captioner("sdpa")).decoder
+    ids, image, shown = torch.randint(5, 60, (2, 6)), torch.randn(2, 9, 64), torch.ones(2, 9, dtype=torch.long)
+    shown[1, 4:] = 0
+    with word_relevance(model, 1) as cam:
+        logits = model(ids, encoder_hidden_states=image, encoder_attention_mask=shown).logits
+        maps = cam.maps(logits.log_softmax(-1)[:, :, 7].sum(1))
+    assert maps[1, :, 4:].abs().max() == 0 < maps[1, :, :4].max()
+    with word_relevance(model, 1) as cam:
+        logits = model(ids[1:], encoder_hidden_states=image[1:, :4]).logits
+        alone = cam.maps(logits.log_softmax(-1)[:, :, 7].sum(1))
+    torch.testing.assert_close(maps[1:, :, :4], alone, rtol=1e-4, atol=1e-5 * alone.max().item())
+
+
+def test_mistakes_are_named():
+    model, batch = randomised(blip("eager")), inputs()
+    with pytest.raises(ValueError, match="layer: expected one from 0 to 2 of text_encoder.encoder.layer, got 3"):
+        word_relevance(model, 3).__enter__()
+    with pytest.raises(ValueError, match="layer: .*it lacks .*'query'"):
+        word_relevance(model, model.itm_head).__enter__()
+    with pytest.raises(ValueError, match="cross_modal_image_layers.*cross_modal_text_layers"):
+        word_relevance(bridgetower("eager").eval(), 0).__enter__()
+    with pytest.raises(ValueError, match="eval mode"):
+        word_relevance(model.train(), 0).__enter__()
+    model.eval()
+    with torch.inference_mode(), pytest.raises(ValueError, match="no inference_mode"):
+        word_relevance(model, 0).__enter__()
+    with word_relevance(model, 0) as cam:
+        with pytest.raises(ValueError, match="has not run yet"):
+            cam.maps(torch.ones(2))
+        matched(model, batch)
+        with pytest.raises(ValueError, match="does not depend on it"):
+            cam.maps(torch.ones(2))
+
+
+def test_the_lines_of_the_documentation():
+    page = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text()
+    [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {"model": randomised(blip("eager")), "inputs": inputs()}
+    exec(block, names)
+    assert names["maps"].shape == (2, 7, 17) and names["keep"].shape == (2, 17)
+    assert names["word_maps"].shape == (2, 7, 4, 4)
