@@ -164,6 +164,12 @@ class TrainConfig:
     weight_decay: float = option(0.02, "AdamW weight decay of matrices.")
     gradient_clipping: float = option(1.0, "Largest gradient norm; 0 switches clipping off.")
     bf16: bool | None = option(None, "bfloat16 training; default: on a GPU that has it.")
+    attention: str = option(
+        "auto", "Self-attention of the text: 'padded', packed 'varlen' or 'xformers' (GPU); 'auto': varlen if it can."
+    )
+    activation_checkpointing: bool = option(False, "Compute every block again in the backward pass: less memory.")
+    compile: bool = option(False, "The image encoder through torch.compile; not with ZeRO-3.")
+    profile: int = option(0, "Trace this many steps, after 3 others, to trace.json in the output folder.")
     seed: int = option(0, "Seed of the weights, the data order and every distortion.")
     resume: bool = option(False, "Go on from the newest checkpoint in output_dir.")
     checkpoint_steps: int = option(1000, "Steps between checkpoints.")
@@ -173,6 +179,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "checkpoint_steps", "keep_checkpoints", "log_steps"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(
+            self.attention in ("auto", "padded", "varlen", "xformers"),
+            "attention",
+            "'auto', 'padded', 'varlen' or 'xformers'",
+            self.attention,
+        )
+        _require(self.profile >= 0, "profile", "at least 0", self.profile)
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
         _require(
             not self.resume or self.output_dir is not None, "resume", "used together with output_dir", "no output_dir"

@@ -1,4 +1,4 @@
-"""What a run writes and shows: metrics.jsonl, TensorBoard, the progress bar, the environment."""
+"""What a run writes and shows: metrics.jsonl, TensorBoard, the progress bar, the environment, its meters, a trace."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -30,10 +35,82 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"versions": versions, "device": name, "command": sys.argv}
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of one large matrix product, the best of ten: what the utilisation is measured against."""
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.ones(size, size, device=device, dtype=dtype)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return 2 * size**3 / min(seconds() for _ in range(10))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes so far: of PyTorch's allocator on a GPU, resident ones of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class FlopCount:
+    """Operations of one forward and backward pass on this device, counted while the first one runs.
+
+    Matrix products, convolutions, PyTorch's attention and ours; what activation checkpointing computes again counts as
+    often as it runs, the contrastive loss not at all. The pass computes the same bits as one that is not counted.
+    """
+
+    def __init__(self):
+        self.operations: int | None = None
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        if self.operations is not None:
+            return work()
+        attention = torch.ops.softmask_fast
+        formulas = {
+            attention.soft_masked_attention: lambda query, key, *_, **__: _attention_operations(2, query, key),
+            attention.soft_masked_attention_backward: lambda _, query, key, *__, **___: _attention_operations(
+                5, query, key
+            ),
+        }
+        counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        with torch.compiler.set_stance("force_eager"), counter:
+            result = work()
+        self.operations = counter.get_total_flops()
+        return result
+
+
+def _attention_operations(products: int, query: torch.Size, key: torch.Size) -> int:
+    sequences, heads, length, width = query
+    return products * 2 * sequences * heads * length * key[2] * width
+
+
+def step_profiler(path: Path, steps: int) -> AbstractContextManager:
+    """Traces `steps` steps after three others and writes them to `path` for chrome://tracing or Perfetto; 0: none.
+    Its `step()` is called after every step (`None` is entered when there is nothing to trace)."""
+    if steps == 0:
+        return nullcontext()
+
+    def write(profiler: profile) -> None:
+        temporary = path.with_name(path.stem + ".partial.json")
+        profiler.export_chrome_trace(str(temporary))
+        os.replace(temporary, path)
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    return profile(
+        activities=activities, schedule=schedule(wait=2, warmup=1, active=steps, repeat=1), on_trace_ready=write
+    )
+
+
 class RunLog:
     """Metrics of a run: one JSON object per line, the same in TensorBoard, and the progress bar. For rank 0."""
 
-    def __init__(self, directory: Path, first_step: int, steps: int, pairs_per_step: int):
+    def __init__(self, directory: Path, first_step: int, steps: int, pairs_per_step: int, matmul_rate: float):
+        """matmul_rate: operations per second of one device, 100 % utilisation."""
         self.path = directory / "metrics.jsonl"
         self._drop_lines_after(first_step)
         self.file = open(self.path, "a", buffering=1)
@@ -42,7 +119,7 @@ class RunLog:
         self.bar = tqdm(
             total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.2 if terminal else 20.0
         )
-        self.pairs_per_step = pairs_per_step
+        self.pairs_per_step, self.matmul_rate = pairs_per_step, matmul_rate
         self.since, self.since_step = time.monotonic(), first_step
 
     def _drop_lines_after(self, step: int) -> None:
@@ -55,17 +132,27 @@ class RunLog:
         temporary.write_text("".join(kept))
         os.replace(temporary, self.path)
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        """Log the figures of a step; pairs/s is the mean since the last call."""
+    def write(self, step: int, figures: dict[str, float], operations: int) -> None:
+        """Log the figures of a step that took so many operations on one device; pairs/s and utilisation are means since
+        the last call."""
         now = time.monotonic()
-        pairs = self.pairs_per_step * (step - self.since_step)
-        figures = figures | {"pairs_per_second": pairs / (now - self.since)}
+        per_second = (step - self.since_step) / (now - self.since)
+        figures = figures | {
+            "pairs_per_second": self.pairs_per_step * per_second,
+            "flops_utilisation": operations * per_second / self.matmul_rate,
+        }
         self.since, self.since_step = now, step
         self.file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in figures.items()}}) + "\n")
         for name, value in figures.items():
             self.board.add_scalar(name, value, step)
         shown = {name: f"{figures[name]:.3f}" for name in ("loss", "itc", "itm", "mlm") if name in figures}
-        self.bar.set_postfix(shown | {"pairs/s": f"{figures['pairs_per_second']:.0f}"}, refresh=False)
+        meters = {
+            "pairs/s": f"{figures['pairs_per_second']:.0f}",
+            "flops": f"{figures['flops_utilisation']:.0%}",
+            "GiB": f"{figures['peak_memory_gib']:.1f}",
+            "wait": f"{figures['data_wait']:.0%}",
+        }
+        self.bar.set_postfix(shown | meters, refresh=False)
 
     def advance(self) -> None:
         self.bar.update()

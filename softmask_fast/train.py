@@ -31,9 +31,10 @@ from softmask_fast.data.images import BadSample
 from softmask_fast.data.loader import Batch, PretrainingLoader
 from softmask_fast.data.remote_options import RemoteOptions
 from softmask_fast.data.tokenizer import load_tokenizer, train_tokenizer
-from softmask_fast.logs import RunLog, environment
+from softmask_fast.logs import FlopCount, RunLog, environment, matmul_rate, peak_memory, step_profiler
 from softmask_fast.model.checkpoints import save_model
 from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.packing import choose_attention
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel, load_pretrained
 from softmask_fast.ops.backend import describe
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         config, launch = parse_arguments(argv)
         start_distributed(launch)
         deepspeed_config = engines.read_deepspeed_config(launch.deepspeed, with_precision(config.train))
+        check_execution(config.train, deepspeed_config)
         output = output_directory(config)
     except ValueError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
@@ -124,6 +126,14 @@ def with_precision(train: TrainConfig) -> TrainConfig:
     if train.bf16 is None:
         train.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return train
+
+
+def check_execution(train: TrainConfig, deepspeed_config: dict) -> None:
+    """Raises ValueError when the layers cannot run as asked for."""
+    device = torch.device(get_accelerator().current_device_name())
+    choose_attention(train.attention, device, torch.bfloat16 if train.bf16 else torch.float32)
+    if train.compile and deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise ValueError("compile: expected false with ZeRO stage 3, which gathers weights block by block, got true")
 
 
 def output_directory(config: Config) -> Path:
@@ -238,6 +248,8 @@ def pretrain(config: Config, deepspeed_config: dict, output: Path, stop: StopReq
     model = VisionLanguageModel(config.model, config.objectives.temperature)
     load_pretrained(model)
     teacher = MomentumTeacher(model, config.objectives, train.seed).to(device)
+    for network in (model, teacher.model):
+        network.set_execution(train.attention, train.activation_checkpointing, train.compile)
     step_module = PretrainingStep(model, config.objectives, bf16=train.bf16)
     engine = engines.create_engine(step_module, deepspeed_config, train)
 
@@ -249,7 +261,9 @@ def pretrain(config: Config, deepspeed_config: dict, output: Path, stop: StopReq
         loader.load_state_dict(state["loader"])
         done, pairs_seen = state["step"], state["pairs"]
     announce(config, deepspeed_config, output, device, model, len(source), steps, done)
-    log = RunLog(output, done, steps, pairs_per_step) if rank == 0 else None
+    rate_limit = matmul_rate(device, torch.bfloat16 if train.bf16 else torch.float32)
+    log = RunLog(output, done, steps, pairs_per_step, rate_limit) if rank == 0 else None
+    flops = FlopCount()
 
     def save() -> None:
         engines.save_checkpoint(
@@ -262,8 +276,18 @@ def pretrain(config: Config, deepspeed_config: dict, output: Path, stop: StopReq
             train.keep_checkpoints,
         )
 
+    def forward_backward(batch: Batch, alpha: float, seed: int) -> dict[str, torch.Tensor]:
+        use_queue = done >= config.objectives.queue_warmup_steps
+        loss, figures = engine(batch, teacher, alpha, seed, use_queue=use_queue)
+        copy = HostCopy(loss)
+        engine.backward(loss)
+        stop_if_not_finite(copy, figures, done + 1, batch, found_checkpoint=saved)
+        return figures
+
     engine.train()
     saved = done
+    waited, since = 0.0, time.monotonic()
+    profiler = step_profiler(output / "trace.json", train.profile if rank == 0 else 0).__enter__()
     while done < steps and not stop.agreed(device):
         rate = learning_rate(done, steps, train)
         for group in engine.optimizer.param_groups:
@@ -274,16 +298,17 @@ def pretrain(config: Config, deepspeed_config: dict, output: Path, stop: StopReq
             torch.manual_seed(seed)  # dropout depends on the step alone, so a resumed run draws the same
             waiting = time.monotonic()
             batch = next(loader)
-            waited = time.monotonic() - waiting
-            loss, figures = engine(batch, teacher, alpha, seed, use_queue=done >= config.objectives.queue_warmup_steps)
-            stop_if_not_finite(loss, figures, done + 1, batch, found_checkpoint=saved)
-            engine.backward(loss)
+            waited += time.monotonic() - waiting
+            figures = flops.run(lambda batch=batch, seed=seed: forward_backward(batch, alpha, seed))  # noqa: B023
             engine.step()
         teacher.update(engines.full_weights(engine.module.model))
         done += 1
         pairs_seen += pairs_per_step
         if done % train.log_steps == 0 or done == steps:
-            figures["data_wait"] = torch.tensor(waited)
+            now = time.monotonic()
+            figures["data_wait"] = torch.tensor(waited / (now - since))  # share of the time since the last line
+            figures["peak_memory_gib"] = torch.tensor(peak_memory(device) / 2**30)
+            waited, since = 0.0, now
             means = mean_over_ranks(figures, device)
             bad = bad_samples(loader)
             if log:
@@ -292,12 +317,17 @@ def pretrain(config: Config, deepspeed_config: dict, output: Path, stop: StopReq
                     means
                     | {"learning_rate": rate, "alpha": alpha, "epoch": pairs_seen / len(source)}
                     | {"bad_samples": len(bad), "truncated_captions": loader.truncated_captions},
+                    flops.operations * train.gradient_accumulation_steps,
                 )
         if log:
             log.advance()
+        if profiler:
+            profiler.step()
         if done % train.checkpoint_steps == 0 and done < steps:
             save()
             saved = done
+    if profiler:
+        profiler.stop()
     if done > saved:
         save()
     if log:
@@ -323,9 +353,29 @@ def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     return (base + 1_000_003 * step + 10_007 * micro_step + rank) % 2**31
 
 
-def stop_if_not_finite(loss: torch.Tensor, figures: dict, step: int, batch: Batch, found_checkpoint: int) -> None:
-    """A loss that is not a number ends the run before the weights are touched; the last checkpoint stays."""
-    if math.isfinite(loss.item()):
+class HostCopy:
+    """A scalar on its way to the host; `value` waits for it, and a GPU goes on with what is queued behind it."""
+
+    def __init__(self, scalar: torch.Tensor):
+        self.arrived = torch.cuda.Event() if scalar.is_cuda else None
+        self.copy = torch.empty((), dtype=scalar.dtype, pin_memory=scalar.is_cuda)
+        self.copy.copy_(scalar.detach(), non_blocking=True)
+        if self.arrived:
+            self.arrived.record()
+
+    @property
+    def value(self) -> float:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.copy.item()
+
+
+def stop_if_not_finite(loss: HostCopy, figures: dict, step: int, batch: Batch, found_checkpoint: int) -> None:
+    """A loss that is not a number ends the run before the weights are touched; the last checkpoint stays.
+
+    It is asked for when the backward pass has been queued, so that a GPU never runs dry, and before the optimiser step.
+    """
+    if math.isfinite(loss.value):
         return
     losses = ", ".join(f"{name} {value.item():.6g}" for name, value in figures.items() if value.ndim == 0)
     raise FloatingPointError(

@@ -35,7 +35,8 @@ def test_word_relevance_is_the_gradcam_of_full_attention_maps(model, pairs, laye
     relevance = model.word_relevance(pixels, ids, mask, layer)
     maps = {}
     monkeypatch.setattr(CrossAttention, "forward", plain_attention(maps))
-    score = model.match_logits(pixels, ids, mask)[:, 1].sum()
+    texts, _ = model.encode_text(ids, mask)
+    score = model.matched_score(model.fusion(texts, mask, model.fusion.keys_values(model.vision(pixels)))[:, 0]).sum()
     attention = maps[model.fusion.layers[layer].cross_attention]
     (gradient,) = torch.autograd.grad(score, attention)
     expected = (attention * gradient.clamp(min=0)).mean(1)

@@ -71,7 +71,7 @@ def test_bert_weights_are_split_into_text_and_fusion_layers(tokenizer, tmp_path)
     # Without cross-attention our fusion layers are BERT's, so text, fusion and head together are BERT.
     expected = bert(ids).logits
     for layer in model.fusion.layers:
-        tokens, _ = layer.query(tokens, mask[:, None, None, :])
+        tokens, _ = layer.attention(tokens, mask[:, None, None, :])
         tokens = layer.output(layer.intermediate(tokens), tokens)
     torch.testing.assert_close(model.language_head(tokens), expected)
 

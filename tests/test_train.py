@@ -70,7 +70,7 @@ def metrics(output: Path) -> dict[int, dict]:
     """step -> figures that must not depend on how the run was cut up."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for record in records:
-        for timing in ("pairs_per_second", "data_wait"):
+        for timing in ("pairs_per_second", "data_wait", "flops_utilisation", "peak_memory_gib"):
             del record[timing]
     return {record["step"]: record for record in records}
 

@@ -46,6 +46,7 @@ class Batch:
     word_index: torch.Tensor  # (B,) int64, token position of one random word
     ids: torch.Tensor  # (B,) int64, identity of the image
     keys: list[str]
+    token_count: int | None = None  # of attention_mask, so that nobody has to ask the device for it
 
 
 @dataclass
@@ -391,6 +392,7 @@ class PretrainingLoader:
             word_index=tensor(np.array([masked.word_index for _, masked in captions], np.int64)),
             ids=tensor(self.source.image_ids[[sample.index for sample in samples]]),
             keys=[sample.key for sample in samples],
+            token_count=sum(len(ids) for ids, _ in captions),
         )
 
     def _tokenize(self, selection: _Selection) -> list[np.ndarray]:

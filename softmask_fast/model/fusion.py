@@ -1,24 +1,28 @@
 """Fusion encoder: BERT layers that also attend to the image.
 
-Three properties make it cheap (and exact):
+Four properties make it cheap (and exact):
 
 - the keys and values of each image are computed once per layer and serve every sequence that looks at that image
   (`image_index` says which one);
 - a soft mask commutes with their projections, so a masked image is the same keys and values with a factor `keep` per
   token inside the attention;
-- the Grad-CAM of a layer needs the graph from that layer's attention output onwards only.
+- the Grad-CAM of a layer needs the graph from that layer's attention output onwards only;
+- of the last layer's output few tokens are read ([CLS] for matching, the masked words for MLM): it computes no others.
 
 A key bias would add the same number to all logits of a query, which softmax ignores: there is none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertAttention, BertIntermediate, BertOutput, BertSelfOutput
 
 from softmask_fast.config import ModelConfig
-from softmask_fast.model.text import bert_config
+from softmask_fast.model.packing import Packing
+from softmask_fast.model.text import attend, bert_config, run_layer
 from softmask_fast.ops import attention_output_gradient, soft_masked_attention
 
 KeyValue = tuple[Tensor, Tensor]  # each (B, H, N, D), without bias
@@ -61,7 +65,7 @@ class CrossAttention(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each with BERT's residual and norm."""
+    """Self-attention, cross-attention, feed-forward, each with BERT's residual and norm; on packed tokens."""
 
     def __init__(self, config: ModelConfig, image_width: int):
         super().__init__()
@@ -72,29 +76,53 @@ class FusionLayer(nn.Module):
         self.intermediate = BertIntermediate(bert)
         self.output = BertOutput(bert)
 
-    def query(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """text (S, L, C), mask (S, 1, 1, L) -> text after self-attention (S, L, C) and its queries (S, H, L, D)."""
-        text = self.attention(text, mask)[0]
-        return text, self.cross_attention.split_heads(self.cross_attention.query(text))
+    def query(self, text: Tensor, packing: Packing, attention: str, read: Tensor | None = None):
+        """text (T, C) -> text after self-attention (T, C) and its cross-attention queries (T, C); with `read`, rows of
+        text (R,), both (R, C), of these rows alone."""
+        attended = attend(self.attention.self, text, packing, attention)
+        if read is not None:
+            attended, text = attended.index_select(0, read), text.index_select(0, read)
+        text = self.attention.output(attended, text)
+        return text, self.cross_attention.query(text)
 
     def finish(self, text: Tensor, attended: Tensor) -> Tensor:
-        """text (S, L, C) and the attention output (S, H, L, D) -> the layer's output (S, L, C)."""
-        text = self.cross_output(attended.transpose(1, 2).flatten(2), text)
+        """text (T, C) and the cross-attention's output (T, C) -> the layer's output (T, C)."""
+        text = self.cross_output(attended, text)
         return self.output(self.intermediate(text), text)
 
     def forward(
-        self, text: Tensor, mask: Tensor, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None
-    ) -> Tensor:
-        text, query = self.query(text, mask)
-        return self.finish(text, self.cross_attention(query, key_value, image_index, keep))
+        self, text: Tensor, packing: Packing, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None,
+        attention: str,
+    ) -> Tensor:  # fmt: skip
+        text, query = self.query(text, packing, attention)
+        attended = self.cross_attention(
+            self.cross_attention.split_heads(packing.pad(query)), key_value, image_index, keep
+        )
+        return self.finish(text, packing.pack(join_heads(attended)))
+
+    def read(
+        self, text: Tensor, packing: Packing, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None,
+        attention: str, places: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The output of some tokens alone, of all that the layer computes: places (R,) among the S * L -> (R, C)."""
+        text, query = self.query(text, packing, attention, packing.rows_of(places))
+        sequence = places // packing.mask.shape[1]
+        image_index = sequence if image_index is None else image_index[sequence]
+        keep = None if keep is None else keep[sequence]
+        attended = self.cross_attention(self.cross_attention.split_heads(query[:, None]), key_value, image_index, keep)
+        return self.finish(text, join_heads(attended)[:, 0])
 
 
 class FusionEncoder(nn.Module):
-    """The last layers of a BERT, with cross-attention to the image tokens."""
+    """The last layers of a BERT, with cross-attention to the image tokens.
+
+    Attributes: attention ("auto", "padded", "varlen" or "xformers", see packing.py), checkpointing.
+    """
 
     def __init__(self, config: ModelConfig, image_width: int):
         super().__init__()
         self.layers = nn.ModuleList(FusionLayer(config, image_width) for _ in range(config.fusion_layers))
+        self.attention, self.checkpointing = "auto", False
 
     def keys_values(self, image_tokens: Tensor) -> list[KeyValue]:
         """image_tokens (B, N, Cv) -> the keys and values of every layer, each (B, H, N, D)."""
@@ -107,38 +135,69 @@ class FusionEncoder(nn.Module):
         keys_values: list[KeyValue],
         image_index: Tensor | None = None,
         keep: Tensor | None = None,
+        places: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """text (S, L, C), attention_mask (S, L) bool, image_index (S,) int64 or None (then S == B: sequence i looks at
-        image i), keep (S, N) float32 or None -> (S, L, C)."""
-        mask = attention_mask[:, None, None, :]
-        for layer, key_value in zip(self.layers, keys_values, strict=True):
-            text = layer(text, mask, key_value, image_index, keep)
-        return text
+        image i), keep (S, N) float32 or None, packing: of that mask -> (S, L, C), 0 at padding.
+
+        places (R,) int64: the tokens, counted in S * L, whose output is wanted -> (R, C). The last layer then computes
+        no others.
+        """
+        packing = Packing.of(attention_mask) if packing is None else packing
+        text = packing.pack(text)
+        inputs = (image_index, keep, self.attention)
+        whole = self.layers if places is None else self.layers[:-1]
+        for layer, key_value in zip(whole, keys_values, strict=False):
+            text = run_layer(layer, text, packing, key_value, *inputs, checkpointing=self.checkpointing)
+        if places is None:
+            return packing.pad(text)
+        last = self.layers[-1].read
+        return run_layer(last, text, packing, keys_values[-1], *inputs, places, checkpointing=self.checkpointing)
 
     def relevance_inputs(
-        self, text: Tensor, attention_mask: Tensor, keys_values: list[KeyValue], layer: int, score
+        self,
+        text: Tensor,
+        attention_mask: Tensor,
+        keys_values: list[KeyValue],
+        layer: int,
+        score: Callable[[Tensor], Tensor],
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `word_gradcam` and `word_soft_mask` need of one layer: query, key, value and the gradient of the score
-        with respect to the attention output, all detached.
+        with respect to the attention output, all detached, (B, H, L, D) or (B, H, N, D).
 
-        text (B, L, C), attention_mask (B, L) bool; score: a function from the encoder's output (B, L, C) to (B,), one
-        number per pair. The layers up to `layer` run without a graph, the later ones on a detached leaf.
+        text (B, L, C), attention_mask (B, L) bool; score: a function from the encoder's output at [CLS] (B, C) to (B,),
+        one number per pair. The layers up to `layer` run without a graph, the later ones on a detached leaf.
         """
-        mask = attention_mask[:, None, None, :]
+        packing = Packing.of(attention_mask) if packing is None else packing
+        keys_values = [(key.detach(), value.detach()) for key, value in keys_values]
+        first_tokens = torch.arange(len(text), device=text.device) * text.shape[1]
+        chosen, last = self.layers[layer], self.layers[-1]
         with torch.no_grad():
-            for below, key_value in zip(self.layers[:layer], keys_values[:layer], strict=True):
-                text = below(text, mask, key_value, None, None)
-            text, query = self.layers[layer].query(text, mask)
-            attended = self.layers[layer].cross_attention(query, keys_values[layer], None, None)
+            text = packing.pack(text)
+            for below, key_value in zip(self.layers[:layer], keys_values, strict=False):
+                text = below(text, packing, key_value, None, None, self.attention)
+            text, query = chosen.query(text, packing, self.attention)
+            query = chosen.cross_attention.split_heads(packing.pad(query))
+            attended = chosen.cross_attention(query, keys_values[layer], None, None)
 
         def score_of(attended: Tensor) -> Tensor:
-            hidden = self.layers[layer].finish(text, attended)
-            for above, (key, value) in zip(self.layers[layer + 1 :], keys_values[layer + 1 :], strict=True):
-                hidden = above(hidden, mask, (key.detach(), value.detach()), None, None)
+            hidden = chosen.finish(text, packing.pack(join_heads(attended)))
+            if chosen is last:
+                return score(hidden[packing.rows_of(first_tokens)]).sum()
+            for above, key_value in zip(self.layers[layer + 1 : -1], keys_values[layer + 1 :], strict=False):
+                hidden = above(hidden, packing, key_value, None, None, self.attention)
+            hidden = last.read(hidden, packing, keys_values[-1], None, None, self.attention, first_tokens)
             return score(hidden).sum()
 
         gradient = attention_output_gradient(score_of, attended)
         key, value = keys_values[layer]
         with torch.no_grad():
-            value = self.layers[layer].cross_attention.biased(value)
-        return query, key.detach(), value, gradient
+            value = chosen.cross_attention.biased(value)
+        return query, key, value, gradient
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(S, H, L, D) -> (S, L, C)."""
+    return x.transpose(1, 2).flatten(2)

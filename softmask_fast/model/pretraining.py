@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.loader import Batch
+from softmask_fast.model.fusion import KeyValue
 from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import FocalITCStats, word_soft_mask
 from softmask_fast.ops.focal_itc.distributed import exchange, take_rows, world_size
@@ -61,9 +63,11 @@ class PretrainingStep(nn.Module):
         mask = batch.attention_mask
         text_ids = batch.masked_ids if objectives.masked_captions else batch.input_ids
 
+        packing = Packing.of(mask, batch.token_count or 0, batch.token_count)
+
         image_tokens, image_features = model.encode_image(batch.pixels)
-        text_tokens, text_features = model.encode_text(text_ids, mask)
-        taught = self._teach(batch, teacher)
+        text_tokens, text_features = model.encode_text(text_ids, mask, packing)
+        taught = self._teach(batch, teacher, packing)
 
         losses: dict[str, Tensor] = {}
         figures: dict[str, Tensor] = {}
@@ -81,24 +85,28 @@ class PretrainingStep(nn.Module):
 
         # Every sequence below looks at one of these images, whose keys and values are computed once.
         keys_values = model.fusion.keys_values(images)
-        sequences = _Sequences(image_tokens.shape[1])
+        sequences = _Sequences(image_tokens.shape[1], batch.token_count)
         sequences.add("matched", text_tokens, mask, pairs)
         if objectives.itm_weight:
             sequences.add("other image", text_tokens, mask, other_image)
-            sequences.add("other text", other_text, other_mask, pairs)
+            sequences.add("other text", other_text, other_mask, pairs, same_texts=False)
             if objectives.soft_mask:
-                keep = self._soft_mask(batch, text_tokens, keys_values)
+                keep = self._soft_mask(batch, text_tokens, keys_values, packing)
                 sequences.add("soft-masked", text_tokens, mask, pairs, keep)
                 figures["soft_mask_mean"] = 1 - keep[:, model.prefix_tokens :].mean()
         language_rows = "matched"
         if objectives.mlm_weight and not objectives.masked_captions:
             language_rows = "masked words"
-            sequences.add(language_rows, model.encode_text(batch.masked_ids, mask)[0], mask, pairs)
+            sequences.add(language_rows, model.encode_text(batch.masked_ids, mask, packing)[0], mask, pairs)
 
-        fused = model.fusion(*sequences.joined(keys_values))
+        # Of the fused sequences [CLS] is read to match, and the masked words to predict them.
+        scored = ["matched", "other image", "other text"] + ["soft-masked"] * objectives.soft_mask
+        scored *= bool(objectives.itm_weight)
+        first_tokens = [sequences.places(name, pairs * mask.shape[1]) for name in scored]
+        masked_words = [sequences.places(language_rows, batch.mlm_positions)] * bool(objectives.mlm_weight)
+        fused = self._fuse(sequences, keys_values, first_tokens + masked_words)
         if objectives.itm_weight:
-            scored = ["matched", "other image", "other text"] + ["soft-masked"] * objectives.soft_mask
-            logits = model.match_head(torch.cat([fused[sequences.rows[name], 0] for name in scored]))
+            logits = model.match_head(torch.cat(fused[: len(scored)]))
             matched = torch.full_like(pairs, MATCHED)
             target = torch.cat(
                 [
@@ -109,20 +117,21 @@ class PretrainingStep(nn.Module):
             losses["itm"] = F.cross_entropy(logits.float(), target, ignore_index=NOT_SCORED)
             figures["itm_accuracy"] = (logits.argmax(-1) == target).float().sum() / (target != NOT_SCORED).sum()
         if objectives.mlm_weight:
-            hidden = fused[sequences.rows[language_rows]]
-            losses["mlm"], figures["mlm_accuracy"] = self._predict_words(batch, hidden, taught, teacher, alpha)
+            losses["mlm"], figures["mlm_accuracy"] = self._predict_words(
+                batch, fused[-1], taught, teacher, alpha, packing
+            )
 
         loss = sum(getattr(objectives, f"{name}_weight") * value for name, value in losses.items())
         figures |= {"loss": loss, **losses, "temperature": model.temperature}
         return loss, {name: value.detach().float() for name, value in figures.items()}
 
     @torch.no_grad()
-    def _teach(self, batch: Batch, teacher: MomentumTeacher) -> TeacherOutputs:
+    def _teach(self, batch: Batch, teacher: MomentumTeacher, packing: Packing) -> TeacherOutputs:
         mask = batch.attention_mask
         image_tokens, image_features = teacher.model.encode_image(batch.pixels)
-        text_tokens, text_features = teacher.model.encode_text(batch.masked_ids, mask)
+        text_tokens, text_features = teacher.model.encode_text(batch.masked_ids, mask, packing)
         if not self.objectives.masked_captions:
-            _, text_features = teacher.model.encode_text(batch.input_ids, mask)
+            _, text_features = teacher.model.encode_text(batch.input_ids, mask, packing)
         return TeacherOutputs(image_tokens, text_tokens, image_features, text_features)
 
     def _contrast(
@@ -160,25 +169,42 @@ class PretrainingStep(nn.Module):
         return image_tokens, other_image, text_tokens[other_text], mask[other_text]
 
     @torch.no_grad()
-    def _soft_mask(self, batch: Batch, text_tokens: Tensor, keys_values) -> Tensor:
+    def _soft_mask(self, batch: Batch, text_tokens: Tensor, keys_values: list[KeyValue], packing: Packing) -> Tensor:
         """What the masked image keeps (B, N): one minus the word's normalised Grad-CAM over the patches."""
         layer = self.model.config.soft_mask_layer
         keys_values = [(key[: len(text_tokens)], value[: len(text_tokens)]) for key, value in keys_values]
-        query, key, value, gradient = self.model.relevance_inputs(text_tokens, batch.attention_mask, keys_values, layer)
+        query, key, value, gradient = self.model.relevance_inputs(
+            text_tokens, batch.attention_mask, keys_values, layer, packing
+        )
         return word_soft_mask(query, key, value, gradient, batch.word_index, prefix_tokens=self.model.prefix_tokens)
 
+    def _fuse(self, sequences: _Sequences, keys_values: list[KeyValue], places: list[Tensor]) -> list[Tensor]:
+        """The fused tokens at each of the places, (R, C) for places (R,)."""
+        text, mask, image_index, keep = sequences.joined()
+        packing = Packing.of(mask, *sequences.token_bounds)
+        fused = self.model.fusion(text, mask, keys_values, image_index, keep, torch.cat(places), packing)
+        return list(fused.split([len(part) for part in places]))
+
     def _predict_words(
-        self, batch: Batch, hidden: Tensor, taught: TeacherOutputs, teacher: MomentumTeacher, alpha: float
+        self,
+        batch: Batch,
+        hidden: Tensor,
+        taught: TeacherOutputs,
+        teacher: MomentumTeacher,
+        alpha: float,
+        packing: Packing,
     ) -> tuple[Tensor, Tensor]:
-        """MLM at the masked positions alone, with the teacher's predictions as soft targets."""
-        logits = self.model.language_head(hidden.flatten(0, 1)[batch.mlm_positions]).float()
+        """MLM at the masked positions alone, hidden (P, C), with the teacher's predictions as soft targets."""
+        logits = self.model.language_head(hidden).float()
         loss = F.cross_entropy(logits, batch.mlm_labels)
         accuracy = (logits.argmax(-1) == batch.mlm_labels).float().mean()
         if alpha > 0:
             with torch.no_grad():
                 keys_values = teacher.model.fusion.keys_values(taught.image_tokens)
-                fused = teacher.model.fusion(taught.text_tokens, batch.attention_mask, keys_values)
-                soft_target = teacher.model.language_head(fused.flatten(0, 1)[batch.mlm_positions]).float().softmax(-1)
+                taught_hidden = teacher.model.fusion(
+                    taught.text_tokens, batch.attention_mask, keys_values, places=batch.mlm_positions, packing=packing
+                )
+                soft_target = teacher.model.language_head(taught_hidden).float().softmax(-1)
             loss = (1 - alpha) * loss + alpha * F.cross_entropy(logits, soft_target)
         return loss, accuracy
 
@@ -186,20 +212,38 @@ class PretrainingStep(nn.Module):
 class _Sequences:
     """The text sequences of a step, joined into one batch for the fusion encoder."""
 
-    def __init__(self, image_tokens: int):
-        self.image_tokens = image_tokens
+    def __init__(self, image_tokens: int, token_count: int | None):
+        """token_count: of the batch's captions, where the host knows it."""
+        self.image_tokens, self.token_count = image_tokens, token_count
+        self.token_bounds = (0, 0)  # fewest and most tokens of all sequences
         self.rows: dict[str, slice] = {}  # of each kind in the joined batch
         self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         self.count = 0
 
-    def add(self, name: str, text: Tensor, mask: Tensor, image_index: Tensor, keep: Tensor | None = None) -> None:
-        """text (S, L, C), mask (S, L) bool, image_index (S,), keep (S, N) or None for an unmasked image."""
+    def add(
+        self,
+        name: str,
+        text: Tensor,
+        mask: Tensor,
+        image_index: Tensor,
+        keep: Tensor | None = None,
+        same_texts: bool = True,
+    ) -> None:
+        """text (S, L, C), mask (S, L) bool, image_index (S,), keep (S, N) or None for an unmasked image; same_texts:
+        whether they are the batch's captions, each once."""
         self.rows[name] = slice(self.count, self.count + len(text))
         self.count += len(text)
         self.parts.append((text, mask, image_index, keep))
+        known = self.token_count if same_texts else None
+        fewest, most = self.token_bounds
+        self.token_bounds = fewest + (known or 0), most + (mask.numel() if known is None else known)
 
-    def joined(self, keys_values):
-        """The arguments of FusionEncoder.forward."""
+    def places(self, name: str, positions: Tensor) -> Tensor:
+        """Positions in the (S * L) tokens of one kind -> in those of the joined batch."""
+        return positions + self.rows[name].start * self.parts[0][1].shape[1]
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """text, mask, image_index and keep of all sequences."""
         text, mask, image_index = (torch.cat([part[i] for part in self.parts]) for i in range(3))
         keep = None
         if any(part[3] is not None for part in self.parts):
@@ -207,7 +251,7 @@ class _Sequences:
             for rows, part in zip(self.rows.values(), self.parts, strict=True):
                 if part[3] is not None:
                     keep[rows] = part[3]
-        return text, mask, keys_values, image_index, keep
+        return text, mask, image_index, keep
 
 
 def _padded(batch: Batch, length: int) -> Batch:

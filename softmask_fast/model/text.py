@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM, BertModel
-from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
+from transformers.models.bert.modeling_bert import BertLayer, BertPredictionHeadTransform, BertSelfAttention
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.model.packing import Packing, self_attention
 
 
 def initial_std(width: int) -> float:
@@ -32,20 +36,51 @@ def bert_config(config: ModelConfig, layers: int) -> BertConfig:
     )
 
 
+def attend(projections: BertSelfAttention, text: Tensor, packing: Packing, attention: str) -> Tensor:
+    """BERT's self-attention, up to its output projection, on packed tokens: text (T, C) -> (T, C)."""
+    heads = (projections.num_attention_heads, projections.attention_head_size)
+    query, key, value = (
+        project(text).unflatten(-1, heads) for project in (projections.query, projections.key, projections.value)
+    )
+    return self_attention(query, key, value, packing, attention).flatten(1)
+
+
+def run_layer(layer: Callable, *arguments, checkpointing: bool):
+    """A layer's output; with checkpointing its insides are not kept for the backward pass but computed again there,
+    with the same dropout."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(layer, *arguments, use_reentrant=False)
+    return layer(*arguments)
+
+
 class TextEncoder(nn.Module):
-    """The first `text_layers` layers of a BERT, embeddings included."""
+    """The first `text_layers` layers of a BERT, embeddings included.
+
+    Attributes: attention ("auto", "padded", "varlen" or "xformers", see packing.py), checkpointing.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.bert = BertModel(bert_config(config, config.text_layers), add_pooling_layer=False)
+        self.attention, self.checkpointing = "auto", False
 
     @property
     def word_embeddings(self) -> nn.Embedding:
         return self.bert.embeddings.word_embeddings
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids (B, L) int64, attention_mask (B, L) bool -> tokens (B, L, C)."""
-        return self.bert(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None) -> Tensor:
+        """input_ids (B, L) int64, attention_mask (B, L) bool, packing: of that mask -> tokens (B, L, C), padding 0."""
+        packing = Packing.of(attention_mask) if packing is None else packing
+        places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        text = self.bert.embeddings(packing.pack(input_ids)[None], position_ids=packing.pack(places)[None])[0]
+        for layer in self.bert.encoder.layer:
+            text = run_layer(self._layer, layer, text, packing, checkpointing=self.checkpointing)
+        return packing.pad(text)
+
+    def _layer(self, layer: BertLayer, text: Tensor, packing: Packing) -> Tensor:
+        attended = attend(layer.attention.self, text, packing, self.attention)
+        text = layer.attention.output(attended, text)
+        return layer.output(layer.intermediate(text), text)
 
 
 class MaskedLanguageHead(nn.Module):

@@ -46,7 +46,7 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def _place_patches(self) -> None:
-        """Start the learned position embeddings from 2-d sines and cosines: at timm's 0.02 they are drowned by the pixels,
+        """Start the learned position embeddings from 2-d sines and cosines: at timm's 0.02 the pixels drown them,
         and a model from scratch takes long to see where anything is."""
         places = build_sincos2d_pos_embed(list(self.grid_size), dim=self.width)
         self.vit.pos_embed[:, -len(places) :] = places
@@ -54,6 +54,10 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv), N = prefix_tokens + rows * columns."""
         return self.vit.forward_features(pixels)
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Whether the blocks' insides are computed again in the backward pass instead of kept."""
+        self.vit.set_grad_checkpointing(on)
 
 
 def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
@@ -68,8 +72,8 @@ def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
             pretrained = timm.create_model(config.vision_model, pretrained=True, num_classes=0)
         except Exception as error:
             raise ValueError(
-                f"vision_weights: timm's pretrained weights of {config.vision_model!r} cannot be loaded ({error}). Give "
-                "a file (--vision_weights FILE.safetensors), or start without them (--vision_weights random)."
+                f"vision_weights: timm's pretrained weights of {config.vision_model!r} cannot be loaded ({error}). "
+                "Give a file (--vision_weights FILE.safetensors), or start without them (--vision_weights random)."
             ) from error
         state = pretrained.state_dict()
     else:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.model.fusion import FusionEncoder, KeyValue
+from softmask_fast.model.packing import Packing
 from softmask_fast.model.text import MaskedLanguageHead, TextEncoder, initial_std, load_bert
 from softmask_fast.model.vision import VisionEncoder, load_vision_weights
 from softmask_fast.ops import word_gradcam
@@ -51,6 +52,18 @@ class VisionLanguageModel(nn.Module):
             elif name.endswith("attn.qkv.bias"):
                 parameter.register_hook(_without_key_part)
 
+    def set_execution(self, attention: str = "auto", checkpointing: bool = False, compile: bool = False) -> None:
+        """How the layers run; the numbers stay the same, but for rounding.
+
+        attention: of the text, see packing.py; checkpointing: compute the insides of every block again in the backward
+        pass instead of keeping them; compile: the image encoder through torch.compile, at its first call.
+        """
+        for encoder in (self.text, self.fusion):
+            encoder.attention, encoder.checkpointing = attention, checkpointing
+        self.vision.set_checkpointing(checkpointing)
+        if compile:
+            self.vision.compile(dynamic=False)
+
     @property
     def grid_size(self) -> tuple[int, int]:
         return self.vision.grid_size
@@ -70,9 +83,12 @@ class VisionLanguageModel(nn.Module):
         tokens = self.vision(pixels)
         return tokens, F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """input_ids (B, L) int64, attention_mask (B, L) bool -> tokens (B, L, C) and unit features (B, d)."""
-        tokens = self.text(input_ids, attention_mask)
+    def encode_text(
+        self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """input_ids (B, L) int64, attention_mask (B, L) bool, packing: of that mask -> tokens (B, L, C), 0 at padding,
+        and unit features (B, d)."""
+        tokens = self.text(input_ids, attention_mask, packing)
         return tokens, F.normalize(self.text_projection(tokens[:, 0]), dim=-1)
 
     def match_tokens(
@@ -81,7 +97,8 @@ class VisionLanguageModel(nn.Module):
         """image_tokens (B, N, Cv), text_tokens (S, L, C), attention_mask (S, L) bool, image_index (S,) int64: the image
         of each text (None: text i and image i) -> logits (S, 2), [:, 1] for "matched"."""
         keys_values = self.fusion.keys_values(image_tokens)
-        return self.match_head(self.fusion(text_tokens, attention_mask, keys_values, image_index)[:, 0])
+        first_tokens = torch.arange(len(text_tokens), device=text_tokens.device) * text_tokens.shape[1]
+        return self.match_head(self.fusion(text_tokens, attention_mask, keys_values, image_index, places=first_tokens))
 
     def match_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The pairs' matching logits (B, 2), [:, 1] for "matched"."""
@@ -95,17 +112,24 @@ class VisionLanguageModel(nn.Module):
         return self.language_head(self.fusion(text_tokens, attention_mask, keys_values))
 
     def matched_score(self, fused: Tensor) -> Tensor:
-        """Fusion encoder output (S, L, C) -> the logit of "matched" (S,), the score whose Grad-CAM explains a word."""
-        return self.match_head(fused[:, 0])[:, 1]
+        """Fusion encoder output at [CLS] (S, C) -> the logit of "matched" (S,), whose Grad-CAM explains a word."""
+        return self.match_head(fused)[:, 1]
 
     def relevance_inputs(
-        self, text_tokens: Tensor, attention_mask: Tensor, keys_values: list[KeyValue], layer: int
+        self,
+        text_tokens: Tensor,
+        attention_mask: Tensor,
+        keys_values: list[KeyValue],
+        layer: int,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query, key, value and output gradient of a fusion layer's cross-attention for the true pairs, dropout off."""
         training = self.training
         self.eval()
         try:
-            return self.fusion.relevance_inputs(text_tokens, attention_mask, keys_values, layer, self.matched_score)
+            return self.fusion.relevance_inputs(
+                text_tokens, attention_mask, keys_values, layer, self.matched_score, packing
+            )
         finally:
             self.train(training)
 

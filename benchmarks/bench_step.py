@@ -1,0 +1,151 @@
+"""The pretraining step, the ALBEF way (`reference_step.py`) against ours: forward, backward, AdamW, momentum copy.
+
+Captions are as long as the first 7,500 of Flickr8k under a WordPiece of 4,000 (14.25 +- 4.13 tokens, [CLS] and [SEP]
+included). The peak memory of a step is what it holds beyond weights, gradients, optimiser state and queues, which stand
+before it starts.
+
+    pytest benchmarks/bench_step.py --benchmark-only
+    python benchmarks/bench_step.py --preset small --batch_size 32   # interleaved medians, extra memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import numpy as np
+import pytest
+import torch
+from measure import extra_memory, interleaved, synchronised
+from reference_step import ReferenceStep, update_teacher
+
+from softmask_fast.config import make_config
+from softmask_fast.data.loader import Batch
+from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.pretraining import PretrainingStep
+from softmask_fast.model.vision_language import VisionLanguageModel
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = {"base": 128} if DEVICE.type == "cuda" else {"tiny": 32, "small": 32}  # preset: pairs in a batch
+ALPHA, SEED = 0.4, 5
+
+
+def make_batch(config, pairs: int, device: torch.device = DEVICE) -> Batch:
+    """Pairs of noise; caption lengths, masked words and the word of the soft mask drawn as the loader would."""
+    generator = np.random.default_rng(0)
+    lengths = np.clip(np.rint(generator.normal(14.25, 4.13, pairs)), 5, config.max_tokens).astype(int)
+    longest = lengths.max()
+    mask = np.arange(longest) < lengths[:, None]
+    words = mask & (np.arange(longest) > 0) & (np.arange(longest) < lengths[:, None] - 1)
+    chosen = words & (generator.random(words.shape) < 0.15)
+    chosen[:, 1] = True
+    ids = generator.integers(5, config.vocab_size, mask.shape) * mask
+    masked = np.where(chosen, 4, ids)
+    positions = np.flatnonzero(chosen)
+
+    def tensor(values):
+        return torch.from_numpy(values).to(device)
+
+    return Batch(
+        pixels=tensor(generator.standard_normal((pairs, 3, config.image_size, config.image_size), np.float32)),
+        input_ids=tensor(ids),
+        masked_ids=tensor(masked),
+        attention_mask=tensor(mask),
+        mlm_positions=tensor(positions),
+        mlm_labels=tensor(ids.flat[positions]),
+        word_index=tensor(generator.integers(1, lengths - 1)),
+        ids=tensor(np.arange(pairs)),
+        keys=[str(i) for i in range(pairs)],
+        token_count=int(lengths.sum()),
+    )
+
+
+class Problem:
+    """One training step of a preset, by either way; each has its own optimiser and momentum copy of one model."""
+
+    def __init__(self, preset: str, pairs: int, bf16: bool = DEVICE.type == "cuda", **options):
+        torch.manual_seed(0)
+        config = make_config(preset, vision_weights="random", text_weights="random", **options)
+        self.preset, self.pairs, self.objectives, self.bf16 = preset, pairs, config.objectives, bf16
+        self.model = VisionLanguageModel(config.model).to(DEVICE)
+        self.teacher = MomentumTeacher(self.model, config.objectives).to(DEVICE)
+        self.batch = make_batch(config.model, pairs)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+
+    def reference(self):
+        loss, _ = ReferenceStep(self.model, self.objectives, self.bf16)(self.batch, self.teacher, ALPHA)
+        self._update(loss)
+        update_teacher(self.teacher, self.model)
+
+    def fast(self):
+        loss, _ = PretrainingStep(self.model, self.objectives, self.bf16)(self.batch, self.teacher, ALPHA, SEED)
+        self._update(loss)
+        self.teacher.update(self.model.named_parameters())
+
+    def _update(self, loss):
+        loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=False)
+
+    def variants(self):
+        return {"reference": self.reference, "fast": self.fast}
+
+
+def check(problem: Problem) -> None:
+    """What is timed computes the same.
+
+    The drawn negatives differ, so the contrastive and the language loss are compared; every gradient is compared in
+    tests/test_reference_step.py, with dropout off and the same negatives.
+    """
+    was_training = problem.model.training
+    problem.model.eval()
+    with torch.no_grad():
+        _, fast = PretrainingStep(problem.model, problem.objectives, problem.bf16)(
+            problem.batch, copy.deepcopy(problem.teacher), ALPHA, SEED
+        )
+    _, reference = ReferenceStep(problem.model, problem.objectives, problem.bf16)(
+        problem.batch, copy.deepcopy(problem.teacher), ALPHA
+    )
+    problem.model.train(was_training)
+    tolerance = 2e-2 if problem.bf16 else 1e-4
+    for name in ("itc", "mlm"):
+        torch.testing.assert_close(fast[name], reference[name].float(), rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def problem(request):
+    made = Problem(request.param, SIZES[request.param])
+    check(made)
+    return made
+
+
+@pytest.mark.parametrize("name", ["reference", "fast"])
+def test_step(benchmark, problem, name):
+    run = synchronised(problem.variants()[name], DEVICE)
+    benchmark.group = f"step {DEVICE.type} {problem.preset} {problem.pairs} pairs"
+    benchmark.extra_info |= {"pairs": problem.pairs, "extra_memory": extra_memory(run, DEVICE)}
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Reference step against fast step: interleaved medians, extra memory.")
+    parser.add_argument("--preset", default=next(reversed(SIZES)))
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    problem = Problem(options.preset, options.batch_size)
+    check(problem)
+    variants = {name: synchronised(run, DEVICE) for name, run in problem.variants().items()}
+    times = interleaved(variants, rounds=options.rounds, warmup=1)
+    memory = {name: extra_memory(run, DEVICE) for name, run in variants.items()}
+    print(f"{options.preset}, {options.batch_size} pairs, {DEVICE}, {torch.get_num_threads()} threads")
+    for name, seconds in times.items():
+        print(
+            f"{name:10} {1e3 * seconds:9.1f} ms  {options.batch_size / seconds:8.1f} pairs/s  "
+            f"{times['reference'] / seconds:5.2f} x faster than reference  {memory[name] / 2**20:8.1f} MiB  "
+            f"{memory[name] / memory['reference']:5.2f} of its memory"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Captions without padding: the tokens of all sequences row after row, and self-attention among those of a sequence.
+
+Embeddings, projections, norms and feed-forward work on (T, C) rows of tokens alone, T being about half of S * L for
+captions of real lengths. Self-attention has three implementations:
+
+- "padded": queries, keys and values are padded for `scaled_dot_product_attention` with a mask; any device, any dtype;
+- "varlen": packed, PyTorch's `torch.nn.attention.varlen` (FlashAttention); GPU, half precision;
+- "xformers": packed, `memory_efficient_attention` with a `BlockDiagonalMask`; GPU. Its mask is made of lengths on the
+  host, for which it waits where only the device knows them.
+
+"auto" is "varlen" where it can run, else "padded". Cross-attention takes padded queries (`Packing.pad`): its cost is in
+the image's keys and values, and a padded query changes no other row.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of S padded sequences of length L lie in T rows.
+
+    T is the number of tokens where the host can know it. A GPU is not waited for: T is then an upper bound, and the
+    rows behind the last token are padding, in sequences of their own that nobody reads.
+    """
+
+    mask: Tensor  # (S, L) bool, True = token
+    positions: Tensor  # (T,) int64, place of each row among the S * L padded ones
+    boundaries: Tensor  # (S + spare + 1,) int32, sequence i is rows boundaries[i] ... boundaries[i + 1] - 1
+
+    @classmethod
+    def of(cls, mask: Tensor, fewest: int = 0, most: int | None = None) -> Packing:
+        """mask (S, L) bool; fewest, most: what the caller knows of the number of tokens, read on a GPU alone."""
+        length = mask.shape[1]
+        if mask.device.type == "cpu":
+            positions = mask.flatten().nonzero()[:, 0]
+            fewest = most = len(positions)
+        else:
+            most = mask.numel() if most is None else min(most, mask.numel())
+            positions = (~mask.flatten()).to(torch.uint8).argsort(stable=True)[:most]  # tokens first, in their order
+        ends = F.pad(mask.sum(1).cumsum(0), (1, 0))
+        spare = torch.arange(1, math.ceil((most - fewest) / length) + 1, device=mask.device) * length
+        ends = torch.cat([ends, (ends[-1:] + spare).clamp(max=most)])
+        return cls(mask, positions, ends.to(torch.int32))
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(S, L, ...) -> (T, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.positions)
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """(T, ...) -> (S, L, ...), zero at padding."""
+        padded = rows.new_zeros(self.mask.numel(), *rows.shape[1:]).index_copy(0, self.positions, rows)
+        return padded.unflatten(0, self.mask.shape)
+
+    def rows_of(self, places: Tensor) -> Tensor:
+        """Rows of tokens, given by their places among the S * L padded ones: (R,) int64 -> (R,) int64."""
+        rows = torch.arange(len(self.positions), device=places.device)
+        return torch.zeros(self.mask.numel(), dtype=torch.int64, device=places.device).index_copy(
+            0, self.positions, rows
+        )[places]
+
+    @functools.cached_property
+    def block_diagonal(self):
+        """The mask of xformers."""
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        return BlockDiagonalMask.from_seqlens(self.boundaries.diff().tolist(), device=self.mask.device)
+
+
+def attention_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why self-attention `name` cannot run on a device in a dtype; None where it can."""
+    if name not in ("auto", *_IMPLEMENTATIONS):
+        return f"expected 'auto' or one of {sorted(_IMPLEMENTATIONS)}"
+    if name in ("auto", "padded"):
+        return None
+    if device.type != "cuda":
+        return f"it has no kernel for {device.type} tensors, only for GPUs"
+    if name == "varlen" and dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, got {dtype} (--bf16 true)"
+    if name == "varlen" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
+    if name == "xformers":
+        try:
+            import xformers.ops  # noqa: F401
+        except ImportError as error:
+            return f"xformers cannot be imported ({error}); pip install softmask_fast[gpu]"
+    return None
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that `name` stands for. Raises ValueError that says why it cannot run."""
+    if obstacle := attention_obstacle(name, device, dtype):
+        raise ValueError(f"attention: {name!r} cannot run here: {obstacle}")
+    if name != "auto":
+        return name
+    return "padded" if attention_obstacle("varlen", device, dtype) else "varlen"
+
+
+def self_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, name: str = "auto") -> Tensor:
+    """Attention among the tokens of each sequence: query, key, value (T, H, D) -> (T, H, D)."""
+    return _IMPLEMENTATIONS[choose_attention(name, query.device, query.dtype)](query, key, value, packing)
+
+
+def _padded(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    query, key, value = (packing.pad(x).transpose(1, 2) for x in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=packing.mask[:, None, None, :])
+    return packing.pack(output.transpose(1, 2))
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    length = packing.mask.shape[1]
+    return varlen_attn(query, key, value, packing.boundaries, packing.boundaries, length, length)
+
+
+def _xformers(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(query[None], key[None], value[None], attn_bias=packing.block_diagonal)[0]
+
+
+_IMPLEMENTATIONS = {"padded": _padded, "varlen": _varlen, "xformers": _xformers}

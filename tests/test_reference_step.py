@@ -1,0 +1,148 @@
+"""The fast pretraining step against the reference step: every loss and gradient, in fp32, by the tolerance policy.
+
+The truth is the reference step in float64, "PyTorch's error" that of the reference step in fp32.
+"""
+
+import copy
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_as_accurate
+
+from softmask_fast.config import ObjectiveConfig, make_config
+from softmask_fast.data.loader import Batch
+from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.pretraining import PretrainingStep, _Sequences
+from softmask_fast.model.vision_language import VisionLanguageModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from reference_step import ReferenceStep, draw, update_teacher  # noqa: E402
+
+PAIRS, TOKENS, VOCABULARY, QUEUE = 6, 9, 40, 10
+SIZES = dict(
+    vocab_size=VOCABULARY, image_size=32, vision_width=64, vision_depth=2, vision_heads=2, text_width=64, text_heads=2,
+    text_layers=1, fusion_layers=3, soft_mask_layer=1, embed_dim=32, hidden_dropout=0.0, max_tokens=12,
+)  # fmt: skip
+
+
+def make_batch() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([9, 4, 7, 6, 9, 5])
+    mask = torch.arange(TOKENS) < lengths[:, None]
+    ids = torch.randint(5, VOCABULARY, (PAIRS, TOKENS), generator=generator) * mask
+    positions = torch.arange(PAIRS) * TOKENS + torch.tensor([1, 2, 5, 3, 7, 1])
+    masked = ids.clone()
+    masked.view(-1)[positions] = 4
+    return Batch(
+        pixels=torch.randn(PAIRS, 3, 32, 32, generator=generator),
+        input_ids=ids,
+        masked_ids=masked,
+        attention_mask=mask,
+        mlm_positions=positions,
+        mlm_labels=ids.view(-1)[positions],
+        word_index=torch.tensor([2, 1, 3, 4, 1, 2]),
+        ids=torch.tensor([7, 3, 9, 5, 2, 8]),
+        keys=list("abcdef"),
+    )
+
+
+def make_model(gamma: float = 2.0, queue_size: int = QUEUE, **changes):
+    torch.manual_seed(4)
+    model = VisionLanguageModel(make_config("tiny", **SIZES | changes).model)
+    with torch.no_grad():  # parameters that start at zero must not hide a term
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    torch.manual_seed(5)
+    teacher = MomentumTeacher(
+        VisionLanguageModel(model.config), ObjectiveConfig(queue_size=queue_size, momentum=0.9, focal_gamma=gamma)
+    )
+    if queue_size:
+        teacher.contrast.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
+    return model, teacher
+
+
+def in_float64(model, teacher, batch):
+    wide = copy.deepcopy(batch)
+    wide.pixels = batch.pixels.double()
+    return copy.deepcopy(model).double(), copy.deepcopy(teacher).double(), wide
+
+
+def run(step, *arguments, **options):
+    """The losses by name and the gradients by parameter."""
+    loss, figures = step(*arguments, **options)
+    parameters = dict(step.model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    losses = {name: figures[name] for name in ("itc", "itm", "mlm")} | {"loss": loss.detach()}
+    return losses | dict(zip(parameters, gradients, strict=True))
+
+
+def run_fast(model, teacher, batch, objectives, alpha, **options):
+    """The fast step's results, and the negatives it drew: (images, texts)."""
+    drawn = {}
+    add = _Sequences.add
+
+    def remember(self, name, text, mask, image_index, *others, **options):
+        drawn[name] = text, image_index
+        add(self, name, text, mask, image_index, *others, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Sequences, "add", remember)
+        results = run(PretrainingStep(model, objectives), batch, copy.deepcopy(teacher), alpha, 11, **options)
+    texts, others = drawn["matched"][0], drawn["other text"][0]
+    other_text = torch.tensor([next(i for i, text in enumerate(texts) if torch.equal(text, other)) for other in others])
+    return results, (drawn["other image"][1], other_text)
+
+
+SETTINGS = list(itertools.product((True, False), (0.0, 2.0), (True, False), (0.0, 0.4), (True, False)))
+
+
+@pytest.mark.parametrize("soft_mask, gamma, masked_captions, alpha, use_queue", SETTINGS)
+def test_the_fast_step_is_the_reference_step(soft_mask, gamma, masked_captions, alpha, use_queue):
+    objectives = ObjectiveConfig(
+        soft_mask=soft_mask, focal_gamma=gamma, masked_captions=masked_captions, itm_weight=0.7, mlm_weight=1.3
+    )
+    model, teacher = make_model(gamma)
+    batch = make_batch()
+    fast, negatives = run_fast(model, teacher, batch, objectives, alpha, use_queue=use_queue)
+    wide_model, wide_teacher, wide_batch = in_float64(model, teacher, batch)
+
+    def reference(model, teacher, batch):
+        return run(ReferenceStep(model, objectives), batch, teacher, alpha, use_queue, negatives)
+
+    truth = reference(wide_model, wide_teacher, wide_batch)
+    baseline = reference(model, copy.deepcopy(teacher), batch)
+    assert_same_step(fast, baseline, truth)
+
+
+def assert_same_step(results, baseline, truth):
+    for name, expected in truth.items():
+        assert (results[name] is None) == (expected is None), name
+        if expected is None:
+            continue
+        assert_as_accurate(results[name], baseline[name], expected, torch.float32, name)
+
+
+def test_it_draws_other_pairs_in_proportion_to_their_probability():
+    logits = torch.tensor([[9.0, 1.0, 0.0, -1.0, 5.0]] * 4).repeat(500, 1)
+    positive = torch.zeros(2000, 5)
+    positive[:, 0] = 1
+    drawn = draw(logits, positive)
+    share = torch.bincount(drawn, minlength=5)[:5] / 2000
+    weight = logits[0].softmax(0) + 1e-4
+    weight[0] = 0
+    torch.testing.assert_close(share, weight / weight.sum(), rtol=0, atol=0.04)
+
+
+def test_both_averages_move_alike():
+    model, teacher = make_model()
+    other = copy.deepcopy(teacher)
+    before = teacher.model.match_head.weight.clone()
+    teacher.update(model.named_parameters())
+    update_teacher(other, model)
+    assert not torch.equal(before, teacher.model.match_head.weight)
+    for ours, theirs in zip(teacher.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
