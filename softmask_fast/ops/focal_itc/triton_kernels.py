@@ -86,8 +86,8 @@ def multiply(
     """Products of student and teacher rows with keys, (rows, keys), or (keys, rows) where BY_KEYS.
 
     The pointers stand at the first row and key of the tile, so that offsets within it take 32 bits. RESIDENT: D fits
-    one tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the other side is loaded
-    here and returned. Else both sides are read in tiles of BLOCK_D.
+    one tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the other side is
+    loaded here and returned. Else both sides are read in tiles of BLOCK_D.
     """
     o_rows, o_teacher = tl.arange(0, BLOCK_B) * rows_b, tl.arange(0, BLOCK_B) * teacher_b
     o_keys = tl.arange(0, BLOCK_K) * keys_m
@@ -132,8 +132,8 @@ def multiply(
 
 @triton.jit
 def relative(products, reference, scale):
-    """x of a tile: one fused multiplication and addition per element, so that differences of large logits stay exact."""
-    return tl.fma(products, scale, -(reference * scale))
+    """x of a tile: the difference comes first, so that differences of large logits stay exact."""
+    return (products - reference) * scale
 
 
 @triton.jit
@@ -234,7 +234,8 @@ def row_sums(
     rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
     B, M, D, first_key, row_offset, first_negative, last_negative, seed_high, stream, KEYS_PER_SPLIT,
     TERMS: tl.constexpr, ANY: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, STATS: tl.constexpr,
-    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_B), splits): the sums of a block of rows over KEYS_PER_SPLIT keys, powers 0 ... TERMS - 1.
 
@@ -403,7 +404,8 @@ def row_terms(
 ):  # fmt: skip
     """Second pass for gammas that do not expand, same grid as ``row_sums``, after ``merge``.
 
-    terms (splits, TERM_SUMS, B): loss and weight under the teacher's 2^u, loss and weight over the positives; no dominant key.
+    terms (splits, TERM_SUMS, B): loss and weight under the teacher's 2^u, loss and weight over the positives; the
+    dominant key is left out.
     """
     first_row = tl.program_id(0) * BLOCK_B
     row = first_row + tl.arange(0, BLOCK_B)
