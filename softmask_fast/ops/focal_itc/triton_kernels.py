@@ -83,7 +83,9 @@ def multiply(
     keys, HAS_TEACHER: tl.constexpr, RESIDENT: tl.constexpr, BY_KEYS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products of student and teacher rows with keys, (rows, keys), or (keys, rows) where BY_KEYS.
+    """Products of student and teacher rows with keys, (rows, keys).
+
+    Always this way round: the transposed product rounds differently, which large logits feel.
 
     The pointers stand at the first row and key of the tile, so that offsets within it take 32 bits. RESIDENT: D fits
     one tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the other side is
@@ -96,11 +98,11 @@ def multiply(
     if RESIDENT:
         if BY_KEYS:
             other = load_tile(p_rows, o_rows, d * rows_d, m_rows, d < D, WIDEN)
-            student = tl.dot(keys, tl.trans(other), input_precision=PRECISION)
+            student = tl.dot(other, tl.trans(keys), input_precision=PRECISION)
             momentum = student
             if HAS_TEACHER:
                 teacher = load_tile(p_teacher, o_teacher, d * teacher_d, m_rows, d < D, WIDEN)
-                momentum = tl.dot(keys, tl.trans(teacher), input_precision=PRECISION)
+                momentum = tl.dot(teacher, tl.trans(keys), input_precision=PRECISION)
         else:
             other = load_tile(p_keys, o_keys, d * keys_d, m_keys, d < D, WIDEN)
             student = tl.dot(rows, tl.trans(other), input_precision=PRECISION)
@@ -108,25 +110,16 @@ def multiply(
             if HAS_TEACHER:
                 momentum = tl.dot(teacher, tl.trans(other), input_precision=PRECISION)
     else:
-        if BY_KEYS:
-            student = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
-        else:
-            student = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+        student = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
         momentum = student
         for first in range(0, D, BLOCK_D):
             column = first + d
             key_tile = load_tile(p_keys, o_keys, column * keys_d, m_keys, column < D, WIDEN)
             row_tile = load_tile(p_rows, o_rows, column * rows_d, m_rows, column < D, WIDEN)
-            if BY_KEYS:
-                student = tl.dot(key_tile, tl.trans(row_tile), student, input_precision=PRECISION)
-            else:
-                student = tl.dot(row_tile, tl.trans(key_tile), student, input_precision=PRECISION)
+            student = tl.dot(row_tile, tl.trans(key_tile), student, input_precision=PRECISION)
             if HAS_TEACHER:
                 row_tile = load_tile(p_teacher, o_teacher, column * teacher_d, m_rows, column < D, WIDEN)
-                if BY_KEYS:
-                    momentum = tl.dot(key_tile, tl.trans(row_tile), momentum, input_precision=PRECISION)
-                else:
-                    momentum = tl.dot(row_tile, tl.trans(key_tile), momentum, input_precision=PRECISION)
+                momentum = tl.dot(row_tile, tl.trans(key_tile), momentum, input_precision=PRECISION)
     return student, momentum, other
 
 
