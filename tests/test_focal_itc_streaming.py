@@ -64,10 +64,10 @@ def run(impl, tensors, dtype, temperature, **keywords):
     teachers = [tensor.to(device, dtype) for tensor in tensors[4:]]
     tau = torch.tensor(temperature, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     tau.requires_grad_()
-    keywords = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in keywords.items()}
+    ids = {name: value.to(device) for name, value in keywords.items() if isinstance(value, torch.Tensor)}
     loss, stats = focal_itc_loss(
         *leaves, temperature=tau, teacher_image=teachers[0], teacher_text=teachers[1], reduction="none",
-        return_stats=True, impl=impl, **keywords,
+        return_stats=True, impl=impl, **keywords | ids,
     )  # fmt: skip
     (loss * torch.linspace(0.5, 1.5, loss.shape[0], dtype=loss.dtype, device=device)).sum().backward()
     results = [loss.detach(), *(leaf.grad for leaf in leaves), tau.grad]

@@ -18,7 +18,7 @@ from softmask_fast.ops.focal_itc.triton_kernels import (
 
 
 @triton.jit
-def load_state(p_state, row, m_rows, B, HAS_TEACHER: tl.constexpr, BY_KEYS: tl.constexpr):
+def load_state(p_state, row, m_rows, B, HAS_TEACHER: tl.constexpr):
     """What every element needs of the row state (see operators.py), in the shape that broadcasts to a tile.
 
     Reference and log of the sum, reference and log of the sum of the teacher, W.
@@ -31,13 +31,12 @@ def load_state(p_state, row, m_rows, B, HAS_TEACHER: tl.constexpr, BY_KEYS: tl.c
     if HAS_TEACHER:
         teacher_max = tl.load(p_state + 2 * B, mask=m_rows, other=0.0)
         teacher_log_sum = tl.load(p_state + 3 * B, mask=m_rows, other=0.0) * LOG2_E
-    axis: tl.constexpr = 0 if BY_KEYS else 1
     return (
-        tl.expand_dims(maximum, axis),
-        tl.expand_dims(log_sum, axis),
-        tl.expand_dims(teacher_max, axis),
-        tl.expand_dims(teacher_log_sum, axis),
-        tl.expand_dims(weight, axis),
+        tl.expand_dims(maximum, 1),
+        tl.expand_dims(log_sum, 1),
+        tl.expand_dims(teacher_max, 1),
+        tl.expand_dims(teacher_log_sum, 1),
+        tl.expand_dims(weight, 1),
     )
 
 
@@ -77,21 +76,20 @@ def logit_gradient(
 @triton.jit
 def with_few(
     gradient, x, products, p_state, row, m_rows, B, log_sum, is_dominant, is_positive, gamma, scale,
-    ORDER: tl.constexpr, ANY: tl.constexpr, BY_KEYS: tl.constexpr,
+    ORDER: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
     """``logit_gradient`` completed at positives and at dominant keys."""
     p_state += row
-    axis: tl.constexpr = 0 if BY_KEYS else 1
     if ANY:
-        reference = tl.expand_dims(tl.load(p_state + 6 * B, mask=m_rows, other=0.0), axis)
-        positive_log_sum = tl.expand_dims(tl.load(p_state + 7 * B, mask=m_rows, other=0.0), axis)
+        reference = tl.expand_dims(tl.load(p_state + 6 * B, mask=m_rows, other=0.0), 1)
+        positive_log_sum = tl.expand_dims(tl.load(p_state + 7 * B, mask=m_rows, other=0.0), 1)
         share = tl.exp2(tl.minimum(relative(products, reference, scale), 0.0) - positive_log_sum * LOG2_E)
     else:
         log2_p = x - log_sum
         share = focal_weight(log2_p, tl.exp2(log2_p), gamma, ORDER)
-    hard = tl.expand_dims(tl.load(p_state + 5 * B, mask=m_rows, other=0.0), axis)
+    hard = tl.expand_dims(tl.load(p_state + 5 * B, mask=m_rows, other=0.0), 1)
     gradient = tl.where(is_positive, gradient - hard * share, gradient)
-    at_dominant = tl.expand_dims(tl.load(p_state + 8 * B, mask=m_rows, other=0.0), axis)
+    at_dominant = tl.expand_dims(tl.load(p_state + 8 * B, mask=m_rows, other=0.0), 1)
     return tl.where(is_dominant, at_dominant, gradient)
 
 
@@ -123,7 +121,7 @@ def grad_rows(
         p_teacher += first_row.to(tl.int64) * teacher_b
         teacher = load_tile(p_teacher, tl.arange(0, BLOCK_B) * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
     dominant = tl.load(p_dominant + row, mask=m_rows, other=0).to(tl.int32)
-    state = load_state(p_state, row, m_rows, B, HAS_TEACHER, False)
+    state = load_state(p_state, row, m_rows, B, HAS_TEACHER)
     total = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     with_x = tl.zeros((BLOCK_B,), tl.float32)
     start = split * KEYS_PER_SPLIT
@@ -153,7 +151,7 @@ def grad_rows(
             is_dominant = number[None, :] == dominant[:, None]
             gradient = with_few(
                 gradient, x, products, p_state, row, m_rows, B, state[1], is_dominant, is_positive, gamma, scale, ORDER,
-                ANY, False,
+                ANY,
             )  # fmt: skip
             gradient = tl.where(m_keys[None, :], gradient, 0.0)
         with_x += tl.sum(gradient * x, 1)
@@ -207,7 +205,7 @@ def grad_keys(
             keys, keys, HAS_TEACHER, RESIDENT, True, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN, PRECISION,
         )  # fmt: skip
         dominant = tl.load(p_dominant + row, mask=m_rows, other=-1).to(tl.int32)
-        state = load_state(p_state, row, m_rows, B, HAS_TEACHER, True)
+        state = load_state(p_state, row, m_rows, B, HAS_TEACHER)
         gradient, x = logit_gradient(products, momentum, state, gamma, alpha, scale, ORDER, HAS_TEACHER)
         first_number = first_key + first
         has_dominant = tl.max(((dominant >= first_number) & (dominant < first_number + BLOCK_K)).to(tl.int32), 0) > 0
@@ -220,17 +218,17 @@ def grad_keys(
                 row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
                 key_ids = tl.load(p_key_ids + key, mask=m_keys, other=0)
             is_positive = positive_tile(
-                row_ids[None, :], key_ids[:, None], row[None, :], number[:, None], row_offset, HAS_IDS
+                row_ids[:, None], key_ids[None, :], row[:, None], number[None, :], row_offset, HAS_IDS
             )
-            is_dominant = number[:, None] == dominant[None, :]
+            is_dominant = number[None, :] == dominant[:, None]
             gradient = with_few(
                 gradient, x, products, p_state, row, m_rows, B, state[1], is_dominant, is_positive, gamma, scale, ORDER,
-                ANY, True,
+                ANY,
             )  # fmt: skip
-        gradient *= (tl.load(p_grad + row, mask=m_rows, other=0.0) / largest)[None, :]
+        gradient *= (tl.load(p_grad + row, mask=m_rows, other=0.0) / largest)[:, None]
         if not RESIDENT:
             rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, c * rows_d, m_rows, c < D, WIDEN)
-        total = tl.dot(gradient.to(rows.dtype), rows, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(gradient.to(rows.dtype)), rows, total, input_precision=PRECISION)
         p_rows += BLOCK_B * rows_b
         if HAS_TEACHER:
             p_teacher += BLOCK_B * teacher_b

@@ -83,11 +83,13 @@ def multiply(
     keys, HAS_TEACHER: tl.constexpr, RESIDENT: tl.constexpr, BY_KEYS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products of student and teacher rows with keys, (rows, keys), or (keys, rows) where BY_KEYS.
+    """Products of student and teacher rows with keys, (rows, keys).
+
+    Always this way round: the transposed product rounds differently, which large logits feel.
 
     The pointers stand at the first row and key of the tile, so that offsets within it take 32 bits. RESIDENT: D fits
-    one tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the other side is loaded
-    here and returned. Else both sides are read in tiles of BLOCK_D.
+    one tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the other side is
+    loaded here and returned. Else both sides are read in tiles of BLOCK_D.
     """
     o_rows, o_teacher = tl.arange(0, BLOCK_B) * rows_b, tl.arange(0, BLOCK_B) * teacher_b
     o_keys = tl.arange(0, BLOCK_K) * keys_m
@@ -96,11 +98,11 @@ def multiply(
     if RESIDENT:
         if BY_KEYS:
             other = load_tile(p_rows, o_rows, d * rows_d, m_rows, d < D, WIDEN)
-            student = tl.dot(keys, tl.trans(other), input_precision=PRECISION)
+            student = tl.dot(other, tl.trans(keys), input_precision=PRECISION)
             momentum = student
             if HAS_TEACHER:
                 teacher = load_tile(p_teacher, o_teacher, d * teacher_d, m_rows, d < D, WIDEN)
-                momentum = tl.dot(keys, tl.trans(teacher), input_precision=PRECISION)
+                momentum = tl.dot(teacher, tl.trans(keys), input_precision=PRECISION)
         else:
             other = load_tile(p_keys, o_keys, d * keys_d, m_keys, d < D, WIDEN)
             student = tl.dot(rows, tl.trans(other), input_precision=PRECISION)
@@ -108,32 +110,23 @@ def multiply(
             if HAS_TEACHER:
                 momentum = tl.dot(teacher, tl.trans(other), input_precision=PRECISION)
     else:
-        if BY_KEYS:
-            student = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
-        else:
-            student = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+        student = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
         momentum = student
         for first in range(0, D, BLOCK_D):
             column = first + d
             key_tile = load_tile(p_keys, o_keys, column * keys_d, m_keys, column < D, WIDEN)
             row_tile = load_tile(p_rows, o_rows, column * rows_d, m_rows, column < D, WIDEN)
-            if BY_KEYS:
-                student = tl.dot(key_tile, tl.trans(row_tile), student, input_precision=PRECISION)
-            else:
-                student = tl.dot(row_tile, tl.trans(key_tile), student, input_precision=PRECISION)
+            student = tl.dot(row_tile, tl.trans(key_tile), student, input_precision=PRECISION)
             if HAS_TEACHER:
                 row_tile = load_tile(p_teacher, o_teacher, column * teacher_d, m_rows, column < D, WIDEN)
-                if BY_KEYS:
-                    momentum = tl.dot(key_tile, tl.trans(row_tile), momentum, input_precision=PRECISION)
-                else:
-                    momentum = tl.dot(row_tile, tl.trans(key_tile), momentum, input_precision=PRECISION)
+                momentum = tl.dot(row_tile, tl.trans(key_tile), momentum, input_precision=PRECISION)
     return student, momentum, other
 
 
 @triton.jit
 def relative(products, reference, scale):
-    """x of a tile: one fused multiplication and addition per element, so that differences of large logits stay exact."""
-    return tl.fma(products, scale, -(reference * scale))
+    """x of a tile: the difference comes first, so that differences of large logits stay exact."""
+    return (products - reference) * scale
 
 
 @triton.jit
@@ -234,7 +227,8 @@ def row_sums(
     rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
     B, M, D, first_key, row_offset, first_negative, last_negative, seed_high, stream, KEYS_PER_SPLIT,
     TERMS: tl.constexpr, ANY: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, STATS: tl.constexpr,
-    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_B), splits): the sums of a block of rows over KEYS_PER_SPLIT keys, powers 0 ... TERMS - 1.
 
@@ -403,7 +397,8 @@ def row_terms(
 ):  # fmt: skip
     """Second pass for gammas that do not expand, same grid as ``row_sums``, after ``merge``.
 
-    terms (splits, TERM_SUMS, B): loss and weight under the teacher's 2^u, loss and weight over the positives; no dominant key.
+    terms (splits, TERM_SUMS, B): loss and weight under the teacher's 2^u, loss and weight over the positives; the
+    dominant key is left out.
     """
     first_row = tl.program_id(0) * BLOCK_B
     row = first_row + tl.arange(0, BLOCK_B)

@@ -123,7 +123,8 @@ class Forward(BlockwiseForward):
             sums, places = _after(self.sums, splits), _after(self.places, splits)
             terms = max(self.order, 0) + 1
             triton_kernels.row_sums[grid](
-                *inputs, _spans(self.ids, key_ids), self.temperature, sums[-splits:], places[-splits:], *strides, batch, total, width, first_key,
+                *inputs, _spans(self.ids, key_ids), self.temperature, sums[-splits:], places[-splits:], *strides,
+                batch, total, width, first_key,
                 options.row_offset, options.first_negative, options.last_negative,
                 *stream_keys(options.seed, options.direction), keys_per_split, TERMS=terms, ANY=options.any_positive,
                 STATS=options.stats, **common,
