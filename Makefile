@@ -1,6 +1,8 @@
 # make pretrain   set up .venv, then pretrain the demo and write its tables, curves and heat maps to a folder in runs/
 # make test       set up .venv, then run every test
-# make lint, make bench, make clean; make setup prepares .venv alone
+# make lint, make clean; make setup prepares .venv alone
+# make bench      set up .venv, run the benchmarks, write benchmarks/results; make report: README's table and the plots
+# make gpu        build, tests and benchmarks on a GPU machine without a network, see benchmarks/gpu.sh; make gpu-clean
 # PYTHON=python3.12 make ... chooses the interpreter .venv is made of (3.10 or newer)
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard setup.py csrc/*.* csrc/*/*.
 
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: pretrain test lint bench setup clean
+.PHONY: pretrain test lint bench report gpu gpu-clean setup clean
 .DEFAULT_GOAL := test
 
 pretrain: $(STAMP)
@@ -21,7 +23,16 @@ test: $(STAMP)
 	python -m pytest tests
 
 bench: $(STAMP)
-	python -m pytest benchmarks --benchmark-only
+	python -m pytest benchmarks --benchmark-only --save-results
+
+report: $(STAMP)
+	python benchmarks/report.py
+
+gpu:
+	PYTHON=$(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) PART="$(PART)" benchmarks/gpu.sh
+
+gpu-clean:
+	rm -rf runs/gpu
 
 lint: $(STAMP)
 	ruff check .

@@ -68,7 +68,7 @@ class Problem:
         config = make_config(preset, vision_weights="random", text_weights="random", **options)
         self.preset, self.pairs, self.objectives, self.bf16 = preset, pairs, config.objectives, bf16
         self.model = VisionLanguageModel(config.model).to(DEVICE)
-        self.teacher = MomentumTeacher(self.model, config.objectives.queue_size, config.objectives.momentum).to(DEVICE)
+        self.teacher = MomentumTeacher(self.model, config.objectives).to(DEVICE)
         self.batch = make_batch(config.model, pairs)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
 

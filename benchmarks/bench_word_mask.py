@@ -1,41 +1,54 @@
-"""word_soft_mask against attention maps and their gradients by autograd, and against eager PyTorch.
+"""word_soft_mask against attention maps and their gradients by autograd, and against eager and compiled PyTorch.
 
-Bytes that any implementation must move: K, V, X read and X' written once, 2 B H N D + 2 B N C elements. "bytes" does just
-that much in plain PyTorch, as a measure of the machine.
+| variant | what it is |
+| --- | --- |
+| hooks | full attention maps and their gradients by autograd, as ALBEF keeps them by hooks; the usual way |
+| reference | the chosen row alone, eager: `impl="reference"` |
+| compiled | `torch.compile` of it |
+| bytes | a floor: reads K, V, X and writes X' once, into memory that is already there |
+| the others | ours, by the name of the implementation |
+
+Fused attention (SDPA, flex_attention) gives no maps, so it cannot stand here; bench_soft_masked_attention.py has it.
+
+| counted | bytes |
+| --- | --- |
+| every variant | K, V, X read and X' written once: (2 B H N D + 2 B N C) elements |
+
+All of them together are larger than the last-level cache. The gradient dS/dO that all but "hooks" take is made
+beforehand: it costs a partial backward pass through the layers above, which "hooks" has in its own; here that is one
+linear layer.
 
     pytest benchmarks/bench_word_mask.py --benchmark-only
-    python benchmarks/bench_word_mask.py        # interleaved medians and extra memory, as one table
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from measure import extra_memory, interleaved, synchronised
+from measure import DEVICE, DTYPE, ON_GPU, Variant
 
 from softmask_fast.ops import attention_output_gradient, backend, word_soft_mask
+from softmask_fast.ops.word_mask import reference
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# B, H, L, N, D, C
-SIZES = (256, 12, 30, 257, 64, 768) if DEVICE.type == "cuda" else (16, 12, 30, 257, 64, 768)
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+IMAGES = 256 if ON_GPU else 16
+HEADS, LENGTH, WIDTH, CHANNELS = 12, 30, 64, 768
 
 
 class Problem:
     """Random attention of a fusion layer and a score on top of it: mean over words, a linear layer, "matched"."""
 
-    def __init__(self, sizes=SIZES, dtype=DTYPE, device=DEVICE):
+    def __init__(self, images: int, tokens: int, heads=HEADS, length=LENGTH, width=WIDTH, channels=CHANNELS):
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape):
-            return torch.randn(*shape, generator=generator).to(device, dtype)
+            return torch.randn(*shape, generator=generator).to(DEVICE, DTYPE)
 
-        images, heads, length, tokens, width, channels = sizes
+        self.case = {"B": images, "H": heads, "L": length, "N": tokens, "D": width, "C": channels}
         self.query = draw(images, heads, length, width)
         self.key, self.value = draw(images, heads, tokens, width), draw(images, heads, tokens, width)
         self.features = draw(images, tokens, channels)
         self.weight = draw(heads * width, 2) / 8
-        self.word_index = torch.randint(0, length, (images,), generator=generator).to(device)
+        self.word_index = torch.randint(0, length, (images,), generator=generator).to(DEVICE)
         self.masked = torch.empty_like(self.features)
         self.bytes_moved = (2 * self.key.numel() + 2 * self.features.numel()) * self.features.element_size()
         output = torch.nn.functional.scaled_dot_product_attention(self.query, self.key, self.value)
@@ -45,7 +58,6 @@ class Problem:
         return (output.transpose(1, 2).flatten(2).mean(1) @ self.weight)[:, 1]
 
     def hooks(self):
-        """Full attention maps and their gradients, as ALBEF saves them, then the row of the word."""
         attention = (self.query @ self.key.mT * self.query.shape[-1] ** -0.5).softmax(-1).requires_grad_()
         (gradient,) = torch.autograd.grad(self.score(attention @ self.value).sum(), attention)
         maps = (attention.detach() * gradient.relu()).mean(1)
@@ -56,55 +68,35 @@ class Problem:
         return self.features * keep[:, :, None]
 
     def bytes(self):
-        """Reads K, V, X and writes X' once."""
-        return self.key.sum(), self.value.sum(), torch.mul(self.features, 0.5, out=self.masked)
+        self.key.sum(), self.value.sum(), torch.mul(self.features, 0.5, out=self.masked)
 
     def fused(self, impl):
         return word_soft_mask(
             self.query, self.key, self.value, self.grad_output, self.word_index, self.features, impl=impl
         )[0]
 
-    def variants(self):
-        names = backend.runnable("word_mask", DEVICE, DTYPE, self.query.shape[3])
-        return {"bytes": self.bytes, "hooks": self.hooks} | {name: lambda name=name: self.fused(name) for name in names}
+    def compiled(self):
+        run = torch.compile(reference.word_soft_mask, dynamic=False)
+        scale = self.query.shape[-1] ** -0.5
+        return lambda: run(
+            self.query, self.key, self.value, self.grad_output, self.word_index, self.features, 1, None, scale
+        )[0]
+
+    def variants(self) -> dict[str, Variant]:
+        work = {"forward": self.bytes_moved}
+        found = {
+            "bytes": Variant(self.bytes, checked=False, work=work),
+            "hooks": Variant(self.hooks, work=work),
+            "compiled": Variant(self.compiled(), work=work),
+        }
+        for name in reversed(backend.runnable("word_mask", DEVICE, DTYPE, WIDTH)):
+            ours = name != "reference"
+            found[name] = Variant(lambda name=name: self.fused(name), ours=ours, work=work)
+        return found
 
 
-def check(problem):
-    """What is timed computes the same."""
-    tolerance = 1e-4 if DTYPE == torch.float32 else 0.1
-    expected = problem.hooks()
-    for name in problem.variants().keys() - {"bytes", "hooks"}:
-        torch.testing.assert_close(problem.fused(name), expected, rtol=tolerance, atol=tolerance, msg=name)
-
-
-@pytest.fixture(scope="module")
-def problem():
-    made = Problem()
-    check(made)
-    return made
-
-
-@pytest.mark.parametrize("name", Problem((1, 1, 1, 2, 16, 1)).variants())
-def test_word_soft_mask(benchmark, problem, name):
-    run = synchronised(problem.variants()[name], DEVICE)
-    benchmark.group = f"word_soft_mask {DEVICE.type} {SIZES} {DTYPE}"
-    benchmark.extra_info |= {"bytes_moved": problem.bytes_moved, "extra_memory": extra_memory(run, DEVICE)}
-    benchmark.pedantic(run, rounds=30, warmup_rounds=3)
-
-
-def main():
-    problem = Problem()
-    check(problem)
-    variants = {name: synchronised(run, DEVICE) for name, run in problem.variants().items()}
-    times = interleaved(variants)
-    print(f"word_soft_mask, (B, H, L, N, D, C) = {SIZES}, {DTYPE}, {DEVICE}, {torch.get_num_threads()} threads")
-    for name, seconds in times.items():
-        rate, memory = problem.bytes_moved / seconds / 1e9, extra_memory(variants[name], DEVICE) / 2**20
-        print(
-            f"{name:10} {1e3 * seconds:8.2f} ms  {seconds / times['bytes']:6.2f} x bytes  "
-            f"{times['hooks'] / seconds:6.2f} x faster than hooks  {rate:6.1f} GB/s  {memory:8.1f} MiB"
-        )
-
-
-if __name__ == "__main__":
-    main()
+@pytest.mark.parametrize("tokens", [257, 577, 1025])
+def test_word_soft_mask(comparison, tokens):
+    problem = Problem(IMAGES, tokens)
+    tolerance = 1e-4 if DTYPE == torch.float32 else 0.05
+    comparison("word_soft_mask", problem.case, problem.variants(), "hooks", "copy", tolerance, seconds=4)

@@ -73,9 +73,9 @@ class ReferenceStep(nn.Module):
 
         # contrast
         queued = slice(None) if use_queue else slice(0)
-        image_keys = torch.cat([taught_image_features, teacher.image_queue[queued].to(taught_image_features)])
-        text_keys = torch.cat([taught_text_features, teacher.text_queue[queued].to(taught_text_features)])
-        positive = (batch.ids[:, None] == torch.cat([batch.ids, teacher.queue_ids[queued]])).float()
+        image_keys = torch.cat([taught_image_features, teacher.contrast.image_queue[queued].to(taught_image_features)])
+        text_keys = torch.cat([taught_text_features, teacher.contrast.text_queue[queued].to(taught_text_features)])
+        positive = (batch.ids[:, None] == torch.cat([batch.ids, teacher.contrast.queue_ids[queued]])).float()
         target = positive / positive.sum(1, keepdim=True)
         image_logits = image_features @ text_keys.T / model.temperature
         text_logits = text_features @ image_keys.T / model.temperature
@@ -118,7 +118,7 @@ class ReferenceStep(nn.Module):
         soft = -(soft_target * logits.log_softmax(-1)).sum(-1)[labels != IGNORED].mean()
         mlm = (1 - alpha) * hard + alpha * soft
 
-        teacher.enqueue(taught_image_features, taught_text_features, batch.ids)
+        teacher.contrast.enqueue(taught_image_features, taught_text_features, batch.ids)
         losses = {"itc": itc, "itm": itm, "mlm": mlm}
         losses = {name: loss for name, loss in losses.items() if getattr(objectives, f"{name}_weight")}
         total = sum(getattr(objectives, f"{name}_weight") * loss for name, loss in losses.items())

@@ -45,7 +45,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(softmask_fast_cpp, m) {
 }
 
 // The file is also an empty Python module, because that is what setuptools builds and puts in place.
-extern "C" PyObject* PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
     static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
     return PyModule_Create(&module);
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softmask_fast.data.remote_options import RemoteOptions
+from softmask_fast.ops.focal_itc.module import GATHERS
 
 
 def option(default: Any, help: str) -> Any:
@@ -91,6 +92,12 @@ class ObjectiveConfig:
     mlm_weight: float = option(1.0, "Weight of masked language modelling; 0 switches it off.")
     mask_probability: float = option(0.15, "Share of the word pieces that are masked.")
     temperature: float = option(0.07, "Contrastive temperature at the start; it is learned.")
+    itc_gather: str = option(
+        "momentum",
+        "Contrastive keys from all ranks: 'momentum' features, or the model's own with gradient, 'with_grad' or 'ring' "
+        "(less memory).",
+    )
+    gathered_negatives: bool = option(False, "Hard negatives for ITM from the batches of all ranks, not the own alone.")
     queue_size: int = option(65536, "Momentum features kept per modality as contrastive keys.")
     queue_warmup_steps: int = option(0, "Steps before the queued features become keys; see docs/decisions.md.")
     momentum: float = option(0.995, "Decay of the momentum copy.")
@@ -102,6 +109,7 @@ class ObjectiveConfig:
             _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         for name in ("focal_gamma", "itc_weight", "itm_weight", "mlm_weight", "queue_size", "queue_warmup_steps"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.itc_gather in GATHERS, "itc_gather", " or ".join(map(repr, GATHERS)), self.itc_gather)
         _require(0.001 <= self.temperature <= 0.5, "temperature", "in [0.001, 0.5]", self.temperature)
         _require(
             self.itc_weight + self.itm_weight + self.mlm_weight > 0, "itc_weight", "not all objectives switched off", 0

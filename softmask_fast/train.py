@@ -247,7 +247,7 @@ def pretrain(config: Config, deepspeed_config: dict, output: Path, stop: StopReq
 
     model = VisionLanguageModel(config.model, config.objectives.temperature)
     load_pretrained(model)
-    teacher = MomentumTeacher(model, config.objectives.queue_size, config.objectives.momentum, train.seed).to(device)
+    teacher = MomentumTeacher(model, config.objectives, train.seed).to(device)
     for network in (model, teacher.model):
         network.set_execution(train.attention, train.activation_checkpointing, train.compile)
     step_module = PretrainingStep(model, config.objectives, bf16=train.bf16)

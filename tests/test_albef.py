@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softmask_fast.config import make_config
+from softmask_fast.config import ObjectiveConfig, make_config
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.explain import explain
 from softmask_fast.model.albef import albef_state, load_albef_state
@@ -294,11 +294,11 @@ def test_a_fine_tuned_checkpoint_lacks_the_language_head_alone(albef, tmp_path, 
 
 def test_the_way_back_is_exact(albef, checkpoint, tmp_path):
     model, teacher = load_albef(checkpoint), None
-    for teacher in (None, MomentumTeacher(model, queue_size=6, momentum=0.9)):
+    for teacher in (None, MomentumTeacher(model, ObjectiveConfig(queue_size=6, momentum=0.9))):
         if teacher is not None:
             for parameter in teacher.model.parameters():
                 parameter.data.mul_(0.5)
-            teacher.enqueue(*torch.randn(2, 4, EMBED), torch.arange(4))
+            teacher.contrast.enqueue(*torch.randn(2, 4, EMBED), torch.arange(4))
         save_albef(model, tmp_path / "ours.pth", teacher)
         state = torch.load(tmp_path / "ours.pth", weights_only=True)["model"]
         for name, expected in albef.state_dict().items():
@@ -316,7 +316,7 @@ def test_the_way_back_is_exact(albef, checkpoint, tmp_path):
     for what, expected in albef.answers(*inputs).items():
         torch.testing.assert_close(other.answers(*inputs)[what], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.vision_proj_m.weight, 0.5 * albef.vision_proj.weight)
-    assert torch.equal(other.image_queue[:, :4].T, teacher.image_queue[:4]) and other.queue_ptr.tolist() == [4]
+    assert torch.equal(other.image_queue[:, :4].T, teacher.contrast.image_queue[:4]) and other.queue_ptr.tolist() == [4]
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 

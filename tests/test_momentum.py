@@ -1,10 +1,11 @@
-"""The momentum copy and its queues."""
+"""The momentum copy; its queues are tested in test_focal_itc_module.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from softmask_fast.config import make_config
+from softmask_fast.config import ObjectiveConfig, make_config
+from softmask_fast.model.checkpoints import load_own_state, own_state
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.vision_language import VisionLanguageModel, clamped
 
@@ -16,7 +17,7 @@ def model():
 
 
 def test_update_is_the_exponential_moving_average(model):
-    teacher = MomentumTeacher(model, queue_size=0, momentum=0.9)
+    teacher = MomentumTeacher(model, ObjectiveConfig(queue_size=0, momentum=0.9))
     expected = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for _ in range(3):
         with torch.no_grad():
@@ -30,38 +31,29 @@ def test_update_is_the_exponential_moving_average(model):
 
 
 def test_update_refuses_a_part_of_the_weights(model):
-    teacher = MomentumTeacher(model, queue_size=0, momentum=0.9)
+    teacher = MomentumTeacher(model, ObjectiveConfig(queue_size=0, momentum=0.9))
     with pytest.raises(ValueError, match="log_temperature"):
         teacher.update((n, w.detach()) for n, w in model.named_parameters() if n != "log_temperature")
 
 
 def test_the_copy_never_trains(model):
-    teacher = MomentumTeacher(model, queue_size=0, momentum=0.9).train()
-    assert not any(module.training for module in teacher.modules())
-
-
-@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [5, 8, 1, 7], [20], [2, 25, 4]])
-def test_queue_holds_the_newest_features_whatever_the_batch_sizes(model, sizes):
-    teacher = MomentumTeacher(model, queue_size=8, momentum=0.9)
-    width = model.config.embed_dim
-    images, texts, ids = torch.empty(0, width), torch.empty(0, width), torch.empty(0, dtype=torch.int64)
-    for size in sizes:
-        new = F.normalize(torch.randn(2, size, width), dim=-1)
-        new_ids = torch.randint(0, 1000, (size,))
-        teacher.enqueue(*new, new_ids)
-        images, texts, ids = torch.cat([images, new[0]]), torch.cat([texts, new[1]]), torch.cat([ids, new_ids])
-    assert sum(sizes) >= 8
-    for queue, seen in ((teacher.image_queue, images), (teacher.text_queue, texts), (teacher.queue_ids, ids)):
-        order = (int(teacher.queue_position) + torch.arange(8)) % 8
-        if max(sizes) <= 8:
-            assert torch.equal(queue[order], seen[-8:])
-        assert sorted(map(str, queue.tolist())) == sorted(map(str, seen[-8:].tolist()))
+    teacher = MomentumTeacher(model, ObjectiveConfig(queue_size=0, momentum=0.9)).train()
+    assert not any(module.training for module in teacher.model.modules())
 
 
 def test_unfilled_queue_entries_belong_to_no_image(model):
-    teacher = MomentumTeacher(model, queue_size=6, momentum=0.9)
-    assert (teacher.queue_ids < 0).all() and len(set(teacher.queue_ids.tolist())) == 6
-    torch.testing.assert_close(teacher.text_queue.norm(dim=-1), torch.ones(6))
+    contrast = MomentumTeacher(model, ObjectiveConfig(queue_size=6)).contrast
+    assert (contrast.queue_ids < 0).all() and len(set(contrast.queue_ids.tolist())) == 6
+    torch.testing.assert_close(contrast.text_queue.norm(dim=-1), torch.ones(6))
+
+
+def test_the_queue_is_in_the_state_that_checkpoints_keep(model):
+    first, second = (MomentumTeacher(model, ObjectiveConfig(queue_size=6), seed) for seed in range(2))
+    new = F.normalize(torch.randn(2, 4, model.config.embed_dim), dim=-1)
+    first.contrast.enqueue(*new, torch.arange(4))
+    load_own_state(second, own_state(first))
+    assert torch.equal(second.contrast.image_queue[:4], new[0]) and int(second.contrast.queue_position) == 4
+    assert all(torch.equal(a, b) for a, b in zip(first.buffers(), second.buffers(), strict=True))
 
 
 @pytest.mark.parametrize(

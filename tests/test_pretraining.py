@@ -1,9 +1,14 @@
 """The pretraining step against the objectives written out one by one, each in a pass of its own, in float64."""
 
+from dataclasses import replace
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from plain_attention import plain_attention
+from torch import multiprocessing
 
 from softmask_fast.config import ObjectiveConfig, make_config
 from softmask_fast.data.loader import Batch
@@ -23,8 +28,15 @@ ABLATION = {  # the five configurations of the paper; the distortions of the ima
 }
 
 
+GATHERS = ("momentum", "with_grad", "ring")
+
+
 @pytest.fixture
 def batch():
+    return make_batch()
+
+
+def make_batch():
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(5, VOCABULARY, (PAIRS, TOKENS), generator=generator)
     mask = torch.ones(PAIRS, TOKENS, dtype=torch.bool)
@@ -50,10 +62,11 @@ def make_step(**objectives):
     torch.manual_seed(4)
     config = make_config("tiny", vocab_size=VOCABULARY, image_size=32, hidden_dropout=0.0, queue_size=6).model
     model = VisionLanguageModel(config).double()
-    step = PretrainingStep(model, ObjectiveConfig(queue_size=6, **objectives))
+    objectives = ObjectiveConfig(queue_size=6, momentum=0.9, **objectives)
+    step = PretrainingStep(model, objectives)
     torch.manual_seed(5)
-    teacher = MomentumTeacher(VisionLanguageModel(config).double(), 6, 0.9).double()
-    teacher.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
+    teacher = MomentumTeacher(VisionLanguageModel(config).double(), objectives).double()
+    teacher.contrast.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
     return step, teacher
 
 
@@ -73,9 +86,9 @@ def plain_losses(step, teacher, batch, other_images, other_texts, monkeypatch):
     with torch.no_grad():
         taught_images, taught_image_features = taught.encode_image(batch.pixels)
         _, taught_text_features = taught.encode_text(text_ids, mask)
-    image_keys = torch.cat([taught_image_features, teacher.image_queue])
-    text_keys = torch.cat([taught_text_features, teacher.text_queue])
-    key_ids = torch.cat([batch.ids, teacher.queue_ids])
+    image_keys = torch.cat([taught_image_features, teacher.contrast.image_queue])
+    text_keys = torch.cat([taught_text_features, teacher.contrast.text_queue])
+    key_ids = torch.cat([batch.ids, teacher.contrast.queue_ids])
     positive = (batch.ids[:, None] == key_ids).double()
     hard_target = positive / positive.sum(-1, keepdim=True)
     scale = 1 / model.log_temperature.exp()
@@ -122,8 +135,8 @@ def test_losses_and_gradients_are_those_of_the_method(name, batch, monkeypatch):
     contrast = step._contrast
 
     def remember(*arguments):
-        drawn["stats"] = contrast(*arguments)[1]
-        return contrast(*arguments)
+        itc, drawn["stats"] = contrast(*arguments)
+        return itc, drawn["stats"]
 
     monkeypatch.setattr(step, "_contrast", remember)
     before = {buffer: value.clone() for buffer, value in teacher.named_buffers()}
@@ -161,8 +174,9 @@ def test_momentum_features_enter_the_queue(batch):
     step(batch, teacher, ALPHA, SEED)
     with torch.no_grad():
         _, features = teacher.model.encode_image(batch.pixels)
-    torch.testing.assert_close(teacher.image_queue[:PAIRS], features)
-    assert teacher.queue_ids[:PAIRS].tolist() == batch.ids.tolist() and int(teacher.queue_position) == PAIRS
+    contrast = teacher.contrast
+    torch.testing.assert_close(contrast.image_queue[:PAIRS], features)
+    assert contrast.queue_ids[:PAIRS].tolist() == batch.ids.tolist() and int(contrast.queue_position) == PAIRS
 
 
 def test_before_its_warm_up_the_queue_gives_no_keys(batch):
@@ -171,8 +185,10 @@ def test_before_its_warm_up_the_queue_gives_no_keys(batch):
         step, teacher = make_step()
         losses[use_queue] = step(batch, teacher, ALPHA, SEED, use_queue)[1]["itc"]
     step, teacher = make_step()
-    teacher.image_queue, teacher.text_queue = teacher.image_queue[:0], teacher.text_queue[:0]
-    teacher.queue_ids = teacher.queue_ids[:0]
+    queues = teacher.contrast
+    queues.image_queue, queues.text_queue, queues.queue_ids = (
+        queue[:0] for queue in (queues.image_queue, queues.text_queue, queues.queue_ids)
+    )
     assert torch.equal(losses[False], step(batch, teacher, ALPHA, SEED)[1]["itc"])
     assert losses[True] != losses[False]
 
@@ -220,3 +236,75 @@ def test_key_biases_do_not_move(batch):
     held += [p.grad.chunk(3)[1] for name, p in named.items() if name.endswith("qkv.bias")]
     assert len(held) == 8 and all((gradient == 0).all() for gradient in held)
     assert (named["vision.vit.blocks.0.attn.qkv.bias"].grad.chunk(3)[0] != 0).any()
+
+
+def two_batches():
+    """A batch, and its halves as two ranks have them: as many masked words each, captions of other lengths."""
+    joined = make_batch()
+    joined.attention_mask[2:, 6:] = False
+    joined.mlm_positions = torch.tensor([1, TOKENS + 3, 2 * TOKENS + 2, 3 * TOKENS + 5])
+    joined.mlm_labels = joined.input_ids.view(-1)[joined.mlm_positions]
+    halves = []
+    for rows, length in ((slice(0, 2), TOKENS), (slice(2, 4), 6)):
+        texts = {n: getattr(joined, n)[rows, :length] for n in ("input_ids", "masked_ids", "attention_mask")}
+        row, place = (joined.mlm_positions[rows] // TOKENS - rows.start, joined.mlm_positions[rows] % TOKENS)
+        others = {n: getattr(joined, n)[rows] for n in ("pixels", "mlm_labels", "word_index", "ids", "keys")}
+        halves.append(replace(joined, mlm_positions=row * length + place, **texts, **others))
+    return joined, halves
+
+
+def run_step(batch, gather):
+    """The loss, the gradients, the hard negatives and the queues after one step."""
+    step, teacher = make_step(itc_gather=gather, gathered_negatives=True)
+    contrast, drawn = step._contrast, []
+
+    def remember(*arguments):
+        itc, stats = contrast(*arguments)
+        drawn.extend([stats.image_hard_negative, stats.text_hard_negative])
+        return itc, stats
+
+    step._contrast = remember
+    loss, figures = step(batch, teacher, ALPHA, SEED)
+    loss.backward()
+    gradients = {name: p.grad for name, p in step.named_parameters() if p.grad is not None}
+    return {
+        "figures": figures,
+        "gradients": gradients,
+        "negatives": drawn,
+        "queues": dict(teacher.contrast.state_dict()),
+    }
+
+
+def run_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=5)
+    )
+    torch.save({gather: run_step(two_batches()[1][rank], gather) for gather in GATHERS}, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(run_rank, (str(folder),), 2)
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_two_ranks_with_gathered_negatives_are_one_process_with_the_joined_batch(ranks, gather):
+    expected = run_step(two_batches()[0], gather)
+    halves = [results[gather] for results in ranks]
+    for place, negatives in enumerate(expected["negatives"]):
+        assert torch.equal(torch.cat([half["negatives"][place] for half in halves]), negatives)
+        assert (negatives[:2] >= 2).any() or (negatives[2:] < 2).any()  # some live on the other rank
+    for name, value in expected["figures"].items():
+        mean = (halves[0]["figures"][name] + halves[1]["figures"][name]) / 2
+        torch.testing.assert_close(mean, value, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for name, value in expected["gradients"].items():
+        mean = (halves[0]["gradients"][name] + halves[1]["gradients"][name]) / 2
+        scale = value.abs().max().item()
+        torch.testing.assert_close(mean, value, rtol=0, atol=1e-6 * scale + 1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    for half in halves:
+        for name, value in expected["queues"].items():
+            torch.testing.assert_close(half["queues"][name], value)

@@ -49,7 +49,7 @@ def make_batch() -> Batch:
     )
 
 
-def make_model(queue_size: int = QUEUE, **changes):
+def make_model(gamma: float = 2.0, queue_size: int = QUEUE, **changes):
     torch.manual_seed(4)
     model = VisionLanguageModel(make_config("tiny", **SIZES | changes).model)
     with torch.no_grad():  # parameters that start at zero must not hide a term
@@ -57,9 +57,11 @@ def make_model(queue_size: int = QUEUE, **changes):
             if not parameter.any():
                 parameter.normal_(std=0.05)
     torch.manual_seed(5)
-    teacher = MomentumTeacher(VisionLanguageModel(model.config), queue_size, 0.9)
+    teacher = MomentumTeacher(
+        VisionLanguageModel(model.config), ObjectiveConfig(queue_size=queue_size, momentum=0.9, focal_gamma=gamma)
+    )
     if queue_size:
-        teacher.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
+        teacher.contrast.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
     return model, teacher
 
 
@@ -103,7 +105,7 @@ def test_the_fast_step_is_the_reference_step(soft_mask, gamma, masked_captions, 
     objectives = ObjectiveConfig(
         soft_mask=soft_mask, focal_gamma=gamma, masked_captions=masked_captions, itm_weight=0.7, mlm_weight=1.3
     )
-    model, teacher = make_model()
+    model, teacher = make_model(gamma)
     batch = make_batch()
     fast, negatives = run_fast(model, teacher, batch, objectives, alpha, use_queue=use_queue)
     wide_model, wide_teacher, wide_batch = in_float64(model, teacher, batch)

@@ -6,7 +6,7 @@ from softmask_fast.ops import attention_output_gradient, backend, word_gradcam, 
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
-IMPLS = ["reference", "cpp", "triton"]
+IMPLS = ["reference", "cpp", "triton", "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # B, H, L, N, D
 SIZES = [(2, 3, 5, 7, 16), (1, 1, 1, 2, 8), (3, 2, 4, 65, 24), (2, 1, 3, 17, 33), (1, 2, 2, 130, 128)]
@@ -155,6 +155,20 @@ def test_images_of_padding_only(impl, device):
     assert torch.equal(every[0], torch.zeros_like(every[0])) and torch.isfinite(every).all()
 
 
+@pytest.mark.parametrize("tokens", [577, 4096])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_many_tokens(impl, tokens, device):
+    require("word_mask", impl, device, torch.float32, 16)
+    inputs, word_index = draw((1, 2, 2, tokens, 16), torch.float32, device)
+    key_mask = torch.rand(1, tokens, device=device) > 0.3
+    truth, baseline = (
+        keep_from_map(of_word(full_maps(*cast, key_mask), word_index), 1, key_mask)
+        for cast in ([tensor.double() for tensor in inputs], inputs)
+    )
+    keep = word_soft_mask(*inputs, word_index, key_mask=key_mask, impl=impl)
+    assert_as_accurate(keep, baseline, truth, torch.float32)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_any_strides(impl, device):
     require("word_mask", impl, device, torch.float32, 16)
@@ -197,20 +211,22 @@ def test_features_pass_gradcheck():
     inputs, word_index = draw((2, 2, 3, 5, 4), torch.float64, "cpu")
     features = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: word_soft_mask(*inputs, word_index, x)[0], features)
+    assert torch.autograd.gradgradcheck(lambda x: word_soft_mask(*inputs, word_index, x)[0], features)
 
 
-def test_on_a_gpu_a_word_out_of_range_gives_nan(device):
-    require("word_mask", "triton", device, torch.float32, 16)
-    from softmask_fast.ops.word_mask import triton_launch
-
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_on_a_gpu_a_word_out_of_range_gives_nan(impl, device):
+    """There nobody reads the indices on the host, so the kernel says it, and the other images are right."""
+    require("word_mask", impl, device, torch.float32, 16)
+    run = backend.resolve("word_mask", impl, device)
     inputs, _ = draw((3, 2, 4, 9, 16), torch.float32, device)
     index = torch.tensor([4, 1, -1], device=device)
     features = torch.ones(3, 9, 5, device=device)
-    masked, keep = triton_launch.word_soft_mask(*inputs, index, features, 1, None, 0.25)
+    masked, keep = run["word_soft_mask"](*inputs, index, features, 1, None, 0.25)
     assert keep[[0, 2], 1:].isnan().all() and masked[[0, 2], 1:].isnan().all()
     expected = word_soft_mask(*(tensor[1:2] for tensor in inputs), index[1:2], scale=0.25, impl="reference")
     torch.testing.assert_close(keep[1:2], expected, rtol=1e-4, atol=1e-5)
-    assert triton_launch.word_gradcam(*inputs, index, None, 0.25)[[0, 2]].isnan().all()
+    assert run["word_gradcam"](*inputs, index, None, 0.25)[[0, 2]].isnan().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -191,7 +191,8 @@ SOFTMASK_CLONES void sums_of_rows(
             }
         }
         const float maximum = largest(products, tile.keys);
-        if (maximum > sums.maximum) {
+        // Tiles may come in any order: of equal ones the key of the lowest number is the dominant one.
+        if (maximum > sums.maximum || (maximum == sums.maximum && tile.first_key < places.dominant)) {
             if (!start) {
                 add_key(sums, 0.0, teacher_weight(sums.teacher_dominant), order, places.dominant_is_positive);
                 rescale(sums, (maximum - sums.maximum) * inverse, order);
@@ -217,9 +218,10 @@ SOFTMASK_CLONES void sums_of_rows(
             if (teacher) teacher[j] = BLANK;
         });
         if (sampler.on) draw(sampler, products, i, tile, sums, places, scores);
-        if (places.dominant >= tile.first_key) {
-            products[places.dominant - tile.first_key] = BLANK;
-            if (teacher) teacher[places.dominant - tile.first_key] = BLANK;
+        const int64_t dominant = places.dominant - tile.first_key;
+        if (dominant >= 0 && dominant < tile.keys) {
+            products[dominant] = BLANK;
+            if (teacher) teacher[dominant] = BLANK;
         }
         if (teacher) {
             add_tile<true>(order, products, teacher, tile.keys, tile.inverse, sums);

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../check.h"
+#include "../word_mask.h"
 #include "vector.h"
 
 namespace softmask {
@@ -110,25 +110,17 @@ SOFTMASK_CLONES void scale_features(
 Attention describe(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output,
     const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask, double scale) {
-    STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: expected 4 dimensions");
+    check_word_map(query, key, value, grad_output, word_index, key_mask);
     const int64_t images = query.size(0), heads = query.size(1), length = query.size(2), width = query.size(3);
     const int64_t tokens = key.size(2);
-    check_sizes(key, "key", {images, heads, tokens, width});
-    check_sizes(value, "value", {images, heads, tokens, width});
-    check_sizes(grad_output, "grad_output", {images, heads, length, width});
     Attention x{
         Rows(query, "query"), Rows(key, "key"), Rows(value, "value"), Rows(grad_output, "grad_output"),
         nullptr, nullptr, 0, 0, images, heads, length, tokens, width, static_cast<float>(scale)};
     if (word_index) {
-        check_sizes(*word_index, "word_index", {images});
-        check_dtype(*word_index, "word_index", ScalarType::Long);
-        check_contiguous(*word_index, "word_index");
         x.word_index = word_index->const_data_ptr<int64_t>();
         for (int64_t image = 0; image < images; ++image) check_index(x.word_index[image], length, "word_index");
     }
     if (key_mask) {
-        check_sizes(*key_mask, "key_mask", {images, tokens});
-        check_dtype(*key_mask, "key_mask", ScalarType::Bool);
         x.key_mask = key_mask->const_data_ptr<bool>();
         x.mask_image = key_mask->stride(0);
         x.mask_token = key_mask->stride(1);
@@ -141,9 +133,7 @@ void word_gradcam(
     const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask, double scale, const Tensor& cam) {
     const Attention x = describe(query, key, value, grad_output, word_index, key_mask, scale);
     const int64_t words = word_index ? 1 : x.length;
-    STD_TORCH_CHECK(cam.numel() == x.images * words * x.tokens, "cam: unexpected size");
-    check_dtype(cam, "cam", ScalarType::Float);
-    check_contiguous(cam, "cam");
+    check_map(cam, "cam", x.images * words * x.tokens);
     float* maps = cam.mutable_data_ptr<float>();
     torch::stable::parallel_for(0, x.images * words, 1, [&](int64_t begin, int64_t end) {
         std::vector<float> buffer(2 * x.tokens + (2 + BLOCK) * x.width);
@@ -160,17 +150,10 @@ void word_soft_mask(
     const std::optional<Tensor>& features, int64_t prefix_tokens, const std::optional<Tensor>& key_mask, double scale,
     double constant_spread, const std::optional<Tensor>& masked, const Tensor& keep) {
     const Attention x = describe(query, key, value, grad_output, word_index, key_mask, scale);
-    check_sizes(keep, "keep", {x.images, x.tokens});
-    check_dtype(keep, "keep", ScalarType::Float);
-    check_contiguous(keep, "keep");
-    STD_TORCH_CHECK(features.has_value() == masked.has_value(), "masked: expected exactly where features are given");
+    check_map(keep, "keep", x.images * x.tokens);
+    const int64_t channels = check_features(features, masked, x.images, x.tokens);
     std::optional<Rows> source, target;
-    int64_t channels = 0;
     if (features) {
-        STD_TORCH_CHECK(features->dim() == 3, "features: expected 3 dimensions");
-        channels = features->size(2);
-        check_sizes(*features, "features", {x.images, x.tokens, channels});
-        check_sizes(*masked, "masked", {x.images, x.tokens, channels});
         source.emplace(*features, "features");
         target.emplace(*masked, "masked");
     }

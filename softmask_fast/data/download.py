@@ -72,7 +72,9 @@ class Downloader:
             try:
                 return attempt(_Progress())
             except ImportError as error:  # of the file system's package
-                raise UnreachableFile(f"{without_query(url)}: {error}") from error
+                raise UnreachableFile(
+                    f"{without_query(url)}: {error}; https and s3 need: pip install 'softmask_fast[remote]'"
+                ) from error
             except Exception as error:  # each file system has its own
                 cause = f"{type(error).__name__}: {str(error) or 'no message'}".replace(url, without_query(url))
                 if number == self._tries or _is_final(error):

@@ -162,8 +162,9 @@ def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = No
         if part in MOMENTUM:
             state[f"{part}_m.{rest}"] = tensor
     if teacher is not None:
-        state["image_queue"], state["text_queue"] = teacher.image_queue.T, teacher.text_queue.T  # (d, M)
-        state["queue_ptr"] = teacher.queue_position.reshape(1)
+        queues = teacher.contrast
+        state["image_queue"], state["text_queue"] = queues.image_queue.T, queues.text_queue.T  # (d, M)
+        state["queue_ptr"] = queues.queue_position.reshape(1)
     return state
 
 

@@ -6,7 +6,7 @@ all sequences in one batch, match (ITM), predict the masked words (MLM).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.loader import Batch
 from softmask_fast.model.fusion import KeyValue
-from softmask_fast.model.momentum import MomentumTeacher, gather_ranks
+from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.ops import FocalITCStats, focal_itc_loss, word_soft_mask
+from softmask_fast.ops import FocalITCStats, word_soft_mask
+from softmask_fast.ops.focal_itc.distributed import exchange, take_rows, world_size
 
 MATCHED, NOT_MATCHED, NOT_SCORED = 1, 0, -100
 
@@ -57,6 +58,8 @@ class PretrainingStep(nn.Module):
 
     def _losses(self, batch: Batch, teacher: MomentumTeacher, alpha: float, seed: int, use_queue: bool):
         model, objectives = self.model, self.objectives
+        if objectives.gathered_negatives:
+            batch = _padded(batch, int(exchange([batch.input_ids.shape[1]]).max()))
         mask = batch.attention_mask
         text_ids = batch.masked_ids if objectives.masked_captions else batch.input_ids
 
@@ -73,18 +76,20 @@ class PretrainingStep(nn.Module):
             losses["itc"] = itc
             figures["itc_image_accuracy"], figures["itc_text_accuracy"] = stats.image_accuracy, stats.text_accuracy
 
-        # Every sequence below looks at one of the B images, whose keys and values are computed once.
-        keys_values = model.fusion.keys_values(image_tokens)
         pairs = torch.arange(len(mask), device=mask.device)
+        images = image_tokens
+        if objectives.itm_weight:
+            # -1 where a row has no negative: the whole batch shows its image, or its probabilities are not finite
+            negatives = {"other image": stats.text_hard_negative, "other text": stats.image_hard_negative}
+            images, other_image, other_text, other_mask = self._others(negatives, image_tokens, text_tokens, mask)
+
+        # Every sequence below looks at one of these images, whose keys and values are computed once.
+        keys_values = model.fusion.keys_values(images)
         sequences = _Sequences(image_tokens.shape[1], batch.token_count)
         sequences.add("matched", text_tokens, mask, pairs)
         if objectives.itm_weight:
-            offset = _row_offset(len(pairs))
-            # -1 where a row has no negative: the whole batch shows its image, or its probabilities are not finite
-            negatives = {"other image": stats.text_hard_negative, "other text": stats.image_hard_negative}
-            other_image, other_text = ((column - offset).clamp(min=0) for column in negatives.values())
             sequences.add("other image", text_tokens, mask, other_image)
-            sequences.add("other text", text_tokens[other_text], mask[other_text], pairs, same_texts=False)
+            sequences.add("other text", other_text, other_mask, pairs, same_texts=False)
             if objectives.soft_mask:
                 keep = self._soft_mask(batch, text_tokens, keys_values, packing)
                 sequences.add("soft-masked", text_tokens, mask, pairs, keep)
@@ -116,8 +121,6 @@ class PretrainingStep(nn.Module):
                 batch, fused[-1], taught, teacher, alpha, packing
             )
 
-        gathered = [gather_ranks(x) for x in (taught.image_features, taught.text_features, batch.ids)]
-        teacher.enqueue(*gathered)
         loss = sum(getattr(objectives, f"{name}_weight") * value for name, value in losses.items())
         figures |= {"loss": loss, **losses, "temperature": model.temperature}
         return loss, {name: value.detach().float() for name, value in figures.items()}
@@ -134,39 +137,42 @@ class PretrainingStep(nn.Module):
     def _contrast(
         self, batch, image_features, text_features, taught: TeacherOutputs, teacher, alpha, seed, use_queue
     ) -> tuple[Tensor, FocalITCStats]:
-        """Focal ITC against the momentum features of all ranks and of the queues, and a hard negative of each row."""
-        rows, offset = len(batch.ids), _row_offset(len(batch.ids))
-        queued = slice(None) if use_queue else slice(0)
-        image_keys, text_keys, key_ids = (
-            torch.cat([gather_ranks(new), queue[queued].to(new)])
-            for new, queue in (
-                (taught.image_features, teacher.image_queue),
-                (taught.text_features, teacher.text_queue),
-                (batch.ids, teacher.queue_ids),
-            )
-        )
-        return focal_itc_loss(
+        """Focal ITC against the batches of all ranks and the queues, and a hard negative of each row."""
+        return teacher.contrast(
             image_features,
             text_features,
-            image_keys,
-            text_keys,
             temperature=self.model.temperature,
-            gamma=self.objectives.focal_gamma,
             teacher_image=taught.image_features,
             teacher_text=taught.text_features,
             alpha=alpha,
             ids=batch.ids,
-            key_ids=key_ids,
-            row_offset=offset,
+            use_queue=use_queue,
             return_stats=True,
-            negative_range=(offset, offset + rows),  # of this rank's images: the others' tokens are not here
+            negatives="batch" if self.objectives.gathered_negatives else "rank",
             seed=seed,
         )
+
+    def _others(
+        self, negatives: dict[str, Tensor], image_tokens: Tensor, text_tokens: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The images to look at, which of them is each text's negative, and each image's negative text with its mask.
+
+        Those of other ranks are fetched from there, and their gradients go back.
+        """
+        if self.objectives.gathered_negatives and world_size() > 1:
+            other_image, other_text = (column.clamp(min=0) for column in negatives.values())
+            images = torch.cat([image_tokens, take_rows(image_tokens, other_image)])
+            place = torch.arange(len(mask), len(images), device=mask.device)
+            return images, place, take_rows(text_tokens, other_text), take_rows(mask.byte(), other_text).bool()
+        offset = _row_offset(len(mask))
+        other_image, other_text = ((column - offset).clamp(min=0) for column in negatives.values())
+        return image_tokens, other_image, text_tokens[other_text], mask[other_text]
 
     @torch.no_grad()
     def _soft_mask(self, batch: Batch, text_tokens: Tensor, keys_values: list[KeyValue], packing: Packing) -> Tensor:
         """What the masked image keeps (B, N): one minus the word's normalised Grad-CAM over the patches."""
         layer = self.model.config.soft_mask_layer
+        keys_values = [(key[: len(text_tokens)], value[: len(text_tokens)]) for key, value in keys_values]
         query, key, value, gradient = self.model.relevance_inputs(
             text_tokens, batch.attention_mask, keys_values, layer, packing
         )
@@ -246,6 +252,14 @@ class _Sequences:
                 if part[3] is not None:
                     keep[rows] = part[3]
         return text, mask, image_index, keep
+
+
+def _padded(batch: Batch, length: int) -> Batch:
+    """The batch with captions padded to that length."""
+    present = batch.input_ids.shape[1]
+    texts = {name: getattr(batch, name) for name in ("input_ids", "masked_ids", "attention_mask")}
+    positions = batch.mlm_positions + batch.mlm_positions // present * (length - present)
+    return replace(batch, mlm_positions=positions, **{n: F.pad(x, (0, length - present)) for n, x in texts.items()})
 
 
 def _row_offset(rows: int) -> int:

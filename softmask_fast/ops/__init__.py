@@ -4,11 +4,13 @@ This package needs nothing but torch (and triton or the compiled extension where
 """
 
 from softmask_fast.ops.focal_itc import FocalITCStats, focal_itc_loss
+from softmask_fast.ops.focal_itc.module import FocalITCLoss
 from softmask_fast.ops.partial_backward import attention_output_gradient
 from softmask_fast.ops.soft_masked_attention import soft_masked_attention
 from softmask_fast.ops.word_mask import word_gradcam, word_soft_mask
 
 __all__ = [
+    "FocalITCLoss",
     "FocalITCStats",
     "attention_output_gradient",
     "focal_itc_loss",

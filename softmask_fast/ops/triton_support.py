@@ -11,16 +11,18 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """The obstacle of the Triton implementations with heads of up to 128 elements."""
+def obstacle(
+    device: torch.device, dtype: torch.dtype, width: int, largest: int = 128, what: str = "heads"
+) -> str | None:
+    """The obstacle of the Triton implementations, which take ``what`` of up to ``largest`` elements."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type != "cuda" and not INTERPRETED:
         return f"it runs on a GPU (or, slowly, with TRITON_INTERPRET=1 in the environment), the tensors are on {device}"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes float16, bfloat16 and float32, not {dtype}"
-    if width > 128:
-        return f"it takes heads of up to 128 elements, not {width}"
+    if width > largest:
+        return f"it takes {what} of up to {largest} elements, not {width}"
     return None
 
 

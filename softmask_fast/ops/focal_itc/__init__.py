@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from softmask_fast.ops import backend
-from softmask_fast.ops.checks import FLOAT_DTYPES, check_number, check_tensor
+from softmask_fast.ops import backend, triton_support
+from softmask_fast.ops.checks import check_tensor
 from softmask_fast.ops.extension import cpu_obstacle
 from softmask_fast.ops.focal_itc import cpp, operators, reference, streamed
+from softmask_fast.ops.focal_itc.arguments import as_scalar, check_choice, check_gamma, check_integer, check_teachers
 from softmask_fast.ops.focal_itc.reference import Options, RowResult
 
 __all__ = ["FocalITCStats", "focal_itc_loss"]
 
+_TRITON = "softmask_fast.ops.focal_itc.triton_launch"
 backend.register(
     "focal_itc",
+    operators.streaming(
+        "triton",
+        backend.lazily(_TRITON, "Forward"),
+        backend.lazily(_TRITON, "backward"),
+        obstacle=functools.partial(triton_support.obstacle, largest=1024, what="features"),
+        automatic_on=("cuda",),
+    ),
     operators.streaming("cpp", cpp.Forward, cpp.backward, obstacle=cpu_obstacle, automatic_on=("cpu",)),
     operators.streaming("streamed", streamed.Forward, streamed.backward),
     backend.Implementation("reference", {"direction": reference.focal_itc_direction}),
@@ -106,10 +114,8 @@ def focal_itc_loss(
     check_tensor("text", text, (batch, width), like=like, same_dtype=True)
     image_keys, text_keys, own_keys = _check_keys(image, text, image_keys, text_keys)
     keys = text_keys.shape[0]
-    alpha = _check_teachers(image, teacher_image, teacher_text, alpha)
-    gamma = check_number("gamma", gamma, at_least=0)
-    if not math.isfinite(gamma):
-        raise ValueError(f"gamma: expected a finite number, got {gamma}")
+    alpha = check_teachers(image, teacher_image, teacher_text, alpha)
+    gamma = check_gamma(gamma)
     if ids is None and key_ids is not None:
         raise ValueError("ids: expected the ids of the rows along with key_ids, got None")
     if ids is not None:
@@ -119,12 +125,12 @@ def focal_itc_loss(
                 raise ValueError("key_ids: expected the ids of the keys along with ids and image_keys, got None")
             key_ids = ids
         check_tensor("key_ids", key_ids, (keys,), dtypes=(torch.int64,), like=like)
-    _check_integer("row_offset", row_offset, 0, None if ids is not None else keys - batch)
-    _check_choice("positives", positives, ("mean", "any"))
-    _check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_integer("row_offset", row_offset, 0, None if ids is not None else keys - batch)
+    check_choice("positives", positives, ("mean", "any"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
     first_negative, last_negative = _check_negative_range(negative_range, keys)
-    _check_integer("seed", seed, -(2**63), 2**63 - 1)
-    temperature = _as_scalar(temperature, image)
+    check_integer("seed", seed, -(2**63), 2**63 - 1)
+    temperature = as_scalar(temperature, image)
 
     if impl == "reference":
         run = reference.focal_itc_direction
@@ -153,10 +159,11 @@ def focal_itc_loss(
         loss = loss.mean() if reduction == "mean" else loss.sum()
     if not return_stats:
         return loss
-    return loss, _stats(*results)
+    return loss, statistics(*results)
 
 
-def _stats(image: RowResult, text: RowResult) -> FocalITCStats:
+def statistics(image: RowResult, text: RowResult) -> FocalITCStats:
+    """The rows' statistics of both directions, averaged."""
     return FocalITCStats(
         image.correct.mean(),
         text.correct.mean(),
@@ -185,33 +192,6 @@ def _check_keys(
     return image_keys, text_keys, False
 
 
-def _check_teachers(image: Tensor, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float) -> float:
-    alpha = check_number("alpha", alpha, at_least=0)
-    if alpha > 1:
-        raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
-    for name, teacher in (("teacher_image", teacher_image), ("teacher_text", teacher_text)):
-        if teacher is not None:
-            check_tensor(name, teacher, tuple(image.shape), like=("image", image), same_dtype=True)
-        elif alpha > 0:
-            raise ValueError(f"{name}: expected a tensor of size {tuple(image.shape)} as alpha is {alpha}, got None")
-    return alpha
-
-
-def _check_integer(name: str, value: object, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        bound = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        if name == "row_offset" and high is not None:
-            bound += " (the number of keys less the number of rows)"
-        raise ValueError(f"{name}: expected an integer {bound}, got {value}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
-
-
 def _check_negative_range(negative_range: tuple[int, int] | None, keys: int) -> tuple[int, int]:
     if negative_range is None:
         return 0, keys
@@ -219,18 +199,6 @@ def _check_negative_range(negative_range: tuple[int, int] | None, keys: int) -> 
         first, last = negative_range
     except (TypeError, ValueError):
         raise TypeError(f"negative_range: expected a pair of key columns, got {negative_range!r}") from None
-    _check_integer("negative_range", first, 0, keys)
-    _check_integer("negative_range", last, first, keys)
+    check_integer("negative_range", first, 0, keys)
+    check_integer("negative_range", last, first, keys)
     return first, last
-
-
-def _as_scalar(temperature: float | Tensor, image: Tensor) -> Tensor:
-    """The temperature as a 0-dim tensor in the dtype of the sums; keeps the graph of a tensor."""
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
-    if not isinstance(temperature, Tensor):
-        value = check_number("temperature", temperature, above=0)
-        return torch.full((), value, dtype=dtype, device=image.device)
-    check_tensor("temperature", temperature, (), dtypes=FLOAT_DTYPES, like=("image", image))
-    if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not float(temperature.detach()) > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {float(temperature.detach())}")
-    return temperature.to(dtype)

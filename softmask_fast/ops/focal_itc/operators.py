@@ -64,7 +64,7 @@ def focal_itc_direction(
 class BlockwiseForward:
     """The forward of one direction, to which the keys come in blocks, from one tensor or from other processes.
 
-    ``add`` every block of keys once per pass, then ``finish``. Nothing of size (B, M) is held in between.
+    ``add`` every block of keys once per pass, in any order, then ``finish``. Nothing of size (B, M) is held in between.
     """
 
     passes = 2

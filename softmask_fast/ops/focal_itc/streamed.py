@@ -41,7 +41,9 @@ class _RunningSum:
         tile_max, tile_argmax = products.max(dim=1)
         new_max = torch.maximum(old_max, tile_max)
         tile_sum = ((products - new_max[:, None]) / self.temperature).exp_().sum(dim=1)
-        self.argmax[part] = torch.where(tile_max > old_max, tile_argmax + first_key, self.argmax[part])
+        # Tiles may come in any order: of equal ones the key of the lowest number is the most probable.
+        better = (tile_max > old_max) | (tile_max == old_max) & (self.argmax[part] > first_key)
+        self.argmax[part] = torch.where(better, tile_argmax + first_key, self.argmax[part])
         self.sum[part] = self.sum[part] * torch.exp((old_max - new_max) / self.temperature) + tile_sum
         self.max[part] = new_max
 

@@ -10,9 +10,11 @@ from softmask_fast.ops.focal_itc.triton_kernels import (
     DOMINANT,
     DOMINANT_POSITIVE,
     ENTROPY,
+    LN_2,
+    LOG2_E,
     MAX,
-    NEGATIVE,
     NO_SCORE,
+    OTHERS,
     PLACES,
     POSITIVE,
     POSITIVE_MAX,
@@ -38,7 +40,7 @@ def merge(
     """Grid (cdiv(B, BLOCK_B),): the sums over all splits, in ascending order, into the place of the first."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_rows = row < B
-    inverse = 1.0 / tl.load(p_temperature)
+    scale = LOG2_E / tl.load(p_temperature)
     p_sums += row
     p_places += row
     zero = tl.zeros((BLOCK_B,), tl.float32)
@@ -48,9 +50,8 @@ def merge(
     t, h = pairs_of_zeros(zero, TERMS), pairs_of_zeros(zero, TERMS)
     dominant = tl.zeros((BLOCK_B,), tl.int32)
     choice = dominant - 1
-    for split in range(0, splits):
-        p = p_sums + split.to(tl.int64) * SUMS * B
-        p_place = p_places + split.to(tl.int64) * PLACES * B
+    p, p_place = p_sums, p_places
+    for _ in range(0, splits):
         its_maximum = tl.load(p + MAX * B, mask=m_rows, other=0.0)
         its_teacher_max = tl.load(p + TEACHER_MAX * B, mask=m_rows, other=0.0)
         its_teacher_dominant = tl.load(p + TEACHER_DOMINANT * B, mask=m_rows, other=0.0)
@@ -60,7 +61,7 @@ def merge(
         its_dominant_positive = tl.load(p_place + DOMINANT_POSITIVE * B, mask=m_rows, other=0).to(tl.float32)
         its_choice = tl.load(p_place + CHOICE * B, mask=m_rows, other=0)
         its_sums = (
-            tl.load(p + NEGATIVE * B, mask=m_rows, other=0.0),
+            tl.load(p + OTHERS * B, mask=m_rows, other=0.0),
             tl.load(p + POSITIVE * B, mask=m_rows, other=0.0),
             tl.load(p + ENTROPY * B, mask=m_rows, other=0.0),
             tl.load(p + BEST * B, mask=m_rows, other=0.0),
@@ -85,11 +86,11 @@ def merge(
         new_teacher_max = tl.maximum(teacher_max, its_teacher_max)
         sums, t_raised, h = raise_maximum(
             sums, t, h, maximum, new_maximum, teacher_max, new_teacher_max, teacher_dominant, dominant_positive,
-            rises & (maximum > BLANK), inverse, HAS_TEACHER, TERMS,
+            rises & (maximum > BLANK), scale, HAS_TEACHER, TERMS,
         )  # fmt: skip
         its_sums, its_t_raised, its_h = raise_maximum(
             its_sums, its_t, its_h, its_maximum, new_maximum, its_teacher_max, new_teacher_max, its_teacher_dominant,
-            its_dominant_positive, rises == 0, inverse, HAS_TEACHER, TERMS,
+            its_dominant_positive, rises == 0, scale, HAS_TEACHER, TERMS,
         )  # fmt: skip
         choice = tl.where(its_sums[3] > sums[3], its_choice, choice)
         best = tl.maximum(its_sums[3], sums[3])
@@ -103,12 +104,14 @@ def merge(
             t = new_t
         h = new_h
         new_positive_max = tl.maximum(positive_max, its_positive_max)
-        positive_sum = positive_sum * tl.exp((positive_max - new_positive_max) * inverse)
-        positive_sum += its_positive_sum * tl.exp((its_positive_max - new_positive_max) * inverse)
+        positive_sum = positive_sum * tl.exp2((positive_max - new_positive_max) * scale)
+        positive_sum += its_positive_sum * tl.exp2((its_positive_max - new_positive_max) * scale)
         dominant = tl.where(rises, its_dominant, dominant)
         dominant_positive = tl.where(rises, its_dominant_positive, dominant_positive)
         teacher_dominant = tl.where(rises, its_teacher_dominant, teacher_dominant)
         maximum, teacher_max, positive_max = new_maximum, new_teacher_max, new_positive_max
+        p += SUMS * B
+        p_place += PLACES * B
 
     store_sums(
         p_sums, p_places, m_rows, B, maximum, teacher_max, teacher_dominant, sums, positive_max, positive_sum, t, h,
@@ -121,7 +124,7 @@ def expand(p_pairs, B, m_rows, log_sum, total, ORDER: tl.constexpr):
     """Loss and weight of the keys in the pairs: (1 - p)^ORDER in powers of p."""
     loss = tl.zeros(log_sum.shape, tl.float32)
     weight = loss
-    scale = loss + 1.0
+    power = loss + 1.0
     for k in tl.static_range(ORDER + 1):
         # binomial coefficients with their signs, of ORDER over k and of ORDER - 1 over k - 1
         if k == 0:
@@ -133,33 +136,35 @@ def expand(p_pairs, B, m_rows, log_sum, total, ORDER: tl.constexpr):
         else:
             outer, inner = -1.0, -1.0
         plain = tl.load(p_pairs + 2 * k * B, mask=m_rows, other=0.0)
-        with_log_p = (tl.load(p_pairs + (2 * k + 1) * B, mask=m_rows, other=0.0) - log_sum * plain) * scale
+        with_log_p = (tl.load(p_pairs + (2 * k + 1) * B, mask=m_rows, other=0.0) * LN_2 - log_sum * plain) * power
         loss -= outer * with_log_p
-        weight += outer * plain * scale + ORDER * inner * with_log_p
-        scale = scale / total
+        weight += outer * plain * power + ORDER * inner * with_log_p
+        power = power / total
     return loss, weight
 
 
 @triton.jit
 def finish(
     p_sums, p_places, p_terms, p_count, p_temperature, p_loss, p_state, p_dominant, p_statistics, p_negative,
-    B, splits, gamma, alpha,
+    B, gamma, alpha,
     ORDER: tl.constexpr, HAS_TEACHER: tl.constexpr, ANY: tl.constexpr, STATS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(B, BLOCK_B),): loss, row state (see operators.py) and statistics from the merged sums."""
+    """Grid (cdiv(B, BLOCK_B),): loss, row state (see operators.py) and statistics from the merged sums.
+
+    ``p_terms`` (TERM_SUMS, B) holds the merged sums of ``row_terms`` where ORDER is -1.
+    """
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_rows = row < B
-    inverse = 1.0 / tl.load(p_temperature)
+    scale = LOG2_E / tl.load(p_temperature)
     p_sums += row
     p_places += row
     maximum = tl.load(p_sums + MAX * B, mask=m_rows, other=0.0)
-    negative = tl.load(p_sums + NEGATIVE * B, mask=m_rows, other=0.0)
+    others = tl.load(p_sums + OTHERS * B, mask=m_rows, other=0.0)
     positive = tl.load(p_sums + POSITIVE * B, mask=m_rows, other=0.0)
     positive_max = tl.load(p_sums + POSITIVE_MAX * B, mask=m_rows, other=0.0)
-    positive_log_sum = tl.log(tl.load(p_sums + POSITIVE_SUM * B, mask=m_rows, other=1.0))
+    positive_log_sum = tl.log(tl.maximum(tl.load(p_sums + POSITIVE_SUM * B, mask=m_rows, other=1.0), 1.0))
     dominant = tl.load(p_places + DOMINANT * B, mask=m_rows, other=0)
     is_positive = tl.load(p_places + DOMINANT_POSITIVE * B, mask=m_rows, other=0).to(tl.float32)
-    others = negative + positive
     total = 1.0 + others
     log_sum = log1p(others)
     p = 1.0 / total
@@ -173,28 +178,26 @@ def finish(
         if HAS_TEACHER:
             soft_loss, soft_weight = expand(p_sums + T * B, B, m_rows, log_sum, total, ORDER)
     else:
-        for split in range(0, splits):
-            p_split = p_terms + split.to(tl.int64) * 4 * B + row
-            soft_loss += tl.load(p_split, mask=m_rows, other=0.0)
-            soft_weight += tl.load(p_split + B, mask=m_rows, other=0.0)
-            hard_loss += tl.load(p_split + 2 * B, mask=m_rows, other=0.0)
-            hard_weight += tl.load(p_split + 3 * B, mask=m_rows, other=0.0)
+        soft_loss = tl.load(p_terms + row, mask=m_rows, other=0.0)
+        soft_weight = tl.load(p_terms + B + row, mask=m_rows, other=0.0)
+        hard_loss = tl.load(p_terms + 2 * B + row, mask=m_rows, other=0.0)
+        hard_weight = tl.load(p_terms + 3 * B + row, mask=m_rows, other=0.0)
     teacher_max, teacher_log_sum = zero, zero
     if HAS_TEACHER:
         teacher_max = tl.load(p_sums + TEACHER_MAX * B, mask=m_rows, other=0.0)
         teacher_dominant = tl.load(p_sums + TEACHER_DOMINANT * B, mask=m_rows, other=0.0)
-        weight = tl.exp(tl.minimum((teacher_dominant - teacher_max) * inverse, 0.0))
+        weight = tl.exp2(tl.minimum((teacher_dominant - teacher_max) * scale, 0.0))
         teacher_total = tl.load(p_sums + T * B, mask=m_rows, other=0.0) + weight
         teacher_log_sum = tl.log(teacher_total)
         rest_loss += alpha * soft_loss / teacher_total
         rest_weight += alpha * soft_weight / teacher_total
         target += alpha * weight / teacher_total
     if ANY:
-        one_minus_mass = (negative + 1.0 - is_positive) / total
+        one_minus_mass = (tl.maximum(others - positive, 0.0) + 1.0 - is_positive) / total
         log_mass = tl.where(
             is_positive > 0,
             log1p(-tl.minimum(one_minus_mass, 0.9999999)),
-            (positive_max - maximum) * inverse + positive_log_sum - log_sum,
+            (positive_max - maximum) * scale * LN_2 + positive_log_sum - log_sum,
         )
         mass_loss, mass_weight = focal(tl.minimum(log_mass, 0.0), one_minus_mass, gamma, ORDER)
         rest_loss += (1.0 - alpha) * mass_loss
@@ -202,9 +205,7 @@ def finish(
         hard = mass_weight
         mass_gradient = hard * p * tl.where(is_positive > 0, -one_minus_mass / (1.0 - one_minus_mass), 1.0)
     else:
-        hard = zero + (1.0 - alpha)
-        if p_count is not None:
-            hard = hard / tl.load(p_count + row, mask=m_rows, other=1).to(tl.float32)
+        hard = (1.0 - alpha) / tl.load(p_count + row, mask=m_rows, other=1).to(tl.float32)
         rest_loss += hard * hard_loss
         rest_weight += hard * hard_weight
         target += hard * is_positive
@@ -224,7 +225,7 @@ def finish(
     tl.store(p_state + 8 * B, gradient, mask=m_rows)
     tl.store(p_dominant + row, dominant.to(tl.int64), mask=m_rows)
     if STATS:
-        entropy = log_sum - tl.load(p_sums + ENTROPY * B, mask=m_rows, other=0.0) / total
+        entropy = log_sum - tl.load(p_sums + ENTROPY * B, mask=m_rows, other=0.0) * LN_2 / total
         tl.store(p_statistics + row, is_positive, mask=m_rows)
         tl.store(p_statistics + B + row, entropy, mask=m_rows)
         tl.store(p_statistics + 2 * B + row, (positive + is_positive) / total, mask=m_rows)

@@ -1,27 +1,31 @@
 """Forward kernels of the focal contrastive loss in Triton. Formulas: ``reference.py``, launches: ``triton_launch.py``.
 
-Student and teacher rows share each tile of keys. The most probable key of a row, its "dominant" key, is kept out of the
-sums: every other key has p <= 1/2, so powers of 1 - p expand without cancellation, and 1 - p of the dominant key is the
-sum of all others over the total. Its share is added by ``finish``.
+Student and teacher rows share each tile of keys. One key of each row, its "dominant" key, is kept out of the sums: no
+other one is more than twice as probable, so every other p is at most 2/3, powers of 1 - p expand without cancellation,
+and 1 - p of the dominant key is the sum of all others over the total. Its share is added by ``finish``. With STATS the
+dominant key is the most probable one, the first of equals.
 
-Sums over keys are relative to running maxima: x = (product - maximum) / tau, and u likewise for the teacher.
+Logarithms are to base 2, which is what the hardware has. Sums over keys are relative to a reference, the product of the
+dominant key: x = (product - reference) log2(e) / tau, and u likewise for the teacher.
+
+Most tiles have no positive, no new dominant key and no end of the keys: whatever only these need stands in branches
+that all threads take or skip together. What is left is what every element pays for.
 """
 
 import triton
 import triton.language as tl
 
-# Rows of `sums` (splits, SUMS, B), float32. T and H hold pairs for k = 0 ... 3: sum e^u e^(kx) and sum e^u e^(kx) x
-# over the keys, and without e^u over the positives; none of the sums but POSITIVE_SUM counts the dominant key. For
-# gammas that do not expand, k = 1 has the sums of loss and weight of ``row_terms``.
-MAX = tl.constexpr(0)
+# Rows of `sums` (splits, SUMS, B), float32. T and H hold pairs for k = 0 ... 3: sum 2^u 2^(kx) and sum 2^u 2^(kx) x
+# over the keys, and without 2^u over the positives; none of the sums but POSITIVE_SUM counts the dominant key.
+MAX = tl.constexpr(0)  # the dominant key's product
 TEACHER_MAX = tl.constexpr(1)
 TEACHER_DOMINANT = tl.constexpr(2)  # the teacher's product with the dominant key
-NEGATIVE = tl.constexpr(3)  # sum e^x over the negatives
-POSITIVE = tl.constexpr(4)  # and over the positives
-ENTROPY = tl.constexpr(5)  # sum e^x x
-BEST = tl.constexpr(6)  # best score of a hard negative, relative to the maximum
+OTHERS = tl.constexpr(3)  # sum 2^x over all keys
+POSITIVE = tl.constexpr(4)  # and over the positives among them
+ENTROPY = tl.constexpr(5)  # sum 2^x x
+BEST = tl.constexpr(6)  # best score of a hard negative, relative to MAX
 POSITIVE_MAX = tl.constexpr(7)  # largest product of a positive
-POSITIVE_SUM = tl.constexpr(8)  # sum over the positives of e^((product - POSITIVE_MAX) / tau)
+POSITIVE_SUM = tl.constexpr(8)  # the same sum relative to it (both only for ANY)
 T = tl.constexpr(9)
 H = tl.constexpr(17)
 SUMS = tl.constexpr(25)
@@ -30,8 +34,12 @@ DOMINANT = tl.constexpr(0)
 DOMINANT_POSITIVE = tl.constexpr(1)  # 1 where it is a positive
 CHOICE = tl.constexpr(2)  # the hard negative, -1 for none
 PLACES = tl.constexpr(3)
+TERM_SUMS = tl.constexpr(4)  # rows of `terms` (splits, TERM_SUMS, B), see ``row_terms``
 BLANK = tl.constexpr(-1e30)  # product of a key that does not exist
 NO_SCORE = tl.constexpr(-1e15)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+TEACHER_MARGIN = tl.constexpr(8.0)  # the teacher's sums may grow by 2^8 before they are made relative to a new maximum
 
 
 @triton.jit
@@ -53,12 +61,12 @@ def mix(x):
 
 @triton.jit
 def gumbel(row, column, seed_high, stream):
-    """-log(E) of global rows (BLOCK_B, 1) and key columns (1, BLOCK_K), as in sampling.py."""
+    """-log2(E) of global rows (BLOCK_B, 1) and key columns (1, BLOCK_K), as in sampling.py."""
     first = mix(row.to(tl.uint32) + stream)
     second = mix(first ^ seed_high ^ 0x85EBCA6B)
     bits = mix(mix(column.to(tl.uint32) ^ first) + second)
     v = tl.minimum(bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
-    return -tl.log(-log1p(-v))
+    return -tl.log2(-log1p(-v))
 
 
 @triton.jit
@@ -71,15 +79,18 @@ def load_tile(p, o_rows, o_columns, m_rows, m_columns, WIDEN: tl.constexpr):
 
 @triton.jit
 def multiply(
-    p_rows, p_teacher, p_keys, o_rows, o_teacher, o_keys, rows_d, teacher_d, keys_d, m_rows, m_keys, D, rows, teacher,
-    keys, HAS_TEACHER: tl.constexpr, RESIDENT: tl.constexpr, BY_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    p_rows, p_teacher, p_keys, rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d, m_rows, m_keys, D, rows, teacher,
+    keys, HAS_TEACHER: tl.constexpr, RESIDENT: tl.constexpr, BY_KEYS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products of student and teacher rows with keys, (rows, keys), or (keys, rows) where BY_KEYS.
 
-    RESIDENT: D fits one tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the
-    other side is loaded here and returned. Else both sides are read in tiles of BLOCK_D.
+    The pointers stand at the first row and key of the tile, so that offsets within it take 32 bits. RESIDENT: D fits
+    one tile, and what the caller holds (the keys where BY_KEYS, else the rows) is loaded already; the other side is loaded
+    here and returned. Else both sides are read in tiles of BLOCK_D.
     """
+    o_rows, o_teacher = tl.arange(0, BLOCK_B) * rows_b, tl.arange(0, BLOCK_B) * teacher_b
+    o_keys = tl.arange(0, BLOCK_K) * keys_m
     d = tl.arange(0, BLOCK_D)
     other = keys
     if RESIDENT:
@@ -98,9 +109,9 @@ def multiply(
                 momentum = tl.dot(teacher, tl.trans(other), input_precision=PRECISION)
     else:
         if BY_KEYS:
-            student = tl.zeros((o_keys.shape[0], o_rows.shape[0]), tl.float32)
+            student = tl.zeros((BLOCK_K, BLOCK_B), tl.float32)
         else:
-            student = tl.zeros((o_rows.shape[0], o_keys.shape[0]), tl.float32)
+            student = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
         momentum = student
         for first in range(0, D, BLOCK_D):
             column = first + d
@@ -120,32 +131,68 @@ def multiply(
 
 
 @triton.jit
-def positive_tile(row_ids, key_ids, row, key, row_offset, HAS_IDS: tl.constexpr):
+def relative(products, reference, scale):
+    """x of a tile: one fused multiplication and addition per element, so that differences of large logits stay exact."""
+    return tl.fma(products, scale, -(reference * scale))
+
+
+@triton.jit
+def positive_tile(row_ids, key_ids, row, number, row_offset, HAS_IDS: tl.constexpr):
     """Positive mask of a tile; rows and keys come in the shapes that broadcast to it."""
     if HAS_IDS:
         mask = row_ids == key_ids
     else:
-        mask = key == row + row_offset
+        mask = number == row + row_offset
     return mask
+
+
+@triton.jit
+def tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS: tl.constexpr):
+    """Positive mask (rows, keys) of a tile."""
+    row_ids, key_ids = row, key
+    if HAS_IDS:
+        row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
+        key_ids = tl.load(p_key_ids + key, mask=m_keys, other=0)
+    mask = positive_tile(row_ids[:, None], key_ids[None, :], row[:, None], number[None, :], row_offset, HAS_IDS)
+    return mask & m_keys[None, :]
+
+
+@triton.jit
+def may_have_positives(
+    p_spans, key, m_keys, M, first_number, first_row, row_offset,
+    HAS_IDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """False where no row from ``first_row`` on has a positive in this tile of keys.
+
+    ``p_spans`` (2, M) int32 has the first and the last row that have the id of each key.
+    """
+    if HAS_IDS:
+        first = tl.load(p_spans + key, mask=m_keys, other=2147483647)
+        last = tl.load(p_spans + M + key, mask=m_keys, other=-1)
+        found = tl.max(((first < first_row + BLOCK_B) & (last >= first_row)).to(tl.int32), 0) > 0
+    else:
+        distance = first_row + row_offset - first_number
+        found = (distance < BLOCK_K) & (distance > -BLOCK_B)
+    return found
 
 
 @triton.jit
 def raise_maximum(
     sums, t, h, maximum, new_maximum, teacher_max, new_teacher_max, teacher_dominant, dominant_positive, replaced,
-    inverse, HAS_TEACHER: tl.constexpr, TERMS: tl.constexpr,
+    scale, HAS_TEACHER: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Makes the sums relative to new maxima; where ``replaced``, the old dominant key becomes one of the others."""
-    negative, positive, entropy, best = sums
-    delta = tl.where(maximum > BLANK, (new_maximum - maximum) * inverse, 0.0)
+    others, positive, entropy, best = sums
+    delta = tl.where(maximum > BLANK, (new_maximum - maximum) * scale, 0.0)
     one = tl.where(replaced, 1.0, 0.0)
     hard = one * dominant_positive
-    negative, positive = negative + (one - hard), positive + hard
-    factor = tl.exp(-delta)
-    entropy = (entropy - delta * (negative + positive)) * factor
+    others, positive = others + one, positive + hard
+    factor = tl.exp2(-delta)
+    entropy = (entropy - delta * others) * factor
     decay, weight = one, one
     if HAS_TEACHER:
-        decay = tl.exp((teacher_max - new_teacher_max) * inverse)
-        weight = one * tl.exp(tl.minimum((teacher_dominant - new_teacher_max) * inverse, 0.0))
+        decay = tl.exp2((teacher_max - new_teacher_max) * scale)
+        weight = one * tl.exp2(tl.minimum((teacher_dominant - new_teacher_max) * scale, 0.0))
     new_t, new_h = (), ()
     power = tl.full(delta.shape, 1.0, tl.float32)
     for k in tl.static_range(TERMS):
@@ -157,7 +204,9 @@ def raise_maximum(
         plain = plain + hard
         new_h = new_h + ((plain * power, (with_x - delta * plain) * power),)
         power = power * factor
-    return (negative * factor, positive * factor, entropy, best - delta), new_t, new_h
+    if not HAS_TEACHER:
+        new_t = t
+    return (others * factor, positive * factor, entropy, best - delta), new_t, new_h
 
 
 @triton.jit
@@ -170,7 +219,7 @@ def pairs_of_zeros(zero, TERMS: tl.constexpr):
 
 @triton.jit
 def add_powers(pairs, weight, e, x, TERMS: tl.constexpr):
-    """pairs + (sum weight e^k, sum weight e^k x) over the keys of a tile."""
+    """pairs + (sum weight 2^(kx), sum weight 2^(kx) x) over the keys of a tile."""
     added = ()
     for k in tl.static_range(TERMS):
         plain, with_x = pairs[k]
@@ -181,27 +230,32 @@ def add_powers(pairs, weight, e, x, TERMS: tl.constexpr):
 
 @triton.jit
 def row_sums(
-    p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_temperature, p_sums, p_places,
+    p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_spans, p_temperature, p_sums, p_places,
     rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
-    B, M, D, row_offset, first_negative, last_negative, seed_high, stream, KEYS_PER_SPLIT,
-    TERMS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, STATS: tl.constexpr, RESIDENT: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    B, M, D, first_key, row_offset, first_negative, last_negative, seed_high, stream, KEYS_PER_SPLIT,
+    TERMS: tl.constexpr, ANY: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, STATS: tl.constexpr,
+    RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(B, BLOCK_B), splits): the sums of a block of rows over KEYS_PER_SPLIT keys, powers 0 ... TERMS - 1."""
-    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    """Grid (cdiv(B, BLOCK_B), splits): the sums of a block of rows over KEYS_PER_SPLIT keys, powers 0 ... TERMS - 1.
+
+    ``first_key`` is the number of the first key; positives, negatives and the results count in these numbers.
+    """
+    first_row = tl.program_id(0) * BLOCK_B
+    row = first_row + tl.arange(0, BLOCK_B)
     m_rows = row < B
-    row64 = row.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    inverse = 1.0 / tl.load(p_temperature)
-    rows = load_tile(p_rows, row64 * rows_b, d * rows_d, m_rows, d < D, WIDEN)
+    scale = LOG2_E / tl.load(p_temperature)
+    p_rows += first_row.to(tl.int64) * rows_b
+    rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, d * rows_d, m_rows, d < D, WIDEN)
     teacher = rows
     if HAS_TEACHER:
-        teacher = load_tile(p_teacher, row64 * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
-    row_ids = row64
-    if HAS_IDS:
-        row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
+        p_teacher += first_row.to(tl.int64) * teacher_b
+        teacher = load_tile(p_teacher, tl.arange(0, BLOCK_B) * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
     seed_high = seed_high.to(tl.uint32, bitcast=True)
     stream = stream.to(tl.uint32, bitcast=True)
+    margin = 0.0
+    if not STATS:
+        margin = 1.0 / scale
 
     zero = tl.zeros((BLOCK_B,), tl.float32)
     maximum, teacher_max, positive_max = zero + BLANK, zero + BLANK, zero + BLANK
@@ -212,64 +266,82 @@ def row_sums(
     choice = dominant - 1
 
     start = tl.program_id(1) * KEYS_PER_SPLIT
+    p_keys += start.to(tl.int64) * keys_m
     for first in range(start, tl.minimum(start + KEYS_PER_SPLIT, M), BLOCK_K):
         key = first + tl.arange(0, BLOCK_K)
         m_keys = key < M
+        number = first_key + key
         products, momentum, _ = multiply(
-            p_rows, p_teacher, p_keys, row64 * rows_b, row64 * teacher_b, key.to(tl.int64) * keys_m, rows_d, teacher_d,
-            keys_d, m_rows, m_keys, D, rows, teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_D, WIDEN, PRECISION,
+            p_rows, p_teacher, p_keys, rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d, m_rows, m_keys, D, rows,
+            teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN, PRECISION,
         )  # fmt: skip
-        products = tl.where(m_keys[None, :], products, BLANK)
-        key_ids = key
-        if HAS_IDS:
-            key_ids = tl.load(p_key_ids + key, mask=m_keys, other=0)
-        is_positive = positive_tile(row_ids[:, None], key_ids[None, :], row[:, None], key[None, :], row_offset, HAS_IDS)
-        is_positive = is_positive & m_keys[None, :]
-
-        tile_max, tile_argmax = tl.max(products, 1, return_indices=True)
-        rises = tile_max > maximum
-        new_maximum = tl.maximum(maximum, tile_max)
-        new_teacher_max = teacher_max
+        p_keys += BLOCK_K * keys_m
+        rises = tl.max(products, 1) > maximum + margin
         if HAS_TEACHER:
-            momentum = tl.where(m_keys[None, :], momentum, BLANK)
-            new_teacher_max = tl.maximum(teacher_max, tl.max(momentum, 1))
-        sums, t_raised, h = raise_maximum(
-            sums, t, h, maximum, new_maximum, teacher_max, new_teacher_max, teacher_dominant, dominant_positive,
-            rises & (maximum > BLANK), inverse, HAS_TEACHER, TERMS,
-        )  # fmt: skip
-        maximum, teacher_max = new_maximum, new_teacher_max
-        dominant = tl.where(rises, first + tile_argmax, dominant)
-        is_dominant = key[None, :] == dominant[:, None]
-        among_positives = tl.sum(tl.where(is_dominant & is_positive, 1.0, 0.0), 1)
-        dominant_positive = tl.where(rises, among_positives, dominant_positive)
+            rises = rises | ((tl.max(momentum, 1) - teacher_max) * scale > TEACHER_MARGIN)
+        with_positives = may_have_positives(
+            p_spans, key, m_keys, M, first_key + first, first_row, row_offset, HAS_IDS, BLOCK_B, BLOCK_K
+        )
+        candidates = products
+        if (first + BLOCK_K > M) | (tl.max(rises.to(tl.int32), 0) > 0):
+            products = tl.where(m_keys[None, :], products, BLANK)
+            tile_max, tile_argmax = tl.max(products, 1, return_indices=True)
+            rises = tile_max > maximum + margin
+            new_maximum = tl.where(rises, tile_max, maximum)
+            new_teacher_max = teacher_max
+            if HAS_TEACHER:
+                momentum = tl.where(m_keys[None, :], momentum, BLANK)
+                new_teacher_max = tl.maximum(teacher_max, tl.max(momentum, 1))
+            sums, t, h = raise_maximum(
+                sums, t, h, maximum, new_maximum, teacher_max, new_teacher_max, teacher_dominant, dominant_positive,
+                rises & (maximum > BLANK), scale, HAS_TEACHER, TERMS,
+            )  # fmt: skip
+            maximum, teacher_max = new_maximum, new_teacher_max
+            dominant = tl.where(rises, first_key + first + tile_argmax, dominant)
+            row_ids, key_ids = row, dominant
+            if HAS_IDS:
+                row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
+                key_ids = tl.load(p_key_ids + first + tile_argmax, mask=rises, other=0)
+            is_positive = positive_tile(row_ids, key_ids, row, dominant, row_offset, HAS_IDS)
+            dominant_positive = tl.where(rises, tl.where(is_positive, 1.0, 0.0), dominant_positive)
+            is_dominant = number[None, :] == dominant[:, None]
+            if HAS_TEACHER:
+                at_dominant = tl.sum(tl.where(is_dominant, momentum, 0.0), 1)
+                teacher_dominant = tl.where(rises, at_dominant, teacher_dominant)
+                momentum = tl.where(is_dominant, BLANK, momentum)
+            products = tl.where(is_dominant, BLANK, products)
 
-        new_positive_max = tl.maximum(positive_max, tl.max(tl.where(is_positive, products, BLANK), 1))
-        positive_e = tl.exp((products - new_positive_max[:, None]) * inverse)
-        positive_sum = positive_sum * tl.exp((positive_max - new_positive_max) * inverse)
-        positive_sum += tl.sum(tl.where(is_positive, positive_e, 0.0), 1)
-        positive_max = new_positive_max
-
-        negative, positive, entropy, best = sums
-        x = (products - maximum[:, None]) * inverse
-        if STATS:
-            barred = is_positive | (key < first_negative)[None, :] | (key >= last_negative)[None, :]
-            score = x + gumbel((row + row_offset)[:, None], key[None, :], seed_high, stream)
-            tile_best, tile_choice = tl.max(tl.where(barred, BLANK, score), 1, return_indices=True)
-            choice = tl.where(tile_best > best, first + tile_choice, choice)
-            best = tl.maximum(best, tile_best)
-        e = tl.where(is_dominant, 0.0, tl.exp(x))
-        negative += tl.sum(tl.where(is_positive, 0.0, e), 1)
-        positive += tl.sum(tl.where(is_positive, e, 0.0), 1)
+        x = relative(products, maximum[:, None], scale)
+        e = tl.exp2(x)
+        others, positive, entropy, best = sums
+        others += tl.sum(e, 1)
         if STATS:
             entropy += tl.sum(e * x, 1)
-        sums = (negative, positive, entropy, best)
-        hard = tl.where(is_positive, tl.where(is_dominant, 0.0, 1.0), 0.0)
-        h = add_powers(h, hard, e, x, TERMS)
+            if (first_key + first < last_negative) & (first_key + first + BLOCK_K > first_negative):
+                is_positive = tile_of_positives(
+                    p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS
+                )  # fmt: skip
+                barred = (number < first_negative) | (number >= last_negative) | (m_keys == 0)
+                score = relative(candidates, maximum[:, None], scale)
+                score += gumbel((row + row_offset)[:, None], number[None, :], seed_high, stream)
+                score = tl.where(is_positive | barred[None, :], BLANK, score)
+                tile_best, tile_choice = tl.max(score, 1, return_indices=True)
+                choice = tl.where(tile_best > best, first_key + first + tile_choice, choice)
+                best = tl.maximum(best, tile_best)
         if HAS_TEACHER:
-            at_dominant = tl.sum(tl.where(is_dominant, momentum, 0.0), 1)
-            teacher_dominant = tl.where(rises, at_dominant, teacher_dominant)
-            weight = tl.where(is_dominant, 0.0, tl.exp((momentum - teacher_max[:, None]) * inverse))
-            t = add_powers(t_raised, weight, e, x, TERMS)
+            t = add_powers(t, tl.exp2(relative(momentum, teacher_max[:, None], scale)), e, x, TERMS)
+        if with_positives:
+            is_positive = tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS)
+            if ANY:
+                new_positive_max = tl.maximum(positive_max, tl.max(tl.where(is_positive, candidates, BLANK), 1))
+                positive_e = tl.exp2(relative(candidates, new_positive_max[:, None], scale))
+                positive_sum = positive_sum * tl.exp2((positive_max - new_positive_max) * scale)
+                positive_sum += tl.sum(tl.where(is_positive, positive_e, 0.0), 1)
+                positive_max = new_positive_max
+            positive += tl.sum(tl.where(is_positive, e, 0.0), 1)
+            counted = is_positive & (number[None, :] != dominant[:, None])
+            h = add_powers(h, tl.where(counted, 1.0, 0.0), e, x, TERMS)
+        sums = (others, positive, entropy, best)
 
     p_sums += tl.program_id(1).to(tl.int64) * SUMS * B + row
     p_places += tl.program_id(1).to(tl.int64) * PLACES * B + row
@@ -284,11 +356,11 @@ def store_sums(
     p_sums, p_places, m_rows, B, maximum, teacher_max, teacher_dominant, sums, positive_max, positive_sum, t, h,
     dominant, dominant_positive, choice, TERMS: tl.constexpr,
 ):  # fmt: skip
-    negative, positive, entropy, best = sums
+    others, positive, entropy, best = sums
     tl.store(p_sums + MAX * B, maximum, mask=m_rows)
     tl.store(p_sums + TEACHER_MAX * B, teacher_max, mask=m_rows)
     tl.store(p_sums + TEACHER_DOMINANT * B, teacher_dominant, mask=m_rows)
-    tl.store(p_sums + NEGATIVE * B, negative, mask=m_rows)
+    tl.store(p_sums + OTHERS * B, others, mask=m_rows)
     tl.store(p_sums + POSITIVE * B, positive, mask=m_rows)
     tl.store(p_sums + ENTROPY * B, entropy, mask=m_rows)
     tl.store(p_sums + BEST * B, best, mask=m_rows)
@@ -325,56 +397,54 @@ def focal(log_p, one_minus_p, gamma, ORDER: tl.constexpr):
 def row_terms(
     p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_temperature, p_sums, p_places, p_terms,
     rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
-    B, M, D, row_offset, gamma, KEYS_PER_SPLIT,
+    B, M, D, first_key, row_offset, gamma, KEYS_PER_SPLIT,
     HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Second pass for gammas that do not expand, same grid as ``row_sums``, after ``merge``.
 
-    terms (splits, 4, B): loss and weight under the teacher's e^u, loss and weight over the positives; no dominant key.
+    terms (splits, TERM_SUMS, B): loss and weight under the teacher's 2^u, loss and weight over the positives; no dominant key.
     """
-    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    first_row = tl.program_id(0) * BLOCK_B
+    row = first_row + tl.arange(0, BLOCK_B)
     m_rows = row < B
-    row64 = row.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    inverse = 1.0 / tl.load(p_temperature)
-    rows = load_tile(p_rows, row64 * rows_b, d * rows_d, m_rows, d < D, WIDEN)
+    scale = LOG2_E / tl.load(p_temperature)
+    p_rows += first_row.to(tl.int64) * rows_b
+    rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, d * rows_d, m_rows, d < D, WIDEN)
     teacher = rows
     if HAS_TEACHER:
-        teacher = load_tile(p_teacher, row64 * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
-    row_ids = row64
-    if HAS_IDS:
-        row_ids = tl.load(p_ids + row, mask=m_rows, other=0)
+        p_teacher += first_row.to(tl.int64) * teacher_b
+        teacher = load_tile(p_teacher, tl.arange(0, BLOCK_B) * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
     maximum = tl.load(p_sums + MAX * B + row, mask=m_rows, other=0.0)
     teacher_max = tl.load(p_sums + TEACHER_MAX * B + row, mask=m_rows, other=0.0)
-    others = tl.load(p_sums + NEGATIVE * B + row, mask=m_rows, other=0.0)
-    log_sum = log1p(others + tl.load(p_sums + POSITIVE * B + row, mask=m_rows, other=0.0))
+    log_sum = log1p(tl.load(p_sums + OTHERS * B + row, mask=m_rows, other=0.0))
     dominant = tl.load(p_places + DOMINANT * B + row, mask=m_rows, other=0)
     zero = tl.zeros((BLOCK_B,), tl.float32)
     soft_loss, soft_weight, hard_loss, hard_weight = zero, zero, zero, zero
     start = tl.program_id(1) * KEYS_PER_SPLIT
+    p_keys += start.to(tl.int64) * keys_m
     for first in range(start, tl.minimum(start + KEYS_PER_SPLIT, M), BLOCK_K):
         key = first + tl.arange(0, BLOCK_K)
         m_keys = key < M
         products, momentum, _ = multiply(
-            p_rows, p_teacher, p_keys, row64 * rows_b, row64 * teacher_b, key.to(tl.int64) * keys_m, rows_d, teacher_d,
-            keys_d, m_rows, m_keys, D, rows, teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_D, WIDEN, PRECISION,
+            p_rows, p_teacher, p_keys, rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d, m_rows, m_keys, D, rows,
+            teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN, PRECISION,
         )  # fmt: skip
-        key_ids = key
-        if HAS_IDS:
-            key_ids = tl.load(p_key_ids + key, mask=m_keys, other=0)
-        is_positive = positive_tile(row_ids[:, None], key_ids[None, :], row[:, None], key[None, :], row_offset, HAS_IDS)
-        counted = m_keys[None, :] & (key[None, :] != dominant[:, None])
-        log_p = tl.minimum((products - maximum[:, None]) * inverse, 0.0) - log_sum[:, None]
+        p_keys += BLOCK_K * keys_m
+        number = first_key + key
+        is_positive = tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS)
+        counted = m_keys[None, :] & (number[None, :] != dominant[:, None])
+        log_p = tl.minimum(relative(products, maximum[:, None], scale) * LN_2 - log_sum[:, None], 0.0)
         loss, weight = focal(log_p, 1.0 - tl.exp(log_p), gamma, -1)
         hard = tl.where(is_positive & counted, 1.0, 0.0)
         hard_loss += tl.sum(hard * loss, 1)
         hard_weight += tl.sum(hard * weight, 1)
         if HAS_TEACHER:
-            soft = tl.where(counted, tl.exp((momentum - teacher_max[:, None]) * inverse), 0.0)
+            soft = tl.where(counted, tl.exp2(relative(momentum, teacher_max[:, None], scale)), 0.0)
             soft_loss += tl.sum(soft * loss, 1)
             soft_weight += tl.sum(soft * weight, 1)
-    p_terms += tl.program_id(1).to(tl.int64) * 4 * B + row
+    p_terms += tl.program_id(1).to(tl.int64) * TERM_SUMS * B + row
     tl.store(p_terms, soft_loss, mask=m_rows)
     tl.store(p_terms + B, soft_weight, mask=m_rows)
     tl.store(p_terms + 2 * B, hard_loss, mask=m_rows)

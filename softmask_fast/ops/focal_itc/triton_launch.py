@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_kernels
-from softmask_fast.ops.focal_itc.operators import ROW_STATES
-from softmask_fast.ops.focal_itc.positives import positive_lists
+from softmask_fast.ops.focal_itc.operators import ROW_STATES, BlockwiseForward
+from softmask_fast.ops.focal_itc.positives import PositiveLists
 from softmask_fast.ops.focal_itc.reference import Options
 from softmask_fast.ops.focal_itc.sampling import stream_keys
-from softmask_fast.ops.triton_support import INTERPRETED, device_of, element_options, next_power_of_2
+from softmask_fast.ops.triton_support import (
+    INTERPRETED,
+    device_of,
+    element_options,
+    next_power_of_2,
+    with_narrow_offsets,
+)
 
-LARGEST_WIDTH = 1024
 MERGE_ROWS = 128  # rows per program of the kernels without products
 
 
@@ -33,8 +36,8 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, large: bool) -> dict[str,
         sizes = (32, 32, min(block_d, 64))
         options = {"num_warps": 4, "num_stages": 2 if large else 1}
     elif large:
-        sizes = (64, 64, min(block_d, 256))
-        options = {"num_warps": 8, "num_stages": 2}
+        sizes = (64 if backward else 128, 64, min(block_d, 256))
+        options = {"num_warps": 8, "num_stages": 1 if kernel == "grad_rows" else 2}
     else:
         sizes = (64, 32 if backward else 64, min(block_d, 128))
         options = {"num_warps": 4, "num_stages": 1}
@@ -42,19 +45,6 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, large: bool) -> dict[str,
     if backward:
         blocks["BLOCK_C"] = blocks["BLOCK_D"]
     return {**blocks, "RESIDENT": block_d == blocks["BLOCK_D"], **options}
-
-
-def obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """The obstacle of this implementation."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if device.type != "cuda" and not INTERPRETED:
-        return f"it runs on a GPU (or, slowly, with TRITON_INTERPRET=1 in the environment), the tensors are on {device}"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it takes float16, bfloat16 and float32, not {dtype}"
-    if width > LARGEST_WIDTH:
-        return f"it takes features of up to {LARGEST_WIDTH} elements, not {width}"
-    return None
 
 
 def _is_large(device: torch.device) -> bool:
@@ -72,6 +62,19 @@ def _split(rows: int, keys: int, block_rows: int, block_keys: int, device: torch
     return -(-tiles_of_keys // tiles_per_split), tiles_per_split * block_keys
 
 
+def _spans(ids: Tensor | None, key_ids: Tensor | None) -> Tensor | None:
+    """(2, M) int32: the first and the last row that have the id of each key; no row lies between where none has it."""
+    if ids is None:
+        return None
+    values, order = torch.sort(ids, stable=True)
+    order = order.to(torch.int32)
+    first = torch.searchsorted(values, key_ids)
+    last = torch.searchsorted(values, key_ids, right=True) - 1
+    found = first <= last
+    limits = (order[first.clamp(max=len(order) - 1)], order[last.clamp(min=0)])
+    return torch.stack([torch.where(found, limits[0], 2**31 - 1), torch.where(found, limits[1], -1)])
+
+
 def _order(gamma: float) -> int:
     """gamma where (1 - p)^gamma is expanded in powers of p, else -1."""
     return int(gamma) if gamma in (0, 1, 2, 3) else -1
@@ -81,59 +84,76 @@ def _strides(rows: Tensor, teacher_rows: Tensor | None, keys: Tensor) -> tuple[i
     return (*rows.stride(), *((0, 0) if teacher_rows is None else teacher_rows.stride()), *keys.stride())
 
 
-def forward(
-    rows: Tensor,
-    keys: Tensor,
-    temperature: Tensor,
-    teacher_rows: Tensor | None,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (B,), row_state (9, B), dominant (B,), statistics (3, B), hard_negative (B,); see ``operators``."""
-    (batch, width), total = rows.shape, keys.shape[0]
-    order = _order(options.gamma)
-    terms = max(order, 0) + 1
-    count = None
-    if ids is not None:
-        ids, key_ids = ids.contiguous(), key_ids.contiguous()
-        count = positive_lists(rows, ids, key_ids, options.row_offset).count
-    loss = temperature.new_empty(batch)
-    row_state = temperature.new_empty(ROW_STATES, batch)
-    dominant = temperature.new_empty(batch, dtype=torch.int64)
-    statistics = temperature.new_empty(3, batch if options.stats else 0)
-    hard_negative = temperature.new_empty(batch if options.stats else 0, dtype=torch.int64)
-    flags = {"HAS_TEACHER": teacher_rows is not None}
-    sizes = tiles("row_sums", rows.dtype, width, _is_large(rows.device))
-    splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
-    sums = temperature.new_empty(splits, triton_kernels.SUMS.value, batch)
-    places = temperature.new_empty(splits, triton_kernels.PLACES.value, batch, dtype=torch.int32)
-    grid = (-(-batch // sizes["BLOCK_B"]), splits)
-    merge_grid = (-(-batch // MERGE_ROWS),)
-    inputs = (rows, teacher_rows, keys, ids, key_ids, temperature, sums, places)
-    strides = _strides(rows, teacher_rows, keys)
-    with device_of(rows):
-        triton_kernels.row_sums[grid](
-            *inputs, *strides, batch, total, width, options.row_offset, options.first_negative, options.last_negative,
-            *stream_keys(options.seed, options.direction), keys_per_split, TERMS=terms, HAS_IDS=ids is not None,
-            STATS=options.stats, **flags, **sizes, **element_options(rows.dtype),
-        )  # fmt: skip
-        triton_finish.merge[merge_grid](
-            sums, places, temperature, batch, splits, TERMS=terms, **flags, BLOCK_B=MERGE_ROWS
-        )
-        row_terms = None
-        if order < 0:
-            row_terms = temperature.new_empty(splits, 4, batch)
-            triton_kernels.row_terms[grid](
-                *inputs, row_terms, *strides, batch, total, width, options.row_offset, options.gamma, keys_per_split,
-                HAS_IDS=ids is not None, **flags, **sizes, **element_options(rows.dtype),
+class Forward(BlockwiseForward):
+    """See ``operators.BlockwiseForward``. Between two blocks of keys it holds the sums over all keys so far."""
+
+    def __init__(
+        self, rows: Tensor, temperature: Tensor, teacher_rows: Tensor | None, ids: Tensor | None, options: Options
+    ):
+        rows, teacher_rows = with_narrow_offsets(rows, 1), with_narrow_offsets(teacher_rows, 1)
+        super().__init__(rows, temperature, teacher_rows, None if ids is None else ids.contiguous(), options)
+        self.order = _order(options.gamma)
+        self.passes = 1 if self.order >= 0 else 2
+        self.sums = temperature.new_empty(0, triton_kernels.SUMS.value, rows.shape[0])
+        self.places = temperature.new_empty(0, triton_kernels.PLACES.value, rows.shape[0], dtype=torch.int32)
+        self.terms = temperature.new_empty(0, triton_kernels.TERM_SUMS.value, rows.shape[0])
+
+    def _add(
+        self, keys: Tensor, key_ids: Tensor | None, first_key: int, second_pass: bool, positives: PositiveLists
+    ) -> None:
+        rows, options = self.rows, self.options
+        (batch, width), total = rows.shape, keys.shape[0]
+        sizes = tiles("row_terms" if second_pass else "row_sums", rows.dtype, width, _is_large(rows.device))
+        splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
+        flags = {"HAS_TEACHER": self.teacher_rows is not None}
+        common = {"HAS_IDS": self.ids is not None, **flags, **sizes, **element_options(rows.dtype)}
+        keys, key_ids = with_narrow_offsets(keys, 1), None if key_ids is None else key_ids.contiguous()
+        inputs = (rows, self.teacher_rows, keys, self.ids, key_ids)
+        strides = _strides(rows, self.teacher_rows, keys)
+        grid = (-(-batch // sizes["BLOCK_B"]), splits)
+        with device_of(rows):
+            if second_pass:
+                terms = _after(self.terms, splits)
+                triton_kernels.row_terms[grid](
+                    *inputs, self.temperature, self.sums, self.places, terms[-splits:], *strides, batch, total, width,
+                    first_key, options.row_offset, options.gamma, keys_per_split, **common,
+                )  # fmt: skip
+                self.terms = terms.sum(0, keepdim=True)
+                return
+            sums, places = _after(self.sums, splits), _after(self.places, splits)
+            terms = max(self.order, 0) + 1
+            triton_kernels.row_sums[grid](
+                *inputs, _spans(self.ids, key_ids), self.temperature, sums[-splits:], places[-splits:], *strides, batch, total, width, first_key,
+                options.row_offset, options.first_negative, options.last_negative,
+                *stream_keys(options.seed, options.direction), keys_per_split, TERMS=terms, ANY=options.any_positive,
+                STATS=options.stats, **common,
             )  # fmt: skip
-        triton_finish.finish[merge_grid](
-            sums, places, row_terms, count, temperature, loss, row_state, dominant, statistics, hard_negative,
-            batch, splits, options.gamma, options.alpha,
-            ORDER=order, ANY=options.any_positive, STATS=options.stats, **flags, BLOCK_B=MERGE_ROWS,
-        )  # fmt: skip
-    return loss, row_state, dominant, statistics, hard_negative
+            triton_finish.merge[(-(-batch // MERGE_ROWS),)](
+                sums, places, self.temperature, batch, sums.shape[0], TERMS=terms, **flags, BLOCK_B=MERGE_ROWS
+            )
+            self.sums, self.places = sums[:1], places[:1]
+
+    def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        options, batch = self.options, self.rows.shape[0]
+        loss = self.temperature.new_empty(batch)
+        row_state = self.temperature.new_empty(ROW_STATES, batch)
+        dominant = self.temperature.new_empty(batch, dtype=torch.int64)
+        statistics = self.temperature.new_empty(3, batch if options.stats else 0)
+        hard_negative = dominant.new_empty(batch if options.stats else 0)
+        with device_of(self.rows):
+            triton_finish.finish[(-(-batch // MERGE_ROWS),)](
+                self.sums, self.places, self.terms, self.count, self.temperature, loss, row_state, dominant, statistics,
+                hard_negative, batch, options.gamma, options.alpha, ORDER=self.order, ANY=options.any_positive,
+                STATS=options.stats, HAS_TEACHER=self.teacher_rows is not None, BLOCK_B=MERGE_ROWS,
+            )  # fmt: skip
+        return loss, row_state, dominant, statistics, hard_negative
+
+
+def _after(kept: Tensor, splits: int) -> Tensor:
+    """``kept``, sums over earlier blocks of keys if any, followed by room for those of ``splits`` splits."""
+    room = kept.new_empty(kept.shape[0] + splits, *kept.shape[1:])
+    room[: kept.shape[0]] = kept
+    return room
 
 
 def backward(
@@ -150,8 +170,9 @@ def backward(
     wants_keys: bool,
     wants_temperature: bool,
     options: Options,
+    first_key: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, keys and temperature; empty where not wanted."""
+    """Gradients of rows, keys and temperature, for keys numbered from ``first_key``; empty where not wanted."""
     (batch, width), total = rows.shape, keys.shape[0]
     grad_loss = grad_loss.contiguous()
     if ids is not None:
@@ -160,9 +181,11 @@ def backward(
         "ORDER": _order(options.gamma), "ANY": options.any_positive, "HAS_TEACHER": teacher_rows is not None,
         "HAS_IDS": ids is not None, **element_options(rows.dtype),
     }  # fmt: skip
-    inputs = (rows, teacher_rows, keys, ids, key_ids, temperature, row_state, dominant)
+    rows, keys = with_narrow_offsets(rows, 1), with_narrow_offsets(keys, 1)
+    teacher_rows = with_narrow_offsets(teacher_rows, 1)
+    inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, row_state, dominant)
     strides = _strides(rows, teacher_rows, keys)
-    scalars = (batch, total, width, options.row_offset, options.gamma, options.alpha)
+    scalars = (batch, total, width, first_key, options.row_offset, options.gamma, options.alpha)
     large = _is_large(rows.device)
     grad_rows, grad_keys, grad_temperature = rows.new_empty(0), keys.new_empty(0), temperature.new_empty(0)
     with device_of(rows):
@@ -184,8 +207,8 @@ def backward(
         if wants_keys:
             sizes = tiles("grad_keys", rows.dtype, width, large)
             grad_keys = keys.new_empty(keys.shape)
-            scale = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+            largest = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
             triton_backward.grad_keys[(-(-total // sizes["BLOCK_K"]), -(-width // sizes["BLOCK_C"]))](
-                grad_loss, scale, *inputs, grad_keys, *strides, *scalars, **flags, **sizes
+                grad_loss, largest, *inputs, grad_keys, *strides, *scalars, **flags, **sizes
             )
     return grad_rows, grad_keys, grad_temperature

@@ -1,4 +1,4 @@
-"""Word maps and soft masks by the compiled extension, csrc/cpu/word_mask.cpp."""
+"""Word maps and soft masks by the compiled extensions: csrc/cpu/word_mask.cpp or csrc/cuda/word_mask.cu."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from softmask_fast.ops.word_mask.reference import CONSTANT_SPREAD
+
+OPERATORS = torch.ops.softmask_fast_cpp
 
 
 def word_gradcam(
@@ -21,7 +23,7 @@ def word_gradcam(
     sizes = (batch, key.shape[2]) if word_index is not None else (batch, length, key.shape[2])
     cam = query.new_empty(sizes, dtype=torch.float32)
     index = None if word_index is None else word_index.contiguous()
-    torch.ops.softmask_fast_cpp.word_gradcam(query, key, value, grad_output, index, key_mask, scale, cam)
+    OPERATORS.word_gradcam(query, key, value, grad_output, index, key_mask, scale, cam)
     return cam
 
 
@@ -38,7 +40,7 @@ def word_soft_mask(
 ) -> tuple[Tensor, Tensor]:
     keep = query.new_empty((query.shape[0], key.shape[2]), dtype=torch.float32)
     masked = None if features is None else torch.empty_like(features)
-    torch.ops.softmask_fast_cpp.word_soft_mask(
+    OPERATORS.word_soft_mask(
         query, key, value, grad_output, word_index.contiguous(), features, prefix_tokens, key_mask, scale,
         CONSTANT_SPREAD, masked, keep,
     )  # fmt: skip

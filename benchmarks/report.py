@@ -1,0 +1,275 @@
+"""Tables and plots of benchmark results: of a run on the terminal, of results files in README.md and docs/images.
+
+python benchmarks/report.py          # reads the newest file of each device in benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKERS = ("<!-- benchmarks: begin, written by `make report` -->", "<!-- benchmarks: end -->")
+COMMAND = "pytest benchmarks --benchmark-only --save-results"
+# Every key that a results file must have; see measure.environment and measure.compare.
+RUN_KEYS = (
+    "device", "slug", "threads", "date", "commit", "softmask_fast", "torch", "triton", "driver", "load", "ceilings",
+    "rows",
+)  # fmt: skip
+ROW_KEYS = (
+    "benchmark", "case", "dtype", "variant", "ours", "floor", "baseline", "ceiling", "seconds", "extra_memory", "share",
+    "missing",
+)  # fmt: skip
+# What a size of a case is called where it is the only one that changes from case to case.
+AXES = {"word_soft_mask": "N", "soft_masked_attention": "N", "focal_itc": "B", "focal_itc_queue": "B"}
+
+
+def save(folder: Path, run: dict) -> Path:
+    """Writes <folder>/<device>/<date>.json, under another name first; returns its path."""
+    check(run, "this run")
+    path = folder / run["slug"] / f"{run['date'].replace(':', '')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".json.partial")
+    temporary.write_text(json.dumps(run, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def check(run: dict, name: object) -> None:
+    """Raises ValueError for a run that lacks what the report needs."""
+    missing = [key for key in RUN_KEYS if key not in run]
+    for place, row in enumerate(run.get("rows", ())):
+        missing += [f"rows[{place}].{key}" for key in ROW_KEYS if key not in row]
+    if missing:
+        raise ValueError(f"{name}: expected a results file, it has no {', '.join(missing[:5])}")
+
+
+def newest(folder: Path) -> list[dict]:
+    """The runs that count, GPUs first, newest first: each with the benchmarks of its device that no newer run has."""
+    runs = []
+    for device in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else ():
+        seen = set()
+        for file in sorted(device.glob("*.json"), reverse=True):
+            run = json.loads(file.read_text())
+            check(run, file)
+            rows = [row for row in run["rows"] if row["benchmark"] not in seen]
+            seen |= {row["benchmark"] for row in rows}
+            if rows:
+                runs.append(run | {"rows": rows})
+    return sorted(runs, key=lambda run: (run["driver"] is None, run["slug"]))
+
+
+def groups(rows: Iterable[dict]) -> list[list[dict]]:
+    """The rows of each case."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(json.dumps([row["benchmark"], row["case"], row["dtype"]]), []).append(row)
+    return list(found.values())
+
+
+def seconds(row: dict) -> float | None:
+    """The time by which variants are compared: forward and backward where it was measured, else the forward."""
+    return row["seconds"].get("both", row["seconds"].get("forward"))
+
+
+def main_phase(row: dict) -> str:
+    return "both" if "both" in row["seconds"] else "forward"
+
+
+def time_text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
+
+
+def memory_text(value: int | None) -> str:
+    if value is None:
+        return "-"
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if value >= 2**power:
+            return f"{value / 2**power:.3g} {unit}"
+    return f"{value / 2**10:.3g} KiB"
+
+
+def case_text(case: dict) -> str:
+    values = {name: f"{value:,}" if isinstance(value, int) else value for name, value in case.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def machine_text(run: dict) -> str:
+    rates = run["ceilings"]
+    driver = f", driver {run['driver']}" if run["driver"] else f", {run['threads']} threads"
+    commit = (run["commit"] or "unknown")[:12]
+    return (
+        f"{run['device']}{driver}, torch {run['torch']}, commit {commit}, {run['date'][:10]}, load {run['load']}; "
+        f"measured: copy {rates['copy'] / 1e9:,.0f} GB/s, matrix product {rates['matmul'] / 1e12:.3g} TFLOP/s"
+    )
+
+
+def run_tables(run: dict) -> list[str]:
+    """Every row of a run, a table for each case, for the terminal."""
+    lines = [machine_text(run)]
+    for rows in groups(run["rows"]):
+        first = rows[0]
+        base = next((seconds(row) for row in rows if row["variant"] == first["baseline"]), None)
+        ceiling = "" if first["ceiling"] is None else f"% of {first['ceiling']}"
+        header = ("", "forward", "+ backward", f"x {first['baseline']}" if base else "", "extra memory", ceiling)
+        cells = [header]
+        for row in rows:
+            time = seconds(row)
+            if time is None:
+                cells.append((row["variant"], f"not run: {'; '.join(row['missing'].values())}"))
+                continue
+            phase = main_phase(row)
+            comparable = base and (phase == "both") == any("both" in other["seconds"] for other in rows)
+            share = row["share"].get(phase)
+            cells.append(
+                (
+                    row["variant"],
+                    time_text(row["seconds"].get("forward")),
+                    time_text(row["seconds"].get("both")) if "both" not in row["missing"] else "not run",
+                    f"{base / time:.2f}" if comparable else "",
+                    memory_text(row["extra_memory"].get(phase)),
+                    f"{100 * share:.0f}" if share is not None else "",
+                )
+            )
+        width = max(len(row[0]) for row in cells)
+        lines += ["", f"{first['benchmark']}: {case_text(first['case'])}, {first['dtype']}"]
+        for row in cells:
+            rest = row[1:] if len(row) == 2 else [f"{cell:>13}" for cell in row[1:]]
+            lines.append(f"  {row[0]:{width}} " + " ".join(rest).rstrip())
+        notes = [(row["variant"], row["missing"]["both"]) for row in rows if seconds(row) and "both" in row["missing"]]
+        lines += [f"  {variant}: no backward, {reason}" for variant, reason in notes]
+    return lines
+
+
+def summary(run: dict) -> list[str]:
+    """A Markdown table of a run: for each case the usual way, the best other one, and ours."""
+    lines = [
+        f"**{machine_text(run)}**",
+        "",
+        "| | the usual way | best alternative | ours | ours is faster by | extra memory | of the ceiling |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for rows in groups(run["rows"]):
+        timed = [row for row in rows if seconds(row) is not None]
+        phase = "both" if any("both" in row["seconds"] for row in timed) else "forward"
+        timed = [row for row in timed if phase in row["seconds"] and not row["floor"]]
+        ours = min((row for row in timed if row["ours"]), key=seconds, default=None)
+        base = next((row for row in timed if row["variant"] == row["baseline"]), None)
+        if ours is None:
+            continue
+        best = min((row for row in timed if not row["ours"] and row is not base), key=seconds, default=None)
+        times = [f"{time_text(seconds(row))} ({row['variant']})" if row else "-" for row in (base, best, ours)]
+        factors = [f"{seconds(row) / seconds(ours):.1f} x" for row in (base, best) if row]
+        memory = [memory_text(row["extra_memory"].get(phase)) for row in (base, ours) if row]
+        share = f"{100 * ours['share'][phase]:.0f} % ({ours['ceiling']})" if phase in ours["share"] else "-"
+        title = f"`{ours['benchmark']}`{' and backward' if phase == 'both' else ''}"
+        cells = [f"{title}<br>{case_text(ours['case'])}, {ours['dtype']}", *times]
+        cells += [", ".join(factors) or "-", " -> ".join(memory), share]
+        lines.append(f"| {' | '.join(cells)} |")
+    absent: dict[str, list[str]] = {}
+    for row in run["rows"]:
+        for phase, reason in row["missing"].items():
+            name = row["variant"] if phase == "all" else f"{row['variant']}, {phase}"
+            absent.setdefault(reason, [])
+            if name not in absent[reason]:
+                absent[reason].append(name)
+    if absent:
+        lines += ["", "Not run there:", ""]
+        lines += [f"- {', '.join(names)}: {reason}" for reason, names in absent.items()]
+    return lines
+
+
+def plot(run: dict, benchmark: str, path: Path) -> bool:
+    """Time and extra memory of every variant against the size that changes; False where fewer than two sizes ran."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
+
+    axis = AXES[benchmark]
+    rows = [row for row in run["rows"] if row["benchmark"] == benchmark and seconds(row) is not None]
+    if not rows:
+        return False
+    rest = json.dumps({name: size for name, size in rows[0]["case"].items() if name not in (axis, "M")})
+    rows = [row for row in rows if json.dumps({k: v for k, v in row["case"].items() if k not in (axis, "M")}) == rest]
+    phase = "both" if any("both" in row["seconds"] for row in rows) else "forward"
+    rows = [row for row in rows if phase in row["seconds"]]
+    if len({row["case"][axis] for row in rows}) < 2:
+        return False
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == name]
+        style = {"linewidth": 2.6, "zorder": 3} if mine[0]["ours"] and name != "reference" else {"linewidth": 1.2}
+        style |= {"linestyle": ":"} if mine[0]["floor"] else {}
+        sizes = [row["case"][axis] for row in mine]
+        panels[0].plot(sizes, [1e3 * row["seconds"][phase] for row in mine], marker="o", label=name, **style)
+        # below a page the resident memory of a process says nothing
+        panels[1].plot(sizes, [max(row["extra_memory"][phase], 4096) / 2**20 for row in mine], marker="o", **style)
+    for panel, label in zip(panels, ("time, ms", "memory beyond inputs and results, MiB"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
+        ticks = sorted({row["case"][axis] for row in rows})
+        panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+        panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.grid(alpha=0.3)
+    fixed = ", ".join(f"{name} {size}" for name, size in json.loads(rest).items())
+    what = "forward and backward" if phase == "both" else "forward"
+    figure.suptitle(f"{benchmark}, {what}: {fixed}, {rows[0]['dtype']}\n{machine_text(run)}", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    figure.supxlabel(COMMAND, fontsize=7, family="monospace")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial.png")
+    figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+    os.replace(temporary, path)
+    return True
+
+
+def insert(text: str, block: list[str]) -> str:
+    """``text`` with the lines between the two markers replaced. Raises ValueError where a marker is missing."""
+    begin, end = (text.find(marker) for marker in MARKERS)
+    if begin < 0 or end < begin:
+        raise ValueError(f"README.md: expected the lines {MARKERS[0]!r} and then {MARKERS[1]!r}")
+    return text[: begin + len(MARKERS[0])] + "\n" + "\n".join(block) + "\n" + text[end:]
+
+
+def write(results: Path, readme: Path, images: Path) -> None:
+    """Writes the plots, then the section of ``readme`` between its markers."""
+    block = []
+    for run in newest(results):
+        block += ["", *summary(run), ""]
+        for benchmark in AXES:
+            picture = images / f"benchmarks-{benchmark}-{run['slug']}.png"
+            if plot(run, benchmark, picture):
+                block += [f"![{benchmark} on {run['device']}]({os.path.relpath(picture, readme.parent)})", ""]
+    if not block:
+        raise ValueError(f"{results}: expected results files, <device>/<date>.json, found none")
+    block += [f"Made by `make report` from the files in `benchmarks/results`, which `{COMMAND}` wrote."]
+    text = insert(readme.read_text(), block)
+    temporary = readme.with_suffix(".md.partial")
+    temporary.write_text(text)
+    os.replace(temporary, readme)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
+    options = parser.parse_args()
+    write(options.results, options.readme, options.images)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The benchmarks' own tools: what they measure, the results file, the report, and the script for a GPU machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import measure  # noqa: E402
+import report  # noqa: E402
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Ceilings of no particular machine: measuring them takes longer than these tests should."""
+    monkeypatch.setattr(measure, "ceilings", lambda: {"copy": 1e9, "matmul": 1e12})
+
+
+@pytest.fixture
+def run(rates):
+    """A run of one comparison at two sizes."""
+    rows = []
+    for size in (1000, 2000):
+        values = torch.arange(float(size), device=measure.DEVICE)
+        variants = {
+            "usual": measure.Variant(lambda v=values: v * 2, work={"forward": 8 * size}),
+            "fast": measure.Variant(lambda v=values: v + v, ours=True, work={"forward": 8 * size}),
+            "elsewhere": measure.Variant(missing={"all": "its kernels need another machine"}),
+        }
+        rows += measure.compare("word_soft_mask", {"B": 1, "N": size}, variants, "usual", "copy", 1e-6, seconds=0.05)
+    return measure.environment() | {"ceilings": measure.ceilings(), "rows": rows}
+
+
+def test_comparison_refuses_a_wrong_result(rates):
+    variants = {
+        "usual": measure.Variant(lambda: torch.ones(3)),
+        "wrong": measure.Variant(lambda: torch.tensor([1.0, 1.0, 1.1])),
+    }
+    with pytest.raises(AssertionError, match="wrong, forward, result 0: off by 1.00e-01"):
+        measure.compare("sums", {}, variants, "usual", "copy", 0.05, seconds=0.05)
+    variants["wrong"].checked = False
+    assert len(measure.compare("sums", {}, variants, "usual", "copy", 0.05, seconds=0.05)) == 2
+
+
+def test_rows(run):
+    usual, fast, elsewhere, *_ = run["rows"]
+    assert fast["ours"] and not usual["ours"]
+    assert fast["share"]["forward"] == pytest.approx(8000 / fast["seconds"]["forward"] / 1e9)
+    assert elsewhere["seconds"] == {} and elsewhere["missing"] == {"all": "its kernels need another machine"}
+
+
+@pytest.mark.skipif(measure.ON_GPU, reason="the resident memory of the process")
+def test_extra_memory_counts_what_is_neither_input_nor_result():
+    size = 32 * 2**20
+
+    def function(temporaries):
+        held = [torch.ones(size, dtype=torch.uint8) for _ in range(temporaries)]
+        return torch.ones(size, dtype=torch.uint8), len(held)
+
+    assert measure.extra_memory(lambda: function(0), measure.DEVICE) < size / 4
+    assert size / 2 < measure.extra_memory(lambda: function(1), measure.DEVICE) < 2 * size
+
+
+def test_results_file(run, tmp_path):
+    path = report.save(tmp_path, run)
+    assert path.parent == tmp_path / run["slug"] and [entry.name for entry in path.parent.iterdir()] == [path.name]
+    assert json.loads(path.read_text()) == run
+    assert report.newest(tmp_path) == [run]
+    del run["rows"][0]["seconds"]
+    with pytest.raises(ValueError, match=r"has no rows\[0\].seconds"):
+        report.save(tmp_path, run)
+
+
+def test_newest_run_of_each_benchmark_counts(run, tmp_path):
+    run["date"] = "2026-01-01T00:00:00Z"
+    report.save(tmp_path, run)
+    other = [row | {"benchmark": "focal_itc"} for row in run["rows"][:3]]
+    report.save(tmp_path, run | {"date": "2026-01-02T00:00:00Z", "rows": other})
+    slower = [row | {"rounds": 99} for row in run["rows"]]
+    report.save(tmp_path, run | {"date": "2026-01-03T00:00:00Z", "rows": slower})
+    newest, older = report.newest(tmp_path)
+    assert (newest["date"], newest["rows"]) == ("2026-01-03T00:00:00Z", slower)
+    assert (older["date"], older["rows"]) == ("2026-01-02T00:00:00Z", other)
+
+
+def test_report_is_idempotent_and_tells_what_did_not_run(run, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n\n" + "\n".join(report.MARKERS) + "\n\nafter\n")
+    report.save(tmp_path / "results", run)
+    report.write(tmp_path / "results", readme, tmp_path / "images")
+    once = readme.read_text()
+    report.write(tmp_path / "results", readme, tmp_path / "images")
+    assert readme.read_text() == once
+    assert once.startswith("before\n\n<!--") and once.endswith("-->\n\nafter\n")
+    for row in run["rows"]:
+        assert not row["ours"] or report.time_text(row["seconds"]["forward"]) in once
+    assert "- elsewhere: its kernels need another machine" in once
+    (picture,) = (tmp_path / "images").iterdir()
+    assert f"images/{picture.name}" in once and picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_report_needs_its_markers(run, tmp_path):
+    report.save(tmp_path / "results", run)
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers\n")
+    with pytest.raises(ValueError, match="README.md: expected the lines"):
+        report.write(tmp_path / "results", readme, tmp_path / "images")
+    assert readme.read_text() == "no markers\n"
+
+
+def test_terminal_tables(run):
+    lines = report.run_tables(run)
+    assert any(line.startswith("word_soft_mask: B 1, N 1,000") for line in lines)
+    assert any("elsewhere" in line and "not run: its kernels need another machine" in line for line in lines)
+
+
+def gpu_script(state, **environment):
+    environment = os.environ | {"PYTHON": sys.executable, "GPU_STATE": str(state)} | environment
+    return subprocess.run([ROOT / "benchmarks" / "gpu.sh"], env=environment, capture_output=True, text=True)
+
+
+def test_gpu_script_skips_parts_that_are_done(tmp_path):
+    for part in ("install", "build", "tests", "report", *(path.stem for path in ROOT.glob("benchmarks/bench_*.py"))):
+        (tmp_path / f"{part}.done").touch()
+    run = gpu_script(tmp_path, SOFTMASK_FAST_ALLOW_CPU="1", PHOTOS="")
+    assert run.returncode == 0, run.stderr
+    assert "== tests: done before" in run.stdout and "== bench_focal_itc: done before" in run.stdout
+    assert "no ablation" in run.stdout and (tmp_path / "ablation.done").exists()
+
+
+def test_gpu_script_repeats_a_named_part_and_reports_failure(tmp_path):
+    (tmp_path / "tests.done").touch()
+    run = gpu_script(tmp_path, SOFTMASK_FAST_ALLOW_CPU="1", PART="tests", TESTS="tests/no_such_file.py")
+    assert run.returncode == 2 and "these parts failed: tests" in run.stderr
+    assert not (tmp_path / "tests.done").exists() and "no_such_file" in (tmp_path / "tests.log").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_script_refuses_a_machine_without_a_gpu(tmp_path):
+    run = gpu_script(tmp_path, SOFTMASK_FAST_ALLOW_CPU="0", PART="report")
+    assert run.returncode == 2 and "torch sees no GPU" in run.stderr
+    assert not (tmp_path / "report.done").exists()

@@ -1,0 +1,151 @@
+"""The CUDA kernels on a CPU: the source of csrc/cuda over a device in software, see cuda_on_cpu.cpp.
+
+It proves the arithmetic, the indexing and the barriers, not what only hardware can show; on a GPU machine the tests of
+test_word_mask.py run the compiled kernels themselves.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import test_word_mask as cases
+import torch
+from compare import assert_as_accurate
+
+from softmask_fast.ops import backend, word_gradcam, word_soft_mask
+from softmask_fast.ops.word_mask import cpp
+
+CPU = torch.device("cpu")
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+TOOLKITS = [
+    os.environ.get("CUDA_HOME", ""),
+    Path(shutil.which("nvcc") or "/").resolve().parent.parent,
+    "/usr/local/cuda",
+]
+HEADERS = [f"{folder}/include" for folder in TOOLKITS if Path(folder, "include", "crt", "host_config.h").exists()]
+
+pytestmark = [
+    pytest.mark.skipif(not COMPILER, reason="no C++ compiler"),
+    pytest.mark.skipif(not HEADERS, reason="no CUDA toolkit: its headers are needed"),
+    pytest.mark.usefixtures("nan_filled_empty"),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    built = tmp_path_factory.mktemp("cuda_on_cpu") / "kernels.so"
+    command = [
+        COMPILER, "-x", "c++", "-O1", "-g0", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{path}" for path in [*include_paths(), HEADERS[0]]),
+        Path(__file__).with_name("cuda_on_cpu.cpp"), "-o", built, *(f"-L{path}" for path in library_paths()),
+        "-lc10", "-ltorch_cpu", "-Wl,-Bsymbolic", "-Wl,--no-undefined",
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    torch.ops.load_library(built)
+    return torch.ops.softmask_fast_cuda_on_cpu
+
+
+@pytest.fixture(autouse=True, params=["9", "8"], ids=["clusters", "no clusters"])
+def device_in_software(request, library, monkeypatch):
+    """Makes impl="cuda" run the kernels on CPU tensors, as a GPU with clusters and as one without."""
+    monkeypatch.setenv("CUDA_ON_CPU_GENERATION", request.param)
+    monkeypatch.setattr(cpp, "OPERATORS", library)
+    functions = {"word_gradcam": cpp.word_gradcam, "word_soft_mask": cpp.word_soft_mask}
+    monkeypatch.setitem(backend._OPERATORS["word_mask"], "cuda", backend.Implementation("cuda", functions))
+    return request.param
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("sizes", cases.SIZES)
+def test_map(sizes, dtype, masked):
+    cases.test_map_matches_full_attention_maps("cuda", sizes, dtype, masked, CPU)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize(("prefix", "masked"), [(0, True), (1, False), (2, True)])
+def test_soft_mask(dtype, prefix, masked):
+    cases.test_soft_mask("cuda", dtype, prefix, masked, CPU)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.test_saturated_softmax,
+        cases.test_maps_without_a_spread_keep_everything,
+        cases.test_images_of_padding_only,
+        cases.test_any_strides,
+        cases.test_gradient_flows_to_features_alone,
+        cases.test_empty_batch,
+    ],
+)
+def test_case(case):
+    case("cuda", CPU)
+
+
+# B, H, L, N, D, C: clusters of 2, 4 and 8 blocks, of equal and unequal runs of tokens; heads in several turns
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ((1, 3, 2, 97, 32, 24), torch.bfloat16),
+        ((2, 2, 2, 257, 16, 40), torch.float16),
+        ((1, 2, 1, 577, 16, 8), torch.bfloat16),
+        ((1, 2, 1, 4096, 8, 8), torch.float16),
+        ((1, 130, 1, 390, 4, 4), torch.float32),
+        ((1, 1, 1, 193, 128, 7), torch.float32),
+    ],
+)
+def test_many_tokens(sizes, dtype, monkeypatch):
+    """Against float64, and the same bits in whichever order the threads run."""
+    *sizes, channels = sizes
+    inputs, word_index = cases.draw(sizes, dtype, "cpu")
+    features = torch.randn(sizes[0], sizes[3], channels).to(dtype)
+    key_mask = torch.rand(sizes[0], sizes[3]) > 0.2
+    truth = cases.of_word(cases.full_maps(*(tensor.double() for tensor in inputs), key_mask), word_index)
+    baseline = cases.of_word(cases.full_maps(*inputs, key_mask), word_index)
+    results = []
+    for seed in ("0", "1"):
+        monkeypatch.setenv("CUDA_ON_CPU_SEED", seed)
+        results.append(word_soft_mask(*inputs, word_index, features, key_mask=key_mask, impl="cuda"))
+    masked, keep = results[0]
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True)), "depends on the order of the threads"
+    true_keep, baseline_keep = (cases.keep_from_map(cam, 1, key_mask) for cam in (truth, baseline))
+    assert_as_accurate(keep, baseline_keep, true_keep, dtype, "keep")
+    assert torch.equal(masked, (features * keep[:, :, None]).to(dtype))
+    assert_as_accurate(word_gradcam(*inputs, word_index, key_mask=key_mask, impl="cuda"), baseline, truth, dtype, "map")
+
+
+def test_a_word_out_of_range_gives_nan():
+    inputs, _ = cases.draw((3, 2, 4, 99, 16), torch.float32, "cpu")
+    index = torch.tensor([4, 1, -1])
+    key_mask = torch.rand(3, 99) > 0.3
+    masked, keep = cpp.word_soft_mask(*inputs, index, torch.ones(3, 99, 5), 1, key_mask, 0.25)
+    assert keep[[0, 2]].isnan().all() and masked[[0, 2]].isnan().all()
+    expected = word_soft_mask(
+        *(tensor[1:2] for tensor in inputs), index[1:2], key_mask=key_mask[1:2], scale=0.25, impl="reference"
+    )
+    torch.testing.assert_close(keep[1:2], expected, rtol=1e-4, atol=1e-5)
+    assert cpp.word_gradcam(*inputs, index, key_mask, 0.25)[[0, 2]].isnan().all()
+
+
+def test_features_of_any_dtype_and_alignment():
+    inputs, word_index = cases.draw((2, 2, 3, 101, 16), torch.bfloat16, "cpu")
+    keep = word_soft_mask(*inputs, word_index, impl="cuda")
+    for dtype, channels, offset in itertools.product(cases.DTYPES, (48, 21), (0, 1)):
+        storage = torch.randn(2 * 101 * channels + offset).to(dtype)
+        features = storage[offset:].view(2, 101, channels)
+        masked, again = word_soft_mask(*inputs, word_index, features, impl="cuda")
+        assert masked.dtype == dtype and torch.equal(again, keep)
+        assert torch.equal(masked, (features * keep[:, :, None]).to(dtype))
+
+
+def test_too_many_tokens_name_the_limit():
+    inputs, word_index = cases.draw((1, 1, 1, 200_000, 8), torch.float16, "cpu")
+    with pytest.raises(RuntimeError, match=r"key: 200000 tokens need \d+ bytes of shared memory in each block"):
+        word_gradcam(*inputs, word_index, impl="cuda")
