@@ -125,7 +125,9 @@ def forward(
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
             keep = scores
             if HAS_KEEP:
-                keep = load_keep(p_keep, (sequence.to(tl.int32) * keep_s)[:, None], (n * keep_n)[None, :], m_keys[None, :])
+                keep = load_keep(
+                    p_keep, (sequence.to(tl.int32) * keep_s)[:, None], (n * keep_n)[None, :], m_keys[None, :]
+                )  # fmt: skip
             logits = masked_logits(
                 scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
             )
@@ -204,7 +206,9 @@ def backward_query(
                 scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
                 keep = scores
                 if HAS_KEEP:
-                    keep = load_keep(p_keep, (sequence.to(tl.int32) * keep_s)[:, None], (n * keep_n)[None, :], m_keys[None, :])
+                    keep = load_keep(
+                        p_keep, (sequence.to(tl.int32) * keep_s)[:, None], (n * keep_n)[None, :], m_keys[None, :]
+                    )  # fmt: skip
                 logits = masked_logits(
                     scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
                 )
@@ -229,7 +233,9 @@ def backward_query(
             scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
             keep = scores
             if HAS_KEEP:
-                keep = load_keep(p_keep, (sequence.to(tl.int32) * keep_s)[:, None], (n * keep_n)[None, :], m_keys[None, :])
+                keep = load_keep(
+                    p_keep, (sequence.to(tl.int32) * keep_s)[:, None], (n * keep_n)[None, :], m_keys[None, :]
+                )  # fmt: skip
             logits = masked_logits(
                 scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
             )
