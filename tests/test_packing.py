@@ -1,6 +1,8 @@
 """Packed captions, activation checkpointing and compilation: other ways to run the layers, the same numbers."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from softmask_fast.config import ObjectiveConfig
 from softmask_fast.logs import FlopCount
 from softmask_fast.model.packing import Packing, choose_attention, self_attention
 from softmask_fast.model.pretraining import PretrainingStep
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from memory import activations  # noqa: E402
 
 LENGTHS = (5, 1, 7, 3)
 
@@ -119,6 +124,12 @@ def test_compiled_and_not_compiled_agree():
     names = list(model.state_dict())
     model.set_execution(compile=True)
     assert list(model.state_dict()) == names and list(copy.deepcopy(model).state_dict()) == names
+
+
+def test_a_step_reads_no_value_on_the_host_and_checkpointing_saves_memory():
+    """On tensors without data: whatever asked one for a value would raise."""
+    kept, again = (activations("tiny", 4, checkpointing) for checkpointing in (False, True))
+    assert 0 < again < 0.6 * kept
 
 
 def test_counting_operations_changes_no_bit():

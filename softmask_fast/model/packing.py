@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class Packing:
 
     @classmethod
     def of(cls, mask: Tensor, fewest: int = 0, most: int | None = None) -> Packing:
-        """mask (S, L) bool; fewest, most: what the caller knows of the number of tokens, read on a GPU alone."""
+        """mask (S, L) bool; fewest, most: what the caller knows of the number of tokens, for where it cannot be read
+        without waiting (a GPU) or at all (a tensor without data)."""
         length = mask.shape[1]
-        if mask.device.type == "cpu":
+        if mask.device.type == "cpu" and not is_fake(mask):
             positions = mask.flatten().nonzero()[:, 0]
             fewest = most = len(positions)
         else:

@@ -1,0 +1,129 @@
+"""Peak memory of pretraining by batch size, activation checkpointing, ZeRO stage and offload, as a Markdown page.
+
+    python benchmarks/memory.py --preset base --ranks 8 > docs/memory.md
+
+No GPU is needed and none is used: every number is counted, none is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import weakref
+from unittest import mock
+
+import torch
+from bench_step import ALPHA, SEED, make_batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from softmask_fast.config import PRESETS, make_config
+from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.pretraining import PretrainingStep
+from softmask_fast.model.vision_language import VisionLanguageModel
+
+CPU = torch.device("cpu")
+EXPLANATION = """\
+# Peak memory
+
+GiB per GPU of the `{preset}` preset ({parameters:.0f} M parameters) with {ranks} ranks, bf16 by autocast.
+**Counted, not measured**: made by `python benchmarks/memory.py --preset {preset} --ranks {ranks}`.
+
+- Activations: forward and backward pass on tensors without data, every storage counted from its making to its end
+  (which operators run in bf16 is the CPU's list of autocast, close to the GPU's).
+- Weights, gradients, AdamW's moments: by formula, 4, 4 and 8 bytes a parameter, and 4 for the copy of the weights that
+  ZeRO's optimiser holds from stage 1 on; ZeRO 1 shares moments and copy among the ranks, 2 gradients too, 3 weights
+  too; offload moves moments and copy to the host.
+- Momentum copy and queues: whole on every rank, at every stage.
+- Not counted: the CUDA context, the allocator's gaps, workspaces, buffers of collectives, ZeRO-3's gathered block.
+"""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operators made and that live, parameters' gradients aside; and the most there were."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: weakref.WeakSet = weakref.WeakSet()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self._set_aside)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _set_aside(self, parameter: torch.Tensor) -> None:
+        self.now -= parameter.grad.untyped_storage().nbytes()
+
+
+def activations(preset: str, pairs: int, checkpointing: bool) -> int:
+    """Most bytes that one step holds beside weights, gradients, optimiser, momentum copy and queues."""
+    config = make_config(preset, vision_weights="random", text_weights="random", batch_size=pairs)
+    batch = make_batch(config.model, pairs, CPU)
+    with torch.device("meta"):
+        model = VisionLanguageModel(config.model)
+        teacher = MomentumTeacher(model, config.objectives)
+    # Operators then leave out the checks that read values on the CPU, as they do for tensors on a GPU.
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("torch.compiler.is_compiling", return_value=True):
+        for network in (model, teacher):
+            network._apply(lambda tensor: torch.empty_like(tensor, device=CPU))
+        for network in (model, teacher.model):  # `_apply` parts what is tied
+            network.language_head.decoder.weight = network.text.word_embeddings.weight
+        model.set_execution(checkpointing=checkpointing)
+        for name, value in vars(batch).items():
+            if isinstance(value, torch.Tensor):
+                setattr(batch, name, torch.empty_like(value, device=CPU))
+        with LiveBytes(model) as live:
+            loss, _ = PretrainingStep(model, config.objectives, bf16=True)(batch, teacher, ALPHA, SEED)
+            loss.backward()
+    return live.peak
+
+
+def standing(preset: str, stage: int, offload: bool, ranks: int) -> int:
+    """Bytes of weights, gradients, optimiser, momentum copy and queues on one rank."""
+    config = make_config(preset)
+    with torch.device("meta"):
+        model = VisionLanguageModel(config.model)
+        teacher = MomentumTeacher(model, config.objectives)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    weights = 4 * count / (ranks if stage >= 3 else 1)
+    gradients = 4 * count / (ranks if stage >= 2 else 1)
+    optimiser = 8 * count if stage == 0 else (0 if offload else 12 * count / ranks)
+    momentum = sum(tensor.numel() * tensor.element_size() for tensor in (*teacher.parameters(), *teacher.buffers()))
+    return int(weights + gradients + optimiser + momentum)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Counted peak memory as a Markdown page.")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="base")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    options = parser.parse_args()
+    with torch.device("meta"):
+        model = VisionLanguageModel(make_config(options.preset).model)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(EXPLANATION.format(preset=options.preset, ranks=options.ranks, parameters=parameters))
+    states = {f"ZeRO {stage}": (stage, False) for stage in range(4)}
+    states |= {f"ZeRO {stage}, offload": (stage, True) for stage in range(1, 4)}
+    columns = ["pairs per GPU", "checkpointing", "activations", *states]
+    print(f"| {' | '.join(columns)} |\n|{' ---: |' * len(columns)}")
+    for pairs in options.batch_sizes:
+        for checkpointing in (False, True):
+            held = activations(options.preset, pairs, checkpointing)
+            sizes = [held] + [held + standing(options.preset, *state, options.ranks) for state in states.values()]
+            cells = [str(pairs), "on" if checkpointing else "off", *(f"{size / 2**30:.1f}" for size in sizes)]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
