@@ -62,8 +62,8 @@ def run(impl, tensors, dtype, temperature, **keywords):
     device = device_of(impl)
     leaves = [tensor.to(device, dtype, copy=True).requires_grad_() for tensor in tensors[:4]]
     teachers = [tensor.to(device, dtype) for tensor in tensors[4:]]
-    tau = torch.tensor(temperature, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    tau.requires_grad_()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tau = torch.tensor(temperature).to(device, wide).requires_grad_()  # the same float32 number for all dtypes
     ids = {name: value.to(device) for name, value in keywords.items() if isinstance(value, torch.Tensor)}
     loss, stats = focal_itc_loss(
         *leaves, temperature=tau, teacher_image=teachers[0], teacher_text=teachers[1], reduction="none",
