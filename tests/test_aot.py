@@ -40,13 +40,12 @@ KNOWN_SPILLS = {
     "backward_keep-bfloat16-32-32-1-32-4": "sm_90 sm_100",
     "forward-bfloat16-64-64-2-32-4": "sm_80 sm_90",
     "backward_query-bfloat16-32-32-1-64-4": "sm_100",
-    "forward-bfloat16-32-32-2-128-4": "sm_100 gfx942",
+    "forward-bfloat16-32-32-2-128-4": "sm_100",
     "all_words_map-bfloat16-32-64-128-4-1": "sm_80",
     "backward_query-float32-32-32-1-16-4": "sm_80 sm_90 sm_100",
-    "forward-float32-32-32-2-32-4": "gfx942",
     "backward_query-float32-32-32-1-32-4": "sm_80 sm_90 sm_100",
     "backward_key_value-float32-32-32-1-32-4": "sm_80 sm_90 sm_100",
-    "forward-float32-32-32-2-64-4": "sm_80 gfx942",
+    "forward-float32-32-32-2-64-4": "sm_80",
     "backward_query-float32-32-32-1-64-4": "sm_80 sm_90 sm_100",
     "backward_key_value-float32-32-32-1-64-4": "sm_90 sm_100",
     "backward_keep-float32-32-32-1-64-4": "sm_80 sm_90 sm_100",
@@ -57,6 +56,8 @@ KNOWN_SPILLS = {
     "all_words_statistics-float32-32-32-128-4-1": "sm_80 sm_90 sm_100",
     "all_words_map-float32-32-32-128-4-1": "sm_80 sm_90 sm_100",
 }  # fmt: skip
+# Known defect: Triton cannot translate these for gfx942. No other may join the list.
+NOT_FOR_AMD = ("forward-bfloat16-32-32-2-128-4", "forward-float32-32-32-2-32-4", "forward-float32-32-32-2-64-4")
 WITHOUT_PRODUCTS = ("plan", "word_products", "word_map")
 
 
@@ -112,7 +113,12 @@ def label(case):
 def test_compiles(case, target, tmp_path):
     kernel, dtype, options = case
     machine, shared_memory, matrix_instruction = TARGETS[target]
-    compiled = compile_for(kernel, dtype, options, machine)
+    try:
+        compiled = compile_for(kernel, dtype, options, machine)
+    except RuntimeError:
+        if target == "gfx942" and label(case) in NOT_FOR_AMD:
+            pytest.xfail("it does not compile")
+        raise
     assert compiled.metadata.shared <= shared_memory
     if machine[0] == "cuda":
         binary = tmp_path / "kernel.cubin"
