@@ -26,7 +26,7 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, rows: int) -> dict[str, i
     if INTERPRETED:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
     half, wide = dtype != torch.float32, block_d > 64
-    # (BLOCK_M, BLOCK_N, stages): the largest tiles whose registers do not spill on any GPU, see tests/test_aot.py
+    # (BLOCK_M, BLOCK_N, stages); tests/test_aot.py lists where registers still spill
     block_m = 64 if half and rows > 32 else 32
     if kernel == "forward":
         chosen = (block_m, 64 if half and not wide else 32, 2 if half or not wide else 1)
