@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +38,32 @@ def element_options(dtype: torch.dtype) -> dict[str, object]:
     widen = INTERPRETED and dtype != torch.float32
     exact = INTERPRETED or dtype != torch.float32 or torch.version.hip is not None
     return {"WIDEN": widen, "PRECISION": "ieee" if exact else "tf32x3"}
+
+
+class Machine(NamedTuple):
+    """What the choice of tiles depends on."""
+
+    capability: int  # NVIDIA's compute capability, 80 for 8.0; 0 for AMD
+    shared_memory: int  # bytes that one program may take
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """For kernels with products. NVIDIA's assembler spills a register or two where that lets one more program run
+        at a time, unless it is told how many registers it may take. AMD's pipelines of two stages do not compile.
+        """
+        return {"maxnreg": 255} if self.capability else {"num_stages": 1}
+
+
+def machine_of(device: torch.device) -> Machine:
+    if INTERPRETED or torch.version.hip is not None:
+        return Machine(0, 64 * 1024)
+    return _nvidia(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _nvidia(index: int) -> Machine:
+    properties = torch.cuda.get_device_properties(index)
+    return Machine(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
 
 
 def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:

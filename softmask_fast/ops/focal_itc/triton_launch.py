@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_kernels
+from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_kernels, triton_negatives
 from softmask_fast.ops.focal_itc.operators import ROW_STATES, BlockwiseForward
 from softmask_fast.ops.focal_itc.positives import PositiveLists
 from softmask_fast.ops.focal_itc.reference import Options
 from softmask_fast.ops.focal_itc.sampling import stream_keys
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
+    Machine,
     device_of,
     element_options,
+    machine_of,
     next_power_of_2,
     with_narrow_offsets,
 )
@@ -21,36 +23,34 @@ from softmask_fast.ops.triton_support import (
 MERGE_ROWS = 128  # rows per program of the kernels without products
 
 
-def tiles(kernel: str, dtype: torch.dtype, width: int, large: bool) -> dict[str, int | bool]:
-    """Tile sizes, warps and pipeline stages of a kernel. ``large``: at least 200 KiB of shared memory per program.
+def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine) -> dict[str, int | bool]:
+    """Tile sizes, warps and pipeline stages of a kernel.
 
     Chosen by sizes alone, not timed at run time: another tile is another order of summation, and results must be the
     same bit for bit in every run.
     """
     block_d = max(16, next_power_of_2(width))
     backward = kernel in ("grad_rows", "grad_keys")
+    more_warps = 8 if backward and block_d > 32 and machine.capability else 4
+    # BLOCK_B, BLOCK_K, BLOCK_D, BLOCK_C, num_warps, num_stages
     if INTERPRETED:
-        sizes = (16, 32, min(block_d, 32))
-        options = {"num_warps": 4, "num_stages": 1}
+        sizes = (16, 32, min(block_d, 32), min(block_d, 32), 4, 1)
     elif dtype == torch.float32:
-        sizes = (32, 32, min(block_d, 64))
-        options = {"num_warps": 4, "num_stages": 2 if large else 1}
-    elif large:
-        sizes = (64 if backward else 128, 64, min(block_d, 256))
-        options = {"num_warps": 8, "num_stages": 1 if kernel == "grad_rows" else 2}
+        sizes = (32, 32, max(16, min(block_d // 2, 32)), min(block_d, 128), more_warps, 1)
+    elif machine.shared_memory < 200 * 1024 or kernel == "row_negatives":
+        sizes = (64, 32, min(block_d, 64), min(block_d, 128), more_warps, 1)
+    elif backward:
+        sizes = (64, 64, min(block_d, 256), min(block_d, 256), 8, 1 if kernel == "grad_rows" else 2)
     else:
-        sizes = (64, 32 if backward else 64, min(block_d, 128))
-        options = {"num_warps": 4, "num_stages": 1}
-    blocks = dict(zip(("BLOCK_B", "BLOCK_K", "BLOCK_D"), sizes, strict=True))
-    if backward:
-        blocks["BLOCK_C"] = blocks["BLOCK_D"]
-    return {**blocks, "RESIDENT": block_d == blocks["BLOCK_D"], **options}
-
-
-def _is_large(device: torch.device) -> bool:
-    if INTERPRETED:
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 1024
+        sizes = (128, 64, min(block_d, 256), 0, 8, 2)
+    names = ("BLOCK_B", "BLOCK_K", "BLOCK_D", "BLOCK_C", "num_warps", "num_stages")
+    chosen = dict(zip(names, sizes, strict=True))
+    resident = block_d == chosen["BLOCK_D"]
+    if not backward:
+        del chosen["BLOCK_C"]
+    elif resident:
+        chosen["BLOCK_C"] = block_d
+    return {**chosen, "RESIDENT": resident, **machine.launch_options}
 
 
 def _split(rows: int, keys: int, block_rows: int, block_keys: int, device: torch.device) -> tuple[int, int]:
@@ -103,7 +103,7 @@ class Forward(BlockwiseForward):
     ) -> None:
         rows, options = self.rows, self.options
         (batch, width), total = rows.shape, keys.shape[0]
-        sizes = tiles("row_terms" if second_pass else "row_sums", rows.dtype, width, _is_large(rows.device))
+        sizes = tiles("row_terms" if second_pass else "row_sums", rows.dtype, width, machine_of(rows.device))
         splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
         flags = {"HAS_TEACHER": self.teacher_rows is not None}
         common = {"HAS_IDS": self.ids is not None, **flags, **sizes, **element_options(rows.dtype)}
@@ -115,8 +115,9 @@ class Forward(BlockwiseForward):
             if second_pass:
                 terms = _after(self.terms, splits)
                 triton_kernels.row_terms[grid](
-                    *inputs, self.temperature, self.sums, self.places, terms[-splits:], *strides, batch, total, width,
-                    first_key, options.row_offset, options.gamma, keys_per_split, **common,
+                    *inputs, _spans(self.ids, key_ids), self.temperature, self.sums, self.places, terms[-splits:],
+                    *strides, batch, total, width, first_key, options.row_offset, options.gamma, keys_per_split,
+                    **common,
                 )  # fmt: skip
                 self.terms = terms.sum(0, keepdim=True)
                 return
@@ -124,11 +125,18 @@ class Forward(BlockwiseForward):
             terms = max(self.order, 0) + 1
             triton_kernels.row_sums[grid](
                 *inputs, _spans(self.ids, key_ids), self.temperature, sums[-splits:], places[-splits:], *strides,
-                batch, total, width, first_key,
-                options.row_offset, options.first_negative, options.last_negative,
-                *stream_keys(options.seed, options.direction), keys_per_split, TERMS=terms, ANY=options.any_positive,
-                STATS=options.stats, **common,
+                batch, total, width, first_key, options.row_offset, keys_per_split, TERMS=terms,
+                ANY=options.any_positive, STATS=options.stats, **common,
             )  # fmt: skip
+            if options.stats:
+                sizes = tiles("row_negatives", rows.dtype, width, machine_of(rows.device))
+                triton_negatives.row_negatives[-(-batch // sizes["BLOCK_B"]), splits](
+                    rows, keys, self.ids, key_ids, self.temperature, sums[-splits:], places[-splits:],
+                    *rows.stride(), *keys.stride(), batch, total, width, first_key,
+                    options.row_offset, options.first_negative, options.last_negative,
+                    *stream_keys(options.seed, options.direction), keys_per_split,
+                    HAS_IDS=self.ids is not None, **sizes, **element_options(rows.dtype),
+                )  # fmt: skip
             triton_finish.merge[(-(-batch // MERGE_ROWS),)](
                 sums, places, self.temperature, batch, sums.shape[0], TERMS=terms, **flags, BLOCK_B=MERGE_ROWS
             )
@@ -187,11 +195,11 @@ def backward(
     inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, row_state, dominant)
     strides = _strides(rows, teacher_rows, keys)
     scalars = (batch, total, width, first_key, options.row_offset, options.gamma, options.alpha)
-    large = _is_large(rows.device)
+    machine = machine_of(rows.device)
     grad_rows, grad_keys, grad_temperature = rows.new_empty(0), keys.new_empty(0), temperature.new_empty(0)
     with device_of(rows):
         if wants_rows or wants_temperature:
-            sizes = tiles("grad_rows", rows.dtype, width, large)
+            sizes = tiles("grad_rows", rows.dtype, width, machine)
             splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
             dtype = rows.dtype if splits == 1 else torch.float32
             partial = rows.new_empty((splits, batch, width) if wants_rows else 0, dtype=dtype)
@@ -206,7 +214,7 @@ def backward(
             if wants_temperature:
                 grad_temperature = -grad_inverse.sum()
         if wants_keys:
-            sizes = tiles("grad_keys", rows.dtype, width, large)
+            sizes = tiles("grad_keys", rows.dtype, width, machine)
             grad_keys = keys.new_empty(keys.shape)
             largest = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
             triton_backward.grad_keys[(-(-total // sizes["BLOCK_K"]), -(-width // sizes["BLOCK_C"]))](

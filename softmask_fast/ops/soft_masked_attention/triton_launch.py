@@ -8,37 +8,41 @@ from torch import Tensor
 from softmask_fast.ops.soft_masked_attention import triton_kernels as kernels
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
+    Machine,
     device_of,
     element_options,
+    machine_of,
     next_power_of_2,
     strides,
     with_narrow_offsets,
 )
 
 
-def tiles(kernel: str, dtype: torch.dtype, width: int, rows: int) -> dict[str, int]:
+def tiles(kernel: str, dtype: torch.dtype, width: int, rows: int, machine: Machine) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages of a kernel for heads of ``width`` and ``rows`` stacked rows per image.
 
     Chosen by sizes alone, not timed at run time: another tile is another order of summation, and results must be the
-    same bit for bit in every run.
+    same bit for bit in every run. That none of them spills registers is what tests/test_aot.py is for.
     """
     block_d = max(16, next_power_of_2(width))
-    if INTERPRETED:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
     half, wide = dtype != torch.float32, block_d > 64
-    # (BLOCK_M, BLOCK_N, stages); tests/test_aot.py lists where registers still spill
-    block_m = 64 if half and rows > 32 else 32
-    if kernel == "forward":
-        chosen = (block_m, 64 if half and not wide else 32, 2 if half or not wide else 1)
-    elif kernel == "backward_query":
-        chosen = (32 if wide else block_m, 32, 2 if half and wide else 1)
-    elif kernel == "backward_key_value":
-        chosen = (32, 64 if half and not wide else 32, 1)
-    elif kernel == "backward_keep":
-        chosen = (16 if wide else 32, 32, 1)
+    block_c = block_d if half else max(16, min(block_d // 2, 32))
+    if INTERPRETED:
+        sizes = (16, 32, 1, 4)
+    elif not half:
+        sizes = (16 if kernel == "backward_key_value" else 32, 32, 1, 8 if wide and machine.capability else 4)
     else:
-        raise ValueError(f"kernel: unknown name {kernel!r}")
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_stages"), chosen, strict=True)) | {"BLOCK_D": block_d, "num_warps": 4}
+        hopper = machine.capability == 90
+        block_m = 64 if rows > 32 else 32
+        # BLOCK_M, BLOCK_N, num_stages, num_warps
+        sizes = {
+            "forward": (32 if wide and not hopper else block_m, 64 if hopper and block_d == 64 else 32, 2, 4),
+            "backward_query": (32 if wide else block_m, 32, 2 if wide else 1, 4),
+            "backward_key_value": (32, 32 if wide else 64, 1, 4),
+            "backward_keep": (16 if wide else 32, 32, 1, 4),
+        }[kernel]
+    chosen = dict(zip(("BLOCK_M", "BLOCK_N", "num_stages", "num_warps"), sizes, strict=True))
+    return chosen | {"BLOCK_D": block_d, "BLOCK_C": block_c, **machine.launch_options}
 
 
 def _plan(image_index: Tensor | None, images: int) -> tuple[Tensor | None, Tensor | None]:
@@ -73,7 +77,7 @@ def forward(
     with device_of(query):
         starts, order = _plan(image_index, images)
         rows = -(-sequences * length // max(images, 1))
-        options = tiles("forward", query.dtype, width, rows)
+        options = tiles("forward", query.dtype, width, rows, machine_of(query.device))
         split = -(-rows // options["BLOCK_M"])
         kernels.forward[(split * heads * _groups(images, image_index),)](
             query, key, value, keep, value_bias, key_mask, starts, order, output, statistics,
@@ -120,7 +124,7 @@ def backward(
     with device_of(query):
         starts, order = _plan(image_index, images)
         rows = -(-sequences * length // max(images, 1))
-        options = tiles("backward_query", query.dtype, width, rows)
+        options = tiles("backward_query", query.dtype, width, rows, machine_of(query.device))
         split = -(-rows // options["BLOCK_M"])
         kernels.backward_query[(split * heads * _groups(images, image_index),)](
             grad_output, query, key, value, keep, value_bias, key_mask, starts, order, output, statistics, delta,
@@ -132,7 +136,7 @@ def backward(
             **common, **options,
         )  # fmt: skip
         if key_value_gradient:
-            options = tiles("backward_key_value", query.dtype, width, rows)
+            options = tiles("backward_key_value", query.dtype, width, rows, machine_of(query.device))
             kernels.backward_key_value[(-(-tokens // options["BLOCK_N"]), heads, images)](
                 grad_output, query, key, value, keep, key_mask, starts, order, statistics, delta, d_key, d_value,
                 *inputs, *d_key.stride(), *d_value.stride(), *strides(keep, 2), *strides(key_mask, 2),
@@ -140,7 +144,7 @@ def backward(
                 HAS_KEEP=keep is not None, **common, **options,
             )  # fmt: skip
         if keep_gradient:
-            options = tiles("backward_keep", query.dtype, width, rows)
+            options = tiles("backward_keep", query.dtype, width, rows, machine_of(query.device))
             kernels.backward_keep[(-(-tokens // options["BLOCK_N"]), sequences)](
                 grad_output, query, key, value, keep, key_mask,
                 None if image_index is None else image_index.contiguous(), statistics, delta, d_keep,
