@@ -119,7 +119,7 @@ def cases(target: str, everything: bool) -> list[Case]:
         for width, rows, (flag, dense) in itertools.product((64,) if usual else (16, 32, 128), (150, 30), variants):
             for kernel, names in ATTENTION_FLAGS.items():
                 flags = dict.fromkeys(names, flag)
-                if kernel == "backward_query":
+                if kernel in ("backward_query", "backward_key_value"):
                     flags["EXACT_DELTA"] = dtype == torch.float32
                 add(kernel, dtype, attention_launch.tiles(kernel, dtype, width, rows, machine), dense, **flags)
             for kernel, names in WORD_MASK_FLAGS.items():
@@ -142,7 +142,8 @@ def cases(target: str, everything: bool) -> list[Case]:
                 }
                 for (kernel, flags), dense in itertools.product(kinds.items(), (True, False)):
                     if dense or everything and usual and place == 0:
-                        add(kernel, dtype, focal_launch.tiles(kernel, dtype, width, machine), dense, **flags)
+                        many = kernel == "row_sums" and (order > 2 or any_positive)
+                        add(kernel, dtype, focal_launch.tiles(kernel, dtype, width, machine, many), dense, **flags)
                 rows = {"HAS_TEACHER": teacher, "BLOCK_B": focal_launch.MERGE_ROWS}
                 add("merge", torch.float32, rows, **terms)
                 add("finish", torch.float32, rows, **order_any, STATS=stats)

@@ -255,7 +255,9 @@ def row_sums(
         with_positives = may_have_positives(
             p_spans, key, m_keys, M, first_key + first, first_row, row_offset, HAS_IDS, BLOCK_B, BLOCK_K
         )
-        if (first + BLOCK_K > M) | (tl.max(rises.to(tl.int32), 0) > 0):
+        # joined with itself: Triton 3.6 fails for sm_100 where products are reduced to a row, and it to one number
+        twice = tl.cat(rises.to(tl.int32), rises.to(tl.int32), can_reorder=True)
+        if (first + BLOCK_K > M) | (tl.max(twice, 0) > 0):
             products = tl.where(m_keys[None, :], products, BLANK)
             tile_max, tile_argmax = tl.max(products, 1, return_indices=True)
             rises = tile_max > maximum + margin

@@ -23,11 +23,13 @@ from softmask_fast.ops.triton_support import (
 MERGE_ROWS = 128  # rows per program of the kernels without products
 
 
-def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine) -> dict[str, int | bool]:
-    """Tile sizes, warps and pipeline stages of a kernel.
+def tiles(
+    kernel: str, dtype: torch.dtype, width: int, machine: Machine, many_sums: bool = False
+) -> dict[str, int | bool]:
+    """Tile sizes, warps and pipeline stages of a kernel; ``many_sums``: per row, of which some take registers always.
 
     Chosen by sizes alone, not timed at run time: another tile is another order of summation, and results must be the
-    same bit for bit in every run.
+    same bit for bit in every run. That none of them spills registers is what tests/test_aot.py is for.
     """
     block_d = max(16, next_power_of_2(width))
     backward = kernel in ("grad_rows", "grad_keys")
@@ -42,7 +44,8 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine) -> dict
     elif backward:
         sizes = (64, 64, min(block_d, 256), min(block_d, 256), 8, 1 if kernel == "grad_rows" else 2)
     else:
-        sizes = (128, 64, min(block_d, 256), 0, 8, 2)
+        wide = kernel == "row_terms" or machine.capability == 90 and not many_sums
+        sizes = (128, 64 if wide else 32, min(block_d, 256), 0, 8, 2)
     names = ("BLOCK_B", "BLOCK_K", "BLOCK_D", "BLOCK_C", "num_warps", "num_stages")
     chosen = dict(zip(names, sizes, strict=True))
     resident = block_d == chosen["BLOCK_D"]
@@ -103,33 +106,35 @@ class Forward(BlockwiseForward):
     ) -> None:
         rows, options = self.rows, self.options
         (batch, width), total = rows.shape, keys.shape[0]
-        sizes = tiles("row_terms" if second_pass else "row_sums", rows.dtype, width, machine_of(rows.device))
+        machine, terms_kept = machine_of(rows.device), max(self.order, 0) + 1
+        if second_pass:
+            sizes = tiles("row_terms", rows.dtype, width, machine)
+        else:
+            sizes = tiles("row_sums", rows.dtype, width, machine, terms_kept > 3 or options.any_positive)
         splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
         flags = {"HAS_TEACHER": self.teacher_rows is not None}
         common = {"HAS_IDS": self.ids is not None, **flags, **sizes, **element_options(rows.dtype)}
         keys, key_ids = with_narrow_offsets(keys, 1), None if key_ids is None else key_ids.contiguous()
-        inputs = (rows, self.teacher_rows, keys, self.ids, key_ids)
+        inputs = (rows, self.teacher_rows, keys, self.ids, key_ids, _spans(self.ids, key_ids), self.temperature)
         strides = _strides(rows, self.teacher_rows, keys)
         grid = (-(-batch // sizes["BLOCK_B"]), splits)
         with device_of(rows):
             if second_pass:
                 terms = _after(self.terms, splits)
                 triton_kernels.row_terms[grid](
-                    *inputs, _spans(self.ids, key_ids), self.temperature, self.sums, self.places, terms[-splits:],
-                    *strides, batch, total, width, first_key, options.row_offset, options.gamma, keys_per_split,
-                    **common,
+                    *inputs, self.sums, self.places, terms[-splits:], *strides, batch, total, width, first_key,
+                    options.row_offset, options.gamma, keys_per_split, **common,
                 )  # fmt: skip
                 self.terms = terms.sum(0, keepdim=True)
                 return
             sums, places = _after(self.sums, splits), _after(self.places, splits)
-            terms = max(self.order, 0) + 1
             triton_kernels.row_sums[grid](
-                *inputs, _spans(self.ids, key_ids), self.temperature, sums[-splits:], places[-splits:], *strides,
-                batch, total, width, first_key, options.row_offset, keys_per_split, TERMS=terms,
-                ANY=options.any_positive, STATS=options.stats, **common,
+                *inputs, sums[-splits:], places[-splits:], *strides, batch, total, width, first_key,
+                options.row_offset, keys_per_split, TERMS=terms_kept, ANY=options.any_positive, STATS=options.stats,
+                **common,
             )  # fmt: skip
             if options.stats:
-                sizes = tiles("row_negatives", rows.dtype, width, machine_of(rows.device))
+                sizes = tiles("row_negatives", rows.dtype, width, machine)
                 triton_negatives.row_negatives[-(-batch // sizes["BLOCK_B"]), splits](
                     rows, keys, self.ids, key_ids, self.temperature, sums[-splits:], places[-splits:],
                     *rows.stride(), *keys.stride(), batch, total, width, first_key,
@@ -138,7 +143,7 @@ class Forward(BlockwiseForward):
                     HAS_IDS=self.ids is not None, **sizes, **element_options(rows.dtype),
                 )  # fmt: skip
             triton_finish.merge[(-(-batch // MERGE_ROWS),)](
-                sums, places, self.temperature, batch, sums.shape[0], TERMS=terms, **flags, BLOCK_B=MERGE_ROWS
+                sums, places, self.temperature, batch, sums.shape[0], TERMS=terms_kept, **flags, BLOCK_B=MERGE_ROWS
             )
             self.sums, self.places = sums[:1], places[:1]
 

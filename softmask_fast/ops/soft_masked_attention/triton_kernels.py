@@ -274,7 +274,7 @@ def backward_key_value(
     value_b, value_h, value_n, value_d, d_key_b, d_key_h, d_key_n, d_key_d, d_value_b, d_value_h, d_value_n, d_value_d,
     keep_s, keep_n, mask_b, mask_n,
     H, L, N, D, scale,
-    HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_MASK: tl.constexpr,
+    EXACT_DELTA: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -302,10 +302,26 @@ def backward_key_value(
         maximum = tl.load(p_statistics + 2 * o_row, mask=m_rows, other=0.0)
         inverse = tl.load(p_statistics + 2 * o_row + 1, mask=m_rows, other=0.0)
         delta = tl.load(p_delta + o_row, mask=m_rows, other=0.0)
-        scores = scale * products(
-            key, query, p_key, n * key_n, key_d, m_keys, p_query, o_query, query_d, m_rows, D,
-            BLOCK_C, WIDEN, PRECISION,
-        )  # (BLOCK_N, BLOCK_M)  # fmt: skip
+        if EXACT_DELTA:  # rounded as in backward_query, so that what cancels with its delta cancels here
+            scores = products(
+                query, key, p_query, o_query, query_d, m_rows, p_key, n * key_n, key_d, m_keys, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
+            weights_gradient = products(
+                grad, value, p_grad, o_grad, grad_d, m_rows, p_value, n * value_n, value_d, m_keys, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
+            scores, weights_gradient = tl.trans(scores), tl.trans(weights_gradient)
+        else:
+            scores = products(
+                key, query, p_key, n * key_n, key_d, m_keys, p_query, o_query, query_d, m_rows, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
+            weights_gradient = products(
+                value, grad, p_value, n * value_n, value_d, m_keys, p_grad, o_grad, grad_d, m_rows, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
+        scores *= scale  # (BLOCK_N, BLOCK_M)
         keep = scores
         if HAS_KEEP:
             keep = load_keep(p_keep, (sequence.to(tl.int32) * keep_s)[None, :], (n * keep_n)[:, None], m_keys[:, None])
@@ -313,10 +329,6 @@ def backward_key_value(
             scores, keep, p_mask, (image64 * mask_b + n * mask_n)[:, None], m_keys[:, None], HAS_KEEP, HAS_MASK
         )
         weights = tl.exp(logits - maximum[None, :]) * inverse[None, :]
-        weights_gradient = products(
-            value, grad, p_value, n * value_n, value_d, m_keys, p_grad, o_grad, grad_d, m_rows, D,
-            BLOCK_C, WIDEN, PRECISION,
-        )  # fmt: skip
         if HAS_KEEP:
             logits_gradient = weights * (weights_gradient * keep - delta[None, :]) * keep
             weights = weights * keep

@@ -121,6 +121,7 @@ def backward(
         return d_query, d_key, d_value, d_keep if keep is None else d_keep.to(keep.dtype)
     inputs = (*grad_output.stride(), *query.stride(), *key.stride(), *value.stride())
     common = {"HAS_INDEX": image_index is not None, "HAS_MASK": key_mask is not None, **element_options(query.dtype)}
+    exact = {"EXACT_DELTA": query.dtype == torch.float32}
     with device_of(query):
         starts, order = _plan(image_index, images)
         rows = -(-sequences * length // max(images, 1))
@@ -132,8 +133,7 @@ def backward(
             *inputs, *output.stride(), *d_query.stride(),
             *strides(keep, 2), *strides(value_bias, 2), *strides(key_mask, 2),
             images, heads, length, tokens, width, scale, split,
-            HAS_KEEP=keep is not None, HAS_BIAS=value_bias is not None, EXACT_DELTA=query.dtype == torch.float32,
-            **common, **options,
+            HAS_KEEP=keep is not None, HAS_BIAS=value_bias is not None, **exact, **common, **options,
         )  # fmt: skip
         if key_value_gradient:
             options = tiles("backward_key_value", query.dtype, width, rows, machine_of(query.device))
@@ -141,7 +141,7 @@ def backward(
                 grad_output, query, key, value, keep, key_mask, starts, order, statistics, delta, d_key, d_value,
                 *inputs, *d_key.stride(), *d_value.stride(), *strides(keep, 2), *strides(key_mask, 2),
                 heads, length, tokens, width, scale,
-                HAS_KEEP=keep is not None, **common, **options,
+                HAS_KEEP=keep is not None, **exact, **common, **options,
             )  # fmt: skip
         if keep_gradient:
             options = tiles("backward_keep", query.dtype, width, rows, machine_of(query.device))
