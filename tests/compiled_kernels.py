@@ -65,6 +65,7 @@ WORD_MASK_FLAGS = {
     "all_words_statistics": ("HAS_MASK",),
     "all_words_map": ("HAS_MASK",),
 }
+STRIDED = ("word_products", "word_map")  # take any strides; for the others the launch copies what is not dense
 # ORDER, ANY, HAS_TEACHER, HAS_IDS, STATS: as trained, as much as there is, gammas that do not expand, as little as CLIP
 FOCAL_FLAGS = (
     (2, False, True, True, True), (3, True, True, True, True), (-1, False, True, True, False),
@@ -83,13 +84,13 @@ class Case(NamedTuple):
     kernel: str
     dtype: torch.dtype
     constants: tuple[tuple[str, object], ...]  # with num_warps and other options of the launch
-    dense: bool  # sizes and strides of which 16 is a divisor, unit strides within rows
+    dense: bool  # 16 divides all strides but those within rows, which are 1
 
     @property
     def label(self) -> str:
         values = "-".join(f"{name}={int(value)}" for name, value in self.constants)
-        kind = str(self.dtype).removeprefix("torch.")
-        return f"{self.target}-{self.kernel}-{kind}{'' if self.dense else '-ragged'}-{values}"
+        kind = str(self.dtype).removeprefix("torch.") + ("" if self.dense else "-strided")
+        return f"{self.target}-{self.kernel}-{kind}-{values}"
 
 
 class Outcome(NamedTuple):
@@ -102,51 +103,56 @@ class Outcome(NamedTuple):
 def cases(target: str, everything: bool) -> list[Case]:
     """All that the launches can choose, or of each kernel what a training uses, each once.
 
-    Every tile comes with all that the kernel can do, dense; the usual ones also with none of it, and ragged.
+    Every tile comes with all that the kernel can do; the usual ones with less of it as well, and for float16.
     """
     machine = TARGETS[target].machine
     found = [Case(target, "plan", torch.float32, (("BLOCK", 1024),), True)]
 
-    def add(kernel, dtype, tiles, dense=True, **flags):
+    def add(kernel, dtype, tiles, flags, dense=True):
         found.append(Case(target, kernel, dtype, tuple((flags | tiles).items()), dense))
 
-    for dtype, usual in itertools.product(TYPES, (True, False)):
-        if not everything and (not usual or dtype == torch.float16):
-            continue
-        if not usual and dtype == torch.float16:  # the tiles of bfloat16
-            continue
-        variants = ((True, True), (False, True), (True, False)) if everything and usual else ((True, True),)
-        for width, rows, (flag, dense) in itertools.product((64,) if usual else (16, 32, 128), (150, 30), variants):
+    def add_attention(dtype, width, flag):
+        for rows, tokens in ((150, 257), (30, 4096)):
             for kernel, names in ATTENTION_FLAGS.items():
                 flags = dict.fromkeys(names, flag)
                 if kernel in ("backward_query", "backward_key_value"):
                     flags["EXACT_DELTA"] = dtype == torch.float32
-                add(kernel, dtype, attention_launch.tiles(kernel, dtype, width, rows, machine), dense, **flags)
+                add(kernel, dtype, attention_launch.tiles(kernel, dtype, width, rows, machine), flags)
             for kernel, names in WORD_MASK_FLAGS.items():
-                tiles = word_mask_launch.tiles(kernel, dtype, width, 257 if rows == 150 else 4096, machine)
-                add(kernel, dtype, tiles, dense, **dict.fromkeys(names, flag))
-        for width, (place, given) in itertools.product(
-            (256,) if usual else (16, 32, 64, 128, 512, 1024), enumerate(FOCAL_FLAGS if everything else FOCAL_FLAGS[:1])
-        ):
-            if usual or place < 2:
-                order, any_positive, teacher, ids, stats = given
-                common = {"HAS_TEACHER": teacher, "HAS_IDS": ids}
-                order_any = {"ORDER": order, "ANY": any_positive}
-                terms = {"TERMS": max(order, 0) + 1}
-                kinds = {
-                    "row_sums": common | terms | {"ANY": any_positive, "STATS": stats},
-                    "row_terms": common,
-                    "row_negatives": {"HAS_IDS": ids},
-                    "grad_rows": common | order_any | {"WANTS_ROWS": True},
-                    "grad_keys": common | order_any,
-                }
-                for (kernel, flags), dense in itertools.product(kinds.items(), (True, False)):
-                    if dense or everything and usual and place == 0:
-                        many = kernel == "row_sums" and (order > 2 or any_positive)
-                        add(kernel, dtype, focal_launch.tiles(kernel, dtype, width, machine, many), dense, **flags)
-                rows = {"HAS_TEACHER": teacher, "BLOCK_B": focal_launch.MERGE_ROWS}
-                add("merge", torch.float32, rows, **terms)
-                add("finish", torch.float32, rows, **order_any, STATS=stats)
+                tiles = word_mask_launch.tiles(kernel, dtype, width, tokens, machine)
+                add(kernel, dtype, tiles, dict.fromkeys(names, flag))
+                if everything and kernel in STRIDED:
+                    add(kernel, dtype, tiles, dict.fromkeys(names, flag), dense=False)
+
+    def add_focal(dtype, width, order, any_positive, teacher, ids, stats):
+        inputs = {"HAS_TEACHER": teacher, "HAS_IDS": ids}
+        loss, terms = {"ORDER": order, "ANY": any_positive}, {"TERMS": max(order, 0) + 1}
+        flags = {
+            "row_sums": inputs | terms | {"ANY": any_positive, "STATS": stats},
+            "row_terms": inputs,
+            "row_negatives": {"HAS_IDS": ids},
+            "grad_rows": inputs | loss | {"WANTS_ROWS": True},
+            "grad_keys": inputs | loss,
+        }
+        for kernel in flags:
+            many_sums = kernel == "row_sums" and (order > 2 or any_positive)
+            add(kernel, dtype, focal_launch.tiles(kernel, dtype, width, machine, many_sums), flags[kernel])
+        rows = {"HAS_TEACHER": teacher, "BLOCK_B": focal_launch.MERGE_ROWS}
+        add("merge", torch.float32, rows, terms)
+        add("finish", torch.float32, rows, loss | {"STATS": stats})
+
+    for dtype in (torch.bfloat16, torch.float32):
+        add_attention(dtype, 64, True)
+        add_focal(dtype, 256, *FOCAL_FLAGS[0])
+    if everything:
+        add_attention(torch.float16, 64, True)
+        add_focal(torch.float16, 256, *FOCAL_FLAGS[0])
+        for dtype in (torch.bfloat16, torch.float32):
+            for width, flag in ((64, False), (16, True), (32, True), (128, True)):
+                add_attention(dtype, width, flag)
+            for width, flags in itertools.product((16, 32, 64, 128, 256, 512, 1024), FOCAL_FLAGS):
+                if width == 256 or flags in FOCAL_FLAGS[:2]:
+                    add_focal(dtype, width, *flags)
     return list(dict.fromkeys(found))
 
 
@@ -168,12 +174,12 @@ def compile_case(case: Case):
             attributes[(place,)] = [["tt.divisibility", 16]]
         elif name in FLOATS:
             signature[name] = "fp32"
-        elif re.search(r"_[dc]$|^(keep|mask)_n$", name) and (case.dense or name in ("keep_n", "mask_n")):
+        elif case.dense and re.search(r"_[dc]$|^(keep|mask)_n$", name):
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            divisible = name in ("D", "C") or re.search(r"_[bshlnm]$", name) and name not in ("mask_b", "keep_s")
-            if name == "KEYS_PER_SPLIT" or case.dense and divisible:
+            strides = case.dense and re.search(r"_[bshlnm]$", name) and name not in ("mask_b", "keep_s")
+            if strides or name in ("C", "D", "KEYS_PER_SPLIT"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     target = triton.backends.compiler.GPUTarget(*TARGETS[case.target].arguments)

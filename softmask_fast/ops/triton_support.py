@@ -70,12 +70,32 @@ def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()
 
 
-def with_narrow_offsets(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | None:
-    """The tensor itself where 32 bits hold every offset along its last ``dims`` dimensions, else a dense copy of it."""
+def with_dense_rows(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | None:
+    """The tensor itself where its last dimension is dense and 32 bits hold every offset along its last ``dims``
+    dimensions, else a dense copy of it: wider offsets would take the registers of the products.
+    """
     if tensor is None:
         return None
-    pairs = zip(tensor.shape[-dims:], tensor.stride()[-dims:], strict=True)
-    return tensor if sum((size - 1) * stride for size, stride in pairs) < 2**31 else tensor.contiguous()
+    pairs = list(zip(tensor.shape[-dims:], tensor.stride()[-dims:], strict=True))
+    dense = pairs[-1][0] < 2 or pairs[-1][1] == 1
+    return tensor if dense and sum((size - 1) * stride for size, stride in pairs) < 2**31 else tensor.contiguous()
+
+
+def with_aligned_rows(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | None:
+    """The tensor with dense rows that can be read 16 bytes at a time, a copy only where need be.
+
+    Rows whose length is no multiple of 16 are continued with zeros, which changes no product. Read one element at a
+    time, tiles for the tensor cores would spill registers.
+    """
+    if tensor is None:
+        return None
+    missing = -tensor.shape[-1] % 16
+    if missing:
+        return torch.nn.functional.pad(tensor, (0, missing)).contiguous()
+    tensor = with_dense_rows(tensor, dims)
+    pairs = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    aligned = tensor.data_ptr() % 16 == 0 and all(size < 2 or stride % 16 == 0 for size, stride in pairs)
+    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def device_of(tensor: torch.Tensor) -> torch.cuda.device:

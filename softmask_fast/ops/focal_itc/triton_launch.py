@@ -17,7 +17,7 @@ from softmask_fast.ops.triton_support import (
     element_options,
     machine_of,
     next_power_of_2,
-    with_narrow_offsets,
+    with_aligned_rows,
 )
 
 MERGE_ROWS = 128  # rows per program of the kernels without products
@@ -93,7 +93,7 @@ class Forward(BlockwiseForward):
     def __init__(
         self, rows: Tensor, temperature: Tensor, teacher_rows: Tensor | None, ids: Tensor | None, options: Options
     ):
-        rows, teacher_rows = with_narrow_offsets(rows, 1), with_narrow_offsets(teacher_rows, 1)
+        rows, teacher_rows = with_aligned_rows(rows, 1), with_aligned_rows(teacher_rows, 1)
         super().__init__(rows, temperature, teacher_rows, None if ids is None else ids.contiguous(), options)
         self.order = _order(options.gamma)
         self.passes = 1 if self.order >= 0 else 2
@@ -114,7 +114,7 @@ class Forward(BlockwiseForward):
         splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
         flags = {"HAS_TEACHER": self.teacher_rows is not None}
         common = {"HAS_IDS": self.ids is not None, **flags, **sizes, **element_options(rows.dtype)}
-        keys, key_ids = with_narrow_offsets(keys, 1), None if key_ids is None else key_ids.contiguous()
+        keys, key_ids = with_aligned_rows(keys, 1), None if key_ids is None else key_ids.contiguous()
         inputs = (rows, self.teacher_rows, keys, self.ids, key_ids, _spans(self.ids, key_ids), self.temperature)
         strides = _strides(rows, self.teacher_rows, keys)
         grid = (-(-batch // sizes["BLOCK_B"]), splits)
@@ -187,16 +187,16 @@ def backward(
     first_key: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, keys and temperature, for keys numbered from ``first_key``; empty where not wanted."""
-    (batch, width), total = rows.shape, keys.shape[0]
-    grad_loss = grad_loss.contiguous()
+    grad_loss, given = grad_loss.contiguous(), rows.shape[1]
     if ids is not None:
         ids, key_ids = ids.contiguous(), key_ids.contiguous()
     flags = {
         "ORDER": _order(options.gamma), "ANY": options.any_positive, "HAS_TEACHER": teacher_rows is not None,
         "HAS_IDS": ids is not None, **element_options(rows.dtype),
     }  # fmt: skip
-    rows, keys = with_narrow_offsets(rows, 1), with_narrow_offsets(keys, 1)
-    teacher_rows = with_narrow_offsets(teacher_rows, 1)
+    rows, keys = with_aligned_rows(rows, 1), with_aligned_rows(keys, 1)
+    teacher_rows = with_aligned_rows(teacher_rows, 1)
+    (batch, width), total = rows.shape, keys.shape[0]
     inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, row_state, dominant)
     strides = _strides(rows, teacher_rows, keys)
     scalars = (batch, total, width, first_key, options.row_offset, options.gamma, options.alpha)
@@ -225,4 +225,6 @@ def backward(
             triton_backward.grad_keys[(-(-total // sizes["BLOCK_K"]), -(-width // sizes["BLOCK_C"]))](
                 grad_loss, largest, *inputs, grad_keys, *strides, *scalars, **flags, **sizes
             )
+    if given < width:
+        grad_rows, grad_keys = (gradient[..., :given].contiguous() for gradient in (grad_rows, grad_keys))
     return grad_rows, grad_keys, grad_temperature

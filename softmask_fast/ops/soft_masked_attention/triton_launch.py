@@ -14,7 +14,8 @@ from softmask_fast.ops.triton_support import (
     machine_of,
     next_power_of_2,
     strides,
-    with_narrow_offsets,
+    with_aligned_rows,
+    with_dense_rows,
 )
 
 
@@ -66,14 +67,14 @@ def forward(
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    result = torch.empty_like(query)
+    query, key, value = with_aligned_rows(query, 1), with_aligned_rows(key, 2), with_aligned_rows(value, 2)
+    value_bias, keep, output = with_aligned_rows(value_bias, 1), with_dense_rows(keep, 2), _room_for(result)
     sequences, heads, length, width = query.shape
     images, _, tokens, _ = key.shape
-    key, value = with_narrow_offsets(key, 2), with_narrow_offsets(value, 2)
-    keep = with_narrow_offsets(keep, 2)
-    output = torch.empty_like(query)
     statistics = query.new_empty((sequences, heads, length, 2), dtype=torch.float32)
     if query.numel() == 0:
-        return output, statistics
+        return result, statistics
     with device_of(query):
         starts, order = _plan(image_index, images)
         rows = -(-sequences * length // max(images, 1))
@@ -87,7 +88,7 @@ def forward(
             HAS_INDEX=image_index is not None, HAS_KEEP=keep is not None, HAS_BIAS=value_bias is not None,
             HAS_MASK=key_mask is not None, **element_options(query.dtype), **options,
         )  # fmt: skip
-    return output, statistics
+    return _cut_to(result, output), statistics
 
 
 def backward(
@@ -106,19 +107,19 @@ def backward(
     key_value_gradient: bool,
     keep_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nothing = query.new_empty(0)
+    results = [torch.empty_like(tensor) for tensor in ((query, key, value) if key_value_gradient else (query,))]
+    d_query, d_key, d_value = [_room_for(result) for result in results] + [nothing] * (3 - len(results))
+    output, value_bias = with_aligned_rows(output, 1), with_aligned_rows(value_bias, 1)
+    grad_output, query = with_aligned_rows(grad_output, 1), with_aligned_rows(query, 1)
+    key, value, keep = with_aligned_rows(key, 2), with_aligned_rows(value, 2), with_dense_rows(keep, 2)
     sequences, heads, length, width = query.shape
     images, _, tokens, _ = key.shape
-    key, value = with_narrow_offsets(key, 2), with_narrow_offsets(value, 2)
-    keep = with_narrow_offsets(keep, 2)
-    d_query = torch.empty_like(query)
-    nothing = query.new_empty(0)
-    d_key = torch.empty_like(key) if key_value_gradient else nothing
-    d_value = torch.empty_like(value) if key_value_gradient else nothing
     d_keep = query.new_empty((sequences, tokens), dtype=torch.float32) if keep_gradient else nothing
     delta = query.new_empty((sequences, heads, length), dtype=torch.float32)
     if query.numel() == 0:
-        d_key, d_value, d_keep = d_key.zero_(), d_value.zero_(), d_keep.zero_()
-        return d_query, d_key, d_value, d_keep if keep is None else d_keep.to(keep.dtype)
+        gradients = [result.zero_() for result in results] + [nothing] * (3 - len(results))
+        return *gradients, d_keep.zero_() if keep is None else d_keep.zero_().to(keep.dtype)
     inputs = (*grad_output.stride(), *query.stride(), *key.stride(), *value.stride())
     common = {"HAS_INDEX": image_index is not None, "HAS_MASK": key_mask is not None, **element_options(query.dtype)}
     exact = {"EXACT_DELTA": query.dtype == torch.float32}
@@ -152,7 +153,19 @@ def backward(
                 images, heads, length, tokens, width, scale, **common, **options,
             )  # fmt: skip
             d_keep = d_keep.to(keep.dtype)
+    gradients = [_cut_to(*pair) for pair in zip(results, (d_query, d_key, d_value), strict=False)]
+    d_query, d_key, d_value = gradients + [nothing] * (3 - len(gradients))
     return d_query if query_gradient else nothing, d_key, d_value, d_keep
+
+
+def _room_for(result: Tensor) -> Tensor:
+    """What the kernels write in place of ``result``: itself, or wider rows, see ``with_aligned_rows``."""
+    missing = -result.shape[-1] % 16
+    return result.new_empty(*result.shape[:-1], result.shape[-1] + missing) if missing else result
+
+
+def _cut_to(result: Tensor, room: Tensor) -> Tensor:
+    return result if room is result else result.copy_(room[..., : result.shape[-1]])
 
 
 def _groups(images: int, image_index: Tensor | None) -> int:

@@ -13,6 +13,7 @@ from softmask_fast.ops.triton_support import (
     machine_of,
     next_power_of_2,
     strides,
+    with_aligned_rows,
 )
 from softmask_fast.ops.word_mask import triton_kernels as kernels
 from softmask_fast.ops.word_mask.reference import CONSTANT_SPREAD
@@ -25,7 +26,7 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, tokens: int, machine: Mac
     if kernel == "word_products":
         # 32 KiB of K and V in flight per program
         block_n = 16 if INTERPRETED else 8192 // block_d if half else 4096 // block_d
-        return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4}
+        return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 8 if half else 4}
     if kernel == "word_map":
         block_all = max(16, next_power_of_2(tokens))
         return {
@@ -52,11 +53,12 @@ def word_gradcam(
     key_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    batch, heads, length, width = query.shape
-    tokens = key.shape[2]
     if word_index is not None:
         products = _word_products(query, key, value, grad_output, word_index, key_mask, scale)
         return _word_map(*products, key_mask, None, None)[1]
+    query, key, value, grad_output = (with_aligned_rows(tensor, 1) for tensor in (query, key, value, grad_output))
+    batch, heads, length, width = query.shape
+    tokens = key.shape[2]
     cam = query.new_empty((batch, length, tokens), dtype=torch.float32)
     if cam.numel() == 0:
         return cam
