@@ -135,8 +135,8 @@ def cases(target: str, everything: bool) -> list[Case]:
             "grad_keys": inputs | loss,
         }
         for kernel in flags:
-            many_sums = kernel == "row_sums" and (order > 2 or any_positive)
-            add(kernel, dtype, focal_launch.tiles(kernel, dtype, width, machine, many_sums), flags[kernel])
+            crowded = any_positive or order not in (0, 1, 2)
+            add(kernel, dtype, focal_launch.tiles(kernel, dtype, width, machine, crowded), flags[kernel])
         rows = {"HAS_TEACHER": teacher, "BLOCK_B": focal_launch.MERGE_ROWS}
         add("merge", torch.float32, rows, terms)
         add("finish", torch.float32, rows, loss | {"STATS": stats})

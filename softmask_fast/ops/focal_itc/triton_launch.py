@@ -23,29 +23,32 @@ from softmask_fast.ops.triton_support import (
 MERGE_ROWS = 128  # rows per program of the kernels without products
 
 
-def tiles(
-    kernel: str, dtype: torch.dtype, width: int, machine: Machine, many_sums: bool = False
-) -> dict[str, int | bool]:
-    """Tile sizes, warps and pipeline stages of a kernel; ``many_sums``: per row, of which some take registers always.
+def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine, crowded: bool) -> dict[str, int | bool]:
+    """Tile sizes, warps and pipeline stages of a kernel; ``crowded``: see ``_is_crowded``.
 
     Chosen by sizes alone, not timed at run time: another tile is another order of summation, and results must be the
     same bit for bit in every run. That none of them spills registers is what tests/test_aot.py is for.
     """
     block_d = max(16, next_power_of_2(width))
-    backward = kernel in ("grad_rows", "grad_keys")
-    more_warps = 8 if backward and block_d > 32 and machine.capability else 4
+    backward, nvidia = kernel in ("grad_rows", "grad_keys"), machine.capability > 0
     # BLOCK_B, BLOCK_K, BLOCK_D, BLOCK_C, num_warps, num_stages
     if INTERPRETED:
         sizes = (16, 32, min(block_d, 32), min(block_d, 32), 4, 1)
     elif dtype == torch.float32:
+        more_warps = 8 if backward and block_d > 32 and nvidia else 4
         sizes = (32, 32, max(16, min(block_d // 2, 32)), min(block_d, 128), more_warps, 1)
     elif machine.shared_memory < 200 * 1024 or kernel == "row_negatives":
+        more_warps = 8 if backward and block_d > 32 and nvidia else 4
         sizes = (64, 32, min(block_d, 64), min(block_d, 128), more_warps, 1)
-    elif backward:
-        sizes = (64, 64, min(block_d, 256), min(block_d, 256), 8, 1 if kernel == "grad_rows" else 2)
     else:
-        wide = kernel == "row_terms" or machine.capability == 90 and not many_sums
-        sizes = (128, 64 if wide else 32, min(block_d, 256), 0, 8, 2)
+        whole_rows = block_d if block_d <= 256 else 64
+        if kernel == "grad_rows":
+            sizes = (64, 32 if crowded else 64, whole_rows, min(block_d, 256), 8, 1)
+        elif kernel == "grad_keys":
+            sizes = (32 if crowded else 64, 64, whole_rows, min(block_d, 256), 8, 2)
+        else:
+            narrow = kernel == "row_sums" and (crowded or machine.capability != 90)
+            sizes = (128, 32 if narrow else 64, whole_rows, 0, 8, 2)
     names = ("BLOCK_B", "BLOCK_K", "BLOCK_D", "BLOCK_C", "num_warps", "num_stages")
     chosen = dict(zip(names, sizes, strict=True))
     resident = block_d == chosen["BLOCK_D"]
@@ -83,6 +86,11 @@ def _order(gamma: float) -> int:
     return int(gamma) if gamma in (0, 1, 2, 3) else -1
 
 
+def _is_crowded(options: Options) -> bool:
+    """Whether a row has more sums, or a gradient more steps, than the registers of the widest tiles leave room for."""
+    return options.any_positive or _order(options.gamma) not in (0, 1, 2)
+
+
 def _strides(rows: Tensor, teacher_rows: Tensor | None, keys: Tensor) -> tuple[int, ...]:
     return (*rows.stride(), *((0, 0) if teacher_rows is None else teacher_rows.stride()), *keys.stride())
 
@@ -106,11 +114,8 @@ class Forward(BlockwiseForward):
     ) -> None:
         rows, options = self.rows, self.options
         (batch, width), total = rows.shape, keys.shape[0]
-        machine, terms_kept = machine_of(rows.device), max(self.order, 0) + 1
-        if second_pass:
-            sizes = tiles("row_terms", rows.dtype, width, machine)
-        else:
-            sizes = tiles("row_sums", rows.dtype, width, machine, terms_kept > 3 or options.any_positive)
+        given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options))
+        sizes, terms_kept = tiles("row_terms" if second_pass else "row_sums", *given), max(self.order, 0) + 1
         splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
         flags = {"HAS_TEACHER": self.teacher_rows is not None}
         common = {"HAS_IDS": self.ids is not None, **flags, **sizes, **element_options(rows.dtype)}
@@ -134,7 +139,7 @@ class Forward(BlockwiseForward):
                 **common,
             )  # fmt: skip
             if options.stats:
-                sizes = tiles("row_negatives", rows.dtype, width, machine)
+                sizes = tiles("row_negatives", *given)
                 triton_negatives.row_negatives[-(-batch // sizes["BLOCK_B"]), splits](
                     rows, keys, self.ids, key_ids, self.temperature, sums[-splits:], places[-splits:],
                     *rows.stride(), *keys.stride(), batch, total, width, first_key,
@@ -187,7 +192,7 @@ def backward(
     first_key: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, keys and temperature, for keys numbered from ``first_key``; empty where not wanted."""
-    grad_loss, given = grad_loss.contiguous(), rows.shape[1]
+    grad_loss, unpadded = grad_loss.contiguous(), rows.shape[1]
     if ids is not None:
         ids, key_ids = ids.contiguous(), key_ids.contiguous()
     flags = {
@@ -200,11 +205,11 @@ def backward(
     inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, row_state, dominant)
     strides = _strides(rows, teacher_rows, keys)
     scalars = (batch, total, width, first_key, options.row_offset, options.gamma, options.alpha)
-    machine = machine_of(rows.device)
+    given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options))
     grad_rows, grad_keys, grad_temperature = rows.new_empty(0), keys.new_empty(0), temperature.new_empty(0)
     with device_of(rows):
         if wants_rows or wants_temperature:
-            sizes = tiles("grad_rows", rows.dtype, width, machine)
+            sizes = tiles("grad_rows", *given)
             splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
             dtype = rows.dtype if splits == 1 else torch.float32
             partial = rows.new_empty((splits, batch, width) if wants_rows else 0, dtype=dtype)
@@ -219,12 +224,12 @@ def backward(
             if wants_temperature:
                 grad_temperature = -grad_inverse.sum()
         if wants_keys:
-            sizes = tiles("grad_keys", rows.dtype, width, machine)
+            sizes = tiles("grad_keys", *given)
             grad_keys = keys.new_empty(keys.shape)
             largest = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
             triton_backward.grad_keys[(-(-total // sizes["BLOCK_K"]), -(-width // sizes["BLOCK_C"]))](
                 grad_loss, largest, *inputs, grad_keys, *strides, *scalars, **flags, **sizes
             )
-    if given < width:
-        grad_rows, grad_keys = (gradient[..., :given].contiguous() for gradient in (grad_rows, grad_keys))
+    if unpadded < width:
+        grad_rows, grad_keys = (gradient[..., :unpadded].contiguous() for gradient in (grad_rows, grad_keys))
     return grad_rows, grad_keys, grad_temperature
