@@ -258,7 +258,7 @@ def pretrain(config: Config, deepspeed_config: dict, output: Path, stop: StopReq
     if train.resume and found:
         check_same_run(output, config)
         state = engines.load_checkpoint(found[-1], engine, teacher)
-        loader.load_state_dict(state["loader"])
+        loader.load_state_dict(loader.redistributed(state["loaders"]))
         done, pairs_seen = state["step"], state["pairs"]
     announce(config, deepspeed_config, output, device, model, len(source), steps, done)
     rate_limit = matmul_rate(device, torch.bfloat16 if train.bf16 else torch.float32)

@@ -199,8 +199,8 @@ class PretrainingLoader:
     def redistributed(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """This rank's state after a run of any number of ranks, whose states are given in rank order.
 
-        As many ranks as before go on exactly. Otherwise the ranks share what is left of the epoch; how many samples come
-        twice in it is logged (none, where no sample was bad and the source is on a local disk).
+        As many ranks as before go on exactly. Otherwise the ranks share what is left of the epoch; how many samples
+        come twice in it is logged (none, where no sample was bad and the source is on a local disk).
         """
         if len(states) == self.world_size:
             return states[self.rank]
@@ -208,8 +208,8 @@ class PretrainingLoader:
         epoch, position, twice = self._order.hand_over(places, self.rank, self.world_size)
         if self.rank == 0:
             logger.warning(
-                "the data position is of %d ranks, now there are %d: going on in epoch %d, where about %d of %d samples "
-                "visited so far will be visited again", len(states), self.world_size, epoch, twice, len(self.source),
+                "the data position is of %d ranks, now there are %d: going on in epoch %d, where about %d of %d "
+                "samples will be visited twice", len(states), self.world_size, epoch, twice, len(self.source),
             )  # fmt: skip
         bad = dict(item for state in states for item in state["bad"].items())
         counts = {

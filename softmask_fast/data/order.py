@@ -24,8 +24,8 @@ class Order(Protocol):
         ...
 
     def hand_over(self, places: Sequence[tuple[int, int]], rank: int, world_size: int) -> tuple[int, int, int]:
-        """Where a rank goes on after a run of len(places) ranks that stopped, in rank order, at these (epoch, position):
-        epoch, position, and about how many samples of the epoch all ranks together will then visit twice."""
+        """Where a rank goes on after a run of len(places) ranks that stopped, in rank order, at these (epoch,
+        position): epoch, position, and about how many samples of the epoch all ranks together will visit twice."""
         ...
 
 
