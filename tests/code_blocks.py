@@ -1,4 +1,4 @@
-"""The code blocks of README.md and docs/, read from the pages so that what is shown is what runs."""
+"""The code blocks of README.md, CONTRIBUTING.md and docs/, read from the pages so that what is shown is what runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ ]*$", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^#+ +(.+?)[ ]*$", re.MULTILINE)
 

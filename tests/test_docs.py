@@ -1,18 +1,25 @@
-"""README.md and docs/: every block of Python runs, every command is one that its program takes, every link leads on."""
+"""README.md and docs/: every block of Python runs, every command is one that its program takes, every link leads on.
+
+The site builds of them.
+"""
 
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from code_blocks import PAGES, ROOT, blocks_of
-from transformers import BlipConfig, BlipForImageTextRetrieval
+from PIL import Image
+from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
 
 from softmask_fast import cli
 from softmask_fast.config import make_config, parse_arguments
 from softmask_fast.data.captions import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.model.checkpoints import save_albef
+from softmask_fast.model.checkpoints import save_albef, save_model
 from softmask_fast.model.vision_language import VisionLanguageModel
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -23,30 +30,64 @@ def name_of(page):
     return page.relative_to(ROOT).as_posix()
 
 
-def albef():
-    """A small checkpoint where the page has ALBEF's, and a tokeniser where it names BERT's."""
+def small_tokenizer():
     captions = open_source("shapes:num=8", split="val", image_size=32)
-    tokenizer = train_tokenizer([caption for i in range(8) for caption in captions.read(i).captions], 200)
-    tokenizer.save_pretrained("google-bert/bert-base-uncased")
+    return train_tokenizer([caption for i in range(8) for caption in captions.read(i).captions], 200)
+
+
+def small_model(tokenizer):
+    """A random model of the smallest size, with ALBEF's heads of 64."""
     config = make_config(
         "tiny", image_size=32, vision_width=64, vision_depth=1, vision_heads=1, text_width=64, text_heads=1,
         text_layers=1, fusion_layers=3, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=0,
     )  # fmt: skip
-    save_albef(VisionLanguageModel(config.model), "ALBEF.pth")
+    return VisionLanguageModel(config.model)
+
+
+def small_blip(image_size, patch_size, layers, vocabulary):
+    sizes = dict(hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48)
+    text = dict(sizes, vocab_size=vocabulary, encoder_hidden_size=32, is_decoder=True, bos_token_id=1, sep_token_id=2)
+    vision = dict(sizes, image_size=image_size, patch_size=patch_size)
+    return BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision)).eval()
+
+
+def albef():
+    """A small checkpoint where the page has ALBEF's, and a tokeniser where it names BERT's."""
+    tokenizer = small_tokenizer()
+    tokenizer.save_pretrained("google-bert/bert-base-uncased")
+    save_albef(small_model(tokenizer), "ALBEF.pth")
     return {}
 
 
 def transformers():
     """A small random BLIP and a batch for it."""
-    sizes = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96)
-    text = dict(sizes, vocab_size=60, encoder_hidden_size=64, is_decoder=True, bos_token_id=1, sep_token_id=2)
-    config = BlipConfig(text_config=text, vision_config=dict(sizes, image_size=32, patch_size=8))
     inputs = dict(pixel_values=torch.randn(2, 3, 32, 32), input_ids=torch.randint(5, 60, (2, 7)))
-    return {"model": BlipForImageTextRetrieval(config).eval(), "inputs": inputs}
+    return {"model": small_blip(32, 8, 3, 60), "inputs": inputs}
+
+
+def tutorial():
+    """Images, tables, a random BLIP of the released one's picture size, and what training would have left."""
+    Path("photos").mkdir()
+    shapes = open_source("shapes:num=24", split="train", image_size=32)
+    names = ["dog.jpg", *(f"{number}.jpg" for number in range(1, 24))]
+    rows = []
+    for number, name in enumerate(names):
+        sample = shapes.read(number)
+        Image.fromarray(sample.image).save(Path("photos", name))
+        rows.append(f'{name},"{sample.captions[0]}"')
+    for table, part in (("pairs.csv", rows[:12]), ("held_out.csv", rows[12:])):
+        Path(table).write_text("\n".join(["image,caption", *part]) + "\n")
+    tokenizer = small_tokenizer()
+    save_model(small_model(tokenizer), tokenizer, Path("runs/photos/model"))
+    name = "Salesforce/blip-itm-base-coco"
+    small_blip(384, 16, 9, len(tokenizer)).save_pretrained(name)
+    BlipProcessor(BlipImageProcessor(size={"height": 384, "width": 384}), tokenizer).save_pretrained(name)
+    return {}
 
 
 # What the blocks of a page find: the names that a function returns, the files that it writes to the working folder.
-PREPARED = {"docs/albef.md": albef, "docs/transformers.md": transformers}
+PREPARED = {"docs/albef.md": albef, "docs/index.md": tutorial, "docs/transformers.md": transformers}
+RUN_COMMANDS = {"docs/index.md"}  # its softmask-fast commands run, too
 ELSEWHERE = {"docs/adapters.md"}  # test_guide.py
 RUN_HERE = [page for page in PAGES if blocks_of(page, "python") and name_of(page) not in ELSEWHERE]
 
@@ -56,8 +97,13 @@ def test_python_runs(page, tmp_path, monkeypatch):
     """The blocks of a page, in order, in one namespace."""
     monkeypatch.chdir(tmp_path)
     namespace = PREPARED.get(name_of(page), dict)()
-    for block in blocks_of(page, "python"):
-        block.run(namespace)
+    for block in blocks_of(page):
+        if block.language == "python":
+            block.run(namespace)
+        elif name_of(page) in RUN_COMMANDS:
+            for words in commands(block):
+                if words[0] == "softmask-fast":
+                    assert cli.main(words[1:]) == 0, words
 
 
 def test_blocks_are_found():
@@ -67,22 +113,19 @@ def test_blocks_are_found():
         assert len(fences) == 2 * len(blocks_of(page)), name_of(page)
 
 
-def commands(page):
-    """The lines of a page's shell blocks that start with one of our commands, continued lines joined."""
-    for block in blocks_of(page):
-        if block.language in ("", "sh", "bash"):
-            for line in block.code.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words and words[0] in COMMANDS:
-                    yield words
+def commands(block):
+    """The lines of a shell block that start with one of our commands, continued lines joined."""
+    if block.language in ("", "sh", "bash"):
+        for line in block.code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words and words[0] in COMMANDS:
+                yield words
 
 
-ALL_COMMANDS = [
-    pytest.param(words, id=f"{name_of(page)} {' '.join(words)}") for page in PAGES for words in commands(page)
-]
+ALL_COMMANDS = [(name_of(page), words) for page in PAGES for block in blocks_of(page) for words in commands(block)]
 
 
-@pytest.mark.parametrize("words", ALL_COMMANDS)
+@pytest.mark.parametrize("words", [pytest.param(words, id=f"{page} {' '.join(words)}") for page, words in ALL_COMMANDS])
 def test_commands_are_taken(words):
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -106,4 +149,21 @@ def test_links_lead_to_files_and_headings(page):
         if anchor:
             headings = re.findall(r"^#+ +(.+?)[ ]*$", found.read_text(), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-            assert anchor in slugs, target
+            documented = set(re.findall(r"^::: (\S+)$", found.read_text(), re.MULTILINE))
+            assert anchor in slugs | documented, target
+
+
+def test_the_site_builds(tmp_path):
+    """Strictly, without a network: a page that is missing, a link or a name in the API that leads nowhere, ends it."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    site = tmp_path / "site"
+    pages = {page.relative_to(ROOT / "docs").with_suffix(".html") for page in (ROOT / "docs").rglob("*.md")}
+    assert pages <= {page.relative_to(site) for page in site.rglob("*.html")}
+    elsewhere = re.compile(r"<(?:script|link|img)[^>]+(?:src|href)=\"?https?:")
+    assert not [page for page in pages if elsewhere.search((site / page).read_text())]
+    navigation = re.search(r"<nav.*?</nav>", (site / "decisions.html").read_text(), re.DOTALL)
+    menu = (site / "decisions.html").read_text()
+    assert navigation and not [page for page in pages if f'href="{page}"' not in menu and page.stem != "decisions"]
