@@ -86,7 +86,12 @@ def tutorial():
 
 
 # What the blocks of a page find: the names that a function returns, the files that it writes to the working folder.
-PREPARED = {"docs/albef.md": albef, "docs/index.md": tutorial, "docs/transformers.md": transformers}
+PREPARED = {
+    "README.md": tutorial,
+    "docs/albef.md": albef,
+    "docs/index.md": tutorial,
+    "docs/transformers.md": transformers,
+}
 RUN_COMMANDS = {"docs/index.md"}  # its softmask-fast commands run, too
 ELSEWHERE = {"docs/adapters.md"}  # test_guide.py
 RUN_HERE = [page for page in PAGES if blocks_of(page, "python") and name_of(page) not in ELSEWHERE]
