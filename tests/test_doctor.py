@@ -12,6 +12,7 @@ from softmask_fast.cli import main
 from softmask_fast.ops import backend, extension
 
 CPU = torch.device("cpu")
+PATIENT = 300.0  # seconds, so that a busy machine runs every check
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_the_report_is_that_of_this_machine(tmp_path, capsys):
         assert check["result"] in ("ok", "not run"), check
         if check["result"] == "ok":
             assert 0 <= check["share"] <= 1 and 0 < check["seconds"] and 0 < check["first"]
-    assert "\n0 of " in printed and seconds < doctor.SELF_TEST_SECONDS + 20  # libraries load, on a busy machine too
+    assert "\n0 of " in printed and seconds < doctor.SELF_TEST_SECONDS + 60  # a check that began goes on
 
 
 def test_libraries_name_what_they_were_compiled_for():
@@ -68,7 +69,8 @@ def test_libraries_name_what_they_were_compiled_for():
     ],
     ids=["a little off", "not a number"],
 )
-def test_a_wrong_implementation_is_found(add, capsys, change):
+def test_a_wrong_implementation_is_found(add, monkeypatch, capsys, change):
+    monkeypatch.setattr(doctor, "CASES", {"word_mask": doctor.CASES["word_mask"]})
     add("wrong", change)
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
@@ -86,7 +88,7 @@ def test_an_implementation_that_raises_is_found_and_the_others_tested(add):
         raise RuntimeError("no such instruction")
 
     add("raises", lambda function: raises)
-    checks = doctor.self_test()
+    checks = doctor.self_test(PATIENT)
     [bad] = checks_of("raises", checks)
     assert (bad.result, bad.reason) == ("failed", "RuntimeError: no such instruction")
     assert all(check.result == "ok" for check in checks if check is not bad)
@@ -98,7 +100,7 @@ def test_a_library_that_does_not_load_is_a_failure(monkeypatch):
         raise OSError("_C.abi3.so: undefined symbol")
 
     monkeypatch.setattr(extension, "missing", missing)
-    report = doctor.examine()
+    report = doctor.examine(PATIENT)
     assert not doctor.passed(report)
     assert report["libraries"]["_C"]["obstacle"] == "it does not load: _C.abi3.so: undefined symbol"
     assert all(c["result"] == ("failed" if c["impl"] == "cpp" else "ok") for c in report["self_test"])
