@@ -213,8 +213,9 @@ def _describe_devices() -> dict[str, str]:
             f"{properties.multi_processor_count} multiprocessors"
         )
     if not torch.cuda.is_available():
-        built = torch.version.cuda and f"CUDA {torch.version.cuda}" or torch.version.hip and f"HIP {torch.version.hip}"
-        found["cuda"] = f"none; torch was built {f'for {built}' if built else 'for the CPU alone'}"
+        versions = (("CUDA", torch.version.cuda), ("HIP", torch.version.hip))
+        built = " and ".join(f"{name} {version}" for name, version in versions if version) or "the CPU alone"
+        found["cuda"] = f"none; torch was built for {built}"
     return found
 
 
