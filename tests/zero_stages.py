@@ -1,4 +1,5 @@
-"""Launched by test_train.py: the same run under each of the ZeRO stages of $STAGES, each in a folder of its own."""
+"""Launched by test_train.py: one run in several ways, each in a folder of its own. $CASES: a comma list of a ZeRO stage
+and, behind plus signs, options that are switched on."""
 
 import os
 import sys
@@ -13,11 +14,12 @@ config, launch = parse_arguments(sys.argv[1:])
 train.start_distributed(launch)
 root = Path(config.train.output_dir)
 stop = train.StopRequest()
-for stage in map(int, os.environ["STAGES"]):
-    config, _ = parse_arguments(sys.argv[1:])
-    config.train.output_dir = str(root / f"stage-{stage}")
+for case in os.environ["CASES"].split(","):
+    stage, *options = case.split("+")
+    config, _ = parse_arguments(sys.argv[1:] + [text for name in options for text in (f"--{name}", "true")])
+    config.train.output_dir = str(root / case)
     deepspeed_config = engine.read_deepspeed_config(launch.deepspeed, train.with_precision(config.train))
     # no parameter is small enough to stay whole on every rank under stage 3
-    deepspeed_config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    deepspeed_config["zero_optimization"] = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
     assert train.pretrain(config, deepspeed_config, train.output_directory(config), stop)
     dist.barrier()
