@@ -12,15 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from code_blocks import PAGES, ROOT, blocks_of
-from PIL import Image
-from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
+from small_models import small_blip, small_model, small_tokenizer, tutorial_folder
 
 from softmask_fast import cli
-from softmask_fast.config import make_config, parse_arguments
-from softmask_fast.data.captions import open_source
-from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.model.checkpoints import save_albef, save_model
-from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.config import parse_arguments
+from softmask_fast.model.checkpoints import save_albef
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMANDS = ("softmask-fast", "deepspeed", "make")
@@ -28,27 +24,6 @@ COMMANDS = ("softmask-fast", "deepspeed", "make")
 
 def name_of(page):
     return page.relative_to(ROOT).as_posix()
-
-
-def small_tokenizer():
-    captions = open_source("shapes:num=8", split="val", image_size=32)
-    return train_tokenizer([caption for i in range(8) for caption in captions.read(i).captions], 200)
-
-
-def small_model(tokenizer):
-    """A random model of the smallest size, with ALBEF's heads of 64."""
-    config = make_config(
-        "tiny", image_size=32, vision_width=64, vision_depth=1, vision_heads=1, text_width=64, text_heads=1,
-        text_layers=1, fusion_layers=3, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=0,
-    )  # fmt: skip
-    return VisionLanguageModel(config.model)
-
-
-def small_blip(image_size, patch_size, layers, vocabulary):
-    sizes = dict(hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48)
-    text = dict(sizes, vocab_size=vocabulary, encoder_hidden_size=32, is_decoder=True, bos_token_id=1, sep_token_id=2)
-    vision = dict(sizes, image_size=image_size, patch_size=patch_size)
-    return BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=vision)).eval()
 
 
 def albef():
@@ -66,22 +41,7 @@ def transformers():
 
 
 def tutorial():
-    """Images, tables, a random BLIP of the released one's picture size, and what training would have left."""
-    Path("photos").mkdir()
-    shapes = open_source("shapes:num=24", split="train", image_size=32)
-    names = ["dog.jpg", *(f"{number}.jpg" for number in range(1, 24))]
-    rows = []
-    for number, name in enumerate(names):
-        sample = shapes.read(number)
-        Image.fromarray(sample.image).save(Path("photos", name))
-        rows.append(f'{name},"{sample.captions[0]}"')
-    for table, part in (("pairs.csv", rows[:12]), ("held_out.csv", rows[12:])):
-        Path(table).write_text("\n".join(["image,caption", *part]) + "\n")
-    tokenizer = small_tokenizer()
-    save_model(small_model(tokenizer), tokenizer, Path("runs/photos/model"))
-    name = "Salesforce/blip-itm-base-coco"
-    small_blip(384, 16, 9, len(tokenizer)).save_pretrained(name)
-    BlipProcessor(BlipImageProcessor(size={"height": 384, "width": 384}), tokenizer).save_pretrained(name)
+    tutorial_folder(Path())
     return {}
 
 

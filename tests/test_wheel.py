@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from code_blocks import blocks_of
+from small_models import tutorial_folder
 
 import softmask_fast
 
@@ -79,9 +81,9 @@ class Environment:
         assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
         return result.stdout + result.stderr
 
-    def run(self, code):
-        """What isolated Python prints: no PYTHONPATH, no working folder."""
-        result = run(self.python, "-I", "-c", code, cwd=self.packages)
+    def run(self, code, cwd=None):
+        """What isolated Python prints: no PYTHONPATH, no modules from the working folder."""
+        result = run(self.python, "-I", "-c", code, cwd=cwd or self.packages)
         assert result.returncode == 0, result.stderr[-4000:]
         return result.stdout
 
@@ -140,6 +142,16 @@ def test_it_runs_in_an_empty_environment(environment):
     assert environment.run(code).split()[-1] == str(environment.packages / "softmask_fast" / "__init__.py")
     command = run(environment.python.with_name("softmask-fast"), "--version", cwd=environment.packages)
     assert command.stdout.strip() == softmask_fast.__version__
+
+
+def test_the_nine_lines_of_the_readme_draw_a_heat_map(environment, tmp_path):
+    """From the installed wheel and an image, with a small random BLIP in place of the released one."""
+    tutorial_folder(tmp_path)
+    [block] = [block for block in blocks_of(ROOT / "README.md", "python") if "nine lines" in block.heading]
+    assert len([line for line in block.code.splitlines() if line]) == 9
+    code = f"{block.code}\nprint(maps.dtype, *maps.shape, maps.max().item() > 0)"
+    dtype, images, words, rows, columns, somewhere = environment.run(code, cwd=tmp_path).split()
+    assert (dtype, images, rows, columns, somewhere) == ("torch.float32", "1", "24", "24", "True") and int(words) > 5
 
 
 @pytest.mark.parametrize("python", PYTHONS, ids=lambda path: path.parents[1].name)
