@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from compare import assert_as_accurate
+from largest_tensor import LargestTensor
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
@@ -86,6 +87,17 @@ def test_half_precision_keeps_a_float32_loss():
     loss = FocalClipLoss(gamma=0)(image, text, scale)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, ClipLoss()(image.float(), text.float(), scale.float()))
+
+
+def test_the_fused_operator_takes_the_place_of_the_matrix():
+    rows = 500
+    inputs = [x.requires_grad_() for x in features(rows)]
+    ours, theirs = LargestTensor(), LargestTensor()
+    for found, loss_module in ((ours, FocalClipLoss(gamma=0)), (theirs, ClipLoss())):
+        with found:
+            loss_module(*inputs, torch.tensor(20.0)).backward()
+    assert theirs.elements >= rows * rows and ours.elements <= rows * WIDTH
+    assert {"softmask_fast.focal_itc.default", "softmask_fast.focal_itc_backward.default"} <= ours.operations
 
 
 def test_bad_arguments_are_named():
