@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,15 +120,45 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumTeacher) -> dict[str, Any]:
-    """Restore engine and momentum copy; returns the saved state, with this rank's data position in "loader"."""
+    """Restore engine and momentum copy; returns the saved state, with the data positions of all its ranks in "loaders".
+
+    Written by another number of ranks, the shards of ZeRO go through DeepSpeed's universal format, once, in a folder of
+    their own. All ranks call it.
+    """
     state = json.loads((path / TRAINING_STATE).read_text())
-    if state["world_size"] != dist.get_world_size():
-        raise ValueError(
-            f"resume: {path} was written by {state['world_size']} processes, expected the same number, "
-            f"got {dist.get_world_size()}"
-        )
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    source, universal = path, None
+    if state["world_size"] != dist.get_world_size() and engine.zero_optimization():
+        source = universal = path.with_name(f"universal-{path.name}")
+        if engine.global_rank == 0:
+            to_universal(path, universal)
+        dist.barrier()
+    engine._config.load_universal_checkpoint = universal is not None
+    groups = engine.optimizer.param_groups
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    loaded, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
+    engine._config.load_universal_checkpoint = False
+    if universal:  # under ZeRO-3 all groups now have the first one's weight decay, and share one counter of steps
+        for group, own in zip(groups, settings, strict=True):
+            group.update(own)
+        for moments in engine.optimizer.optimizer.state.values():
+            if isinstance(moments.get("step"), Tensor):
+                moments["step"] = moments["step"].clone()
     if loaded is None:
         raise ValueError(f"resume: {path} holds no DeepSpeed checkpoint")
+    if universal:
+        dist.barrier()  # every rank has read
+        if engine.global_rank == 0:
+            shutil.rmtree(universal)
     load_own_state(teacher, load_file(path / TEACHER))
-    return state | {"loader": state["loaders"][dist.get_rank()]}
+    return state
+
+
+def to_universal(path: Path, target: Path) -> None:
+    """Write a checkpoint in DeepSpeed's universal format, which any number of ranks can load."""
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed while converting
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(path), "--output_folder", str(target)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (target.parent / "latest_universal").unlink(missing_ok=True)  # its path to the newest; ours is the name
+    if done.returncode:
+        raise ValueError(f"resume: {path} could not be converted for another number of ranks:\n{done.stdout[-2000:]}")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,15 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-PACKAGES = ("softmask_fast", "torch", "triton", "transformers", "timm", "deepspeed", "nvidia-dali-cuda130", "xformers")
+from softmask_fast.versions import installed_versions
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and device, for the head of the log."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"versions": versions, "device": name, "command": sys.argv}
+    return {"versions": installed_versions(), "device": name, "command": sys.argv}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -119,6 +112,8 @@ class RunLog:
         self.bar = tqdm(
             total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.2 if terminal else 20.0
         )
+        self.redirected = ExitStack()  # a line of the log stands above the bar, not within it
+        self.redirected.enter_context(logging_redirect_tqdm())
         self.pairs_per_step, self.matmul_rate = pairs_per_step, matmul_rate
         self.since, self.since_step = time.monotonic(), first_step
 
@@ -159,5 +154,6 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
+        self.redirected.close()
         self.board.close()
         self.file.close()

@@ -96,12 +96,28 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.WARNING, format="%(message)s")
     stop = StopRequest()
-    finished = pretrain(config, deepspeed_config, output, stop)
     rank = dist.get_rank()
+    try:
+        finished = pretrain(config, deepspeed_config, output, stop)
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        print(
+            f"train.py: error: rank {rank} lost the connection to another rank ({str(error).splitlines()[0]}). "
+            f"When all hosts are back, go on with --output_dir {output} --resume true",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # what is left of the process group would wait for the lost rank
     dist.destroy_process_group()
     if finished and rank == 0:
         report_run(output, config, get_accelerator().current_device_name())
     return 0
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone; its own error is in that rank's output."""
+    return dist.get_world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def start_distributed(launch: LaunchOptions) -> None:
@@ -139,7 +155,7 @@ def check_execution(train: TrainConfig, deepspeed_config: dict) -> None:
 def output_directory(config: Config) -> Path:
     """The run's folder, agreed on by all ranks and made by the first.
 
-    Raises ValueError when the folder already holds a run and --resume is not given.
+    Raises ValueError when the folder already holds a run and --resume is not given, or not all hosts see it.
     """
     choice: list[str | None] = [config.train.output_dir]
     if choice[0] is None:
@@ -156,6 +172,12 @@ def output_directory(config: Config) -> Path:
     config.train.output_dir = str(output)
     if dist.get_rank() == 0:
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    seen = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (output / "checkpoints").is_dir())
+    if not all(seen):
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        raise ValueError(f"output_dir: expected a folder that all hosts share, ranks {blind} do not see {output}")
     return output
 
 
@@ -258,7 +280,7 @@ def pretrain(config: Config, deepspeed_config: dict, output: Path, stop: StopReq
     if train.resume and found:
         check_same_run(output, config)
         state = engines.load_checkpoint(found[-1], engine, teacher)
-        loader.load_state_dict(state["loader"])
+        loader.load_state_dict(loader.redistributed(state["loaders"]))
         done, pairs_seen = state["step"], state["pairs"]
     announce(config, deepspeed_config, output, device, model, len(source), steps, done)
     rate_limit = matmul_rate(device, torch.bfloat16 if train.bf16 else torch.float32)
