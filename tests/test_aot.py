@@ -24,12 +24,15 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces th
 
 @pytest.fixture(scope="module")
 def outcomes(request):
-    """Outcomes to come of all cases that were selected, compiled by as many processes as there are cores."""
+    """Outcomes to come of all cases that were selected, compiled by a process per core."""
     chosen = [item.callspec.params["case"] for item in request.session.items if item.fspath == request.fspath]
     with (
         tempfile.TemporaryDirectory(prefix="triton-") as cache,
         ProcessPoolExecutor(
-            os.cpu_count(), multiprocessing.get_context("spawn"), initializer=start_worker, initargs=(cache,)
+            min(len(os.sched_getaffinity(0)), 16),
+            multiprocessing.get_context("spawn"),
+            initializer=start_worker,
+            initargs=(cache,),
         ) as pool,
     ):
         yield {case: pool.submit(examine, case) for case in chosen}

@@ -49,7 +49,8 @@ class Machine(NamedTuple):
     @property
     def launch_options(self) -> dict[str, int]:
         """For kernels with products. NVIDIA's assembler spills a register or two where that lets one more program run
-        at a time, unless it is told how many registers it may take. AMD's pipelines of two stages do not compile.
+        at a time, unless it is told how many registers it may take. For AMD some pipelines of two stages do not
+        compile.
         """
         return {"maxnreg": 255} if self.capability else {"num_stages": 1}
 
