@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from code_blocks import PAGES, ROOT, blocks_of
+from deepspeed.launcher import runner
 from small_models import small_blip, small_model, small_tokenizer, tutorial_folder
 
 from softmask_fast import cli
@@ -101,8 +102,9 @@ def test_commands_are_taken(words):
         assert options.run and (not others or words[1] == "ablate")  # which hands the others on to training
         assert not others or parse_arguments(["--deepspeed", "ds.json", *others])
     elif not any(word.startswith("[") for word in words):  # else it is a synopsis
-        script = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
-        assert script.parse_arguments(words[2:])
+        launch = runner.parse_args(words[1:])
+        script = importlib.import_module(launch.user_script.removesuffix(".py").replace("/", "."))
+        assert script.parse_arguments(launch.user_args)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
