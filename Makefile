@@ -1,5 +1,6 @@
 # make pretrain   set up .venv, then pretrain the demo and write its tables, curves and heat maps to a folder in runs/
 # make test       set up .venv, then run every test
+# make aot        set up .venv, compile everything that the Triton kernels can be for four GPUs, without one
 # make docs       the documentation as a site, in build/site, without a network
 # make lint, make clean; make setup prepares .venv alone
 # make bench      set up .venv, run the benchmarks, write benchmarks/results; make report: README's table and the plots
@@ -14,7 +15,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard setup.py csrc/*.* csrc/*/*.
 
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: pretrain test docs lint bench report gpu gpu-clean setup clean
+.PHONY: pretrain test aot docs lint bench report gpu gpu-clean setup clean
 .DEFAULT_GOAL := test
 
 pretrain: $(STAMP)
@@ -22,6 +23,9 @@ pretrain: $(STAMP)
 
 test: $(STAMP)
 	python -m pytest tests
+
+aot: $(STAMP)
+	SOFTMASK_FAST_AOT=all python -m pytest tests/test_aot.py
 
 bench: $(STAMP)
 	python -m pytest benchmarks --benchmark-only --save-results

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from compare import require
 from largest_tensor import LargestTensor
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -348,16 +349,18 @@ def test_compiles_as_one_graph(gather):
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), compiled.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", (*IMPLEMENTATIONS, "triton"))
 @pytest.mark.parametrize("gamma", [2.0, 2.5])
 def test_blocks_of_keys_may_come_in_any_order(impl, gamma):
     """As in a ring. The first key is there once more in every block: of equal ones the first counts, in any order."""
-    rows, teacher, keys = unit(6, 0), unit(6, 1), unit(40, 2)
+    device = torch.device("cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
+    require("focal_itc", impl, device, torch.float32, 16)
+    rows, teacher, keys = (tensor.to(device) for tensor in (unit(6, 0), unit(6, 1), unit(40, 2)))
     keys[10::10] = keys[0] = rows[0]
     options = Options(gamma, 0.4, False, 0, True, 0, len(keys), 5, 0)
     results = []
     for order in ([0, 10, 20, 30], [20, 10, 0, 30], [30, 20, 10, 0]):
-        run = resolve(impl, rows)["forward"](rows, torch.tensor(0.1), teacher, None, options)
+        run = resolve(impl, rows)["forward"](rows, torch.tensor(0.1, device=device), teacher, None, options)
         for second_pass in range(run.passes):
             for first in order:
                 run.add(keys[first : first + 10], None, first, bool(second_pass))

@@ -400,7 +400,9 @@ void focal_itc_finish(
         // p W - t w for the dominant key, without the difference of near equals that it is where p and t are near 1
         const double gradient = p * rest.weight - others / totals.total * target * dominant.weight + mass_gradient;
         const double loss = rest.loss + target * dominant.loss;
-        const double weight = rest.weight + target * dominant.weight + mass_weight;
+        // The backward has log_sum in float32, so all its p of a row are off by one factor: here W takes it back.
+        const double weight = (rest.weight + target * dominant.weight + mass_weight) *
+                              std::exp(static_cast<float>(totals.log_sum) - totals.log_sum);
         const double values[13] = {
             loss, s.maximum, totals.log_sum, alpha > 0 ? s.teacher_maximum : 0, std::log(totals.teacher_total), weight,
             hard, s.positive_max, std::log(s.positive_sum), gradient, positive ? 1.0 : 0.0,

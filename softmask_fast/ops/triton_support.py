@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -39,16 +40,63 @@ def element_options(dtype: torch.dtype) -> dict[str, object]:
     return {"WIDEN": widen, "PRECISION": "ieee" if exact else "tf32x3"}
 
 
+class Machine(NamedTuple):
+    """What the choice of tiles depends on."""
+
+    capability: int  # NVIDIA's compute capability, 80 for 8.0; 0 for AMD
+    shared_memory: int  # bytes that one program may take
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """For kernels with products. NVIDIA's assembler spills a register or two where that lets one more program run
+        at a time, unless it is told how many registers it may take. For AMD some pipelines of two stages do not
+        compile.
+        """
+        return {"maxnreg": 255} if self.capability else {"num_stages": 1}
+
+
+def machine_of(device: torch.device) -> Machine:
+    if INTERPRETED or torch.version.hip is not None:
+        return Machine(0, 64 * 1024)
+    return _nvidia(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _nvidia(index: int) -> Machine:
+    properties = torch.cuda.get_device_properties(index)
+    return Machine(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+
+
 def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()
 
 
-def with_narrow_offsets(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | None:
-    """The tensor itself where 32 bits hold every offset along its last ``dims`` dimensions, else a dense copy of it."""
+def with_dense_rows(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | None:
+    """The tensor itself where its last dimension is dense and 32 bits hold every offset along its last ``dims``
+    dimensions, else a dense copy of it: wider offsets would take the registers of the products.
+    """
     if tensor is None:
         return None
-    pairs = zip(tensor.shape[-dims:], tensor.stride()[-dims:], strict=True)
-    return tensor if sum((size - 1) * stride for size, stride in pairs) < 2**31 else tensor.contiguous()
+    pairs = list(zip(tensor.shape[-dims:], tensor.stride()[-dims:], strict=True))
+    dense = pairs[-1][0] < 2 or pairs[-1][1] == 1
+    return tensor if dense and sum((size - 1) * stride for size, stride in pairs) < 2**31 else tensor.contiguous()
+
+
+def with_aligned_rows(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | None:
+    """The tensor with dense rows that can be read 16 bytes at a time, a copy only where need be.
+
+    Rows whose length is no multiple of 16 are continued with zeros, which changes no product. Read one element at a
+    time, tiles for the tensor cores would spill registers.
+    """
+    if tensor is None:
+        return None
+    missing = -tensor.shape[-1] % 16
+    if missing:
+        return torch.nn.functional.pad(tensor, (0, missing)).contiguous()
+    tensor = with_dense_rows(tensor, dims)
+    pairs = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    aligned = tensor.data_ptr() % 16 == 0 and all(size < 2 or stride % 16 == 0 for size, stride in pairs)
+    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def device_of(tensor: torch.Tensor) -> torch.cuda.device:

@@ -27,25 +27,37 @@ def spans(size: int, tile: int) -> Iterator[tuple[int, int]]:
 
 
 class _RunningSum:
-    """Row maximum of the products and sum of ``exp((product - maximum) / temperature)``, over tiles of products."""
+    """Row maximum of the products and sum of ``exp((product - maximum) / temperature)``, over tiles of products.
+
+    The term of the maximum itself, 1, is kept out of the sum, which may be small beside it.
+    """
 
     def __init__(self, rows: int, temperature: Tensor):
         self.temperature = temperature
-        self.max = temperature.new_full((rows,), torch.finfo(temperature.dtype).min / 4)
-        self.sum = temperature.new_zeros(rows)
+        self.lowest = torch.finfo(temperature.dtype).min / 4
+        self.max = temperature.new_full((rows,), self.lowest)
+        self.others = temperature.new_zeros(rows)
         self.argmax = temperature.new_zeros(rows, dtype=torch.int64)
 
     def add(self, part: slice, products: Tensor, first_key: int) -> None:
         """Adds products of the rows ``part`` with the keys numbered from ``first_key``."""
-        old_max = self.max[part]
+        old_max, old_others = self.max[part], self.others[part]
         tile_max, tile_argmax = products.max(dim=1)
-        new_max = torch.maximum(old_max, tile_max)
-        tile_sum = ((products - new_max[:, None]) / self.temperature).exp_().sum(dim=1)
         # Tiles may come in any order: of equal ones the key of the lowest number is the most probable.
         better = (tile_max > old_max) | (tile_max == old_max) & (self.argmax[part] > first_key)
+        new_max = torch.maximum(old_max, tile_max)
+        terms = ((products - new_max[:, None]) / self.temperature).exp_()
+        place = tile_argmax[:, None]
+        terms.scatter_(1, place, terms.gather(1, place).masked_fill_(better[:, None], 0.0))
+        replaced = better & (old_max > self.lowest)
+        decay = torch.exp((old_max - new_max) / self.temperature)
+        self.others[part] = (old_others + replaced) * decay + terms.sum(dim=1)
         self.argmax[part] = torch.where(better, tile_argmax + first_key, self.argmax[part])
-        self.sum[part] = self.sum[part] * torch.exp((old_max - new_max) / self.temperature) + tile_sum
         self.max[part] = new_max
+
+    def log(self) -> Tensor:
+        """Log of the sum, the term of the maximum included."""
+        return self.others.log1p()
 
 
 class _Tile:
@@ -151,10 +163,10 @@ class Forward(operators.BlockwiseForward):
     def _end_first_pass(self) -> None:
         self.in_second_pass = True
         self.row_state[operators.MAX] = self.student.max
-        self.row_state[operators.LOG_SUM] = self.student.sum.log()
+        self.row_state[operators.LOG_SUM] = self.student.log()
         if self.teacher_rows is not None:
             self.row_state[operators.TEACHER_MAX] = self.teacher.max
-            self.row_state[operators.TEACHER_LOG_SUM] = self.teacher.sum.log()
+            self.row_state[operators.TEACHER_LOG_SUM] = self.teacher.log()
         if not self.options.any_positive:
             self.row_state[operators.HARD] = (1 - self.options.alpha) / self.count.to(self.loss.dtype)
 
@@ -176,7 +188,7 @@ class Forward(operators.BlockwiseForward):
     def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         state, options = self.row_state, self.options
         state[operators.POSITIVE_MAX] = self.positives.max
-        state[operators.POSITIVE_LOG_SUM] = self.positives.sum.log()
+        state[operators.POSITIVE_LOG_SUM] = self.positives.log()
         below_max = (self.positives.max - self.student.max) / self.temperature
         log_mass = below_max + state[operators.POSITIVE_LOG_SUM] - state[operators.LOG_SUM]
         self.statistics[2] = log_mass.exp()

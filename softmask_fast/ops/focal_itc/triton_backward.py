@@ -9,12 +9,12 @@ import triton.language as tl
 from softmask_fast.ops.focal_itc.triton_kernels import (
     LN_2,
     LOG2_E,
-    load_tile,
     may_have_positives,
     multiply,
     positive_tile,
     relative,
 )
+from softmask_fast.ops.triton_tiles import load_tile
 
 
 @triton.jit

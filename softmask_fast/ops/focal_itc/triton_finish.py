@@ -81,7 +81,8 @@ def merge(
                 ),
             )
 
-        rises = its_maximum > maximum
+        # blocks of keys come in any order: of equal keys the one of the lowest number is dominant
+        rises = (its_maximum > maximum) | ((its_maximum == maximum) & (its_dominant < dominant))
         new_maximum = tl.maximum(maximum, its_maximum)
         new_teacher_max = tl.maximum(teacher_max, its_teacher_max)
         sums, t_raised, h = raise_maximum(

@@ -15,6 +15,8 @@ that all threads take or skip together. What is left is what every element pays 
 import triton
 import triton.language as tl
 
+from softmask_fast.ops.triton_tiles import load_tile
+
 # Rows of `sums` (splits, SUMS, B), float32. T and H hold pairs for k = 0 ... 3: sum 2^u 2^(kx) and sum 2^u 2^(kx) x
 # over the keys, and without 2^u over the positives; none of the sums but POSITIVE_SUM counts the dominant key.
 MAX = tl.constexpr(0)  # the dominant key's product
@@ -47,34 +49,6 @@ def log1p(x):
     """log(1 + x) for x > -1, to full relative precision: the rounding error of 1 + x cancels."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
-def mix(x):
-    """lowbias32, see sampling.py; x is uint32."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def gumbel(row, column, seed_high, stream):
-    """-log2(E) of global rows (BLOCK_B, 1) and key columns (1, BLOCK_K), as in sampling.py."""
-    first = mix(row.to(tl.uint32) + stream)
-    second = mix(first ^ seed_high ^ 0x85EBCA6B)
-    bits = mix(mix(column.to(tl.uint32) ^ first) + second)
-    v = tl.minimum(bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994)
-    return -tl.log2(-log1p(-v))
-
-
-@triton.jit
-def load_tile(p, o_rows, o_columns, m_rows, m_columns, WIDEN: tl.constexpr):
-    tile = tl.load(p + o_rows[:, None] + o_columns[None, :], mask=m_rows[:, None] & m_columns[None, :], other=0.0)
-    if WIDEN:
-        tile = tile.to(tl.float32)
-    return tile
 
 
 @triton.jit
@@ -137,6 +111,12 @@ def positive_tile(row_ids, key_ids, row, number, row_offset, HAS_IDS: tl.constex
     else:
         mask = number == row + row_offset
     return mask
+
+
+@triton.jit
+def with_dominant(products, maximum, dominant, number):
+    """The products of a tile before the one with the dominant key was blanked."""
+    return tl.where(number[None, :] == dominant[:, None], maximum[:, None], products)
 
 
 @triton.jit
@@ -225,14 +205,15 @@ def add_powers(pairs, weight, e, x, TERMS: tl.constexpr):
 def row_sums(
     p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_spans, p_temperature, p_sums, p_places,
     rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
-    B, M, D, first_key, row_offset, first_negative, last_negative, seed_high, stream, KEYS_PER_SPLIT,
+    B, M, D, first_key, row_offset, KEYS_PER_SPLIT,
     TERMS: tl.constexpr, ANY: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, STATS: tl.constexpr,
     RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_B), splits): the sums of a block of rows over KEYS_PER_SPLIT keys, powers 0 ... TERMS - 1.
 
-    ``first_key`` is the number of the first key; positives, negatives and the results count in these numbers.
+    ``first_key`` is the number of the first key; positives and the results count in these numbers. Hard negatives are
+    left to ``row_negatives``.
     """
     first_row = tl.program_id(0) * BLOCK_B
     row = first_row + tl.arange(0, BLOCK_B)
@@ -245,8 +226,6 @@ def row_sums(
     if HAS_TEACHER:
         p_teacher += first_row.to(tl.int64) * teacher_b
         teacher = load_tile(p_teacher, tl.arange(0, BLOCK_B) * teacher_b, d * teacher_d, m_rows, d < D, WIDEN)
-    seed_high = seed_high.to(tl.uint32, bitcast=True)
-    stream = stream.to(tl.uint32, bitcast=True)
     margin = 0.0
     if not STATS:
         margin = 1.0 / scale
@@ -276,8 +255,9 @@ def row_sums(
         with_positives = may_have_positives(
             p_spans, key, m_keys, M, first_key + first, first_row, row_offset, HAS_IDS, BLOCK_B, BLOCK_K
         )
-        candidates = products
-        if (first + BLOCK_K > M) | (tl.max(rises.to(tl.int32), 0) > 0):
+        # joined with itself: Triton 3.6 fails for sm_100 where products are reduced to a row, and it to one number
+        twice = tl.cat(rises.to(tl.int32), rises.to(tl.int32), can_reorder=True)
+        if (first + BLOCK_K > M) | (tl.max(twice, 0) > 0):
             products = tl.where(m_keys[None, :], products, BLANK)
             tile_max, tile_argmax = tl.max(products, 1, return_indices=True)
             rises = tile_max > maximum + margin
@@ -305,33 +285,26 @@ def row_sums(
                 momentum = tl.where(is_dominant, BLANK, momentum)
             products = tl.where(is_dominant, BLANK, products)
 
+        if ANY:
+            if with_positives:  # before the sums, while the products are all that a tile takes registers for
+                is_positive = tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS)
+                candidates = tl.where(is_positive, with_dominant(products, maximum, dominant, number), BLANK)
+                new_positive_max = tl.maximum(positive_max, tl.max(candidates, 1))
+                positive_sum = positive_sum * tl.exp2((positive_max - new_positive_max) * scale)
+                positive_e = tl.exp2(relative(candidates, new_positive_max[:, None], scale))
+                positive_sum += tl.sum(tl.where(is_positive, positive_e, 0.0), 1)
+                positive_max = new_positive_max
+
         x = relative(products, maximum[:, None], scale)
         e = tl.exp2(x)
         others, positive, entropy, best = sums
         others += tl.sum(e, 1)
         if STATS:
             entropy += tl.sum(e * x, 1)
-            if (first_key + first < last_negative) & (first_key + first + BLOCK_K > first_negative):
-                is_positive = tile_of_positives(
-                    p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS
-                )  # fmt: skip
-                barred = (number < first_negative) | (number >= last_negative) | (m_keys == 0)
-                score = relative(candidates, maximum[:, None], scale)
-                score += gumbel((row + row_offset)[:, None], number[None, :], seed_high, stream)
-                score = tl.where(is_positive | barred[None, :], BLANK, score)
-                tile_best, tile_choice = tl.max(score, 1, return_indices=True)
-                choice = tl.where(tile_best > best, first_key + first + tile_choice, choice)
-                best = tl.maximum(best, tile_best)
         if HAS_TEACHER:
             t = add_powers(t, tl.exp2(relative(momentum, teacher_max[:, None], scale)), e, x, TERMS)
         if with_positives:
             is_positive = tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS)
-            if ANY:
-                new_positive_max = tl.maximum(positive_max, tl.max(tl.where(is_positive, candidates, BLANK), 1))
-                positive_e = tl.exp2(relative(candidates, new_positive_max[:, None], scale))
-                positive_sum = positive_sum * tl.exp2((positive_max - new_positive_max) * scale)
-                positive_sum += tl.sum(tl.where(is_positive, positive_e, 0.0), 1)
-                positive_max = new_positive_max
             positive += tl.sum(tl.where(is_positive, e, 0.0), 1)
             counted = is_positive & (number[None, :] != dominant[:, None])
             h = add_powers(h, tl.where(counted, 1.0, 0.0), e, x, TERMS)
@@ -389,7 +362,7 @@ def focal(log_p, one_minus_p, gamma, ORDER: tl.constexpr):
 
 @triton.jit
 def row_terms(
-    p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_temperature, p_sums, p_places, p_terms,
+    p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_spans, p_temperature, p_sums, p_places, p_terms,
     rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
     B, M, D, first_key, row_offset, gamma, KEYS_PER_SPLIT,
     HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, RESIDENT: tl.constexpr,
@@ -428,17 +401,21 @@ def row_terms(
         )  # fmt: skip
         p_keys += BLOCK_K * keys_m
         number = first_key + key
-        is_positive = tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS)
+        with_positives = may_have_positives(
+            p_spans, key, m_keys, M, first_key + first, first_row, row_offset, HAS_IDS, BLOCK_B, BLOCK_K
+        )
         counted = m_keys[None, :] & (number[None, :] != dominant[:, None])
         log_p = tl.minimum(relative(products, maximum[:, None], scale) * LN_2 - log_sum[:, None], 0.0)
         loss, weight = focal(log_p, 1.0 - tl.exp(log_p), gamma, -1)
-        hard = tl.where(is_positive & counted, 1.0, 0.0)
-        hard_loss += tl.sum(hard * loss, 1)
-        hard_weight += tl.sum(hard * weight, 1)
         if HAS_TEACHER:
             soft = tl.where(counted, tl.exp2(relative(momentum, teacher_max[:, None], scale)), 0.0)
             soft_loss += tl.sum(soft * loss, 1)
             soft_weight += tl.sum(soft * weight, 1)
+        if with_positives:
+            is_positive = tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS)
+            hard = tl.where(is_positive & counted, 1.0, 0.0)
+            hard_loss += tl.sum(hard * loss, 1)
+            hard_weight += tl.sum(hard * weight, 1)
     p_terms += tl.program_id(1).to(tl.int64) * TERM_SUMS * B + row
     tl.store(p_terms, soft_loss, mask=m_rows)
     tl.store(p_terms + B, soft_weight, mask=m_rows)

@@ -5,52 +5,58 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_kernels
+from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_kernels, triton_negatives
 from softmask_fast.ops.focal_itc.operators import ROW_STATES, BlockwiseForward
 from softmask_fast.ops.focal_itc.positives import PositiveLists
 from softmask_fast.ops.focal_itc.reference import Options
 from softmask_fast.ops.focal_itc.sampling import stream_keys
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
+    Machine,
     device_of,
     element_options,
+    machine_of,
     next_power_of_2,
-    with_narrow_offsets,
+    with_aligned_rows,
 )
 
 MERGE_ROWS = 128  # rows per program of the kernels without products
 
 
-def tiles(kernel: str, dtype: torch.dtype, width: int, large: bool) -> dict[str, int | bool]:
-    """Tile sizes, warps and pipeline stages of a kernel. ``large``: at least 200 KiB of shared memory per program.
+def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine, crowded: bool) -> dict[str, int | bool]:
+    """Tile sizes, warps and pipeline stages of a kernel; ``crowded``: see ``_is_crowded``.
 
     Chosen by sizes alone, not timed at run time: another tile is another order of summation, and results must be the
-    same bit for bit in every run.
+    same bit for bit in every run. That none of them spills registers is what tests/test_aot.py is for.
     """
     block_d = max(16, next_power_of_2(width))
-    backward = kernel in ("grad_rows", "grad_keys")
+    backward, nvidia = kernel in ("grad_rows", "grad_keys"), machine.capability > 0
+    # BLOCK_B, BLOCK_K, BLOCK_D, BLOCK_C, num_warps, num_stages
     if INTERPRETED:
-        sizes = (16, 32, min(block_d, 32))
-        options = {"num_warps": 4, "num_stages": 1}
+        sizes = (16, 32, min(block_d, 32), min(block_d, 32), 4, 1)
     elif dtype == torch.float32:
-        sizes = (32, 32, min(block_d, 64))
-        options = {"num_warps": 4, "num_stages": 2 if large else 1}
-    elif large:
-        sizes = (64 if backward else 128, 64, min(block_d, 256))
-        options = {"num_warps": 8, "num_stages": 1 if kernel == "grad_rows" else 2}
+        more_warps = 8 if backward and block_d > 32 and nvidia else 4
+        sizes = (32, 32, max(16, min(block_d // 2, 32)), min(block_d, 128), more_warps, 1)
+    elif machine.shared_memory < 200 * 1024 or kernel == "row_negatives":
+        more_warps = 8 if backward and block_d > 32 and nvidia else 4
+        sizes = (64, 32, min(block_d, 64), min(block_d, 128), more_warps, 1)
     else:
-        sizes = (64, 32 if backward else 64, min(block_d, 128))
-        options = {"num_warps": 4, "num_stages": 1}
-    blocks = dict(zip(("BLOCK_B", "BLOCK_K", "BLOCK_D"), sizes, strict=True))
-    if backward:
-        blocks["BLOCK_C"] = blocks["BLOCK_D"]
-    return {**blocks, "RESIDENT": block_d == blocks["BLOCK_D"], **options}
-
-
-def _is_large(device: torch.device) -> bool:
-    if INTERPRETED:
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200 * 1024
+        whole_rows = block_d if block_d <= 256 else 64
+        if kernel == "grad_rows":
+            sizes = (64, 32 if crowded else 64, whole_rows, min(block_d, 256), 8, 1)
+        elif kernel == "grad_keys":
+            sizes = (32 if crowded else 64, 64, whole_rows, min(block_d, 256), 8, 2)
+        else:
+            narrow = kernel == "row_sums" and (crowded or machine.capability != 90)
+            sizes = (128, 32 if narrow else 64, whole_rows, 0, 8, 2)
+    names = ("BLOCK_B", "BLOCK_K", "BLOCK_D", "BLOCK_C", "num_warps", "num_stages")
+    chosen = dict(zip(names, sizes, strict=True))
+    resident = block_d == chosen["BLOCK_D"]
+    if not backward:
+        del chosen["BLOCK_C"]
+    elif resident:
+        chosen["BLOCK_C"] = block_d
+    return {**chosen, "RESIDENT": resident, **machine.launch_options}
 
 
 def _split(rows: int, keys: int, block_rows: int, block_keys: int, device: torch.device) -> tuple[int, int]:
@@ -80,6 +86,11 @@ def _order(gamma: float) -> int:
     return int(gamma) if gamma in (0, 1, 2, 3) else -1
 
 
+def _is_crowded(options: Options) -> bool:
+    """Whether a row has more sums, or a gradient more steps, than the registers of the widest tiles leave room for."""
+    return options.any_positive or _order(options.gamma) not in (0, 1, 2)
+
+
 def _strides(rows: Tensor, teacher_rows: Tensor | None, keys: Tensor) -> tuple[int, ...]:
     return (*rows.stride(), *((0, 0) if teacher_rows is None else teacher_rows.stride()), *keys.stride())
 
@@ -90,7 +101,7 @@ class Forward(BlockwiseForward):
     def __init__(
         self, rows: Tensor, temperature: Tensor, teacher_rows: Tensor | None, ids: Tensor | None, options: Options
     ):
-        rows, teacher_rows = with_narrow_offsets(rows, 1), with_narrow_offsets(teacher_rows, 1)
+        rows, teacher_rows = with_aligned_rows(rows, 1), with_aligned_rows(teacher_rows, 1)
         super().__init__(rows, temperature, teacher_rows, None if ids is None else ids.contiguous(), options)
         self.order = _order(options.gamma)
         self.passes = 1 if self.order >= 0 else 2
@@ -103,34 +114,41 @@ class Forward(BlockwiseForward):
     ) -> None:
         rows, options = self.rows, self.options
         (batch, width), total = rows.shape, keys.shape[0]
-        sizes = tiles("row_terms" if second_pass else "row_sums", rows.dtype, width, _is_large(rows.device))
+        given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options))
+        sizes, terms_kept = tiles("row_terms" if second_pass else "row_sums", *given), max(self.order, 0) + 1
         splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
         flags = {"HAS_TEACHER": self.teacher_rows is not None}
         common = {"HAS_IDS": self.ids is not None, **flags, **sizes, **element_options(rows.dtype)}
-        keys, key_ids = with_narrow_offsets(keys, 1), None if key_ids is None else key_ids.contiguous()
-        inputs = (rows, self.teacher_rows, keys, self.ids, key_ids)
+        keys, key_ids = with_aligned_rows(keys, 1), None if key_ids is None else key_ids.contiguous()
+        inputs = (rows, self.teacher_rows, keys, self.ids, key_ids, _spans(self.ids, key_ids), self.temperature)
         strides = _strides(rows, self.teacher_rows, keys)
         grid = (-(-batch // sizes["BLOCK_B"]), splits)
         with device_of(rows):
             if second_pass:
                 terms = _after(self.terms, splits)
                 triton_kernels.row_terms[grid](
-                    *inputs, self.temperature, self.sums, self.places, terms[-splits:], *strides, batch, total, width,
-                    first_key, options.row_offset, options.gamma, keys_per_split, **common,
+                    *inputs, self.sums, self.places, terms[-splits:], *strides, batch, total, width, first_key,
+                    options.row_offset, options.gamma, keys_per_split, **common,
                 )  # fmt: skip
                 self.terms = terms.sum(0, keepdim=True)
                 return
             sums, places = _after(self.sums, splits), _after(self.places, splits)
-            terms = max(self.order, 0) + 1
             triton_kernels.row_sums[grid](
-                *inputs, _spans(self.ids, key_ids), self.temperature, sums[-splits:], places[-splits:], *strides,
-                batch, total, width, first_key,
-                options.row_offset, options.first_negative, options.last_negative,
-                *stream_keys(options.seed, options.direction), keys_per_split, TERMS=terms, ANY=options.any_positive,
-                STATS=options.stats, **common,
+                *inputs, sums[-splits:], places[-splits:], *strides, batch, total, width, first_key,
+                options.row_offset, keys_per_split, TERMS=terms_kept, ANY=options.any_positive, STATS=options.stats,
+                **common,
             )  # fmt: skip
+            if options.stats:
+                sizes = tiles("row_negatives", *given)
+                triton_negatives.row_negatives[-(-batch // sizes["BLOCK_B"]), splits](
+                    rows, keys, self.ids, key_ids, self.temperature, sums[-splits:], places[-splits:],
+                    *rows.stride(), *keys.stride(), batch, total, width, first_key,
+                    options.row_offset, options.first_negative, options.last_negative,
+                    *stream_keys(options.seed, options.direction), keys_per_split,
+                    HAS_IDS=self.ids is not None, **sizes, **element_options(rows.dtype),
+                )  # fmt: skip
             triton_finish.merge[(-(-batch // MERGE_ROWS),)](
-                sums, places, self.temperature, batch, sums.shape[0], TERMS=terms, **flags, BLOCK_B=MERGE_ROWS
+                sums, places, self.temperature, batch, sums.shape[0], TERMS=terms_kept, **flags, BLOCK_B=MERGE_ROWS
             )
             self.sums, self.places = sums[:1], places[:1]
 
@@ -174,24 +192,24 @@ def backward(
     first_key: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, keys and temperature, for keys numbered from ``first_key``; empty where not wanted."""
-    (batch, width), total = rows.shape, keys.shape[0]
-    grad_loss = grad_loss.contiguous()
+    grad_loss, unpadded = grad_loss.contiguous(), rows.shape[1]
     if ids is not None:
         ids, key_ids = ids.contiguous(), key_ids.contiguous()
     flags = {
         "ORDER": _order(options.gamma), "ANY": options.any_positive, "HAS_TEACHER": teacher_rows is not None,
         "HAS_IDS": ids is not None, **element_options(rows.dtype),
     }  # fmt: skip
-    rows, keys = with_narrow_offsets(rows, 1), with_narrow_offsets(keys, 1)
-    teacher_rows = with_narrow_offsets(teacher_rows, 1)
+    rows, keys = with_aligned_rows(rows, 1), with_aligned_rows(keys, 1)
+    teacher_rows = with_aligned_rows(teacher_rows, 1)
+    (batch, width), total = rows.shape, keys.shape[0]
     inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, row_state, dominant)
     strides = _strides(rows, teacher_rows, keys)
     scalars = (batch, total, width, first_key, options.row_offset, options.gamma, options.alpha)
-    large = _is_large(rows.device)
+    given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options))
     grad_rows, grad_keys, grad_temperature = rows.new_empty(0), keys.new_empty(0), temperature.new_empty(0)
     with device_of(rows):
         if wants_rows or wants_temperature:
-            sizes = tiles("grad_rows", rows.dtype, width, large)
+            sizes = tiles("grad_rows", *given)
             splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
             dtype = rows.dtype if splits == 1 else torch.float32
             partial = rows.new_empty((splits, batch, width) if wants_rows else 0, dtype=dtype)
@@ -206,10 +224,12 @@ def backward(
             if wants_temperature:
                 grad_temperature = -grad_inverse.sum()
         if wants_keys:
-            sizes = tiles("grad_keys", rows.dtype, width, large)
+            sizes = tiles("grad_keys", *given)
             grad_keys = keys.new_empty(keys.shape)
             largest = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
             triton_backward.grad_keys[(-(-total // sizes["BLOCK_K"]), -(-width // sizes["BLOCK_C"]))](
                 grad_loss, largest, *inputs, grad_keys, *strides, *scalars, **flags, **sizes
             )
+    if unpadded < width:
+        grad_rows, grad_keys = (gradient[..., :unpadded].contiguous() for gradient in (grad_rows, grad_keys))
     return grad_rows, grad_keys, grad_temperature

@@ -12,6 +12,8 @@ Offsets are 64 bits wide from image to image and from row to row; inside of the 
 import triton
 import triton.language as tl
 
+from softmask_fast.ops.triton_tiles import load_tile, products
+
 
 @triton.jit
 def plan(p_index, p_starts, p_order, S, B, BLOCK: tl.constexpr):
@@ -63,14 +65,6 @@ def stacked_rows(rows, start, count, p_order, L, HAS_INDEX: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p, o_rows, o_columns, m_rows, m_columns, WIDEN: tl.constexpr):
-    tile = tl.load(p + o_rows[:, None] + o_columns[None, :], mask=m_rows[:, None] & m_columns[None, :], other=0.0)
-    if WIDEN:
-        tile = tile.to(tl.float32)
-    return tile
-
-
-@triton.jit
 def load_keep(p_keep, o_sequences, o_keys, m_keys):
     """Rows beyond the last one read the keep of some other sequence: they are never stored, and need no mask."""
     return tl.load(p_keep + (o_sequences + o_keys), mask=m_keys, other=0.0).to(tl.float32)
@@ -94,7 +88,8 @@ def forward(
     output_s, output_h, output_l, output_d, keep_s, keep_n, bias_h, bias_d, mask_b, mask_n,
     B, H, L, N, D, scale, SPLIT,
     HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (SPLIT * H * (B + 1),): program ``split`` takes row tiles split, split + SPLIT, ... of a head of an image.
 
@@ -122,7 +117,10 @@ def forward(
             n = first + tl.arange(0, BLOCK_N)
             m_keys = n < N
             key = load_tile(p_key, n * key_n, d * key_d, m_keys, m_d, WIDEN)
-            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+            scores = scale * products(
+                query, key, p_query, o_query, query_d, m_rows, p_key, n * key_n, key_d, m_keys, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
             keep = scores
             if HAS_KEEP:
                 keep = load_keep(
@@ -169,7 +167,8 @@ def backward_query(
     B, H, L, N, D, scale, SPLIT,
     EXACT_DELTA: tl.constexpr,
     HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Same grid as ``forward``. Writes dq and delta, which the other backward kernels read.
 
@@ -203,7 +202,10 @@ def backward_query(
                 m_keys = n < N
                 key = load_tile(p_key, n * key_n, d * key_d, m_keys, m_d, WIDEN)
                 value = load_tile(p_value, n * value_n, d * value_d, m_keys, m_d, WIDEN)
-                scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+                scores = scale * products(
+                    query, key, p_query, o_query, query_d, m_rows, p_key, n * key_n, key_d, m_keys, D,
+                    BLOCK_C, WIDEN, PRECISION,
+                )  # fmt: skip
                 keep = scores
                 if HAS_KEEP:
                     keep = load_keep(
@@ -215,7 +217,11 @@ def backward_query(
                 weights = tl.exp(logits - maximum[:, None]) * inverse[:, None]
                 if HAS_KEEP:
                     weights = weights * keep
-                delta += tl.sum(weights * tl.dot(grad, tl.trans(value), input_precision=PRECISION), 1)
+                weights_gradient = products(
+                    grad, value, p_grad, o_grad, grad_d, m_rows, p_value, n * value_n, value_d, m_keys, D,
+                    BLOCK_C, WIDEN, PRECISION,
+                )  # fmt: skip
+                delta += tl.sum(weights * weights_gradient, 1)
         else:
             o_output = sequence * output_s + head64 * output_h + token * output_l
             attended = load_tile(p_output, o_output, d * output_d, m_rows, m_d, True)
@@ -230,7 +236,10 @@ def backward_query(
             m_keys = n < N
             key = load_tile(p_key, n * key_n, d * key_d, m_keys, m_d, WIDEN)
             value = load_tile(p_value, n * value_n, d * value_d, m_keys, m_d, WIDEN)
-            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+            scores = scale * products(
+                query, key, p_query, o_query, query_d, m_rows, p_key, n * key_n, key_d, m_keys, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
             keep = scores
             if HAS_KEEP:
                 keep = load_keep(
@@ -240,7 +249,10 @@ def backward_query(
                 scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
             )
             weights = tl.exp(logits - maximum[:, None]) * inverse[:, None]
-            weights_gradient = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+            weights_gradient = products(
+                grad, value, p_grad, o_grad, grad_d, m_rows, p_value, n * value_n, value_d, m_keys, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
             if HAS_KEEP:
                 logits_gradient = weights * (weights_gradient * keep - delta[:, None]) * keep
             else:
@@ -262,8 +274,9 @@ def backward_key_value(
     value_b, value_h, value_n, value_d, d_key_b, d_key_h, d_key_n, d_key_d, d_value_b, d_value_h, d_value_n, d_value_d,
     keep_s, keep_n, mask_b, mask_n,
     H, L, N, D, scale,
-    HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT_DELTA: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N), H, B): one program owns dK and dV of a key tile and passes over all rows of its image."""
     head, image = tl.program_id(1), tl.program_id(2)
@@ -273,8 +286,10 @@ def backward_key_value(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_keys = n < N
     image64, head64 = image.to(tl.int64), head.to(tl.int64)
-    key = load_tile(p_key + image64 * key_b + head64 * key_h, n * key_n, d * key_d, m_keys, m_d, WIDEN)
-    value = load_tile(p_value + image64 * value_b + head64 * value_h, n * value_n, d * value_d, m_keys, m_d, WIDEN)
+    p_key += image64 * key_b + head64 * key_h
+    p_value += image64 * value_b + head64 * value_h
+    key = load_tile(p_key, n * key_n, d * key_d, m_keys, m_d, WIDEN)
+    value = load_tile(p_value, n * value_n, d * value_d, m_keys, m_d, WIDEN)
     d_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     d_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for first in range(0, count * L, BLOCK_M):
@@ -287,7 +302,26 @@ def backward_key_value(
         maximum = tl.load(p_statistics + 2 * o_row, mask=m_rows, other=0.0)
         inverse = tl.load(p_statistics + 2 * o_row + 1, mask=m_rows, other=0.0)
         delta = tl.load(p_delta + o_row, mask=m_rows, other=0.0)
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale  # (BLOCK_N, BLOCK_M)
+        if EXACT_DELTA:  # rounded as in backward_query, so that what cancels with its delta cancels here
+            scores = products(
+                query, key, p_query, o_query, query_d, m_rows, p_key, n * key_n, key_d, m_keys, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
+            weights_gradient = products(
+                grad, value, p_grad, o_grad, grad_d, m_rows, p_value, n * value_n, value_d, m_keys, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
+            scores, weights_gradient = tl.trans(scores), tl.trans(weights_gradient)
+        else:
+            scores = products(
+                key, query, p_key, n * key_n, key_d, m_keys, p_query, o_query, query_d, m_rows, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
+            weights_gradient = products(
+                value, grad, p_value, n * value_n, value_d, m_keys, p_grad, o_grad, grad_d, m_rows, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
+        scores *= scale  # (BLOCK_N, BLOCK_M)
         keep = scores
         if HAS_KEEP:
             keep = load_keep(p_keep, (sequence.to(tl.int32) * keep_s)[None, :], (n * keep_n)[:, None], m_keys[:, None])
@@ -295,7 +329,6 @@ def backward_key_value(
             scores, keep, p_mask, (image64 * mask_b + n * mask_n)[:, None], m_keys[:, None], HAS_KEEP, HAS_MASK
         )
         weights = tl.exp(logits - maximum[None, :]) * inverse[None, :]
-        weights_gradient = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
         if HAS_KEEP:
             logits_gradient = weights * (weights_gradient * keep - delta[None, :]) * keep
             weights = weights * keep
@@ -319,7 +352,8 @@ def backward_keep(
     value_b, value_h, value_n, value_d, keep_s, keep_n, mask_b, mask_n,
     B, H, L, N, D, scale,
     HAS_INDEX: tl.constexpr, HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N), S): one program owns dkeep of a key tile of one sequence; d_keep (S, N) is float32."""
     sequence = tl.program_id(1)
@@ -335,8 +369,10 @@ def backward_keep(
     keep = tl.load(p_keep + sequence64 * keep_s + n * keep_n, mask=m_keys, other=0.0).to(tl.float32)[None, :]
     d_keep = tl.zeros((BLOCK_N,), tl.float32)
     for head in range(0, H):
-        key = load_tile(p_key + image64 * key_b + head * key_h, n * key_n, d * key_d, m_keys, m_d, WIDEN)
-        value = load_tile(p_value + image64 * value_b + head * value_h, n * value_n, d * value_d, m_keys, m_d, WIDEN)
+        p_head_key = p_key + image64 * key_b + head * key_h
+        p_head_value = p_value + image64 * value_b + head * value_h
+        key = load_tile(p_head_key, n * key_n, d * key_d, m_keys, m_d, WIDEN)
+        value = load_tile(p_head_value, n * value_n, d * value_d, m_keys, m_d, WIDEN)
         for first in range(0, L, BLOCK_M):
             token = first + tl.arange(0, BLOCK_M)
             m_rows = token < L
@@ -348,12 +384,18 @@ def backward_keep(
             maximum = tl.load(p_statistics + 2 * o_row, mask=m_rows, other=0.0)
             inverse = tl.load(p_statistics + 2 * o_row + 1, mask=m_rows, other=0.0)
             delta = tl.load(p_delta + o_row, mask=m_rows, other=0.0)
-            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+            scores = scale * products(
+                query, key, p_query, o_query, query_d, m_rows, p_head_key, n * key_n, key_d, m_keys, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
             logits = masked_logits(
                 scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], True, HAS_MASK
             )
             weights = tl.exp(logits - maximum[:, None]) * inverse[:, None]
-            weights_gradient = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+            weights_gradient = products(
+                grad, value, p_grad, o_grad, grad_d, m_rows, p_head_value, n * value_n, value_d, m_keys, D,
+                BLOCK_C, WIDEN, PRECISION,
+            )  # fmt: skip
             logits_gradient = weights * (weights_gradient * keep - delta[:, None])
             d_keep += tl.sum(logits_gradient * scores + weights * weights_gradient, 0)
     d_keep = tl.where(exists, d_keep, float("nan"))

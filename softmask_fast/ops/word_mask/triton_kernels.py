@@ -10,13 +10,7 @@ softmax statistics are all that is kept between them.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_tile(p, o_rows, o_columns, m_rows, m_columns, WIDEN: tl.constexpr):
-    tile = tl.load(p + o_rows[:, None] + o_columns[None, :], mask=m_rows[:, None] & m_columns[None, :], other=0.0)
-    if WIDEN:
-        tile = tile.to(tl.float32)
-    return tile
+from softmask_fast.ops.triton_tiles import load_tile, products
 
 
 @triton.jit
@@ -117,7 +111,7 @@ def all_words_statistics(
     p_query, p_key, p_mask, p_statistics,
     query_b, query_h, query_l, query_d, key_b, key_h, key_n, key_d, mask_b, mask_n,
     H, L, N, D, scale,
-    HAS_MASK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(L, BLOCK_L), H, B). statistics (B, H, L, 2): maximum and inverse sum of every row of the softmax."""
@@ -127,15 +121,19 @@ def all_words_statistics(
     d = tl.arange(0, BLOCK_D)
     m_d = d < D
     o_query = word.to(tl.int64) * query_l
-    query = load_tile(p_query + image * query_b + head * query_h, o_query, d * query_d, m_words, m_d, WIDEN)
+    p_query += image * query_b + head * query_h
+    p_key += image * key_b + head * key_h
+    query = load_tile(p_query, o_query, d * query_d, m_words, m_d, WIDEN)
     maximum = tl.full((BLOCK_L,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_L,), tl.float32)
     for first in range(0, N, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         attended = n < N
         o_key = n.to(tl.int64) * key_n
-        key = load_tile(p_key + image * key_b + head * key_h, o_key, d * key_d, attended, m_d, WIDEN)
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        key = load_tile(p_key, o_key, d * key_d, attended, m_d, WIDEN)
+        logits = scale * products(
+            query, key, p_query, o_query, query_d, m_words, p_key, o_key, key_d, attended, D, BLOCK_C, WIDEN, PRECISION
+        )
         if HAS_MASK:
             attended = attended & (tl.load(p_mask + image * mask_b + n * mask_n, mask=attended, other=0) != 0)
         logits = tl.where(attended[None, :], logits, float("-inf"))
@@ -154,7 +152,7 @@ def all_words_map(
     query_b, query_h, query_l, query_d, key_b, key_h, key_n, key_d, value_b, value_h, value_n, value_d,
     grad_b, grad_h, grad_l, grad_d, mask_b, mask_n,
     H, L, N, D, scale,
-    HAS_MASK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_MASK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N), cdiv(L, BLOCK_L), B). map (B, L, N): the mean over heads of A relu(dO V^T)."""
@@ -168,21 +166,33 @@ def all_words_map(
     attended = m_keys
     if HAS_MASK:
         attended = attended & (tl.load(p_mask + image * mask_b + n * mask_n, mask=m_keys, other=0) != 0)
+    o_query, o_grad, o_key, o_value = word64 * query_l, word64 * grad_l, n64 * key_n, n64 * value_n
+    p_query += image * query_b
+    p_grad += image * grad_b
+    p_key += image * key_b
+    p_value += image * value_b
     cam = tl.zeros((BLOCK_L, BLOCK_N), tl.float32)
     for head in range(0, H):
-        query = load_tile(
-            p_query + image * query_b + head * query_h, word64 * query_l, d * query_d, m_words, m_d, WIDEN
-        )
-        grad = load_tile(p_grad + image * grad_b + head * grad_h, word64 * grad_l, d * grad_d, m_words, m_d, WIDEN)
-        key = load_tile(p_key + image * key_b + head * key_h, n64 * key_n, d * key_d, m_keys, m_d, WIDEN)
-        value = load_tile(p_value + image * value_b + head * value_h, n64 * value_n, d * value_d, m_keys, m_d, WIDEN)
+        query = load_tile(p_query, o_query, d * query_d, m_words, m_d, WIDEN)
+        grad = load_tile(p_grad, o_grad, d * grad_d, m_words, m_d, WIDEN)
+        key = load_tile(p_key, o_key, d * key_d, m_keys, m_d, WIDEN)
+        value = load_tile(p_value, o_value, d * value_d, m_keys, m_d, WIDEN)
         o_statistics = 2 * ((image * H + head) * L + word)
         maximum = tl.load(p_statistics + o_statistics, mask=m_words, other=0.0)
         inverse = tl.load(p_statistics + o_statistics + 1, mask=m_words, other=0.0)
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        logits = scale * products(
+            query, key, p_query, o_query, query_d, m_words, p_key, o_key, key_d, m_keys, D, BLOCK_C, WIDEN, PRECISION
+        )
         logits = tl.where(attended[None, :], logits, float("-inf"))
-        gradients = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+        gradients = products(
+            grad, value, p_grad, o_grad, grad_d, m_words, p_value, o_value, value_d, m_keys, D,
+            BLOCK_C, WIDEN, PRECISION,
+        )  # fmt: skip
         weights = tl.exp(logits - maximum[:, None]) * inverse[:, None]
         cam += weights * tl.where(gradients < 0, 0.0, gradients)
+        p_query += query_h
+        p_grad += grad_h
+        p_key += key_h
+        p_value += value_h
     o_map = (image * L + word64)[:, None] * N + n[None, :]
     tl.store(p_map + o_map, cam / H, mask=m_words[:, None] & m_keys[None, :])
