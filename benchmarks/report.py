@@ -26,9 +26,18 @@ ROW_KEYS = (
 )  # fmt: skip
 # What a size of a case is called where it is the only one that changes from case to case.
 AXES = {"word_soft_mask": "N", "soft_masked_attention": "N", "focal_itc": "B", "focal_itc_queue": "B"}
-# The pages that have tables, and of which benchmarks (None: of all).
+# The page that shows one size of each benchmark, the paper's where it has one, and which sizes these are.
+FRONT = "README.md"
+FRONT_SIZES: dict[str, dict[str, tuple]] = {
+    "word_soft_mask": {"N": (257,)},
+    "soft_masked_attention": {"N": (257,)},
+    "soft_masked_attention_projected": {"N": (257,)},
+    "focal_itc": {"B": (4096,), "d": (256,)},
+    "focal_itc_queue": {},
+    "step": {"preset": ("small", "base")},
+}
+# The pages that show all sizes, and of which benchmarks (None: of all).
 PAGES: dict[str, tuple[str, ...] | None] = {
-    "README.md": None,
     "docs/benchmarks.md": None,
     "docs/operators/word_soft_mask.md": ("word_soft_mask",),
     "docs/operators/soft_masked_attention.md": ("soft_masked_attention",),
@@ -252,11 +261,29 @@ def insert(text: str, block: list[str], name: str) -> str:
     return text[: begin + len(MARKERS[0])] + "\n" + "\n".join(block) + "\n" + text[end:]
 
 
+def write_front(results: Path, page: Path, images: Path) -> None:
+    """Writes the section of the front page: a row of each benchmark, and one plot."""
+    block = []
+    for run in newest(results):
+        rows = [
+            row
+            for row in run["rows"]
+            if all(row["case"][name] in sizes for name, sizes in FRONT_SIZES[row["benchmark"]].items())
+        ]
+        block += ["", *summary(run | {"rows": [row | {"missing": {}} for row in rows]}), ""]
+        picture = images / f"benchmarks-soft_masked_attention-{run['slug']}.png"
+        if plot(run, "soft_masked_attention", picture):
+            block += [f"![soft_masked_attention on {run['device']}]({os.path.relpath(picture, page.parent)})", ""]
+    block += [
+        "All sizes, what did not run, and the other plots: [benchmarks](docs/benchmarks.md). Made by `make report` of "
+        f"what `{COMMAND}` wrote."
+    ]
+    _replace(page, block)
+
+
 def write(results: Path, page: Path, images: Path, only: tuple[str, ...] | None = None) -> None:
     """Writes the plots, then the section of ``page`` between its markers; ``only`` names the benchmarks it shows."""
     runs = newest(results)
-    if not runs:
-        raise ValueError(f"{results}: expected results files, <device>/<date>.json, found none")
     block = []
     for run in runs:
         rows = [row for row in run["rows"] if only is None or row["benchmark"] in only]
@@ -271,6 +298,10 @@ def write(results: Path, page: Path, images: Path, only: tuple[str, ...] | None 
         block += [f"Made by `make report` from the files in `benchmarks/results`, which `{COMMAND}` wrote."]
     else:
         block = ["", "No file in `benchmarks/results` has it yet: `make bench` measures it here.", ""]
+    _replace(page, block)
+
+
+def _replace(page: Path, block: list[str]) -> None:
     text = insert(page.read_text(), block, page.name)
     temporary = page.with_suffix(".md.partial")
     temporary.write_text(text)
@@ -281,6 +312,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     results = parser.parse_args().results
+    if not newest(results):
+        raise SystemExit(f"{results}: expected results files, <device>/<date>.json, found none")
+    write_front(results, ROOT / FRONT, ROOT / "docs" / "images")
     for page, only in PAGES.items():
         write(results, ROOT / page, ROOT / "docs" / "images", only)
 

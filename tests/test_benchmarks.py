@@ -114,8 +114,18 @@ def test_a_page_shows_its_own_benchmarks(run, tmp_path):
         assert expected in page.read_text()
 
 
+def test_the_front_page_shows_one_size_of_each(run, tmp_path):
+    rows = [row | {"case": row["case"] | {"N": size}} for size in (257, 577) for row in run["rows"]]
+    report.save(tmp_path / "results", run | {"rows": rows})
+    page = tmp_path / "README.md"
+    page.write_text("\n".join(report.MARKERS))
+    report.write_front(tmp_path / "results", page, tmp_path / "images")
+    assert page.read_text().count("| `word_soft_mask`") == 1 and "N 257" in page.read_text()
+    assert "docs/benchmarks.md" in page.read_text()
+
+
 def test_every_page_of_the_report_has_its_markers():
-    for page in report.PAGES:
+    for page in (report.FRONT, *report.PAGES):
         text = (ROOT / page).read_text()
         assert report.insert(text, [], page) and text.count(report.MARKERS[0]) == 1
 
