@@ -41,6 +41,10 @@ class Sample:
     phrases: list[Phrase] = field(default_factory=list)
     skipped_captions: int = 0  # captions left out because there is no word in them
 
+    @property
+    def images(self) -> list[bytes | np.ndarray]:
+        return [self.image]
+
 
 class CaptionSource(Protocol):
     """Samples by index. Reading is thread-safe and deterministic.
