@@ -46,7 +46,7 @@ def report_run(output: Path, config: Config, device: torch.device | str = "cpu")
         )
         return
     model, tokenizer = load_model(output / "model", device)
-    limit = min(config.data.eval_size, len(source))
+    limit = min(config.data.eval_size or len(source), len(source))
     reports = [evaluate_retrieval(model, tokenizer, source, limit=limit, rerank=RERANKED, progress=True)]
     if any(source.read(index).phrases for index in range(limit)):
         reports.append(evaluate_grounding(model, tokenizer, source, limit=limit, progress=True))

@@ -170,6 +170,11 @@ def load_pretrained(model: VisionLanguageModel) -> None:
     Raises ValueError that says what to do when weights cannot be had or do not fit.
     """
     config = model.config
+    if config.model_weights:
+        from softmask_fast.model.checkpoints import load_weights
+
+        load_weights(model, config.model_weights)
+        return
     load_vision_weights(model.vision, config)
     if config.text_weights == "random":
         return
