@@ -145,6 +145,7 @@ class DataConfig:
         "'shapes' (drawn on the fly), WebDataset shards ('cc/{000..331}.tar', a folder, a comma list) "
         "by path or by URL (https://, s3://, gs://), or ALBEF JSON lists ('coco.json,vg.json').",
     )
+    image_root: str | None = option(None, "Where relative image paths in JSON lists start; default: the list's folder.")
     eval_data: str | None = option(None, "Held-out pairs evaluated after training; default: unseen shapes for shapes.")
     eval_size: int | None = option(256, "How many held-out images the final evaluation takes.")
     tokenizer: str | None = option(

@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 
 from softmask_fast import engine as engines
 from softmask_fast import loop
-from softmask_fast.config import Config, DataConfig, parse_arguments
+from softmask_fast.config import Config, parse_arguments
 from softmask_fast.data.captions import CaptionSource, open_source
 from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.images import BadSample
@@ -80,17 +80,6 @@ def sample_captions(source: CaptionSource, images: int = 20_000) -> Iterator[str
             continue
 
 
-def distortions(data: DataConfig) -> DistortionConfig:
-    return DistortionConfig(
-        crop=data.crop,
-        crop_scale=(data.crop_scale, 1.0),
-        flip=data.flip,
-        rand_augment=data.rand_augment,
-        colour=data.colour,
-        blur=data.blur,
-    )
-
-
 def pretrain(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest) -> bool:
     """Train to the end or until a stop is requested; returns whether the end was reached."""
     train = config.train
@@ -102,6 +91,7 @@ def pretrain(config: Config, deepspeed_config: dict[str, Any], output: Path, sto
         seed=train.seed,
         image_size=config.model.image_size,
         remote=RemoteOptions.of(config.data),
+        image_root=config.data.image_root,
     )
     tokenizer = prepare_tokenizer(config, source, output)
     loader = PretrainingLoader(
@@ -109,7 +99,7 @@ def pretrain(config: Config, deepspeed_config: dict[str, Any], output: Path, sto
         tokenizer,
         batch_size=train.batch_size,
         image_size=config.model.image_size,
-        distortions=distortions(config.data),
+        distortions=DistortionConfig.of(config.data),
         max_tokens=config.model.max_tokens,
         mask_probability=config.objectives.mask_probability,
         seed=train.seed,

@@ -157,15 +157,19 @@ class ShapesSource:
             if scene and _is_validation(scene) == (self.split != "train"):
                 return scene
 
+    def draw(self, index: int) -> np.ndarray:
+        """The picture of one scene, (image_size, image_size, 3) uint8."""
+        background = keyed_generator(self.seed, self.split, index, "background")
+        return _paint(self.scene(index), self.image_size, background)
+
     def read(self, index: int) -> Sample:
         if not 0 <= index < self.num:
             raise IndexError(f"shapes: index {index} is outside [0, {self.num})")
         scene = self.scene(index)
         described = describe(scene)
-        image = _paint(scene, self.image_size, keyed_generator(self.seed, self.split, index, "background"))
         return Sample(
             self.keys[index],
-            image,
+            self.draw(index),
             [caption for caption, _ in described],
             [phrase for _, phrases in described for phrase in phrases],
         )

@@ -156,12 +156,17 @@ def load_weights(model: VisionLanguageModel, path: str | Path, *, complete: bool
         state = load_file(Path(path) / WEIGHTS)
     else:
         state = own_state(load_albef(path, complete=complete))
+    try:
+        fill_model(model, state)
+    except ValueError as error:
+        raise ValueError(f"model_weights: {path} does not fit the model's options: {error}") from error
+
+
+def fill_model(model: VisionLanguageModel, state: dict[str, Tensor]) -> None:
+    """`load_own_state` of a model whose image grid may be another one: its position embeddings are resampled."""
     name = "vision.vit.pos_embed"
     if name in state:
         rows, columns = model.grid_size
         prefix = model.get_parameter(name).shape[1] - rows * columns
-        state[name] = resample_positions(state[name], model.grid_size, prefix)
-    try:
-        load_own_state(model, state)
-    except ValueError as error:
-        raise ValueError(f"model_weights: {path} does not fit the model's options: {error}") from error
+        state = state | {name: resample_positions(state[name], model.grid_size, prefix)}
+    load_own_state(model, state)
