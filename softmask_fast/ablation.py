@@ -1,6 +1,6 @@
 """The paper's ablation: baseline, + augmentation, + soft masks, + focal, all; several seeds each, in one table.
 
-Every run is a `deepspeed softmask_fast/train.py` of its own. A finished one is not repeated, an interrupted one goes on.
+Every run is a `deepspeed softmask_fast/train.py` of its own. A finished one is not repeated, a stopped one goes on.
 """
 
 from __future__ import annotations
