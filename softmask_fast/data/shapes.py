@@ -112,38 +112,45 @@ class ShapesSource:
         *,
         num: int | None = None,
         objects: tuple[int, int] = (2, 2),
+        colours: int = len(COLOURS),
         split: str = "train",
         seed: int = 0,
         image_size: int = 64,
     ):
-        """objects: the smallest and largest number of objects in a scene; image_size: width and height in pixels."""
+        """objects: the smallest and largest number of objects in a scene; colours: of how many colours they are, the
+        fewer the sooner it is learned; image_size: width and height in pixels."""
         num = DEFAULT_SCENES.get(split, DEFAULT_SCENES["val"]) if num is None else num
         if num < 1:
             raise ValueError(f"shapes: num must be at least 1, got {num}")
         if not 2 <= objects[0] <= objects[1] <= 3:
             raise ValueError(f"shapes: objects must be 2, 3 or 2-3, got {objects[0]}-{objects[1]}")
+        if not 2 <= colours <= len(COLOURS):
+            raise ValueError(f"shapes: colours must be 2 to {len(COLOURS)}, got {colours}")
         if image_size < 16:
             raise ValueError(f"shapes: image_size must be at least 16, got {image_size}")
-        self.num, self.objects, self.split, self.seed, self.image_size = num, objects, split, seed, image_size
+        self.num, self.objects, self.colours = num, objects, colours
+        self.split, self.seed, self.image_size = split, seed, image_size
         self.keys = [f"shapes-{split}-{seed}-{index:06d}" for index in range(num)]
         self.image_ids = identities(self.keys)
 
     @classmethod
     def from_options(cls, options: str, *, split: str, seed: int, image_size: int) -> ShapesSource:
-        """From "num=4096,objects=2-3" (both may be left out)."""
+        """From "num=4096,objects=2-3,colours=10" (each may be left out)."""
         values: dict = {}
         for option in filter(None, options.split(",")):
             name, _, value = option.partition("=")
             low, _, high = value.partition("-")
             try:
-                if name == "num":
-                    values["num"] = int(value)
+                if name in ("num", "colours"):
+                    values[name] = int(value)
                 elif name == "objects":
                     values["objects"] = (int(low), int(high or low))
                 else:
                     raise ValueError(name)
             except ValueError:
-                raise ValueError(f"shapes: cannot read option {option!r}; expected num=65536 or objects=2-3") from None
+                raise ValueError(
+                    f"shapes: cannot read option {option!r}; expected num=65536, objects=2-3 or colours=10"
+                ) from None
         return cls(**values, split=split, seed=seed, image_size=image_size)
 
     def __len__(self) -> int:
@@ -153,7 +160,8 @@ class ShapesSource:
         """The objects of one scene, in the order in which its captions name them."""
         generator = keyed_generator(self.seed, self.split, self.objects, index, "scene")
         while True:
-            scene = _draw_scene(generator, int(generator.integers(self.objects[0], self.objects[1] + 1)))
+            count = int(generator.integers(self.objects[0], self.objects[1] + 1))
+            scene = _draw_scene(generator, count, self.colours)
             if scene and _is_validation(scene) == (self.split != "train"):
                 return scene
 
@@ -208,9 +216,9 @@ def _caption(parts: Sequence[str | SceneObject]) -> tuple[str, list[Phrase]]:
     ]
 
 
-def _draw_scene(generator: np.random.Generator, count: int) -> list[SceneObject] | None:
+def _draw_scene(generator: np.random.Generator, count: int, palette: int) -> list[SceneObject] | None:
     """One random scene, or None when its objects overlap, look the same or stand in no clear relation."""
-    sizes, colours, shapes = list(SIZES), list(COLOURS), list(OUTLINES)
+    sizes, colours, shapes = list(SIZES), list(COLOURS)[:palette], list(OUTLINES)
     kinds = generator.integers((len(sizes), len(colours), len(shapes)), size=(count, 3))
     places = generator.random((count, 2))
     scene = []

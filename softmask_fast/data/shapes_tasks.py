@@ -29,29 +29,30 @@ class ShapesTask:
         self,
         task: str,
         *,
-        num: int | None = None,
-        objects: tuple[int, int] = (2, 2),
         names: str = "full",
-        split: str = "train",
-        seed: int = 0,
-        image_size: int = 64,
+        **scenes: Any,
     ):
-        """names: how objects are called, see NAMES; the others as in ShapesSource."""
+        """names: how objects are called, see NAMES; scenes: options of ShapesSource."""
         if names not in NAMES:
             raise ValueError(f"shapes: names must be {' or '.join(NAMES)}, got {names!r}")
-        self._scenes = ShapesSource(num=num, objects=objects, split=split, seed=seed, image_size=image_size)
+        self._scenes = ShapesSource(**scenes)
+        if names == "colour" and self._scenes.colours <= self._scenes.objects[1]:
+            raise ValueError(
+                f"shapes: colours must be more than the {self._scenes.objects[1]} objects where names=colour, so that "
+                f"a scene lacks one, got {self._scenes.colours}"
+            )
         self._make: Callable[[ShapesTask, int, np.random.Generator], Entry] = _MAKERS[task]
         self.task, self.names = task, names
 
     @classmethod
     def from_options(cls, options: str, task: str, *, split: str, seed: int, image_size: int) -> ShapesTask:
-        """From "num=4096,objects=2-3,names=colour" (each may be left out)."""
+        """From "num=4096,objects=2-3,colours=10,names=colour" (each may be left out)."""
         parts = [part for part in options.split(",") if part]
         names = [part.removeprefix("names=") for part in parts if part.startswith("names=")]
         others = ",".join(part for part in parts if not part.startswith("names="))
         scenes = ShapesSource.from_options(others, split=split, seed=seed, image_size=image_size)
-        common = dict(objects=scenes.objects, split=split, seed=seed, image_size=image_size)
-        return cls(task, num=scenes.num, names=names[-1] if names else "full", **common)
+        same = {name: getattr(scenes, name) for name in ("num", "objects", "colours", "split", "seed", "image_size")}
+        return cls(task, names=names[-1] if names else "full", **same)
 
     def __len__(self) -> int:
         return len(self._scenes)
@@ -77,8 +78,9 @@ class ShapesTask:
 
     def absent(self, scene: Sequence[SceneObject], generator: np.random.Generator) -> str:
         """The name of an object that a scene does not hold."""
+        colours = list(COLOURS)[: self._scenes.colours]
         while True:
-            size, colour, shape = (str(generator.choice(list(values))) for values in (SIZES, COLOURS, OUTLINES))
+            size, colour, shape = (str(generator.choice(list(values))) for values in (SIZES, colours, OUTLINES))
             name = self.name(SceneObject(size, colour, shape, 0.5, 0.5))
             if name not in map(self.name, scene):
                 return name

@@ -1,0 +1,76 @@
+"""Launched by test_finetune.py: pretrains a small model, then fine-tunes and measures it for every task.
+
+--what learn: all tasks, as long as it takes to learn something; --what resume: one of them, a few steps, again from the
+middle.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from softmask_fast import config, engine, finetune, loop, train
+from softmask_fast.tasks import config as tasks
+
+parser = argparse.ArgumentParser()
+for name in ("--output_dir", "--deepspeed", "--what", "--local_rank"):
+    parser.add_argument(name)
+options, _ = parser.parse_known_args()  # the other flags are those of test_train.py's runs
+root, what = Path(options.output_dir), options.what
+launched = ["--deepspeed", options.deepspeed, "--local_rank", options.local_rank]
+
+SCENES, ASKED = "shapes:num=8192,colours=3", "shapes:num={},colours=3,names=colour"
+PRETRAINED = {
+    "data": SCENES, "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2, "text_width": 64,
+    "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32, "vocab_size": 160, "queue_size": 0,
+    "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 120,
+}  # fmt: skip
+COMMON = {
+    "crop": False, "flip": False, "rand_augment": False, "colour": False, "blur": False, "warmup_steps": 10,
+    "data_threads": 1, "log_steps": 10, "checkpoint_steps": 1000, "batch_size": 32,
+}  # fmt: skip
+LABELS = {"data": ASKED.format(8192), "eval_data": ASKED.format(256), "max_steps": 120, "learning_rate": 1e-3}
+CONTRAST = {"queue_size": 0, "momentum": 0.98, "learning_rate": 1e-3, "max_steps": 120}
+LEARNED = {
+    "entailment": LABELS,
+    "vqa": LABELS,
+    "text_assignment": {"data": SCENES, "max_steps": 40, "learning_rate": 1e-3},
+    "nlvr2": LABELS | {"model": root / "text_assignment" / "model", "batch_size": 32},
+    "retrieval": CONTRAST | {"data": SCENES, "eval_data": "shapes:num=64,colours=3", "candidates": 16},
+    "grounding": CONTRAST | {"data": ASKED.format(8192), "eval_data": ASKED.format(128)},
+}
+RESUMED = LABELS | {"eval_data": ASKED.format(31), "max_steps": 6, "checkpoint_steps": 3, "batch_size": 4, "log_steps": 1}
+
+
+def flags(options: dict) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def run(work, parsed: tuple) -> None:
+    settings, _ = parsed
+    file = engine.read_deepspeed_config(options.deepspeed, engine.with_precision(settings.train))
+    assert work(settings, file, engine.output_directory(settings), stop)
+
+
+def tune(task: str, own: dict, folder: Path) -> None:
+    given = {"model": root / "pretrained" / "model", "output_dir": folder}
+    parsed = tasks.parse_arguments([*launched, "--task", task, *flags(COMMON | given | own)])
+    run(finetune.finetune, parsed)
+    finetune.report(parsed[0], folder)
+
+
+start = {"output_dir": root / "pretrained"} | ({"max_steps": 2} if what == "resume" else {})
+parsed = config.parse_arguments([*launched, *flags(COMMON | PRETRAINED | start)])
+engine.start_distributed(parsed[1])
+stop = loop.StopRequest()
+run(train.pretrain, parsed)
+if what == "learn":
+    for task, own in LEARNED.items():
+        tune(task, own, root / task)
+else:
+    tune("entailment", RESUMED, root / "whole")
+    if engine.dist.get_rank() == 0:  # as a run that was killed behind its third step leaves it
+        shutil.copytree(root / "whole", root / "resumed")
+        shutil.rmtree(root / "resumed" / "model")
+        shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000006")
+    engine.dist.barrier()
+    tune("entailment", RESUMED | {"resume": True}, root / "resumed")
