@@ -38,7 +38,9 @@ LEARNED = {
     "retrieval": CONTRAST | {"data": SCENES, "eval_data": "shapes:num=64,colours=3", "candidates": 16},
     "grounding": CONTRAST | {"data": ASKED.format(8192), "eval_data": ASKED.format(128)},
 }
-RESUMED = LABELS | {"eval_data": ASKED.format(31), "max_steps": 6, "checkpoint_steps": 3, "batch_size": 4, "log_steps": 1}
+RESUMED = LABELS | {
+    "eval_data": ASKED.format(31), "max_steps": 6, "checkpoint_steps": 3, "batch_size": 4, "log_steps": 1,
+}  # fmt: skip
 
 
 def flags(options: dict) -> list[str]:
