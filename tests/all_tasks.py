@@ -9,6 +9,9 @@ import shutil
 from pathlib import Path
 
 from softmask_fast import config, engine, finetune, loop, train
+from softmask_fast.data.captions import open_source
+from softmask_fast.data.shapes_tasks import ANSWERS, ShapesTask
+from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.tasks import config as tasks
 
 parser = argparse.ArgumentParser()
@@ -18,11 +21,12 @@ options, _ = parser.parse_known_args()  # the other flags are those of test_trai
 root, what = Path(options.output_dir), options.what
 launched = ["--deepspeed", options.deepspeed, "--local_rank", options.local_rank]
 
-SCENES, ASKED = "shapes:num=8192,colours=3", "shapes:num={},colours=3,names=colour"
+ASKED = "shapes:num={},colours=6,names=colour"
+SCENES = ASKED.format(8192)
 PRETRAINED = {
     "data": SCENES, "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2, "text_width": 64,
-    "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32, "vocab_size": 160, "queue_size": 0,
-    "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 120,
+    "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32, "queue_size": 0,
+    "tokenizer": root / "words", "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 120,
 }  # fmt: skip
 COMMON = {
     "crop": False, "flip": False, "rand_augment": False, "colour": False, "blur": False, "warmup_steps": 10,
@@ -35,12 +39,21 @@ LEARNED = {
     "vqa": LABELS,
     "text_assignment": {"data": SCENES, "max_steps": 40, "learning_rate": 1e-3},
     "nlvr2": LABELS | {"model": root / "text_assignment" / "model", "batch_size": 32},
-    "retrieval": CONTRAST | {"data": SCENES, "eval_data": "shapes:num=64,colours=3", "candidates": 16},
+    "retrieval": CONTRAST | {"data": SCENES, "eval_data": ASKED.format(64), "candidates": 16},
     "grounding": CONTRAST | {"data": ASKED.format(8192), "eval_data": ASKED.format(128)},
 }
 RESUMED = LABELS | {
     "eval_data": ASKED.format(31), "max_steps": 6, "checkpoint_steps": 3, "batch_size": 4, "log_steps": 1,
 }  # fmt: skip
+
+
+def train_words() -> None:
+    """A tokeniser that knows the words of all tasks, not those of the captions alone."""
+    texts = [caption for index in range(100) for caption in open_source(SCENES).read(index).captions]
+    for task, field in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence"), ("grounding", "text")):
+        entries = ShapesTask.from_options("num=200,names=colour", task, split="train", seed=0, image_size=32)
+        texts += [entries.entry(index)[0][field] for index in range(200)]
+    train_tokenizer([*texts, *(2 * ANSWERS)], 400).save_pretrained(root / "words")
 
 
 def flags(options: dict) -> list[str]:
@@ -64,6 +77,9 @@ start = {"output_dir": root / "pretrained"} | ({"max_steps": 2} if what == "resu
 parsed = config.parse_arguments([*launched, *flags(COMMON | PRETRAINED | start)])
 engine.start_distributed(parsed[1])
 stop = loop.StopRequest()
+if engine.dist.get_rank() == 0:
+    train_words()
+engine.dist.barrier()
 run(train.pretrain, parsed)
 if what == "learn":
     for task, own in LEARNED.items():

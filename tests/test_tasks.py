@@ -31,7 +31,7 @@ PLACES = dict(seed=0, image_size=SIZE)
 
 
 def entries(task, split="train", **options):
-    source = ShapesTask(task, split=split, **PLACES, **{"num": 200} | options)
+    source = ShapesTask(task, ShapesSource(split=split, **PLACES, **{"num": 200} | options))
     return source, [source.entry(index) for index in range(len(source))]
 
 
@@ -115,7 +115,7 @@ def test_statements_pairs_and_expressions_about_shapes_are_true_as_labelled():
 
 def test_training_and_validation_scenes_differ():
     def contents(split):
-        source = ShapesTask("vqa", num=150, split=split, **PLACES)
+        source = ShapesTask("vqa", ShapesSource(num=150, split=split, **PLACES))
         return {frozenset(thing.name for thing in source.scene(i)[0]) for i in range(150)}
 
     assert contents("train") != contents("val")

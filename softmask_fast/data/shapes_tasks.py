@@ -7,7 +7,6 @@ objects occur in which relation differs between training and validation, as in `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import numpy as np
 from softmask_fast.data.randomness import keyed_generator
 from softmask_fast.data.shapes import COLOURS, OUTLINES, SIZES, SceneObject, ShapesSource, relation
 
-NAMES = ("full", "colour")  # "a small red circle", or "a red object", which is learned sooner
 UNSEEN_PROPERTIES = ("heavy", "old", "cold", "expensive")  # what no picture of a shape can tell
 ANSWERS = [*COLOURS, *OUTLINES, "yes", "no"]
 
@@ -25,34 +23,15 @@ Entry = tuple[dict[str, Any], list[np.ndarray]]  # and the images that it names,
 class ShapesTask:
     """`num` entries of one task."""
 
-    def __init__(
-        self,
-        task: str,
-        *,
-        names: str = "full",
-        **scenes: Any,
-    ):
-        """names: how objects are called, see NAMES; scenes: options of ShapesSource."""
-        if names not in NAMES:
-            raise ValueError(f"shapes: names must be {' or '.join(NAMES)}, got {names!r}")
-        self._scenes = ShapesSource(**scenes)
-        if names == "colour" and self._scenes.colours <= self._scenes.objects[1]:
-            raise ValueError(
-                f"shapes: colours must be more than the {self._scenes.objects[1]} objects where names=colour, so that "
-                f"a scene lacks one, got {self._scenes.colours}"
-            )
+    def __init__(self, task: str, scenes: ShapesSource):
+        self._scenes = scenes
         self._make: Callable[[ShapesTask, int, np.random.Generator], Entry] = _MAKERS[task]
-        self.task, self.names = task, names
+        self.task, self.name = task, scenes.name
 
     @classmethod
     def from_options(cls, options: str, task: str, *, split: str, seed: int, image_size: int) -> ShapesTask:
-        """From "num=4096,objects=2-3,colours=10,names=colour" (each may be left out)."""
-        parts = [part for part in options.split(",") if part]
-        names = [part.removeprefix("names=") for part in parts if part.startswith("names=")]
-        others = ",".join(part for part in parts if not part.startswith("names="))
-        scenes = ShapesSource.from_options(others, split=split, seed=seed, image_size=image_size)
-        same = {name: getattr(scenes, name) for name in ("num", "objects", "colours", "split", "seed", "image_size")}
-        return cls(task, names=names[-1] if names else "full", **same)
+        """options: see ShapesSource.from_options."""
+        return cls(task, ShapesSource.from_options(options, split=split, seed=seed, image_size=image_size))
 
     def __len__(self) -> int:
         return len(self._scenes)
@@ -63,18 +42,12 @@ class ShapesTask:
 
     def entry(self, index: int) -> Entry:
         source = self._scenes
-        return self._make(self, index, keyed_generator(source.seed, source.split, index, self.task, self.names))
-
-    def name(self, thing: SceneObject) -> str:
-        return thing.name if self.names == "full" else f"{thing.colour} object"
+        return self._make(self, index, keyed_generator(source.seed, source.split, index, self.task))
 
     def scene(self, index: int, which: int = 0) -> tuple[list[SceneObject], np.ndarray]:
-        """The `which`-th scene of an entry, in which every name is of one object, and its picture."""
-        for attempt in count():
-            number = index + len(self) * (2 * attempt + which)
-            scene = self._scenes.scene(number)
-            if len({self.name(thing) for thing in scene}) == len(scene):
-                return scene, self._scenes.draw(number)
+        """The `which`-th scene of an entry, and its picture."""
+        number = index + len(self) * which
+        return self._scenes.scene(number), self._scenes.draw(number)
 
     def absent(self, scene: Sequence[SceneObject], generator: np.random.Generator) -> str:
         """The name of an object that a scene does not hold."""
@@ -90,7 +63,7 @@ def _question(task: ShapesTask, index: int, generator: np.random.Generator) -> E
     """A question with ten times the same answer, as from ten people who agree."""
     scene, image = task.scene(index)
     first, second = _two(scene, generator)
-    kinds = ("relation", "existence") + ("colour", "shape") * (task.names == "full")
+    kinds = ("relation", "existence") + ("colour", "shape") * (task.name(first) == first.name)
     kind = generator.choice(kinds)
     alike = {
         "colour": [thing for thing in scene if (thing.size, thing.shape) == (first.size, first.shape)],

@@ -68,6 +68,7 @@ class VQAModel(TaskModel):
         if candidates < 1:
             raise ValueError(f"candidates: expected at least 1, got {candidates}")
         self.answers, self.candidates = list(answers), candidates
+        self._warn_of_twins()
         config = bert_config(base.config, base.config.fusion_layers)
         config.is_decoder = config.add_cross_attention = True
         config.use_cache = False
@@ -78,6 +79,13 @@ class VQAModel(TaskModel):
     @property
     def task_record(self) -> dict[str, Any]:
         return super().task_record | {"answers": self.answers, "candidates": self.candidates}
+
+    def _warn_of_twins(self) -> None:
+        """Of answers that the tokeniser makes the same tokens of, the first is ever given."""
+        seen: dict[tuple[int, ...], str] = {}
+        for answer, ids in zip(self.answers, self.tokenizer(self.answers)["input_ids"], strict=True):
+            if (first := seen.setdefault(tuple(ids), answer)) != answer:
+                logger.warning("answers: the tokenizer cannot tell %r from %r", answer, first)
 
     @torch.no_grad()
     def _start_decoder(self) -> None:
