@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import weakref
+from contextlib import ExitStack
 from unittest import mock
 
 import torch
@@ -66,23 +67,32 @@ class LiveBytes(TorchDispatchMode):
         self.now -= parameter.grad.untyped_storage().nbytes()
 
 
-def activations(preset: str, pairs: int, checkpointing: bool) -> int:
-    """Most bytes that one step holds beside weights, gradients, optimiser, momentum copy and queues."""
+def fake_problem(preset: str, pairs: int):
+    """Configuration, model, teacher and batch of a step without data, and the context in which it runs."""
     config = make_config(preset, vision_weights="random", text_weights="random", batch_size=pairs)
     batch = make_batch(config.model, pairs, CPU)
     with torch.device("meta"):
         model = VisionLanguageModel(config.model)
         teacher = MomentumTeacher(model, config.objectives)
+    context = ExitStack()
     # Operators then leave out the checks that read values on the CPU, as they do for tensors on a GPU.
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch("torch.compiler.is_compiling", return_value=True):
-        for network in (model, teacher):
-            network._apply(lambda tensor: torch.empty_like(tensor, device=CPU))
-        for network in (model, teacher.model):  # `_apply` parts what is tied
-            network.language_head.decoder.weight = network.text.word_embeddings.weight
+    context.enter_context(mock.patch("torch.compiler.is_compiling", return_value=True))
+    context.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+    for network in (model, teacher):
+        network._apply(lambda tensor: torch.empty_like(tensor, device=CPU))
+    for network in (model, teacher.model):  # `_apply` parts what is tied
+        network.language_head.decoder.weight = network.text.word_embeddings.weight
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            setattr(batch, name, torch.empty_like(value, device=CPU))
+    return config, model, teacher, batch, context
+
+
+def activations(preset: str, pairs: int, checkpointing: bool) -> int:
+    """Most bytes that one step holds beside weights, gradients, optimiser, momentum copy and queues."""
+    config, model, teacher, batch, context = fake_problem(preset, pairs)
+    with context:
         model.set_execution(checkpointing=checkpointing)
-        for name, value in vars(batch).items():
-            if isinstance(value, torch.Tensor):
-                setattr(batch, name, torch.empty_like(value, device=CPU))
         with LiveBytes(model) as live:
             loss, _ = PretrainingStep(model, config.objectives, bf16=True)(batch, teacher, ALPHA, SEED)
             loss.backward()

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def check_execution(train: TrainConfig, deepspeed_config: dict) -> None:
 def output_directory(config: RunConfig) -> Path:
     """The run's folder, agreed on by all ranks and made by the first.
 
-    Raises ValueError when the folder already holds a run and --resume is not given.
+    Raises ValueError when the folder already holds a run and --resume is not given, or not all hosts see it.
     """
     choice: list[str | None] = [config.train.output_dir]
     if choice[0] is None:
@@ -78,6 +80,12 @@ def output_directory(config: RunConfig) -> Path:
     config.train.output_dir = str(output)
     if dist.get_rank() == 0:
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    seen = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (output / "checkpoints").is_dir())
+    if not all(seen):
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        raise ValueError(f"output_dir: expected a folder that all hosts share, ranks {blind} do not see {output}")
     return output
 
 
@@ -175,15 +183,37 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumCopy) -> dict[str, Any]:
-    """Restore engine and momentum copy; returns the saved state, with this rank's data position in "loader"."""
+    """Restore engine and momentum copy; returns the saved state, with the data positions of all its ranks in "loaders".
+
+    Written by another number of ranks, the shards of ZeRO go through DeepSpeed's universal format, once, in a folder of
+    their own. All ranks call it.
+    """
     state = json.loads((path / TRAINING_STATE).read_text())
-    if state["world_size"] != dist.get_world_size():
-        raise ValueError(
-            f"resume: {path} was written by {state['world_size']} processes, expected the same number, "
-            f"got {dist.get_world_size()}"
-        )
-    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    source, universal = path, None
+    if state["world_size"] != dist.get_world_size() and engine.zero_optimization():
+        source = universal = path.with_name(f"universal-{path.name}")
+        if engine.global_rank == 0:
+            to_universal(path, universal)
+        dist.barrier()
+    engine._config.load_universal_checkpoint = universal is not None
+    loaded, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
+    engine._config.load_universal_checkpoint = False
     if loaded is None:
         raise ValueError(f"resume: {path} holds no DeepSpeed checkpoint")
+    if universal:
+        dist.barrier()  # every rank has read
+        if engine.global_rank == 0:
+            shutil.rmtree(universal)
     load_own_state(teacher, load_file(path / TEACHER))
-    return state | {"loader": state["loaders"][dist.get_rank()]}
+    return state
+
+
+def to_universal(path: Path, target: Path) -> None:
+    """Write a checkpoint in DeepSpeed's universal format, which any number of ranks can load."""
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed while converting
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(path), "--output_folder", str(target)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (target.parent / "latest_universal").unlink(missing_ok=True)  # its path to the newest; ours is the name
+    if done.returncode:
+        raise ValueError(f"resume: {path} could not be converted for another number of ranks:\n{done.stdout[-2000:]}")

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 PACKAGES = ("softmask_fast", "torch", "triton", "transformers", "timm", "deepspeed", "nvidia-dali-cuda130", "xformers")
 
@@ -119,6 +120,8 @@ class RunLog:
         self.bar = tqdm(
             total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.2 if terminal else 20.0
         )
+        self.redirected = ExitStack()  # a line of the log stands above the bar, not within it
+        self.redirected.enter_context(logging_redirect_tqdm())
         self.pairs_per_step, self.matmul_rate = pairs_per_step, matmul_rate
         self.since, self.since_step = time.monotonic(), first_step
 
@@ -159,5 +162,6 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
+        self.redirected.close()
         self.board.close()
         self.file.close()

@@ -88,8 +88,27 @@ def run_script(
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.WARNING, format="%(message)s")
-    work(config, deepspeed_config, output, StopRequest())
+    try:
+        work(config, deepspeed_config, output, StopRequest())
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        rank, why = dist.get_rank(), str(error).splitlines()[0]
+        print(
+            f"{name}: error: rank {rank} lost the connection to another rank ({why}). "
+            f"When all hosts are back, go on with --output_dir {output} --resume true",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # what is left of the process group would wait for the lost rank
     return 0
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone; its own error is in that rank's output."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
@@ -132,7 +151,7 @@ def train(
     if options.resume and found:
         check_same_run(output, config)
         state = engines.load_checkpoint(found[-1], engine, teacher)
-        loader.load_state_dict(state["loader"])
+        loader.load_state_dict(loader.redistributed(state["loaders"]))
         done, pairs_seen = state["step"], state["pairs"]
     announce(config, deepspeed_config, output, device, engine.module.model, samples, steps, done)
     rate_limit = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32)

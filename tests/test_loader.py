@@ -155,16 +155,54 @@ def test_resume_is_bit_identical(steps):
         assert batches.state_dict() == end
 
 
-def test_a_state_of_other_data_is_refused(caplog):
+def test_a_state_of_other_data_is_refused():
     with loader() as batches:
         next(batches)
         state = batches.state_dict()
     for other in (loader(seed=4), loader(ShapesSource(num=41, image_size=24))):
         with other, pytest.raises(ValueError, match="state: was taken with another"):
             other.load_state_dict(state)
-    with loader(world_size=2) as batches, caplog.at_level(logging.WARNING):
+    with loader(world_size=2) as batches, pytest.raises(ValueError, match="another world_size"):
         batches.load_state_dict(state)
-        assert batches.epoch == pytest.approx(8 / 40) and "now there are 2" in caplog.text
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 3), (3, 2)])
+def test_another_number_of_ranks_shares_what_is_left_of_the_epoch(before, after):
+    def continued(states: list[dict], batch_size: int, n: int) -> list[list[str]]:
+        found = []
+        for rank in range(after):
+            with loader(rank=rank, world_size=after, batch_size=batch_size) as batches:
+                batches.load_state_dict(batches.redistributed(states))
+                found.append([visit[0] for visit in visits([next(batches) for _ in range(n)])])
+        return found
+
+    reference = [visit[0] for visit in take(10)]
+    states = []
+    for rank in range(before):
+        with loader(rank=rank, world_size=before, batch_size=6 // before) as batches:
+            for _ in range(8):  # 48 samples: in the second epoch of 40
+                next(batches)
+            states.append(batches.state_dict())
+    if before in (1, 2):  # 40 is a multiple: the ranks crossed the epochs together
+        rows = continued(states, 6 // after, 4)
+        assert sorted(key for row in rows for key in row) == sorted(reference[48:72])
+    second = [key for row in continued(states, 1, -(-34 // after)) for key in row]
+    assert set(second) | set(reference[40:48]) == set(SHAPES.keys), "something was left out"
+
+
+def test_ranks_that_were_apart_go_on_behind_the_slowest(caplog):
+    reference = [visit[0] for visit in take(5)]
+    states = []
+    for rank, batches_done in enumerate((1, 3)):
+        with loader(rank=rank, world_size=2, batch_size=4) as batches:
+            for _ in range(batches_done):
+                next(batches)
+            states.append(batches.state_dict() | {"truncated_captions": 5, "bad": {f"bad-{rank}": "why"}})
+    with loader() as batches, caplog.at_level(logging.WARNING):
+        batches.load_state_dict(state := batches.redistributed(states))
+        assert "about 8 of 40" in caplog.text and "of 2 ranks, now there are 1" in caplog.text
+        assert state["truncated_captions"] == 10 and state["bad"] == {"bad-0": "why", "bad-1": "why"}
+        assert [visit[0] for visit in visits([next(batches)])] == reference[8:16]
 
 
 GOOD = {f"{i:03d}": scene_files(i, 24) for i in range(188)}

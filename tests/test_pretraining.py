@@ -169,6 +169,15 @@ def test_each_objective_can_be_switched_off(batch):
         torch.testing.assert_close(loss.double(), sum(figures[name] for name in present).double())
 
 
+@pytest.mark.parametrize("only", ["itc", "itm", "mlm"])
+def test_each_objective_can_stand_alone(batch, only):
+    step, teacher = make_step(**{f"{name}_weight": float(name == only) for name in ("itc", "itm", "mlm")})
+    loss, figures = step(batch, teacher, ALPHA, SEED)
+    assert {"itc", "itm", "mlm"} & figures.keys() == {only}
+    loss.backward()
+    assert loss.isfinite() and any(p.grad is not None and p.grad.any() for p in step.model.parameters())
+
+
 def test_momentum_features_enter_the_queue(batch):
     step, teacher = make_step()
     step(batch, teacher, ALPHA, SEED)

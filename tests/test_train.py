@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,22 +38,27 @@ def free_port() -> int:
 
 
 def launch(
-    output: Path, *, ranks: int = 1, script: str = "softmask_fast/train.py", cwd: Path, **options
+    output: Path,
+    *,
+    ranks: int = 1,
+    script: str = "softmask_fast/train.py",
+    cwd: Path,
+    launcher: list[str] | None = None,
+    prefix: list[str] | None = None,
+    variables: dict[str, str] | None = None,
+    **options,
 ) -> subprocess.Popen:
+    """launcher: options of `deepspeed` itself (default: so many ranks on this machine); prefix: a command before it."""
     flags = [text for name, value in (SMALL | options).items() for text in (f"--{name}", str(value))]
-    command = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_accelerators",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-    ]
+    if launcher is None:
+        launcher = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    command = [*(prefix or []), str(Path(sys.executable).parent / "deepspeed"), *launcher]
     command += [str(ROOT / script), "--deepspeed", str(ROOT / "ds.json"), "--output_dir", str(output), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return subprocess.Popen(
         command,
         cwd=cwd,
-        env=environment,
+        env=environment | (variables or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -190,21 +196,106 @@ def test_bad_samples_are_skipped_counted_and_named_or_stop_the_run(tmp_path):
 
 
 def test_zero_stages_agree(tmp_path):
-    """ZeRO 0 to 3 in fp32 on two ranks, 20 steps each, in one launch: losses, momentum copy and queues."""
-    finish(launch(tmp_path, ranks=2, cwd=tmp_path, script="tests/zero_stages.py", max_steps=20, checkpoint_steps=20))
-    reference = metrics(tmp_path / "stage-0")
+    """ZeRO 0 to 3 in fp32 on two ranks, 20 steps each, in one launch: losses, momentum copy and queues. Nor do they
+    depend on how the step is executed."""
+    others = ("1", "2", "3", "3+activation_checkpointing", "1+compile")
+    run_cases(",".join(("0", *others)), tmp_path, ranks=2, max_steps=20, checkpoint_steps=20)
+    reference = metrics(tmp_path / "0")
     assert len(reference) == 20
-    taught = load_file(tmp_path / "stage-0/checkpoints/step-00000020/teacher.safetensors")
-    for stage in (1, 2, 3):
-        logged = metrics(tmp_path / f"stage-{stage}")
+    last = "checkpoints/step-00000020/teacher.safetensors"
+    taught, weights = (load_file(tmp_path / "0" / name) for name in (last, "model/model.safetensors"))
+    for case in others:
+        logged = metrics(tmp_path / case)
         for step, figures in reference.items():
-            assert logged[step] == pytest.approx(figures, abs=1e-5), (stage, step)
-        other = load_file(tmp_path / f"stage-{stage}/checkpoints/step-00000020/teacher.safetensors")
-        for name, tensor in taught.items():
-            torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        model = load_file(tmp_path / f"stage-{stage}/model/model.safetensors")
-        for name, tensor in load_file(tmp_path / "stage-0/model/model.safetensors").items():
-            torch.testing.assert_close(model[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            assert logged[step] == pytest.approx(figures, abs=1e-5), (case, step)
+        for expected, name in ((taught, last), (weights, "model/model.safetensors")):
+            other = load_file(tmp_path / case / name)
+            for key, tensor in expected.items():
+                torch.testing.assert_close(
+                    other[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, where=f"{case}, {key}": f"{where}: {m}"
+                )
+
+
+def run_cases(cases: str, folder: Path, **options) -> str:
+    script = "tests/zero_stages.py"
+    return finish(launch(folder, cwd=folder, script=script, variables={"CASES": cases}, **options))
+
+
+def test_another_number_of_ranks_goes_on(tmp_path):
+    """Two ranks, then one, then two, with the same batches altogether: contrast, which sees all of a batch, is that of
+    two ranks throughout, for each way in which ZeRO keeps its state."""
+    same = dict(itm_weight=0, mlm_weight=0, hidden_dropout=0, learning_rate=1e-3, final_learning_rate=1e-3)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    run_cases("1", tmp_path / "whole", ranks=2, max_steps=9, **same)
+    for ranks, steps in ((2, 3), (1, 6), (2, 9)):
+        options = same | dict(ranks=ranks, batch_size=8 // ranks, max_steps=steps, resume=steps > 3)
+        text = run_cases("0,1,3", tmp_path / "cut", **options)
+        assert steps == 3 or "going on in epoch 0, where about 0 of 256 samples will be visited twice" in text
+    whole = metrics(tmp_path / "whole" / "1")
+    last = "checkpoints/step-00000009/teacher.safetensors"
+    taught = load_file(tmp_path / "whole" / "1" / last)
+    for stage in (0, 1, 3):
+        folder = tmp_path / "cut" / str(stage)
+        cut = metrics(folder)
+        assert [cut[step]["itc"] for step in whole] == pytest.approx([whole[step]["itc"] for step in whole], abs=1e-5)
+        for name, tensor in load_file(folder / last).items():
+            if "queue" not in name:  # the same rows in another order
+                torch.testing.assert_close(
+                    tensor, taught[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                )
+        assert not list((folder / "checkpoints").glob("universal*")) and not list(folder.glob("checkpoints/latest*"))
+
+
+@pytest.fixture
+def hosts():
+    """Addresses of two hosts, and what to put before a command that is to run on each: network namespaces with a cable
+    between them; where these are not allowed, two addresses of this machine."""
+    names = [f"softmask-{os.getpid()}-{host}" for host in range(2)]
+    made = subprocess.run(["sh", "-ec", f"""
+        ip netns add {names[0]}; ip netns add {names[1]}
+        ip link add cable netns {names[0]} type veth peer name cable netns {names[1]}
+        for i in 0 1; do
+            on="ip -n $(echo {" ".join(names)} | cut -d" " -f$((i + 1)))"
+            $on address add 10.77.0.$((i + 1))/24 dev cable; $on link set cable up; $on link set lo up
+        done"""], capture_output=True) if shutil.which("ip") else None  # fmt: skip
+    if made and made.returncode == 0:
+        yield {f"10.77.0.{i + 1}": ["ip", "netns", "exec", name] for i, name in enumerate(names)}, "cable"
+    else:
+        yield {"127.0.0.1": [], "127.0.0.2": []}, "lo"
+    if made:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_two_hosts_without_ssh_lose_a_rank_and_resume(uninterrupted, tmp_path, hosts):
+    commands, interface = hosts
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in commands))
+
+    def launch_hosts(**options) -> list[subprocess.Popen]:
+        common = ["--hostfile", str(hostfile), "--no_ssh", "--master_addr", next(iter(commands))]
+        common += ["--master_port", str(free_port())]
+        return [
+            launch(
+                tmp_path / "run", cwd=tmp_path, prefix=prefix, launcher=[*common, "--node_rank", str(number)],
+                variables={"GLOO_SOCKET_IFNAME": interface}, **options,
+            )
+            for number, prefix in enumerate(commands.values())
+        ]  # fmt: skip
+
+    processes = launch_hosts()
+    wait_for_step(tmp_path / "run", 5, processes[0])
+    children = psutil.Process(processes[1].pid).children(recursive=True)
+    rank = next(child for child in children if not child.children() and "--local_rank" in " ".join(child.cmdline()))
+    rank.send_signal(signal.SIGKILL)
+    first = processes[0].communicate(timeout=60)[0]
+    processes[1].communicate(timeout=60)
+    assert all(process.returncode for process in processes)
+    assert "lost the connection to another rank" in first and f"--output_dir {tmp_path}/run --resume true" in first
+    for process in launch_hosts(resume=True):
+        finish(process)
+    same_run(uninterrupted, tmp_path / "run")
 
 
 def test_mistakes_are_named_before_any_work(tmp_path):

@@ -1,7 +1,11 @@
-"""Launched by test_train.py: the same run under ZeRO 0, 1, 2 and 3, each in a folder of its own."""
+"""Launched by test_train.py: one run in several ways, each in a folder of its own. $CASES: a comma list of a ZeRO stage
+and, behind plus signs, options that are switched on."""
 
+import os
 import sys
 from pathlib import Path
+
+import torch.distributed as dist
 
 from softmask_fast import engine, loop, train
 from softmask_fast.config import parse_arguments
@@ -10,10 +14,12 @@ config, launch = parse_arguments(sys.argv[1:])
 engine.start_distributed(launch)
 root = Path(config.train.output_dir)
 stop = loop.StopRequest()
-for stage in range(4):
-    config, _ = parse_arguments(sys.argv[1:])
-    config.train.output_dir = str(root / f"stage-{stage}")
+for case in os.environ["CASES"].split(","):
+    stage, *options = case.split("+")
+    config, _ = parse_arguments(sys.argv[1:] + [text for name in options for text in (f"--{name}", "true")])
+    config.train.output_dir = str(root / case)
     deepspeed_config = engine.read_deepspeed_config(launch.deepspeed, engine.with_precision(config.train))
     # no parameter is small enough to stay whole on every rank under stage 3
-    deepspeed_config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    deepspeed_config["zero_optimization"] = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
     assert train.pretrain(config, deepspeed_config, engine.output_directory(config), stop)
+    dist.barrier()

@@ -10,6 +10,10 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SOFTMASK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -136,6 +140,30 @@ SOFTMASK_INLINE void store(const float* __restrict source, int64_t size, float f
         _Float16* target = reinterpret_cast<_Float16*>(row.data);
         for (int64_t i = 0; i < size; ++i) target[i * row.stride] = static_cast<_Float16>(source[i] * factor);
     }
+}
+
+// Whether stream() may write a row.
+SOFTMASK_INLINE bool can_stream(const Row& row, int64_t size) {
+#if defined(__SSE2__)
+    return row.dtype == Dtype::Float && row.stride == 1 && size % 4 == 0 && reinterpret_cast<uintptr_t>(row.data) % 16 == 0;
+#else
+    return false;
+#endif
+}
+
+// target[i] = source[i] * factor, past the caches: a line that is overwritten whole is not read first, which saves a
+// third of the traffic of a copy. finish_stream() makes the stores of this thread visible to others.
+SOFTMASK_INLINE void stream(const float* __restrict source, int64_t size, float factor, float* __restrict target) {
+#if defined(__SSE2__)
+    const __m128 factors = _mm_set1_ps(factor);
+    for (int64_t i = 0; i < size; i += 4) _mm_stream_ps(target + i, _mm_mul_ps(_mm_loadu_ps(source + i), factors));
+#endif
+}
+
+SOFTMASK_INLINE void finish_stream() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 // The row itself where it is float32 and dense, else a copy of it in `buffer`.

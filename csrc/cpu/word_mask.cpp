@@ -24,6 +24,7 @@ struct Attention {
 };
 
 constexpr int64_t AHEAD = 16;  // rows; the hardware's own prefetching loses track between heads
+constexpr int64_t STREAMED = 1 << 20;  // elements of the masked features from which they are larger than the caches
 constexpr int64_t BLOCK = 4;   // rows whose products are summed side by side
 
 // products[n] = <vector, rows[image, head, n]>;  buffer: BLOCK * width floats
@@ -99,11 +100,19 @@ SOFTMASK_CLONES void normalise(const Attention& x, int64_t image, int64_t prefix
     }
 }
 
+// streamed: the result is larger than the caches, so it goes past them
 SOFTMASK_CLONES void scale_features(
     const Rows& features, const Rows& masked, const float* keep, int64_t image, int64_t tokens, int64_t channels,
-    float* buffer) {
+    bool streamed, float* buffer) {
     for (int64_t n = 0; n < tokens; ++n) {
-        store(dense(features.at(image, n), channels, buffer), channels, keep[n], masked.at(image, n));
+        prefetch(features.at(image, n + 1), channels);
+        const float* source = dense(features.at(image, n), channels, buffer);
+        const Row target = masked.at(image, n);
+        if (streamed && can_stream(target, channels)) {
+            stream(source, channels, keep[n], reinterpret_cast<float*>(target.data));
+        } else {
+            store(source, channels, keep[n], target);
+        }
     }
 }
 
@@ -160,12 +169,14 @@ void word_soft_mask(
     float* kept = keep.mutable_data_ptr<float>();
     torch::stable::parallel_for(0, x.images, 1, [&](int64_t begin, int64_t end) {
         std::vector<float> buffer(std::max(2 * x.tokens + (2 + BLOCK) * x.width, channels));
+        const bool streamed = x.images * x.tokens * channels >= STREAMED;
         for (int64_t image = begin; image < end; ++image) {
             float* row = kept + image * x.tokens;
             word_map(x, image, x.word_index[image], row, buffer.data());
             normalise(x, image, prefix_tokens, static_cast<float>(constant_spread), row);
-            if (source) scale_features(*source, *target, row, image, x.tokens, channels, buffer.data());
+            if (source) scale_features(*source, *target, row, image, x.tokens, channels, streamed, buffer.data());
         }
+        if (streamed) finish_stream();
     });
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -128,6 +128,7 @@ class SampleLoader(Generic[BatchType]):
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.max_bad_fraction, self.max_pixels = max_bad_fraction, max_pixels
         self.num_threads = default_threads() if num_threads is None else num_threads
+        self._cut: set[str] = set()  # keys whose caption was cut
         self.bad: dict[str, str] = {}  # key -> reason, in the order in which they were met
 
         self._share = len(range(rank, len(source), world_size))  # samples of this rank in one epoch
@@ -193,25 +194,42 @@ class SampleLoader(Generic[BatchType]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues behind the batch after which `state` was taken, bit-identically.
 
-        Raises ValueError when the state belongs to another source or seed. With another number of ranks the stream
-        continues at about the same place of the epoch, which is logged.
+        Raises ValueError when the state belongs to another source, seed or number of ranks (see `redistributed`).
         """
         own = self._identity()
-        for name in ("source", "seed"):
+        for name in ("source", "seed", "world_size"):
             if state[name] != own[name]:
                 raise ValueError(
                     f"state: was taken with another {name} ({state[name]}, now {own[name]}); "
                     f"continue with the same data and seed, or start the data anew without this state"
                 )
         progress = _Progress(**{name: state[name] for name in _Progress.__dataclass_fields__})
-        if state["world_size"] != self.world_size:
-            progress.position = progress.position * state["world_size"] // self.world_size
-            logger.warning(
-                "the data state is of %d ranks, now there are %d: continuing near the same place of epoch %d",
-                state["world_size"], self.world_size, progress.epoch,
-            )  # fmt: skip
         self._progress, self.bad = progress, dict(state["bad"])
         self._restart()
+
+    def redistributed(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """This rank's state after a run of any number of ranks, whose states are given in rank order.
+
+        As many ranks as before go on exactly. Otherwise the ranks share what is left of the epoch; how many samples
+        come twice in it is logged (none, where no sample was bad and the source is on a local disk).
+        """
+        if len(states) == self.world_size:
+            return states[self.rank]
+        places = [(state["epoch"], state["position"]) for state in states]
+        epoch, position, twice = self._order.hand_over(places, self.rank, self.world_size)
+        if self.rank == 0:
+            logger.warning(
+                "the data position is of %d ranks, now there are %d: going on in epoch %d, where about %d of %d "
+                "samples will be visited twice", len(states), self.world_size, epoch, twice, len(self.source),
+            )  # fmt: skip
+        bad = dict(item for state in states for item in state["bad"].items())
+        counts = {
+            name: sum(state[name] for state in states) if self.rank == 0 else 0
+            for name in ("truncated_captions", "skipped_captions")
+        }
+        share = {key: bad[key] for key in list(bad)[self.rank :: self.world_size]}  # so that each is counted once
+        own = {"epoch": epoch, "position": position, "bad": share, "world_size": self.world_size}
+        return {**states[0], **counts, **own}
 
     def close(self) -> None:
         """Ends the threads and frees the pipeline."""
@@ -390,8 +408,10 @@ class SampleLoader(Generic[BatchType]):
         for sample, ids in zip(selection.samples, encoded["input_ids"], strict=True):
             if len(ids) > room:
                 selection.progress.truncated_captions += 1
-                total = len(ids) + len(self._special)
-                logger.info("text of %s cut from %d to %d tokens", sample.key, total, self.max_tokens)
+                if sample.key not in self._cut:  # a line at the first visit is enough
+                    self._cut.add(sample.key)
+                    total = len(ids) + len(self._special)
+                    logger.info("text of %s cut from %d to %d tokens", sample.key, total, self.max_tokens)
             rows.append(np.array([self._special[0], *ids[:room], *self._special[1:]], np.int64))
         return rows
 

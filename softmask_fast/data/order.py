@@ -23,6 +23,11 @@ class Order(Protocol):
         """Indices of the samples, from the rank's `start`-th visit of the epoch on."""
         ...
 
+    def hand_over(self, places: Sequence[tuple[int, int]], rank: int, world_size: int) -> tuple[int, int, int]:
+        """Where a rank goes on after a run of len(places) ranks that stopped, in rank order, at these (epoch,
+        position): epoch, position, and about how many samples of the epoch all ranks together will visit twice."""
+        ...
+
 
 class KeyedOrder:
     """A permutation of the whole source by a hash of each key, dealt to the ranks one by one."""
@@ -34,6 +39,20 @@ class KeyedOrder:
     def places(self, seed: int, epoch: int, rank: int, world_size: int, start: int = 0) -> Iterator[int]:
         order = visiting_order(self._hashes, seed, epoch)[rank::world_size]
         return map(int, order[start:])
+
+    def hand_over(self, places: Sequence[tuple[int, int]], rank: int, world_size: int) -> tuple[int, int, int]:
+        """Nothing is left out; nothing comes twice where all ranks had visited equally many."""
+        total, before = len(self._hashes), len(places)
+        ahead = [
+            (epoch, position * before + r) if position * before + r < total else (epoch + 1, r)
+            for r, (epoch, position) in enumerate(places)
+        ]
+        epoch, first = min(ahead)  # all samples in front of this one were visited, by whichever rank
+        visited = [
+            position if e == epoch else len(range(r, total, before)) if e > epoch else 0
+            for r, (e, position) in enumerate(places)
+        ]
+        return epoch, max(0, -(-(first - rank) // world_size)), sum(visited) - first
 
 
 class WindowedOrder:
@@ -87,6 +106,13 @@ class WindowedOrder:
             self._announce(list(dict.fromkeys(shard for piece in upcoming[first:announced] for shard, _, _ in piece)))
             yield from map(int, now[start:])
             start = 0
+
+    def hand_over(self, places: Sequence[tuple[int, int]], rank: int, world_size: int) -> tuple[int, int, int]:
+        """The pieces are cut for a number of ranks, so another number goes on as far in the epoch as the slowest rank
+        was, and meets about as many samples again as it leaves out."""
+        epoch = min(epoch for epoch, _ in places)
+        position = min(position for e, position in places if e == epoch) * len(places) // world_size
+        return epoch, position, position * world_size
 
     def _pieces(self, seed: int, epoch: int, rank: int, world_size: int) -> list[list[tuple[int, int, int]]]:
         """Of each round this rank's piece, as (shard, first, end) of consecutive samples."""

@@ -75,6 +75,8 @@ class PretrainingStep(nn.Module):
         if objectives.itc_weight:
             losses["itc"] = itc
             figures["itc_image_accuracy"], figures["itc_text_accuracy"] = stats.image_accuracy, stats.text_accuracy
+        if not (objectives.itm_weight or objectives.mlm_weight):
+            return self._total(losses, figures)
 
         pairs = torch.arange(len(mask), device=mask.device)
         images = image_tokens
@@ -121,8 +123,11 @@ class PretrainingStep(nn.Module):
                 batch, fused[-1], taught, teacher, alpha, packing
             )
 
-        loss = sum(getattr(objectives, f"{name}_weight") * value for name, value in losses.items())
-        figures |= {"loss": loss, **losses, "temperature": model.temperature}
+        return self._total(losses, figures)
+
+    def _total(self, losses: dict[str, Tensor], figures: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = sum(getattr(self.objectives, f"{name}_weight") * value for name, value in losses.items())
+        figures |= {"loss": loss, **losses, "temperature": self.model.temperature}
         return loss, {name: value.detach().float() for name, value in figures.items()}
 
     @torch.no_grad()

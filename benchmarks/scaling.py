@@ -1,0 +1,291 @@
+"""From one GPU to a thousand, from four million pairs to a billion: the time, memory and network of a step by a stated
+model, as a Markdown page.
+
+    python benchmarks/scaling.py --data 'photos/{000..003}.tar' > docs/scaling.md
+
+No GPU is needed and none is used. Every input stands in the page's first table with where it comes from: counted (from
+the model without data), measured (here, on the CPU, now) or assumed (an option of this script).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import tarfile
+import tempfile
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_step import ALPHA, SEED
+from measure import environment
+from memory import fake_problem, standing
+
+from softmask_fast.config import make_config
+from softmask_fast.data.captions import open_source
+from softmask_fast.data.distort import DistortionConfig
+from softmask_fast.data.loader import PretrainingLoader
+from softmask_fast.data.order import KeyedOrder, WindowedOrder
+from softmask_fast.data.shards import ShardSource
+from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.logs import FlopCount
+from softmask_fast.model.pretraining import PretrainingStep
+from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.train import sample_captions
+
+RANKS = (1, 8, 64, 256, 1000)
+PAIRS = (4e6, 14e6, 100e6, 1e9)
+EPOCHS = 30
+PER_SHARD = 10_000
+EXPLANATION = """\
+# From one GPU to a thousand
+
+Where time, memory and network go by a stated model of the `base` preset (the paper's), and what breaks first. **No
+GPU number here was measured.** Made by `{command}` on {machine}, which measured what it could and counted the
+rest.
+
+{inputs}
+
+## A step
+
+{steps}
+
+- *compute*: operations a pair x pairs / operations a second. *contrast*: five products (student and teacher, both
+  once more in the backward pass, one gradient) in two directions against ranks x pairs + queue keys.
+- *gradients* and *weights*: ZeRO 1 reduces 4 bytes a parameter to their owners and gathers as many back. The
+  reduction runs behind the backward pass, so the longer of the two counts; gathering the weights and features is
+  waited for.
+- *features*: what the contrast gathers from all ranks, one float32 row of image and of text a pair.
+- *ZeRO-3 instead*: weights gathered for the forward pass, for the backward pass and for the momentum copy,
+  parameter by parameter, in place of *weights*.
+- *held*: weights, gradients, optimiser, momentum copy and queues under ZeRO 1; activations come on top
+  ([memory.md](memory.md)). The momentum copy stands whole on every GPU.
+- *storage* and *CPU cores*: what the images need at that speed.
+
+## The data
+
+{data}
+
+The index of shards on a local disk is kept by every rank: one entry a sample. Shards by URL keep one number a
+shard, and their order is drawn shard by shard ([data.md](data.md)).
+
+## What breaks first
+
+1. **Decoding on the host**, on the first GPU: a GPU that trains at the assumed speed takes as many CPU cores as
+   the last column of the first table says. DALI decodes and distorts on the GPU where there is one.
+2. **The index of a local source**, near 100 M pairs: hundreds of bytes a sample in every rank, and minutes to read
+   the headers of the shards at each start. From there on use shards by URL (`file://` does for a shared disk).
+3. **The batch**, near 64 GPUs: 128 pairs each are 8,192 together, where the paper has 512. Lower `--batch_size`
+   first; the step then has less to hide its communication behind, and the efficiency is that of the table no more.
+4. **The weights' way back**, from 8 GPUs on, is the largest part that nothing hides: half of ZeRO 1's traffic.
+   Stage 0 reduces gradients only, behind the backward pass, at {replicated:.1f} GiB more on each GPU;
+   `--gradient_accumulation_steps` divides the rest.
+5. **ZeRO-3** costs more time than it saves memory for at this model size: two collectives for each of {tensors}
+   tensors.
+6. **The contrast** stays a small part even at 1,000 GPUs. Gathered features need {features:.0f} MB on each GPU
+   there; with `--itc_gather ring` one neighbour's rows at a time.
+7. **Checkpoints**: {checkpoint:.1f} GB, whoever has how many GPUs; written by all ranks, the momentum copy by the
+   first.
+
+## Several machines
+
+With a `hostfile` (`host slots=8` a line) and ssh between them:
+
+```
+deepspeed --hostfile hostfile \\
+    softmask_fast/train.py --deepspeed ds.json --preset base --data ... --output_dir /shared/run
+```
+
+Without ssh, once on each machine, with its number:
+
+```
+deepspeed --hostfile hostfile --no_ssh --node_rank 0 --master_addr HOST0 --master_port 29500 \\
+    softmask_fast/train.py --deepspeed ds.json --preset base --data ... --output_dir /shared/run
+```
+
+`--output_dir` has to be on a disk that all machines see. A rank that is lost ends the job: its own launcher within
+seconds, the others when their connection to it breaks, with a message that says how to go on. `--resume true` goes
+on with the same number of ranks to the last bit, with another number from the same step, optimiser state, momentum
+copy, queues and place in the data (`--batch_size` is pairs per rank: change it too to keep the batch). Both are
+tested: two machines as network namespaces without ssh, a rank killed; 2, then 1, then 2 ranks under ZeRO 0, 1 and
+3 (`pytest tests/test_train.py -k "hosts or number_of_ranks"`).
+"""
+
+
+def operations_per_pair(pairs: int = 32) -> float:
+    """Of the base preset's step without the contrastive loss, momentum copy included."""
+    config, model, teacher, batch, mode = fake_problem("base", pairs)
+    with mode:
+        count = FlopCount()
+
+        def work():
+            loss, _ = PretrainingStep(model, config.objectives, bf16=True)(batch, teacher, ALPHA, SEED)
+            loss.backward()
+
+        count.run(work)
+    return count.operations / pairs
+
+
+def contrast_operations(ranks: int, pairs: int, width: int, queue: int) -> float:
+    """Of a rank's contrastive loss in a step: student and teacher forward, both again in the backward, one gradient."""
+    return 2 * 5 * 2.0 * pairs * (ranks * pairs + queue) * width
+
+
+def core_seconds_per_image(data: str, batches: int = 6) -> float:
+    """CPU time of reading, checking, decoding and distorting one image at 256 px as the base preset does."""
+    config = make_config("base", data=data)
+    source = open_source(data, split="train", seed=0, image_size=256)
+    tokenizer = train_tokenizer(sample_captions(source, 500), 4000)
+    with PretrainingLoader(
+        source, tokenizer, batch_size=32, image_size=256, distortions=DistortionConfig.of(config.data), max_tokens=30, seed=0
+    ) as loader:
+        next(loader)
+        start = time.process_time()
+        for _ in range(batches):
+            next(loader)
+        return (time.process_time() - start) / (32 * batches)
+
+
+def image_bytes(data: str) -> float:
+    source = open_source(data, split="train", seed=0, image_size=256)
+    return float(np.mean([len(source.read(i).image) for i in range(0, len(source), max(1, len(source) // 200))]))
+
+
+def index_of_a_local_source(samples: int = 20_000) -> tuple[float, float]:
+    """Bytes and seconds of a sample in the index of shards on a local disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part-00000.tar"
+        with tarfile.open(path, "w") as shard:
+            for i in range(samples):
+                for extension, content in (("jpg", b"x"), ("txt", b"a caption")):
+                    entry = tarfile.TarInfo(f"{i:09d}.{extension}")
+                    entry.size = len(content)
+                    shard.addfile(entry, io.BytesIO(content))
+        start = time.process_time()
+        ShardSource([path])
+        seconds = time.process_time() - start
+        tracemalloc.start()
+        source = ShardSource([path])
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return held / len(source), seconds / samples
+
+
+def seconds_of_an_order(samples: int = 4_000_000) -> float:
+    """Of a sample, when an epoch begins, with the global permutation of a local source."""
+    order = KeyedOrder([])
+    order._hashes = np.random.default_rng(0).integers(0, 2**64, samples, dtype=np.uint64)
+    start = time.process_time()
+    next(order.places(0, 1, 0, 8))
+    return (time.process_time() - start) / samples
+
+
+def seconds_of_a_windowed_order(samples: int, ranks: int) -> float:
+    """Until the first sample of an epoch is known, with shards by URL."""
+    shards = int(samples / PER_SHARD)
+    order = WindowedOrder([f"{i:06d}" for i in range(shards)], [PER_SHARD] * shards, 8)
+    start = time.process_time()
+    next(order.places(0, 1, 0, ranks))
+    return time.process_time() - start
+
+
+def table(columns: list[str], rows: list, aligned: str = "---:") -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, [aligned] * len(columns), *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Scaling by a stated model, as a Markdown page.")
+    parser.add_argument("--data", required=True, help="photographs as shards on a local disk, to measure the loader")
+    parser.add_argument("--pairs", type=int, default=128, help="of a rank's batch")
+    parser.add_argument("--rate", type=float, default=300e12, help="operations/s that a GPU reaches in the step")
+    parser.add_argument("--network", type=float, default=50e9, help="bytes/s in and out of each GPU between machines")
+    parser.add_argument("--link", type=float, default=300e9, help="bytes/s in and out of each GPU within a machine")
+    parser.add_argument("--latency", type=float, default=30e-6, help="seconds that a collective takes at least")
+    options = parser.parse_args()
+
+    config = make_config("base")
+    with torch.device("meta"):
+        weights = list(VisionLanguageModel(config.model).parameters())
+    parameters = sum(weight.numel() for weight in weights)
+    operations = operations_per_pair()
+    cores, size = core_seconds_per_image(options.data), image_bytes(options.data)
+    index_bytes, index_seconds = index_of_a_local_source()
+    order_seconds = seconds_of_an_order()
+    width, queue = config.model.embed_dim, config.objectives.queue_size
+
+    inputs = [
+        ("parameters", f"{parameters / 1e6:.0f} M", "counted"),
+        ("operations a pair, contrast aside", f"{operations / 1e9:.0f} G", "counted (`FlopCount`)"),
+        ("CPU time an image (read, check, decode, distort, 256 px)", f"{1e3 * cores:.1f} core-ms", "measured"),
+        ("bytes an image", f"{size / 1e3:.0f} kB", "measured (the photographs of `--data`)"),
+        ("index of a local sample", f"{index_bytes:.0f} bytes, {1e6 * index_seconds:.0f} us", "measured"),
+        ("global permutation", f"{1e9 * order_seconds:.0f} ns a sample and epoch", "measured"),
+        ("pairs of a rank's batch", str(options.pairs), "`--pairs`"),
+        ("operations/s of a GPU in the step", f"{options.rate / 1e12:.0f} T", "assumed, `--rate`"),
+        ("network of a GPU between machines", f"{options.network / 1e9:.0f} GB/s", "assumed, `--network`"),
+        ("network of a GPU within a machine of 8", f"{options.link / 1e9:.0f} GB/s", "assumed, `--link`"),
+        ("a collective's shortest time", f"{1e6 * options.latency:.0f} us", "assumed, `--latency`"),
+    ]
+
+    steps = []
+    for ranks in RANKS:
+        bandwidth = options.link if ranks <= 8 else options.network
+        far = (ranks - 1) / ranks
+        compute = operations * options.pairs / options.rate
+        contrast = contrast_operations(ranks, options.pairs, width, queue) / options.rate
+        reduced = 4 * parameters * far / bandwidth  # gradients, to their owners
+        gathered = 4 * parameters * far / bandwidth  # weights, from their owners
+        features = 2 * 4 * ranks * options.pairs * width * far / bandwidth + 3 * options.latency * (ranks > 1)
+        zero3 = 3 * 4 * parameters * far / bandwidth + 2 * len(weights) * options.latency * (ranks > 1)
+        low = max(compute + contrast, reduced) + gathered + features
+        steps.append(
+            [
+                f"{ranks:,}", f"{ranks * options.pairs:,}", *(f"{1e3 * t:.1f}" for t in (compute, contrast, reduced)),
+                f"{1e3 * gathered:.1f}", f"{1e3 * features:.1f}", f"{1e3 * zero3:.0f}",
+                f"{ranks * options.pairs / low:,.0f}", f"{compute / low:.0%}",
+                f"{4e6 * EPOCHS / (ranks * options.pairs / low) / 3600:,.1f}",
+                f"{standing('base', 1, False, ranks) / 2**30:.1f}",
+                f"{ranks * options.pairs / low * size / 1e9:.1f}", f"{options.pairs / low * cores:.1f}",
+            ]
+        )  # fmt: skip
+    step_columns = [
+        "GPUs", "batch", "compute, ms", "contrast, ms", "gradients, ms", "weights, ms", "features, ms",
+        "ZeRO-3 instead, ms", "pairs/s", "efficiency", "4M x 30 epochs, h", "held by a GPU, GiB", "storage, GB/s",
+        "CPU cores a GPU if it decodes there",
+    ]  # fmt: skip
+
+    data = [
+        [
+            f"{pairs / 1e6:,.0f} M", f"{pairs * size / 1e12:.1f}", f"{pairs * index_bytes / 1e9:,.1f}",
+            f"{pairs * index_seconds / 60:,.0f}", f"{pairs * order_seconds:,.1f}",
+            f"{24 * pairs / PER_SHARD / 1e6:.1f}", f"{seconds_of_a_windowed_order(int(pairs), 1000):.2f}",
+        ]
+        for pairs in PAIRS
+    ]  # fmt: skip
+    data_columns = [
+        "pairs", "images, TB", "local: index of a rank, GB", "local: making it, minutes", "local: an epoch's order, s",
+        "by URL: index of a rank, MB", "by URL: an epoch's order, s",
+    ]  # fmt: skip
+
+    run = environment()
+    command = f"python benchmarks/scaling.py --data ... --pairs {options.pairs}"
+    sys.stdout.write(
+        EXPLANATION.format(
+            command=command,
+            machine=f"{run['device']}, {run['threads']} threads, torch {run['torch']}",
+            inputs=table(["input", "value", "whence"], inputs, ":---"),
+            steps=table(step_columns, steps),
+            data=table(data_columns, data),
+            replicated=8 * parameters / 2**30,
+            tensors=len(weights),
+            features=2 * 4 * RANKS[-1] * options.pairs * width / 1e6,
+            checkpoint=20 * parameters / 1e9,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
