@@ -50,7 +50,7 @@ RESUMED = LABELS | {
 def train_words() -> None:
     """A tokeniser that knows the words of all tasks, not those of the captions alone."""
     texts = [caption for index in range(100) for caption in open_source(SCENES).read(index).captions]
-    for task, field in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence"), ("grounding", "text")):
+    for task, field in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence")):
         entries = ShapesTask.from_options("num=200,names=colour", task, split="train", seed=0, image_size=32)
         texts += [entries.entry(index)[0][field] for index in range(200)]
     train_tokenizer([*texts, *(2 * ANSWERS)], 400).save_pretrained(root / "words")

@@ -83,7 +83,7 @@ def test_questions_about_shapes_have_the_answer_that_is_drawn():
         assert set(entry["answer"]) <= set(ANSWERS), index
 
 
-def test_statements_pairs_and_expressions_about_shapes_are_true_as_labelled():
+def test_statements_and_pairs_of_shapes_are_true_as_labelled():
     source, made = entries("entailment")
     for index, (entry, _) in enumerate(made):
         names = [thing.name for thing in source.scene(index)[0]]
@@ -103,14 +103,6 @@ def test_statements_pairs_and_expressions_about_shapes_are_true_as_labelled():
         fooled += entry["label"] == "False" and " ".join(name) in scenes[1 - place]
         assert len(images) == 2 and not np.array_equal(*images)
     assert fooled > 20 and 60 < sum(entry["label"] == "True" for entry, _ in made) < 140
-
-    source, made = entries("grounding", names="colour")
-    for index, (entry, _) in enumerate(made):
-        scene, _ = source.scene(index)
-        (named,) = [thing for thing in scene if f"the {thing.colour} object" == entry["text"]]
-        x, y, w, h = entry["box"]
-        assert np.allclose([x, y, x + w, y + h], np.multiply(SIZE, named.box)) and entry["box"] in entry["proposals"]
-        assert len(entry["proposals"]) == len(scene)
 
 
 def test_training_and_validation_scenes_differ():
@@ -180,18 +172,26 @@ def test_a_wrong_entry_is_named_before_any_work(tmp_path, task, change, message)
 
 
 def test_expressions_are_captions_with_the_box_of_what_they_name(tmp_path):
-    path, listed = write_task(tmp_path, "grounding", num=3)
-    samples = [open_expressions(str(path), split="val", **PLACES).read(index) for index in range(3)]
-    for sample, entry in zip(samples, listed, strict=True):
-        (phrase,) = sample.phrases
-        assert sample.captions == [entry["text"]] and phrase.n_words == len(entry["text"].split())
-        x, y, w, h = entry["box"]
-        assert np.allclose(np.multiply(SIZE, phrase.boxes[0]), [x, y, x + w, y + h]) and len(phrase.proposals) == 2
-    path.write_text(json.dumps([{"image": "0-0.png", "text": "the red one"}]))  # as for training
-    assert open_expressions(str(path), split="val", **PLACES).read(0).phrases == []
-    path.write_text(json.dumps([{"image": "0-0.png", "text": "the red one", "box": [1, 2, 0, 4]}]))
+    Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
+    path = tmp_path / "expressions.json"
+
+    def written(**entry):
+        path.write_text(json.dumps([{"image": "wide.png", "text": " the red one "} | entry]))
+        return open_expressions(str(path), split="val", **PLACES).read(0)
+
+    sample = written(box=[4, 5, 8, 10], proposals=[[4, 5, 8, 10], [20, 0, 10, 20]])
+    (phrase,) = sample.phrases
+    assert sample.captions == ["the red one"] and (phrase.first_word, phrase.n_words) == (0, 3)
+    assert phrase.boxes == [(0.1, 0.25, 0.3, 0.75)] and phrase.proposals == [*phrase.boxes, (0.5, 0.0, 0.75, 1.0)]
+    assert written().phrases == []  # as for training
     with pytest.raises(ValueError, match='entry 0: "box": expected x, y, width and height in pixels, got'):
-        open_expressions(str(path), split="val", **PLACES)
+        written(box=[1, 2, 0, 4])
+    with pytest.raises(ValueError, match='entry 0: "proposals": expected x, y, width and height in pixels, got'):
+        written(box=[1, 2, 3, 4], proposals=[[1, 2, 3]])
+    with pytest.raises(ValueError, match='entry 0: "text": expected a text, got 7'):
+        written(text=7)
+    shapes = open_expressions("shapes:num=2", split="val", **PLACES).read(0)
+    assert all(phrase.boxes[0] in phrase.proposals and len(phrase.proposals) == 2 for phrase in shapes.phrases)
 
 
 def test_vqa_accuracy_is_the_official_one():

@@ -200,7 +200,8 @@ class ShapesSource:
 def describe(
     scene: Sequence[SceneObject], name: Callable[[SceneObject], str] = lambda thing: thing.name
 ) -> list[tuple[str, list[Phrase]]]:
-    """Captions of a scene, each naming every object, with the phrases for the objects."""
+    """Captions of a scene, each naming every object, with the phrases for the objects; the boxes of all objects are a
+    phrase's proposals."""
     texts: list[list[str | SceneObject]] = [
         _chain(scene, "{}"),
         _chain(scene[::-1], "{}"),
@@ -228,9 +229,9 @@ def _caption(
         if isinstance(part, SceneObject):
             places.append((part, len(words), len(text.split())))
         words += text.split()
-    caption = " ".join(words)
+    caption, boxes = " ".join(words), [thing.box for thing, _, _ in places]
     return caption, [
-        Phrase(caption, " ".join(words[first : first + n]), first, n, [thing.box]) for thing, first, n in places
+        Phrase(caption, " ".join(words[first : first + n]), first, n, [thing.box], boxes) for thing, first, n in places
     ]
 
 
