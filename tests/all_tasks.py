@@ -21,26 +21,27 @@ options, _ = parser.parse_known_args()  # the other flags are those of test_trai
 root, what = Path(options.output_dir), options.what
 launched = ["--deepspeed", options.deepspeed, "--local_rank", options.local_rank]
 
-ASKED = "shapes:num={},colours=6,names=colour"
-SCENES = ASKED.format(8192)
+SCENES, ASKED = "shapes:num={},names=colour", "shapes:num={},names=colour,colours=3"
 PRETRAINED = {
-    "data": SCENES, "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2, "text_width": 64,
+    "data": SCENES.format(8192), "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2, "text_width": 64,
     "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32, "queue_size": 0,
-    "tokenizer": root / "words", "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 120,
+    "tokenizer": root / "words", "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 150,
 }  # fmt: skip
 COMMON = {
     "crop": False, "flip": False, "rand_augment": False, "colour": False, "blur": False, "warmup_steps": 10,
     "data_threads": 1, "log_steps": 10, "checkpoint_steps": 1000, "batch_size": 32,
 }  # fmt: skip
-LABELS = {"data": ASKED.format(8192), "eval_data": ASKED.format(256), "max_steps": 120, "learning_rate": 1e-3}
-CONTRAST = {"queue_size": 0, "momentum": 0.98, "learning_rate": 1e-3, "max_steps": 120}
+LABELS = {"data": ASKED.format(8192), "eval_data": ASKED.format(256), "max_steps": 120, "learning_rate": 2e-3}
+CONTRAST = {
+    "data": SCENES.format(8192), "queue_size": 0, "momentum": 0.98, "learning_rate": 1e-3, "max_steps": 40,
+}  # fmt: skip
 LEARNED = {
-    "entailment": LABELS,
+    "entailment": LABELS | {"max_steps": 200, "learning_rate": 1e-3},
     "vqa": LABELS,
-    "text_assignment": {"data": SCENES, "max_steps": 40, "learning_rate": 1e-3},
+    "text_assignment": {"data": SCENES.format(8192), "max_steps": 10, "learning_rate": 1e-3},
     "nlvr2": LABELS | {"model": root / "text_assignment" / "model", "batch_size": 32},
-    "retrieval": CONTRAST | {"data": SCENES, "eval_data": ASKED.format(64), "candidates": 16},
-    "grounding": CONTRAST | {"data": ASKED.format(8192), "eval_data": ASKED.format(128)},
+    "retrieval": CONTRAST | {"eval_data": SCENES.format(64), "candidates": 16, "captions": "first"},
+    "grounding": CONTRAST | {"eval_data": SCENES.format(64)},
 }
 RESUMED = LABELS | {
     "eval_data": ASKED.format(31), "max_steps": 6, "checkpoint_steps": 3, "batch_size": 4, "log_steps": 1,
@@ -49,7 +50,7 @@ RESUMED = LABELS | {
 
 def train_words() -> None:
     """A tokeniser that knows the words of all tasks, not those of the captions alone."""
-    texts = [caption for index in range(100) for caption in open_source(SCENES).read(index).captions]
+    texts = [caption for index in range(100) for caption in open_source(SCENES.format(100)).read(index).captions]
     for task, field in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence")):
         entries = ShapesTask.from_options("num=200,names=colour", task, split="train", seed=0, image_size=32)
         texts += [entries.entry(index)[0][field] for index in range(200)]

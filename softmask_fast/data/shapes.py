@@ -179,10 +179,9 @@ class ShapesSource:
         """What the captions call an object."""
         return thing.name if self.names == "full" else f"{thing.colour} object"
 
-    def draw(self, index: int) -> np.ndarray:
-        """The picture of one scene, (image_size, image_size, 3) uint8."""
-        background = keyed_generator(self.seed, self.split, index, "background")
-        return _paint(self.scene(index), self.image_size, background)
+    def draw(self, index: int, scene: Sequence[SceneObject]) -> np.ndarray:
+        """The picture of one scene, with the background of that number: (image_size, image_size, 3) uint8."""
+        return _paint(scene, self.image_size, keyed_generator(self.seed, self.split, index, "background"))
 
     def read(self, index: int) -> Sample:
         if not 0 <= index < self.num:
@@ -191,7 +190,7 @@ class ShapesSource:
         described = describe(scene, self.name)
         return Sample(
             self.keys[index],
-            self.draw(index),
+            self.draw(index, scene),
             [caption for caption, _ in described],
             [phrase for _, phrases in described for phrase in phrases],
         )

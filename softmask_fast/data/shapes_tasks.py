@@ -27,6 +27,7 @@ class ShapesTask:
         self._scenes = scenes
         self._make: Callable[[ShapesTask, int, np.random.Generator], Entry] = _MAKERS[task]
         self.task, self.name = task, scenes.name
+        self.keys = [f"{task}-{key}" for key in scenes.keys]
 
     @classmethod
     def from_options(cls, options: str, task: str, *, split: str, seed: int, image_size: int) -> ShapesTask:
@@ -36,10 +37,6 @@ class ShapesTask:
     def __len__(self) -> int:
         return len(self._scenes)
 
-    @property
-    def keys(self) -> list[str]:
-        return [f"{self.task}-{key}" for key in self._scenes.keys]
-
     def entry(self, index: int) -> Entry:
         source = self._scenes
         return self._make(self, index, keyed_generator(source.seed, source.split, index, self.task))
@@ -47,7 +44,8 @@ class ShapesTask:
     def scene(self, index: int, which: int = 0) -> tuple[list[SceneObject], np.ndarray]:
         """The `which`-th scene of an entry, and its picture."""
         number = index + len(self) * which
-        return self._scenes.scene(number), self._scenes.draw(number)
+        scene = self._scenes.scene(number)
+        return scene, self._scenes.draw(number, scene)
 
     def absent(self, scene: Sequence[SceneObject], generator: np.random.Generator) -> str:
         """The name of an object that a scene does not hold."""
