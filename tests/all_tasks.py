@@ -21,27 +21,30 @@ options, _ = parser.parse_known_args()  # the other flags are those of test_trai
 root, what = Path(options.output_dir), options.what
 launched = ["--deepspeed", options.deepspeed, "--local_rank", options.local_rank]
 
-SCENES, ASKED = "shapes:num={},names=colour", "shapes:num={},names=colour,colours=3"
+SCENES, ASKED = "shapes:num={},names=colour,colours=6", "shapes:num={},names=colour,colours=3"
 PRETRAINED = {
-    "data": SCENES.format(8192), "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2, "text_width": 64,
-    "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32, "queue_size": 0,
+    "data": SCENES.format(8192), "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2,
+    "text_width": 64, "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32, "queue_size": 0,
     "tokenizer": root / "words", "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 150,
 }  # fmt: skip
 COMMON = {
     "crop": False, "flip": False, "rand_augment": False, "colour": False, "blur": False, "warmup_steps": 10,
     "data_threads": 1, "log_steps": 10, "checkpoint_steps": 1000, "batch_size": 32,
 }  # fmt: skip
-LABELS = {"data": ASKED.format(8192), "eval_data": ASKED.format(256), "max_steps": 120, "learning_rate": 2e-3}
+LABELS = {
+    "data": ASKED.format(8192), "eval_data": ASKED.format(256), "momentum": 0.98, "max_steps": 100, "learning_rate": 2e-3,
+    "warmup_steps": 20,
+}  # fmt: skip
 CONTRAST = {
     "data": SCENES.format(8192), "queue_size": 0, "momentum": 0.98, "learning_rate": 1e-3, "max_steps": 40,
 }  # fmt: skip
 LEARNED = {
-    "entailment": LABELS | {"max_steps": 200, "learning_rate": 1e-3},
+    "entailment": LABELS | {"max_steps": 160, "learning_rate": 1e-3},
     "vqa": LABELS,
-    "text_assignment": {"data": SCENES.format(8192), "max_steps": 10, "learning_rate": 1e-3},
-    "nlvr2": LABELS | {"model": root / "text_assignment" / "model", "batch_size": 32},
+    "nlvr2": LABELS,
     "retrieval": CONTRAST | {"eval_data": SCENES.format(64), "candidates": 16, "captions": "first"},
     "grounding": CONTRAST | {"eval_data": SCENES.format(64)},
+    "text_assignment": {"data": SCENES.format(64), "max_steps": 2},
 }
 RESUMED = LABELS | {
     "eval_data": ASKED.format(31), "max_steps": 6, "checkpoint_steps": 3, "batch_size": 4, "log_steps": 1,

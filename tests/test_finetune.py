@@ -52,7 +52,7 @@ def test_grounding_is_learned_without_boxes(learned):
     assert report["box_accuracy"]["random"] == pytest.approx(0.5)
     trained, tokenizer = load_model(learned / "grounding" / "model")
     torch.manual_seed(1)
-    source = open_source("shapes:num=64,names=colour", split="val", image_size=32)
+    source = open_source("shapes:num=64,names=colour,colours=6", split="val", image_size=32)
     untrained = evaluate_grounding(VisionLanguageModel(trained.config), tokenizer, source)
     assert untrained.pointing_game["model"] < bar
 

@@ -1,4 +1,4 @@
-"""Questions, statements and pairs of `shapes` scenes: the tasks' data without a download.
+"""Questions, statements, pairs and expressions about `shapes` scenes: the tasks' data without a download.
 
 Each is a function of the seed, the split and its number, and looks as an entry of the task's JSON file does. Which
 objects occur in which relation differs between training and validation, as in `shapes`.
@@ -109,6 +109,20 @@ def _statement(task: ShapesTask, index: int, generator: np.random.Generator) -> 
     return {"sentence": sentence, "label": label, "image": task.keys[index]}, [image]
 
 
+def _expression(task: ShapesTask, index: int, generator: np.random.Generator) -> Entry:
+    """An expression for one object; boxes (x, y, width, height) in pixels, proposals are the boxes of all objects."""
+    scene, image = task.scene(index)
+    size = image.shape[0]
+
+    def box(thing: SceneObject) -> list[float]:
+        x1, y1, x2, y2 = (size * edge for edge in thing.box)
+        return [x1, y1, x2 - x1, y2 - y1]
+
+    chosen = scene[generator.integers(len(scene))]
+    entry = {"ref_id": index, "text": f"the {task.name(chosen)}", "box": box(chosen), "proposals": [*map(box, scene)]}
+    return entry | {"image": task.keys[index]}, [image]
+
+
 def _two(scene: Sequence[SceneObject], generator: np.random.Generator) -> tuple[SceneObject, SceneObject]:
     """Two neighbours in the order of the captions, which stand in a plain relation."""
     place = generator.integers(len(scene) - 1)
@@ -116,4 +130,4 @@ def _two(scene: Sequence[SceneObject], generator: np.random.Generator) -> tuple[
     return (first, second) if generator.integers(2) else (second, first)
 
 
-_MAKERS = {"vqa": _question, "nlvr2": _pair, "entailment": _statement}
+_MAKERS = {"vqa": _question, "nlvr2": _pair, "entailment": _statement, "grounding": _expression}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from softmask_fast.data.captions import CaptionSource, Phrase, Sample, open_source
+from softmask_fast.data.captions import Phrase, Sample
 from softmask_fast.data.images import image_size
 from softmask_fast.tasks.examples import EntryFormat, ExampleSource, one_image, open_examples
 
@@ -38,14 +38,9 @@ class ExpressionSource:
         return Sample(example.key, image, [text], [Phrase(text, text, 0, len(text.split()), boxes, others)])
 
 
-def open_expressions(
-    data: str, *, split: str, seed: int, image_size: int, image_root: str | None = None
-) -> CaptionSource:
-    """The expressions in JSON files, or `shapes`, whose captions name several objects each."""
-    places = dict(split=split, seed=seed, image_size=image_size, image_root=image_root)
-    if data.split(":")[0] == "shapes":
-        return open_source(data, **places)
-    return ExpressionSource(open_examples(data, "grounding", EntryFormat("text", _boxes, one_image), **places))
+def open_expressions(data: str, **options) -> ExpressionSource:
+    """The expressions in JSON files, or of "shapes"; options as for `open_examples`."""
+    return ExpressionSource(open_examples(data, "grounding", EntryFormat("text", _boxes, one_image), **options))
 
 
 def _boxes(entry: dict[str, Any]) -> tuple[list[float] | None, list[list[float]]]:
