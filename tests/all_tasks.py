@@ -26,14 +26,15 @@ PRETRAINED = {
     "data": SCENES.format(8192), "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2,
     "text_width": 64, "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32, "queue_size": 0,
     "tokenizer": root / "words", "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 150,
+    "crop": True, "crop_scale": 0.8,
 }  # fmt: skip
 COMMON = {
-    "crop": False, "flip": False, "rand_augment": False, "colour": False, "blur": False, "warmup_steps": 10,
+    "crop": False, "flip": False, "rand_augment": False, "colour": False, "blur": False, "warmup_steps": 20,
     "data_threads": 1, "log_steps": 10, "checkpoint_steps": 1000, "batch_size": 32,
 }  # fmt: skip
 LABELS = {
-    "data": ASKED.format(8192), "eval_data": ASKED.format(256), "momentum": 0.98, "max_steps": 100, "learning_rate": 2e-3,
-    "warmup_steps": 20,
+    "data": ASKED.format(8192), "eval_data": ASKED.format(256), "momentum": 0.98, "max_steps": 100,
+    "learning_rate": 2e-3,
 }  # fmt: skip
 CONTRAST = {
     "data": SCENES.format(8192), "queue_size": 0, "momentum": 0.98, "learning_rate": 1e-3, "max_steps": 40,
@@ -43,7 +44,7 @@ LEARNED = {
     "vqa": LABELS,
     "nlvr2": LABELS,
     "retrieval": CONTRAST | {"eval_data": SCENES.format(64), "candidates": 16, "captions": "first"},
-    "grounding": CONTRAST | {"eval_data": SCENES.format(64)},
+    "grounding": CONTRAST | {"eval_data": SCENES.format(64), "max_steps": 80},
     "text_assignment": {"data": SCENES.format(64), "max_steps": 2},
 }
 RESUMED = LABELS | {
