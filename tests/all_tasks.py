@@ -33,14 +33,14 @@ COMMON = {
     "data_threads": 1, "log_steps": 10, "checkpoint_steps": 1000, "batch_size": 32,
 }  # fmt: skip
 LABELS = {
-    "data": ASKED.format(8192), "eval_data": ASKED.format(256), "momentum": 0.98, "max_steps": 100,
-    "learning_rate": 2e-3,
+    "data": ASKED.format(8192), "eval_data": ASKED.format(256), "momentum": 0.98, "max_steps": 150,
+    "learning_rate": 1e-3,
 }  # fmt: skip
 CONTRAST = {
     "data": SCENES.format(8192), "queue_size": 0, "momentum": 0.98, "learning_rate": 1e-3, "max_steps": 40,
 }  # fmt: skip
 LEARNED = {
-    "entailment": LABELS | {"max_steps": 160, "learning_rate": 1e-3},
+    "entailment": LABELS,
     "vqa": LABELS,
     "nlvr2": LABELS,
     "retrieval": CONTRAST | {"eval_data": SCENES.format(64), "candidates": 16, "captions": "first"},
