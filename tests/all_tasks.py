@@ -41,7 +41,7 @@ CONTRAST = {
 }  # fmt: skip
 LEARNED = {
     "entailment": LABELS,
-    "vqa": LABELS,
+    "vqa": LABELS | {"max_steps": 120},
     "nlvr2": LABELS,
     "retrieval": CONTRAST | {"eval_data": SCENES.format(64), "candidates": 16, "captions": "first"},
     "grounding": CONTRAST | {"eval_data": SCENES.format(64), "max_steps": 80},
