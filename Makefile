@@ -1,5 +1,6 @@
 # make pretrain   set up .venv, then pretrain the demo and write its tables, curves and heat maps to a folder in runs/
 # make test       set up .venv, then run every test
+# make docs       the documentation as a site, in build/site, without a network
 # make lint, make clean; make setup prepares .venv alone
 # make bench      set up .venv, run the benchmarks, write benchmarks/results; make report: README's table and the plots
 # make gpu        build, tests and benchmarks on a GPU machine without a network, see benchmarks/gpu.sh; make gpu-clean
@@ -13,7 +14,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard setup.py csrc/*.* csrc/*/*.
 
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: pretrain test lint bench report gpu gpu-clean setup clean
+.PHONY: pretrain test docs lint bench report gpu gpu-clean setup clean
 .DEFAULT_GOAL := test
 
 pretrain: $(STAMP)
@@ -27,6 +28,9 @@ bench: $(STAMP)
 
 report: $(STAMP)
 	python benchmarks/report.py
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 gpu:
 	PYTHON=$(firstword $(wildcard $(VENV)/bin/python) $(PYTHON)) PART="$(PART)" benchmarks/gpu.sh
@@ -44,7 +48,7 @@ $(STAMP): $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, found " + sys.version)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja numpy torch
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[train,bench,dev]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[train,bench,dev,docs]'
 	touch $(STAMP)
 
 # .venv itself stays (several GB); without its stamp the next make installs, and compiles, again

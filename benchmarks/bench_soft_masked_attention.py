@@ -128,14 +128,19 @@ class Problem:
         }
 
 
-@pytest.mark.parametrize("tokens", [257, 577, 1025])
+TOKENS = pytest.mark.parametrize("tokens", [257, 577, 1025])
+TOLERANCE = 1e-4 if DTYPE == torch.float32 else 0.05
+
+
+@TOKENS
 def test_soft_masked_attention(comparison, tokens):
     problem = Problem(IMAGES, tokens)
-    tolerance = 1e-4 if DTYPE == torch.float32 else 0.05
-    comparison(
-        "soft_masked_attention", problem.case, problem.variants(), "sdpa_gathered", "matmul", tolerance, seconds=6
-    )
-    comparison(
-        "soft_masked_attention_projected", problem.case, problem.variants_with_projection(), "projected", "matmul",
-        tolerance, seconds=3,
-    )  # fmt: skip
+    variants = problem.variants()
+    comparison("soft_masked_attention", problem.case, variants, "sdpa_gathered", "matmul", TOLERANCE, seconds=6)
+
+
+@TOKENS
+def test_soft_masked_attention_projected(comparison, tokens):
+    problem = Problem(IMAGES, tokens)
+    variants = problem.variants_with_projection()
+    comparison("soft_masked_attention_projected", problem.case, variants, "projected", "matmul", TOLERANCE, seconds=3)

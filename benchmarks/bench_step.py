@@ -16,7 +16,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from measure import extra_memory, interleaved, synchronised
+from measure import Variant, extra_memory, interleaved, synchronised
 from reference_step import ReferenceStep, update_teacher
 
 from softmask_fast.config import make_config
@@ -87,8 +87,8 @@ class Problem:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=False)
 
-    def variants(self):
-        return {"reference": self.reference, "fast": self.fast}
+    def variants(self) -> dict[str, Variant]:
+        return {"reference": Variant(both=self.reference), "fast": Variant(both=self.fast, ours=True)}
 
 
 def check(problem: Problem) -> None:
@@ -112,19 +112,12 @@ def check(problem: Problem) -> None:
         torch.testing.assert_close(fast[name], reference[name].float(), rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def problem(request):
-    made = Problem(request.param, SIZES[request.param])
-    check(made)
-    return made
-
-
-@pytest.mark.parametrize("name", ["reference", "fast"])
-def test_step(benchmark, problem, name):
-    run = synchronised(problem.variants()[name], DEVICE)
-    benchmark.group = f"step {DEVICE.type} {problem.preset} {problem.pairs} pairs"
-    benchmark.extra_info |= {"pairs": problem.pairs, "extra_memory": extra_memory(run, DEVICE)}
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+@pytest.mark.parametrize("preset", SIZES)
+def test_step(comparison, preset):
+    problem = Problem(preset, SIZES[preset])
+    check(problem)
+    case = {"preset": preset, "pairs": problem.pairs}
+    comparison("step", case, problem.variants(), "reference", "matmul", tolerance=0, seconds=20)
 
 
 def main():
@@ -135,7 +128,7 @@ def main():
     options = parser.parse_args()
     problem = Problem(options.preset, options.batch_size)
     check(problem)
-    variants = {name: synchronised(run, DEVICE) for name, run in problem.variants().items()}
+    variants = {name: synchronised(variant.both, DEVICE) for name, variant in problem.variants().items()}
     times = interleaved(variants, rounds=options.rounds, warmup=1)
     memory = {name: extra_memory(run, DEVICE) for name, run in variants.items()}
     print(f"{options.preset}, {options.batch_size} pairs, {DEVICE}, {torch.get_num_threads()} threads")

@@ -1,8 +1,7 @@
 """The fixture that compares variants, the tables of a run, and its results file.
 
 A comparison times its variants in turns, which pytest-benchmark cannot; it counts as one benchmark there, so that
-`--benchmark-only` and `-k` choose it, and its variants are shown in tables of their own. Benchmarks that use the
-`benchmark` fixture directly are shown by pytest-benchmark and go to the results file too.
+`--benchmark-only` and `-k` choose it, and its variants are shown in tables of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import report
 import torch
-from measure import DTYPE, ceilings, compare, environment
+from measure import ceilings, compare, environment
 
 ROWS = pytest.StashKey[list]()
 
@@ -42,34 +41,10 @@ def comparison(benchmark, request):
     return run
 
 
-def _plain_row(bench: dict) -> dict:
-    """The row of a benchmark that used the `benchmark` fixture itself; "extra_memory" comes from its extra_info."""
-    extra = dict(bench["extra_info"])
-    memory = extra.pop("extra_memory", None)
-    return {
-        "benchmark": bench["name"].split("[")[0].removeprefix("test_"),
-        "case": {"group": bench["group"], **extra},
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "variant": bench["param"] or bench["name"],
-        "ours": False,
-        "floor": False,
-        "baseline": None,
-        "ceiling": None,
-        "rounds": bench["rounds"],
-        "seconds": {"both": bench["median"]},
-        "fastest": {"both": bench["min"]},
-        "extra_memory": {} if memory is None else {"both": memory},
-        "work": {},
-        "share": {},
-        "missing": {},
-    }
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_group_stats(config, benchmarks, group_by):
     """Takes the comparisons out of pytest-benchmark's own table."""
     benchmarks[:] = [bench for bench in benchmarks if "rows" not in bench["extra_info"]]
-    config.stash[ROWS].extend(map(_plain_row, benchmarks))
     return None if benchmarks else []
 
 

@@ -1,4 +1,4 @@
-"""Tables and plots of benchmark results: of a run on the terminal, of results files in README.md and docs/images.
+"""Tables and plots of benchmark results: of a run on the terminal, of results files in README.md and docs.
 
 python benchmarks/report.py          # reads the newest file of each device in benchmarks/results
 """
@@ -26,6 +26,14 @@ ROW_KEYS = (
 )  # fmt: skip
 # What a size of a case is called where it is the only one that changes from case to case.
 AXES = {"word_soft_mask": "N", "soft_masked_attention": "N", "focal_itc": "B", "focal_itc_queue": "B"}
+# The pages that have tables, and of which benchmarks (None: of all).
+PAGES: dict[str, tuple[str, ...] | None] = {
+    "README.md": None,
+    "docs/benchmarks.md": None,
+    "docs/operators/word_soft_mask.md": ("word_soft_mask",),
+    "docs/operators/soft_masked_attention.md": ("soft_masked_attention",),
+    "docs/operators/focal_itc_loss.md": ("focal_itc", "focal_itc_queue"),
+}
 
 
 def save(folder: Path, run: dict) -> Path:
@@ -236,39 +244,45 @@ def plot(run: dict, benchmark: str, path: Path) -> bool:
     return True
 
 
-def insert(text: str, block: list[str]) -> str:
+def insert(text: str, block: list[str], name: str) -> str:
     """``text`` with the lines between the two markers replaced. Raises ValueError where a marker is missing."""
     begin, end = (text.find(marker) for marker in MARKERS)
     if begin < 0 or end < begin:
-        raise ValueError(f"README.md: expected the lines {MARKERS[0]!r} and then {MARKERS[1]!r}")
+        raise ValueError(f"{name}: expected the lines {MARKERS[0]!r} and then {MARKERS[1]!r}")
     return text[: begin + len(MARKERS[0])] + "\n" + "\n".join(block) + "\n" + text[end:]
 
 
-def write(results: Path, readme: Path, images: Path) -> None:
-    """Writes the plots, then the section of ``readme`` between its markers."""
+def write(results: Path, page: Path, images: Path, only: tuple[str, ...] | None = None) -> None:
+    """Writes the plots, then the section of ``page`` between its markers; ``only`` names the benchmarks it shows."""
+    runs = newest(results)
+    if not runs:
+        raise ValueError(f"{results}: expected results files, <device>/<date>.json, found none")
     block = []
-    for run in newest(results):
-        block += ["", *summary(run), ""]
-        for benchmark in AXES:
+    for run in runs:
+        rows = [row for row in run["rows"] if only is None or row["benchmark"] in only]
+        if not rows:
+            continue
+        block += ["", *summary(run | {"rows": rows}), ""]
+        for benchmark in AXES if only is None else only:
             picture = images / f"benchmarks-{benchmark}-{run['slug']}.png"
             if plot(run, benchmark, picture):
-                block += [f"![{benchmark} on {run['device']}]({os.path.relpath(picture, readme.parent)})", ""]
-    if not block:
-        raise ValueError(f"{results}: expected results files, <device>/<date>.json, found none")
-    block += [f"Made by `make report` from the files in `benchmarks/results`, which `{COMMAND}` wrote."]
-    text = insert(readme.read_text(), block)
-    temporary = readme.with_suffix(".md.partial")
+                block += [f"![{benchmark} on {run['device']}]({os.path.relpath(picture, page.parent)})", ""]
+    if block:
+        block += [f"Made by `make report` from the files in `benchmarks/results`, which `{COMMAND}` wrote."]
+    else:
+        block = ["", "No file in `benchmarks/results` has it yet: `make bench` measures it here.", ""]
+    text = insert(page.read_text(), block, page.name)
+    temporary = page.with_suffix(".md.partial")
     temporary.write_text(text)
-    os.replace(temporary, readme)
+    os.replace(temporary, page)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
-    options = parser.parse_args()
-    write(options.results, options.readme, options.images)
+    results = parser.parse_args().results
+    for page, only in PAGES.items():
+        write(results, ROOT / page, ROOT / "docs" / "images", only)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From one GPU to a thousand, from four million pairs to a billion: the time, memory and network of a step by a stated
 model, as a Markdown page.
 
-    python benchmarks/scaling.py --data 'photos/{000..003}.tar' > docs/scaling.md
+    python benchmarks/scaling.py --data 'photos/{000..003}.tar' --output docs/scaling.md
 
 No GPU is needed and none is used. Every input stands in the page's first table with where it comes from: counted (from
 the model without data), measured (here, on the CPU, now) or assumed (an option of this script).
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 import tarfile
 import tempfile
 import time
@@ -44,8 +43,8 @@ EXPLANATION = """\
 # From one GPU to a thousand
 
 Where time, memory and network go by a stated model of the `base` preset (the paper's), and what breaks first. **No
-GPU number here was measured.** Made by `{command}` on {machine}, which measured what it could and counted the
-rest.
+GPU number here was measured.** Made by `{command}` on {machine}, which
+measured what it could and counted the rest.
 
 {inputs}
 
@@ -76,7 +75,7 @@ shard, and their order is drawn shard by shard ([data.md](data.md)).
 
 1. **Decoding on the host**, on the first GPU: a GPU that trains at the assumed speed takes as many CPU cores as
    the last column of the first table says. DALI decodes and distorts on the GPU where there is one.
-2. **The index of a local source**, near 100 M pairs: hundreds of bytes a sample in every rank, and minutes to read
+2. **The index of a local source**, beyond 10 M pairs: hundreds of bytes a sample in every rank, and minutes to read
    the headers of the shards at each start. From there on use shards by URL (`file://` does for a shared disk).
 3. **The batch**, near 64 GPUs: 128 pairs each are 8,192 together, where the paper has 512. Lower `--batch_size`
    first; the step then has less to hide its communication behind, and the efficiency is that of the table no more.
@@ -200,6 +199,8 @@ def table(columns: list[str], rows: list, aligned: str = "---:") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Scaling by a stated model, as a Markdown page.")
     parser.add_argument("--data", required=True, help="photographs as shards on a local disk, to measure the loader")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.md")
+    parser.add_argument("--image_bytes", type=float, default=60e3, help="of a stored photograph, for storage")
     parser.add_argument("--pairs", type=int, default=128, help="of a rank's batch")
     parser.add_argument("--rate", type=float, default=300e12, help="operations/s that a GPU reaches in the step")
     parser.add_argument("--network", type=float, default=50e9, help="bytes/s in and out of each GPU between machines")
@@ -212,7 +213,7 @@ def main() -> None:
         weights = list(VisionLanguageModel(config.model).parameters())
     parameters = sum(weight.numel() for weight in weights)
     operations = operations_per_pair()
-    cores, size = core_seconds_per_image(options.data), image_bytes(options.data)
+    cores, size = core_seconds_per_image(options.data), options.image_bytes
     index_bytes, index_seconds = index_of_a_local_source()
     order_seconds = seconds_of_an_order()
     width, queue = config.model.embed_dim, config.objectives.queue_size
@@ -220,8 +221,12 @@ def main() -> None:
     inputs = [
         ("parameters", f"{parameters / 1e6:.0f} M", "counted"),
         ("operations a pair, contrast aside", f"{operations / 1e9:.0f} G", "counted (`FlopCount`)"),
-        ("CPU time an image (read, check, decode, distort, 256 px)", f"{1e3 * cores:.1f} core-ms", "measured"),
-        ("bytes an image", f"{size / 1e3:.0f} kB", "measured (the photographs of `--data`)"),
+        (
+            "CPU time an image (read, check, decode, distort to 256 px)",
+            f"{1e3 * cores:.1f} core-ms",
+            f"measured (on photographs of {image_bytes(options.data) / 1e3:.0f} kB; larger ones take longer)",
+        ),
+        ("bytes a stored image", f"{size / 1e3:.0f} kB", "assumed, `--image_bytes`"),
         ("index of a local sample", f"{index_bytes:.0f} bytes, {1e6 * index_seconds:.0f} us", "measured"),
         ("global permutation", f"{1e9 * order_seconds:.0f} ns a sample and epoch", "measured"),
         ("pairs of a rank's batch", str(options.pairs), "`--pairs`"),
@@ -273,7 +278,7 @@ def main() -> None:
 
     run = environment()
     command = f"python benchmarks/scaling.py --data ... --pairs {options.pairs}"
-    sys.stdout.write(
+    options.output.write_text(
         EXPLANATION.format(
             command=command,
             machine=f"{run['device']}, {run['threads']} threads, torch {run['torch']}",

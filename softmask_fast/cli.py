@@ -1,4 +1,5 @@
-"""The command `softmask-fast`: prepare and index data, evaluate and explain models, run the ablation.
+"""The command `softmask-fast`: prepare and index data, evaluate and explain models, run the ablation, and examine the
+machine.
 
 Everything heavy is imported by the command that needs it, so that --help answers at once.
 """
@@ -23,21 +24,23 @@ TASKS = (*PRETRAINED, "vqa", "nlvr2", "entailment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, or 2 after a message about what the user can put right."""
+    """Run one command and return its exit status.
+
+    0; 1 where `doctor` found a fault; 2 after a message about what the user can put right.
+    """
     parser = _parser()
     options, others = parser.parse_known_args(argv)
     if others and options.run is not _ablate:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     options.others = others
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError, ModuleNotFoundError) as error:
         own_module_missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("softmask_fast")
         if options.debug or own_module_missing:
             raise
         print(f"softmask-fast: error: {_explain_error(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("shards", nargs="+", metavar="SHARDS", help="Local .tar files, patterns or folders.")
     _debug_option(index)
     index.set_defaults(run=_index)
+
+    doctor = commands.add_parser("doctor", help="Examine this machine and installation.", description=_doctor.__doc__)
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="Write the report there, too.")
+    _debug_option(doctor)
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -278,6 +286,21 @@ def _index(options: argparse.Namespace) -> None:
     from softmask_fast.data.prepare import write_indexes
 
     print(f"{write_indexes(options.shards, progress=sys.stderr.isatty())} indexes written")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Show versions, devices, compiled libraries and which implementation each operator takes here and why; then test
+    every implementation that runs here, ten seconds at most. Exit status 1 when a test fails."""
+    if options.json is not None:
+        _check_output(options.json, "--json")
+    from softmask_fast import doctor
+
+    report = doctor.examine()
+    print(doctor.render(report))
+    if options.json is not None:
+        _write_json(options.json, report)
+        print(f"written to {options.json}")
+    return 0 if doctor.passed(report) else 1
 
 
 def _device(name: str | None) -> torch.device:

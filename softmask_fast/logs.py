@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import sys
 import time
@@ -21,19 +19,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-PACKAGES = ("softmask_fast", "torch", "triton", "transformers", "timm", "deepspeed", "nvidia-dali-cuda130", "xformers")
+from softmask_fast.versions import installed_versions
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and device, for the head of the log."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"versions": versions, "device": name, "command": sys.argv}
+    return {"versions": installed_versions(), "device": name, "command": sys.argv}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

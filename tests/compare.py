@@ -5,10 +5,7 @@ import torch
 from torch import Tensor
 
 from softmask_fast.ops import backend
-
-# Beyond the error of PyTorch itself a result may be off by this many units of rounding of its largest value: with a
-# handful of elements PyTorch can be exact by luck.
-ROUNDING_UNITS = 4
+from softmask_fast.ops.accuracy import errors
 
 
 def assert_as_accurate(
@@ -22,10 +19,7 @@ def assert_as_accurate(
     assert actual.shape == truth.shape, f"{what}: size {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
         return
-    truth = truth.double()
-    error = (actual.double() - truth).abs().max().item()
-    baseline_error = (baseline.double() - truth).abs().max().item()
-    allowed = 2 * baseline_error + ROUNDING_UNITS * torch.finfo(dtype).eps * truth.abs().max().item()
+    error, allowed, baseline_error = errors(actual, baseline, truth, dtype)
     assert error <= allowed, f"{what}: largest error {error:.3e}, allowed {allowed:.3e} (PyTorch {baseline_error:.3e})"
 
 

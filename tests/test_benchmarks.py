@@ -105,6 +105,21 @@ def test_report_is_idempotent_and_tells_what_did_not_run(run, tmp_path):
     assert f"images/{picture.name}" in once and picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_page_shows_its_own_benchmarks(run, tmp_path):
+    report.save(tmp_path / "results", run)
+    page = tmp_path / "operator.md"
+    for only, expected in ((("word_soft_mask",), "| `word_soft_mask`"), (("focal_itc",), "No file in")):
+        page.write_text("\n".join(report.MARKERS))
+        report.write(tmp_path / "results", page, tmp_path / "images", only)
+        assert expected in page.read_text()
+
+
+def test_every_page_of_the_report_has_its_markers():
+    for page in report.PAGES:
+        text = (ROOT / page).read_text()
+        assert report.insert(text, [], page) and text.count(report.MARKERS[0]) == 1
+
+
 def test_report_needs_its_markers(run, tmp_path):
     report.save(tmp_path / "results", run)
     readme = tmp_path / "README.md"

@@ -123,7 +123,7 @@ def test_help_imports_nothing_heavy():
     )
     shown = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == __version__
-    for command in ([], ["evaluate"], ["explain"], ["prepare"], ["index"]):
+    for command in ([], ["evaluate"], ["explain"], ["prepare"], ["index"], ["doctor"]):
         shown = subprocess.run(
             [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True
         )

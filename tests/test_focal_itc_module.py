@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from largest_tensor import LargestTensor
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from softmask_fast.ops import FocalITCLoss, focal_itc_loss
 from softmask_fast.ops.focal_itc.distributed import take_rows
@@ -140,19 +140,6 @@ def run_ddp(rank, gather):
     model = DistributedDataParallel(Encoded(gather, sizes))
     model(unit(sum(sizes), 1, 6)[rows], unit(sum(sizes), 2, 5)[rows]).backward()
     return [parameter.grad for parameter in model.parameters()]
-
-
-class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 def run_memory(gather, impl):

@@ -1,15 +1,22 @@
-"""The wheel: one for Python 3.10 and later and torch 2.11 and later, and what happens where nothing can be compiled."""
+"""The sdist, the wheel made of it (one for Python 3.10 and later, torch 2.11 and later), both installed into empty
+environments; and what happens where nothing can be compiled."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from code_blocks import blocks_of
+from small_models import tutorial_folder
+
+import softmask_fast
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = sorted((Path.home() / ".pyenv" / "versions").glob("3.1[0-9]*/bin/python"))
@@ -22,9 +29,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="extensions need
 def source(tmp_path_factory):
     """The files of the project without anything that was built."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("csrc", "softmask_fast"):
+    for name in ("csrc", "softmask_fast", "tests", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder
 
@@ -34,30 +41,77 @@ def run(*command, cwd, **environment):
     return subprocess.run(list(map(str, command)), cwd=cwd, env=inherited | environment, capture_output=True, text=True)
 
 
-def build(source, folder, **environment):
-    command = ("-m", "pip", "wheel", "-v", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder)
-    result = run(sys.executable, *command, cwd=source, **environment)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    (wheel,) = folder.glob("*.whl")
-    return wheel, result.stdout + result.stderr
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory):
+    """Made without a compiler: what goes into it does not depend on the machine."""
+    folder = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    result = run(sys.executable, "-c", code, cwd=source, CXX="/nonexistent")
+    assert result.returncode == 0, result.stderr[-4000:]
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
 
 
 @pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory):
+def wheel(sdist, tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler")
-    archs = "90" if WITH_NVCC else "none"
-    required = {"SOFTMASK_FAST_REQUIRE_EXTENSION": "1", "SOFTMASK_FAST_CUDA_ARCHS": archs}
-    return build(source, tmp_path_factory.mktemp("wheel"), **required)[0]
+    folder = tmp_path_factory.mktemp("wheel")
+    command = ("-m", "pip", "wheel", sdist, "--no-deps", "--no-build-isolation", "--no-index", "-w", folder)
+    required = {"SOFTMASK_FAST_REQUIRE_EXTENSION": "1", "SOFTMASK_FAST_CUDA_ARCHS": "90" if WITH_NVCC else "none"}
+    result = run(sys.executable, *command, cwd=folder, **required)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+class Environment:
+    """An environment with nothing in it but, by a path file, the packages of this one (torch, setuptools), and what is
+    installed then. An editable install of this project does not come through a path file."""
+
+    def __init__(self, folder):
+        venv.create(folder, with_pip=False)
+        self.python = folder / "bin" / "python"
+        (self.packages,) = folder.glob("lib/python3*/site-packages")
+        (self.packages / "outer.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+
+    def install(self, path, **environment):
+        command = ("-m", "pip", "--python", self.python, "install", "-v", "--no-deps", "--no-index")
+        result = run(sys.executable, *command, "--no-build-isolation", path, cwd=self.packages, **environment)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+        return result.stdout + result.stderr
+
+    def run(self, code, cwd=None):
+        """What isolated Python prints: no PYTHONPATH, no modules from the working folder."""
+        result = run(self.python, "-I", "-c", code, cwd=cwd or self.packages)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return result.stdout
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("installed")
-    command = ("-m", "pip", "install", "--no-deps", "--no-index", "--target", folder, wheel)
-    result = run(sys.executable, *command, cwd=folder)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return folder
+def environment(wheel, tmp_path_factory):
+    made = Environment(tmp_path_factory.mktemp("environment"))
+    made.install(wheel)
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(environment):
+    return environment.packages
+
+
+def test_content_of_the_sdist(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames() if archive.getmember(name).isfile()}
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("csrc", "softmask_fast")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".so", ".pyc")
+    }
+    metadata = {name for name in names if name.startswith("softmask_fast.egg-info/")}
+    rest = {"README.md", "LICENSE", "setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt"}
+    assert names - metadata == sources | rest | {"PKG-INFO", "setup.cfg"}  # no tests, no data
 
 
 def test_tag_and_content(wheel):
@@ -70,7 +124,7 @@ def test_tag_and_content(wheel):
     assert sources <= names and "softmask_fast/py.typed" in names
 
 
-def test_it_runs_from_a_fresh_folder(installed):
+def test_it_runs_in_an_empty_environment(environment):
     code = """if True:
         import torch
         import softmask_fast
@@ -85,9 +139,19 @@ def test_it_runs_from_a_fresh_folder(installed):
             torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
         print(softmask_fast.__file__)
     """
-    result = run(sys.executable, "-c", code, cwd=installed, PYTHONPATH=str(installed))
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.split()[-1] == str(installed / "softmask_fast" / "__init__.py")
+    assert environment.run(code).split()[-1] == str(environment.packages / "softmask_fast" / "__init__.py")
+    command = run(environment.python.with_name("softmask-fast"), "--version", cwd=environment.packages)
+    assert command.stdout.strip() == softmask_fast.__version__
+
+
+def test_the_nine_lines_of_the_readme_draw_a_heat_map(environment, tmp_path):
+    """From the installed wheel and an image, with a small random BLIP in place of the released one."""
+    tutorial_folder(tmp_path)
+    [block] = [block for block in blocks_of(ROOT / "README.md", "python") if "nine lines" in block.heading]
+    assert len([line for line in block.code.splitlines() if line]) == 9
+    code = f"{block.code}\nprint(maps.dtype, *maps.shape, maps.max().item() > 0)"
+    dtype, images, words, rows, columns, somewhere = environment.run(code, cwd=tmp_path).split()
+    assert (dtype, images, rows, columns, somewhere) == ("torch.float32", "1", "24", "24", "True") and int(words) > 5
 
 
 @pytest.mark.parametrize("python", PYTHONS, ids=lambda path: path.parents[1].name)
@@ -114,13 +178,18 @@ def test_symbols_of_python_and_torch_are_stable(installed):
         assert any(name.startswith("aoti_torch_") for name in symbols)
 
 
-def test_without_a_compiler_it_is_python_and_says_so_once(source, tmp_path):
-    pure = shutil.copytree(source, tmp_path / "pure")
-    wheel, output = build(pure, tmp_path, CXX="/nonexistent")
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+def test_without_a_compiler_the_sdist_installs_as_python_and_says_so_once(sdist, tmp_path):
+    made = Environment(tmp_path)
+    output = made.install(sdist, CXX="/nonexistent")
     message = r"there is no C\+\+ compiler .*/nonexistent.*several times slower.*impl='cuda' is not there"
     assert len(re.findall(message, output)) == 1, output
+    (metadata,) = made.packages.glob("softmask_fast-*.dist-info")
+    assert "Tag: py3-none-any" in (metadata / "WHEEL").read_text()
+    code = (
+        "import torch, softmask_fast; from softmask_fast.ops import backend, word_gradcam; x = torch.ones(1, 1, 2, 8); "
+        "print(softmask_fast.__file__, backend.describe()['word_mask'], word_gradcam(x, x, x, x).sum().item())"
+    )
+    assert made.run(code).split() == [f"{made.packages}/softmask_fast/__init__.py", "{'cpu':", "'reference'}", "16.0"]
 
 
 @pytest.mark.parametrize(

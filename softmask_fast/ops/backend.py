@@ -101,3 +101,30 @@ def describe(dtype: torch.dtype = torch.float32, width: int = 64) -> dict[str, d
         operator: {device.type: resolve(operator, None, device, dtype, width).name for device in devices}
         for operator in _OPERATORS
     }
+
+
+def implementations(operator: str) -> list[Implementation]:
+    """All of them, best first."""
+    return list(_OPERATORS[operator].values())
+
+
+def operators() -> list[str]:
+    """Names of the operators that have implementations."""
+    return list(_OPERATORS)
+
+
+def choices(
+    operator: str, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 64
+) -> dict[str, str | None]:
+    """Each implementation, best first -> why ``impl=None`` does not take it here; None for the one that it takes."""
+    reasons, taken = {}, None
+    for name, implementation in _OPERATORS[operator].items():
+        reason = implementation.obstacle(device, dtype, width)
+        if reason is None and implementation.automatic_on and device.type not in implementation.automatic_on:
+            reason = f"it runs on {device.type}, but by its name alone"
+        if reason is None and taken is not None:
+            reason = f"it runs, but {taken} comes first"
+        if reason is None:
+            taken = name
+        reasons[name] = reason
+    return reasons

@@ -1,0 +1,41 @@
+"""The code blocks of README.md, CONTRIBUTING.md and docs/, read from the pages so that what is shown is what runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ ]*$", re.DOTALL | re.MULTILINE)
+HEADING = re.compile(r"^#+ +(.+?)[ ]*$", re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """One block of a page."""
+
+    page: Path
+    line: int  # of its first line of code, from 1
+    heading: str  # the last one before it
+    language: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    def run(self, namespace: dict) -> None:
+        """Runs Python in the namespace; a traceback names the page and its line."""
+        exec(compile("\n" * (self.line - 1) + self.code, str(self), "exec"), namespace)
+
+
+def blocks_of(page: Path, language: str | None = None) -> list[Block]:
+    """The blocks of a page in order, of one language ("" is none) or of all."""
+    text = page.read_text()
+    blocks = []
+    for found in FENCE.finditer(text):
+        # comments of other blocks look like headings
+        before = FENCE.sub("", text[: found.start()])
+        heading = ([""] + HEADING.findall(before))[-1]
+        blocks.append(Block(page, text.count("\n", 0, found.start(2)) + 1, heading, found[1], found[2]))
+    return [block for block in blocks if language is None or block.language == language]

@@ -1,0 +1,314 @@
+"""docs/adapters.md: each block against the formula that it replaces, written here, on the same inputs."""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from code_blocks import ROOT, blocks_of
+from compare import assert_as_accurate
+from torch import nn
+
+PAGE = ROOT / "docs" / "adapters.md"
+BLOCKS = blocks_of(PAGE, "python")
+ROWS, QUEUE, WIDTH, ALPHA = 6, 10, 16, 0.4
+
+
+def run(heading, **namespace):
+    """The names that the blocks under a heading leave, given those that they find."""
+    blocks = [block for block in BLOCKS if block.heading == heading]
+    assert blocks, f"{PAGE.name} has no code under {heading!r}"
+    namespace |= {"torch": torch}
+    for block in blocks:
+        block.run(namespace)
+    return SimpleNamespace(**namespace)
+
+
+def test_every_block_of_the_page_has_a_test():
+    tested = {name for name in open(__file__).read().split('"') if name in {block.heading for block in BLOCKS}}
+    assert tested == {block.heading for block in BLOCKS} and len(BLOCKS) == 9
+
+
+# ---- losses
+
+
+def unit(rows):
+    return F.normalize(torch.randn(rows, WIDTH, dtype=torch.float64), dim=-1)
+
+
+def momentum_model(dtype):
+    """Features, momentum features and queues, as the ALBEF family names them, from the same numbers for each dtype."""
+    torch.manual_seed(3)
+    values = {name: unit(ROWS) for name in ("image_feat", "text_feat", "image_feat_m", "text_feat_m")}
+    queues = {name: unit(QUEUE).T for name in ("image_queue", "text_queue")}
+    idx_queue = torch.full((1, QUEUE), -100)
+    idx_queue[0, :4] = torch.tensor([7, 2, 9, 7])
+    temp = torch.tensor(0.07, dtype=dtype, requires_grad=True)
+    model = SimpleNamespace(temp=temp, idx_queue=idx_queue, **{name: q.to(dtype) for name, q in queues.items()})
+    features = {name: value.to(dtype) for name, value in values.items()}
+    for name in ("image_feat", "text_feat"):
+        features[name].requires_grad_()
+    return model, features
+
+
+def soft_target_loss(rows, teacher, keys, hard, model, alpha):
+    """Mean over the rows of the cross-entropy with alpha * teacher's softmax + (1 - alpha) * hard."""
+    target = alpha * (teacher @ keys / model.temp.detach()).softmax(1) + (1 - alpha) * hard
+    return -((rows @ keys / model.temp).log_softmax(1) * target).sum(1).mean()
+
+
+def pair_losses(model, features, hard, alpha):
+    """Image to text and text to image."""
+    image, text, image_m, text_m = features.values()
+    image_keys, text_keys = torch.cat([image_m.T, model.image_queue], 1), torch.cat([text_m.T, model.text_queue], 1)
+    return (
+        soft_target_loss(image, image_m, text_keys, hard, model, alpha),
+        soft_target_loss(text, text_m, image_keys, hard, model, alpha),
+        soft_target_loss(image, image_m, image_keys, hard, model, 0.0),
+        soft_target_loss(text, text_m, text_keys, hard, model, 0.0),
+    )
+
+
+def one_hot(dtype):
+    return torch.eye(ROWS, ROWS + QUEUE, dtype=dtype)
+
+
+def by_id(idx, model, dtype):
+    same = (idx[:, None] == torch.cat([idx, model.idx_queue[0]])).to(dtype)
+    return same / same.sum(1, keepdim=True)
+
+
+def assert_loss(block_loss, formula):
+    """Loss and gradients: the block in float32, the formula in float32 and float64."""
+
+    def found(loss_of, dtype):
+        model, features = momentum_model(dtype)
+        loss = loss_of(model, features)
+        wanted = (features["image_feat"], features["text_feat"], model.temp)
+        return [loss.detach(), *torch.autograd.grad(loss, wanted)]
+
+    ours, baseline = found(block_loss, torch.float32), found(formula, torch.float32)
+    for values in zip(
+        ours, baseline, found(formula, torch.float64), ("loss", "image", "text", "temperature"), strict=True
+    ):
+        assert_as_accurate(*values[:3], torch.float32, values[3])
+
+
+IDX = torch.tensor([7, 2, 7, 5, 1, 2])
+
+
+def test_retrieval_fine_tuning():
+    atts = torch.arange(ROWS)[:, None].repeat(1, 3)
+    found = []
+
+    def block(model, features):
+        embeds = dict(image_embeds=10.0 + torch.arange(ROWS), text_embeds=20.0 + torch.arange(ROWS))
+        text = SimpleNamespace(attention_mask=atts)
+        heading = "Retrieval fine-tuning: positives by id"
+        found.append(run(heading, self=model, alpha=ALPHA, idx=IDX[:, None], text=text, **embeds, **features))
+        return found[-1].loss_ita
+
+    def formula(model, features):
+        return sum(pair_losses(model, features, by_id(IDX, model, model.temp.dtype), ALPHA)[:2]) / 2
+
+    assert_loss(block, formula)
+    images, texts = (found[0].image_embeds_neg - 10).long(), (found[0].text_embeds_neg - 20).long()
+    assert torch.equal(found[0].text_atts_neg, atts[texts])
+    for negative in (images, texts):
+        assert ((negative >= 0) & (negative < ROWS)).all() and (IDX[negative] != IDX).all()
+
+
+def test_hard_negatives_have_the_distribution_of_the_softmax():
+    """With the rows' own ids masked, as ALBEF and LAVIS draw them."""
+    model, features = momentum_model(torch.float32)
+    model.temp = model.temp.detach() * 4  # so that no negative is rare
+    embeds = dict(image_embeds=torch.arange(ROWS), text_embeds=torch.arange(ROWS))
+    text = SimpleNamespace(attention_mask=torch.arange(ROWS))
+    counts = torch.zeros(ROWS, ROWS)
+    for _ in range(300):
+        found = run(
+            "Retrieval fine-tuning: positives by id", self=model, alpha=ALPHA, idx=IDX, text=text, **embeds, **features
+        )
+        counts[torch.arange(ROWS), found.text_embeds_neg] += 1
+    logits = features["image_feat"].detach() @ features["text_feat_m"].T / model.temp
+    expected = logits.masked_fill(IDX[:, None] == IDX, -torch.inf).softmax(1)
+    assert (counts / 300 - expected).abs().max() < 0.12  # four standard deviations of a share of a half
+
+
+def test_pretraining():
+    assert_loss(
+        lambda model, features: run("Pretraining: one positive", self=model, alpha=ALPHA, **features).loss_ita,
+        lambda model, features: sum(pair_losses(model, features, one_hot(model.temp.dtype), ALPHA)[:2]) / 2,
+    )
+
+
+def test_tcl():
+    local = dict(loss_t2t_inMod_l=0.7, loss_i2i_inMod_l=0.9)
+
+    def formula(model, features):
+        return (sum(pair_losses(model, features, one_hot(model.temp.dtype), ALPHA)) + sum(local.values())) / 6
+
+    assert_loss(
+        lambda model, features: (
+            run("TCL: within modalities, too", self=model, alpha=ALPHA, **local, **features).loss_ita
+        ),
+        formula,
+    )
+
+
+def test_egonce():
+    verb, noun = torch.tensor([3, 3, 1, 3, 1, 0]), torch.tensor([5, 5, 5, 2, 5, 5])
+
+    def block(model, features):
+        embeds = dict(video_embeds=3 * features["image_feat"], text_embeds=2 * features["text_feat"])
+        return run("EgoVLPv2: any positive", verb=verb, noun=noun, **embeds).loss + 0 * model.temp
+
+    def formula(model, features):
+        """Minus the log of the positives' share of the softmax, summed over the directions."""
+        cosine = F.cosine_similarity(features["text_feat"][:, None], features["image_feat"][None], dim=-1)
+        positive = (verb[:, None] == verb) & (noun[:, None] == noun)
+        shares = [((x / 0.05).softmax(1) * positive).sum(1) for x in (cosine, cosine.T)]
+        return -sum(share.log().mean() for share in shares) + 0 * model.temp
+
+    assert_loss(block, formula)
+
+
+# ---- open_clip
+
+
+def test_open_clip():
+    args = SimpleNamespace(local_loss=True, gather_with_grad=True, rank=0, world_size=1)
+    loss = run("open_clip", args=args).loss
+    image, text = unit(ROWS), unit(ROWS)
+    log_p = [(20 * image @ text.T).log_softmax(dim).diag() for dim in (1, 0)]
+    expected = sum(-((1 - x.exp()) ** 2 * x).mean() for x in log_p) / 2
+    torch.testing.assert_close(loss(image, text, 20.0), expected)
+
+
+# ---- Grad-CAM
+
+
+class Attention(nn.Module):
+    """Cross-attention with BERT's projections, in plain PyTorch; its probabilities stay for autograd."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.num_attention_heads = heads
+
+    def forward(self, hidden_states, attention_mask, head_mask, encoder_hidden_states, encoder_attention_mask=None):
+        projected = self.query(hidden_states), self.key(encoder_hidden_states), self.value(encoder_hidden_states)
+        query, key, value = (x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2) for x in projected)
+        logits = query @ key.mT / query.shape[-1] ** 0.5
+        if encoder_attention_mask is not None:
+            logits = logits + encoder_attention_mask
+        self.probabilities = logits.softmax(-1)
+        if self.probabilities.requires_grad:
+            self.probabilities.retain_grad()
+        return ((self.probabilities @ value).transpose(1, 2).flatten(2),)
+
+
+class Layer(nn.Module):
+    """Words mix (a mean over the attended ones), then attend to the image where the layer has cross-attention."""
+
+    def __init__(self, width, heads, cross):
+        super().__init__()
+        self.mix = nn.Linear(width, width)
+        if cross:
+            setattr(self, cross, nn.Module())
+            getattr(self, cross).self = Attention(width, heads)
+        self.cross = cross
+
+    def forward(self, words, mask, image, image_mask):
+        mean = (words * mask[:, :, None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+        words = words + torch.tanh(self.mix(words) + mean)
+        if self.cross:
+            words = words + getattr(self, self.cross).self(words, None, None, image, image_mask)[0]
+        return words
+
+
+class Encoder(nn.Module):
+    def __init__(self, cross, first_cross, width=24, heads=3, depth=12):
+        super().__init__()
+        self.embeddings, self.encoder = nn.Embedding(40, width), nn.Module()
+        layers = [Layer(width, heads, cross if number >= first_cross else None) for number in range(depth)]
+        self.encoder.layer = nn.ModuleList(layers)
+
+    @property
+    def base_model(self):
+        return self
+
+    def forward(self, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, return_dict=True):
+        image_mask = -10000.0 * (1 - encoder_attention_mask[:, None, None].float())
+        words = self.embeddings(input_ids)
+        for layer in self.encoder.layer:
+            words = layer(words, attention_mask, encoder_hidden_states, image_mask)
+        return SimpleNamespace(last_hidden_state=words)
+
+
+class Matching(nn.Module):
+    """A stand-in for the models of the guide: their names, any weights."""
+
+    def __init__(self, patches, cross="crossattention", first_cross=6, frames=1, width=24):
+        super().__init__()
+        self.text_encoder = self.text_model = Encoder(cross, first_cross, width)
+        self.itm_head = nn.Linear(width, 2)
+        self.num_frames = frames
+        torch.manual_seed(5)
+        self.words = SimpleNamespace(
+            input_ids=torch.randint(1, 40, (2, 7)), attention_mask=torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+        )
+        self.image = torch.randn(2, 1 + frames * patches, width)
+        self.image_mask = torch.ones(2, 1 + frames * patches, dtype=torch.long)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def logits(self):
+        output = self.text_encoder(self.words.input_ids, self.words.attention_mask, self.image, self.image_mask)
+        return self.itm_head(output.last_hidden_state[:, 0])
+
+    def forward(self, samples, match_head):
+        assert samples == {"image": "pixels", "text_input": "words"} and match_head == "itm"
+        return self.logits()
+
+    def infer(self, data, task_names, ret):
+        assert data == "data" and task_names == "ITM"
+        return ret | {"cross_attn_itm_logits": self.logits()}
+
+    def full_maps(self, attention):
+        """(B, L, patches): mean over the heads of A * relu(dS/dA), from stored attention maps and a whole backward."""
+        self.logits()[:, 1].sum().backward()
+        probabilities = attention.probabilities
+        return (probabilities * probabilities.grad.clamp(min=0)).mean(1).detach()[:, :, 1:]
+
+
+def assert_maps(ours, formula):
+    torch.testing.assert_close(ours, formula, rtol=1e-4, atol=1e-6 * formula.abs().max().item())
+    assert formula.abs().max() > 0
+
+
+def test_gradcam_of_albef():
+    model = Matching(24 * 24).eval()
+    found = run(
+        "Grad-CAM of ALBEF and TCL", model=model, block_num=8, text_input=model.words, image_embeds=model.image,
+        image_atts=model.image_mask,
+    )  # fmt: skip
+    maps = model.full_maps(found.attention) * model.words.attention_mask[:, :, None]
+    assert_maps(found.gradcam, maps.mean(1).reshape(2, 24, 24))
+
+
+def test_gradcam_of_lavis():
+    model = Matching(24 * 24, first_cross=0).eval()
+    found = run(
+        "Grad-CAM of LAVIS and BLIP", model=model, block_num=8, visual_input="pixels", text_input="words",
+        tokenized_text=model.words,
+    )  # fmt: skip
+    maps = model.full_maps(model.text_encoder.encoder.layer[8].crossattention.self)
+    maps = (maps * model.words.attention_mask[:, :, None]).reshape(2, 7, 24, 24)
+    for ours, image, words in zip(found.gradcam_list, maps, (5, 3), strict=True):
+        assert_maps(ours, torch.cat([image[:1], image[1 : words + 1].sum(0, keepdim=True) / words, image[1:]]))
+
+
+def test_gradcam_of_egovlpv2():
+    model = Matching(9, "crossattention_t2i", frames=4).eval()
+    found = run("Grad-CAM of EgoVLPv2", model=model, data="data")
+    assert_maps(found.word_maps, model.full_maps(found.attention).reshape(2, 7, 4, 9))
