@@ -77,9 +77,8 @@ class Captions:
 
     def step(self, model: nn.Module, config: FinetuneConfig) -> tuple[nn.Module, MomentumCopy]:
         """The module that DeepSpeed owns, and the momentum copy."""
-        objectives = ObjectiveConfig(
-            **vars(config.objectives), soft_mask=False, masked_captions=False, mlm_weight=0.0
-        )  # fmt: skip
+        parts = dict(soft_mask=False, masked_captions=False, mlm_weight=0.0)
+        objectives = ObjectiveConfig(**vars(config.objectives), **parts)
         teacher = MomentumTeacher(model, config.objectives, config.train.seed)
         return PretrainingStep(model, objectives, bf16=config.train.bf16), teacher
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -195,31 +196,29 @@ def evaluate_answers(
             text = tokenize(model, tokenizer, [example.text for example in examples])
             truncated += text.truncated
             answers = model.predict(image_pixels(model, examples), text.input_ids, text.attention_mask)
-            answered += zip(indices, examples, answers, strict=True)
-    mine = [
-        (index, model.score(example, answer), answer, _kept(example), model.truth(example))
-        for index, example, answer in answered
-    ]
-    found = gathered((mine, skipped, truncated))
-    results = sorted((result for results, _, _ in found for result in results), key=lambda result: result[0])
-    if not results:
+            without_images = [replace(example, images=[]) for example in examples]
+            answered += zip(indices, without_images, answers, strict=True)
+    found = gathered((answered, skipped, truncated))
+    answered = sorted((one for of_rank, _, _ in found for one in of_rank), key=lambda one: one[0])
+    if not answered:
         raise ValueError(f"source: none of {count} examples can be used: {found[0][1]}")
-    common, _ = Counter(truth for *_, truth in results).most_common(1)[0]
-    floors = gathered([model.score(example, common) for _, example, _ in answered])
+    common, _ = Counter(model.truth(example) for _, example, _ in answered).most_common(1)[0]
+    scores = [model.score(example, answer) for _, example, answer in answered]
+    floors = [model.score(example, common) for _, example, _ in answered]
     return AnswerReport(
         task=model.name,
         metric=model.metric,
-        examples=len(results),
-        score=sum(score for _, score, *_ in results) / len(results),
-        majority=sum(map(sum, floors)) / len(results),
+        examples=len(answered),
+        score=statistics.fmean(scores),
+        majority=statistics.fmean(floors),
         majority_answer=str(common),
         skipped={key: reason for _, skips, _ in found for key, reason in skips.items()},
         truncated_texts=sum(cut for _, _, cut in found),
-        predictions=[kept | {"answer": answer} for _, _, answer, kept, _ in results],
+        predictions=[_named(example) | {"answer": answer} for _, example, answer in answered],
     )
 
 
-def _kept(example: Example) -> dict[str, Any]:
+def _named(example: Example) -> dict[str, Any]:
     """What names an example among the predictions: VQA's server asks for the question's id."""
     number = example.record.get("question_id")
     return {"key": example.key} if number is None else {"question_id": number}
