@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="Runs of each row (default: 3).")
     ablate.add_argument("--deepspeed", default="ds.json", metavar="FILE", help="Default: ds.json.")
     ablate.add_argument(
-        "--launcher", default="", metavar="OPTIONS", help="Of the deepspeed launcher, such as '--num_gpus 4'."
+        "--launcher", default="", metavar="OPTIONS", help="Of the deepspeed launcher, as in --launcher='--num_gpus 4'."
     )
     _debug_option(ablate)
     ablate.set_defaults(run=_ablate)

@@ -114,5 +114,5 @@ def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(tmp_path, mon
     assert "going on after step 2" in (second / "run.log").read_text()
 
     (second / "evaluation.json").unlink()
-    assert main([*command, "--launcher", "--no_such_option"]) == 2
+    assert main([*command, "--launcher=--no_such_option"]) == 2
     assert "failed with status 2; the end of run.log:" in capsys.readouterr().err
