@@ -1,7 +1,7 @@
 """Launched by test_finetune.py: pretrains a small model, then fine-tunes and measures it for every task.
 
 --what learn: all tasks, as long as it takes to learn something; --what resume: one of them, a few steps, again from the
-middle.
+middle, and what can be a start: an ALBEF checkpoint, and a folder for more pretraining.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from softmask_fast import config, engine, finetune, loop, train
 from softmask_fast.data.captions import open_source
 from softmask_fast.data.shapes_tasks import ANSWERS, ShapesTask
 from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.model.checkpoints import load_model, save_albef
 from softmask_fast.tasks import config as tasks
 
 parser = argparse.ArgumentParser()
@@ -97,3 +98,12 @@ else:
         shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000006")
     engine.dist.barrier()
     tune("entailment", RESUMED | {"resume": True}, root / "resumed")
+    model, _ = load_model(root / "pretrained" / "model")
+    if engine.dist.get_rank() == 0:
+        save_albef(model, root / "albef.pth")
+    engine.dist.barrier()
+    albef = {"model": root / "albef.pth", "tokenizer": root / "words", "max_steps": 2}
+    tune("entailment", RESUMED | albef, root / "from-albef")
+    again = {"model_weights": root / "pretrained" / "model", "max_steps": 1, "data": SCENES.format(64)}
+    more = COMMON | again | {"output_dir": root / "pretrained-more"}
+    run(train.pretrain, config.parse_arguments([*launched, "--preset", "base", *flags(more)]))

@@ -79,6 +79,10 @@ def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
     assert main(command) == 0
     alone, together = json.loads(out.read_text()), measured(tmp_path, "whole")
     assert together["examples"] == 31 and all(alone[name] == together[name] for name in together)
+    assert measured(tmp_path, "from-albef")["examples"] == 31
+    more = json.loads((tmp_path / "pretrained-more" / "config.json").read_text())["config"]
+    assert more["preset"] == "base" and more["model"]["text_width"] == 64  # sizes are those of the weights
+    assert (tmp_path / "pretrained-more" / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
