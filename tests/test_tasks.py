@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from softmask_fast.config import make_config
+from softmask_fast.config import DataConfig, make_config
 from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.shapes import COLOURS, ShapesSource, relation
 from softmask_fast.data.shapes_tasks import ANSWERS, UNSEEN_PROPERTIES, ShapesTask
@@ -16,11 +16,12 @@ from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.model.checkpoints import load_model, save_model
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.boxes import intersection_over_union, proposal_score
+from softmask_fast.tasks.config import FinetuneConfig, TaskConfig
 from softmask_fast.tasks.entailment import EntailmentModel
 from softmask_fast.tasks.examples import ExampleLoader, open_examples
 from softmask_fast.tasks.expressions import open_expressions
 from softmask_fast.tasks.nlvr2 import LEFT, NEITHER, RIGHT, NLVR2Model, TextAssignmentModel, assign
-from softmask_fast.tasks.registry import load_task_model
+from softmask_fast.tasks.registry import TASKS, load_task_model
 from softmask_fast.tasks.task import distilled_cross_entropy, evaluate_answers
 from softmask_fast.tasks.vqa import VQAModel, read_answers
 from softmask_fast.tasks.vqa_accuracy import vqa_accuracy
@@ -207,8 +208,17 @@ def test_vqa_accuracy_is_the_official_one():
     assert vqa_accuracy("a dog", ["dog"] * 10) == 0  # where all agree nothing is brought into one form
     assert vqa_accuracy("1,000", ["1000"] * 5 + ["many"] * 5) == 1 and vqa_accuracy("2.5", ["25"] * 5 + ["3"] * 5) == 0
     assert vqa_accuracy("no/yes", ["no yes"] * 5 + ["no"] * 5) == 1
-    with pytest.raises(ValueError, match="at least four people's answers"):
+    with pytest.raises(ValueError, match="annotated: expected the answers of at least 4 people"):
         vqa_accuracy("red", ["red"])
+
+
+def test_too_few_annotators_are_named_before_any_work(tmp_path):
+    path, listed = write_task(tmp_path, "vqa", num=3)
+    listed[1]["answer"] = ["red", "blue"]
+    path.write_text(json.dumps(listed))
+    assert len(TASKS["vqa"].open(str(path), DataConfig(), split="train", **PLACES)) == 3
+    with pytest.raises(ValueError, match='entry 1: "answer": expected one text, or those of at least 4 people'):
+        TASKS["vqa"].open(str(path), DataConfig(), split="val", **PLACES)
 
 
 def test_the_answer_decoder_ranks_by_the_probability_of_the_whole_answer(base, tokenizer):
@@ -349,9 +359,6 @@ def test_answer_lists_are_checked(tmp_path):
 
 
 def test_text_assignment_prepares_pairs(tmp_path, base, tokenizer):
-    from softmask_fast.tasks.config import FinetuneConfig, TaskConfig
-    from softmask_fast.tasks.registry import TASKS
-
     assigned = TextAssignmentModel(base, tokenizer)
     with torch.no_grad():
         assigned.base.fusion.layers[1].attention.self.query.weight.add_(1.0)  # the two of a pair no longer alike

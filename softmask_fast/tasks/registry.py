@@ -35,7 +35,7 @@ from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.config import FinetuneConfig, TaskConfig
 from softmask_fast.tasks.entailment import EntailmentModel
-from softmask_fast.tasks.examples import ExampleLoader, open_examples
+from softmask_fast.tasks.examples import EntryFormat, ExampleLoader, open_examples
 from softmask_fast.tasks.expressions import open_expressions
 from softmask_fast.tasks.grounding import evaluate_grounding
 from softmask_fast.tasks.nlvr2 import NLVR2Model, TextAssignmentModel
@@ -109,12 +109,16 @@ class Labels:
         return open_examples(
             data,
             self.model_class.name,
-            self.model_class.form,
+            self.form(split),
             split=split,
             seed=seed,
             image_size=image_size,
             image_root=options.image_root,
         )
+
+    def form(self, split: str) -> EntryFormat:
+        """How the entries to train on, or to be measured on ("val"), are read."""
+        return self.model_class.form
 
     def model(self, config: FinetuneConfig) -> tuple[TaskModel, Any]:
         base, tokenizer = start_model(config.options, config.data.tokenizer)
@@ -133,6 +137,9 @@ class Labels:
 
 class Questions(Labels):
     """VQA: the answers are ranked from a list."""
+
+    def form(self, split: str) -> EntryFormat:
+        return VQAModel.form if split == "train" else VQAModel.measured_form
 
     def arguments(self, config: FinetuneConfig) -> dict[str, Any]:
         if config.options.answers:

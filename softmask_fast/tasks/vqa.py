@@ -25,7 +25,7 @@ from softmask_fast.model.text import bert_config
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
 from softmask_fast.tasks.examples import EntryFormat, Example, TaskBatch, one_image
 from softmask_fast.tasks.task import TaskModel
-from softmask_fast.tasks.vqa_accuracy import vqa_accuracy
+from softmask_fast.tasks.vqa_accuracy import FEWEST_ANNOTATORS, vqa_accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,17 @@ def _weighted_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
     if isinstance(given, str):
         return [(given, SINGLE_ANSWER_WEIGHT)]
     return [(answer, count / len(answers)) for answer, count in Counter(answers).items()]
+
+
+def _annotated_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
+    """Of an entry to be measured on: as many annotators as the official accuracy needs, or one text."""
+    answers = _weighted_answers(entry)
+    if isinstance(entry["answer"], list) and len(entry["answer"]) < FEWEST_ANNOTATORS:
+        raise ValueError(
+            f'"answer": expected one text, or those of at least {FEWEST_ANNOTATORS} people (VQA v2 has ten), got '
+            f"{entry['answer']!r}"
+        )
+    return answers
 
 
 def read_answers(path: str | Path) -> list[str]:
@@ -61,6 +72,7 @@ class VQAModel(TaskModel):
     name = "vqa"
     metric = "VQA accuracy"
     form = EntryFormat("question", _weighted_answers, one_image)
+    measured_form = EntryFormat("question", _annotated_answers, one_image)
 
     def __init__(self, base: VisionLanguageModel, tokenizer, answers: Sequence[str], candidates: int = 128):
         """answers: those that are ranked; candidates: how many of them, by their first token, are ranked in full."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+FEWEST_ANNOTATORS = 4  # with fewer no answer could be wholly right
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = ("a", "an", "the")
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
@@ -31,9 +32,9 @@ CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has it this way r
 
 def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
     """The accuracy of an answer, in [0, 1], given those of the annotators (ten in VQA v2). Raises ValueError for
-    fewer than four, with whom no answer could be wholly right."""
-    if len(annotated) < 4:
-        raise ValueError(f"annotated: expected at least four people's answers (VQA v2 has ten), got {annotated!r}")
+    fewer than FEWEST_ANNOTATORS."""
+    if len(annotated) < FEWEST_ANNOTATORS:
+        raise ValueError(f"annotated: expected the answers of at least {FEWEST_ANNOTATORS} people, got {annotated!r}")
     answer, annotated = _stripped(answer), [_stripped(other) for other in annotated]
     if len(set(annotated)) > 1:
         answer, annotated = normalised(answer), [normalised(other) for other in annotated]
