@@ -25,6 +25,7 @@ from memory import fake_problem, standing
 
 from softmask_fast.config import make_config
 from softmask_fast.data.captions import open_source
+from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.loader import PretrainingLoader
 from softmask_fast.data.order import KeyedOrder, WindowedOrder
 from softmask_fast.data.shards import ShardSource
@@ -32,7 +33,7 @@ from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.logs import FlopCount
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.train import distortions, sample_captions
+from softmask_fast.train import sample_captions
 
 RANKS = (1, 8, 64, 256, 1000)
 PAIRS = (4e6, 14e6, 100e6, 1e9)
@@ -138,7 +139,8 @@ def core_seconds_per_image(data: str, batches: int = 6) -> float:
     source = open_source(data, split="train", seed=0, image_size=256)
     tokenizer = train_tokenizer(sample_captions(source, 500), 4000)
     with PretrainingLoader(
-        source, tokenizer, batch_size=32, image_size=256, distortions=distortions(config), max_tokens=30, seed=0
+        source, tokenizer, batch_size=32, image_size=256, max_tokens=30, seed=0,
+        distortions=DistortionConfig.of(config.data),
     ) as loader:
         next(loader)
         start = time.process_time()

@@ -1,5 +1,5 @@
-"""The command `softmask-fast`: prepare and index data, evaluate a pretrained model, explain what it sees, and examine
-the machine.
+"""The command `softmask-fast`: prepare and index data, evaluate and explain models, run the ablation, and examine the
+machine.
 
 Everything heavy is imported by the command that needs it, so that --help answers at once.
 """
@@ -19,13 +19,20 @@ from softmask_fast import __version__
 if TYPE_CHECKING:
     import torch
 
+PRETRAINED = ("retrieval", "grounding")  # tasks of a model as pretraining leaves it
+TASKS = (*PRETRAINED, "vqa", "nlvr2", "entailment")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     0; 1 where `doctor` found a fault; 2 after a message about what the user can put right.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, others = parser.parse_known_args(argv)
+    if others and options.run is not _ablate:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.others = others
     try:
         return options.run(options) or 0
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -41,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    evaluate = commands.add_parser("evaluate", help="Measure retrieval or grounding.", description=_evaluate.__doc__)
+    evaluate = commands.add_parser("evaluate", help="Measure a model by a task.", description=_evaluate.__doc__)
     _common_options(evaluate)
     evaluate.add_argument(
         "--data",
@@ -49,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARDS",
         help="WebDataset shards (a file, a folder, 'val-{000..003}.tar', a comma list), JSON lists, or 'shapes'.",
     )
-    evaluate.add_argument("--task", required=True, choices=("retrieval", "grounding"))
+    evaluate.add_argument("--task", required=True, choices=TASKS)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="Write the figures there, too.")
     evaluate.add_argument("--limit", type=int, metavar="N", help="Take the first N samples only.")
     evaluate.add_argument("--batch-size", type=int, default=64, metavar="N", help="Images at a time (default: 64).")
@@ -65,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         help="Let image-text matching re-rank the best K of each query; 0 leaves it out (default: 16).",
     )
     _layer_option(evaluate.add_argument_group("grounding"))
+    entries = evaluate.add_argument_group("tasks whose data are JSON files")
+    entries.add_argument("--image-root", metavar="DIR", help="Where image paths start (default: the JSON's folder).")
+    entries.add_argument("--answers", metavar="FILE", help="vqa: JSON list of answers (default: the model's).")
+    entries.add_argument("--predictions", type=Path, metavar="FILE", help="Write the answers there, as JSON.")
     evaluate.set_defaults(run=_evaluate)
 
     explain = commands.add_parser("explain", help="Draw a heat map for every word.", description=_explain.__doc__)
@@ -92,6 +103,22 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--workers", type=int, metavar="N", help="Processes (default: all cores).")
     _debug_option(prepare)
     prepare.set_defaults(run=_prepare)
+
+    ablate = commands.add_parser(
+        "ablate",
+        help="Compare the parts of the method.",
+        description=_ablate.__doc__,
+        epilog="All other options are those of softmask_fast/train.py, for every run: --data, --preset, --epochs ...",
+        allow_abbrev=False,
+    )
+    ablate.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="Of the runs and the table.")
+    ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="Runs of each row (default: 3).")
+    ablate.add_argument("--deepspeed", default="ds.json", metavar="FILE", help="Default: ds.json.")
+    ablate.add_argument(
+        "--launcher", default="", metavar="OPTIONS", help="Of the deepspeed launcher, as in --launcher='--num_gpus 4'."
+    )
+    _debug_option(ablate)
+    ablate.set_defaults(run=_ablate)
 
     index = commands.add_parser("index", help="Index shards before they are uploaded.", description=_index.__doc__)
     index.add_argument("shards", nargs="+", metavar="SHARDS", help="Local .tar files, patterns or folders.")
@@ -127,30 +154,63 @@ def _layer_option(parser: argparse._ActionsContainer) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    """Print recall@1, 5 and 10 of retrieval, or how well word heat maps point at the boxes of the words."""
-    if options.json is not None:
-        _check_output(options.json, "--json")
+    """Print recall@1, 5 and 10 of retrieval, how well word heat maps point at the boxes of the words, or the accuracy
+    of a model fine-tuned for VQA, NLVR2 or visual entailment."""
+    for name in ("json", "predictions"):
+        if getattr(options, name) is not None:
+            _check_output(getattr(options, name), f"--{name}")
     _check_model(options.model)
     _quiet_libraries()
-    from softmask_fast.data.captions import open_source
-    from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
-    from softmask_fast.model.checkpoints import load_model
-
-    model, tokenizer = load_model(options.model, _device(options.device))
-    source = open_source(options.data, split="val", image_size=model.config.image_size)
     common = {"batch_size": options.batch_size, "limit": options.limit, "progress": sys.stderr.isatty()}
-    if options.task == "retrieval":
-        report = evaluate_retrieval(
-            model, tokenizer, source, captions=options.captions, rerank=options.rerank, **common
-        )
-    else:
-        report = evaluate_grounding(model, tokenizer, source, layer=options.layer, **common)
+    report = (_evaluate_pretrained if options.task in PRETRAINED else _evaluate_answers)(options, common)
     print(report.table())
     for key, reason in report.skipped.items():
         print(f"skipped {key}: {reason}", file=sys.stderr)
     if options.json is not None:
         _write_json(options.json, {"model": str(options.model), "data": options.data} | report.as_dict())
         print(f"written to {options.json}")
+    if options.predictions is not None:
+        _write_json(options.predictions, report.predictions)
+        print(f"written to {options.predictions}")
+
+
+def _evaluate_pretrained(options: argparse.Namespace, common: dict):
+    if options.predictions or options.answers:
+        raise ValueError(f"--predictions, --answers: expected with tasks of answers, not with {options.task}")
+    from softmask_fast.data.captions import open_source
+    from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
+    from softmask_fast.model.checkpoints import load_model
+    from softmask_fast.tasks.expressions import open_expressions
+
+    model, tokenizer = load_model(options.model, _device(options.device))
+    places = {"split": "val", "image_size": model.config.image_size, "image_root": options.image_root}
+    if options.task == "retrieval":
+        source = open_source(options.data, **places)
+        return evaluate_retrieval(
+            model, tokenizer, source, captions=options.captions, rerank=options.rerank, **common
+        )
+    if options.data.endswith(".json"):
+        source = open_expressions(options.data, seed=0, **places)
+    else:
+        source = open_source(options.data, **places)
+    return evaluate_grounding(model, tokenizer, source, layer=options.layer, **common)
+
+
+def _evaluate_answers(options: argparse.Namespace, common: dict):
+    from softmask_fast.config import DataConfig
+    from softmask_fast.tasks import registry
+    from softmask_fast.tasks.task import evaluate_answers
+    from softmask_fast.tasks.vqa import read_answers
+
+    model, tokenizer = registry.load_task_model(options.model, options.task, _device(options.device))
+    if options.answers:
+        if options.task != "vqa":
+            raise ValueError(f"--answers: expected with the task vqa, not with {options.task}")
+        model.answers = read_answers(options.answers)
+    data = DataConfig(image_root=options.image_root)
+    places = {"split": "val", "seed": 0, "image_size": model.config.image_size}
+    source = registry.TASKS[options.task].open(options.data, data, **places)
+    return evaluate_answers(model, tokenizer, source, **common)
 
 
 def _explain(options: argparse.Namespace) -> None:
@@ -202,6 +262,22 @@ def _prepare(options: argparse.Namespace) -> None:
         print(f"row {row}: {image}: {reason}", file=sys.stderr)
     if done.bad:
         print(f"{len(done.bad)} images cannot be used; {options.out / 'bad.csv'} lists them", file=sys.stderr)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    """Pretrain the baseline, the baseline with each part of the method (augmentation, soft masks, focal loss), and with
+    all of them, several seeds each; write a table (JSON, Markdown) and a figure. Called again, it goes on."""
+    _quiet_libraries()
+    from softmask_fast.ablation import markdown, run_ablation
+
+    done = run_ablation(
+        options.others,
+        options.output_dir,
+        seeds=options.seeds,
+        deepspeed=options.deepspeed,
+        launcher=options.launcher,
+    )
+    print(f"\n{markdown(done['rows'])}\ntable and figure: {options.output_dir}")
 
 
 def _index(options: argparse.Namespace) -> None:

@@ -8,10 +8,10 @@ are those of the paper.
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from softmask_fast.data.remote_options import RemoteOptions
 from softmask_fast.ops.focal_itc.module import GATHERS
@@ -44,6 +44,11 @@ class ModelConfig:
         "A BERT on the hub or in a local folder, or 'random'. Its first layers become the text "
         "encoder, the next ones the fusion encoder; cross-attention always starts at random.",
     )
+    model_weights: str | None = option(
+        None,
+        "Start from a whole model: a folder that training exported (DIR/model), or an ALBEF checkpoint. Its sizes and "
+        "its tokenizer are the defaults then.",
+    )
     vocab_size: int = option(30522, "Size of a trained vocabulary; else the tokenizer's.")
     max_tokens: int = option(30, "Longest caption in tokens, [CLS] and [SEP] included.")
     embed_dim: int = option(256, "Width of the contrastive projection.")
@@ -69,6 +74,9 @@ class ModelConfig:
             f"a multiple of text_heads={self.text_heads}",
             self.text_width,
         )
+        for name in ("vision_weights", "text_weights") if self.model_weights else ():
+            expected = "'random' beside model_weights, which fills the whole model"
+            _require(getattr(self, name) == "random", name, expected, getattr(self, name))
         _require(self.text_mlp_ratio > 0, "text_mlp_ratio", "above 0", self.text_mlp_ratio)
         _require(0 <= self.hidden_dropout < 1, "hidden_dropout", "in [0, 1)", self.hidden_dropout)
         # After the last layer [CLS] alone is read, so no word's attention there has a gradient.
@@ -81,23 +89,15 @@ class ModelConfig:
 
 
 @dataclass
-class ObjectiveConfig:
-    """What is learned. `soft_mask`, `focal_gamma`, and `masked_captions` with the distortions are the paper's parts."""
+class MomentumConfig:
+    """The momentum copy, its soft targets, and the contrast with its features."""
 
-    soft_mask: bool = option(True, "Text-driven soft masks: one more matched pair for ITM.")
     focal_gamma: float = option(2.0, "Focal exponent of the contrastive loss; 0 switches it off.")
-    masked_captions: bool = option(True, "The masked caption is the text that ITC, ITM and MLM see (else MLM alone).")
-    itc_weight: float = option(1.0, "Weight of image-text contrast; 0 switches it off.")
-    itm_weight: float = option(1.0, "Weight of image-text matching; 0 switches it off.")
-    mlm_weight: float = option(1.0, "Weight of masked language modelling; 0 switches it off.")
-    mask_probability: float = option(0.15, "Share of the word pieces that are masked.")
-    temperature: float = option(0.07, "Contrastive temperature at the start; it is learned.")
     itc_gather: str = option(
         "momentum",
         "Contrastive keys from all ranks: 'momentum' features, or the model's own with gradient, 'with_grad' or 'ring' "
         "(less memory).",
     )
-    gathered_negatives: bool = option(False, "Hard negatives for ITM from the batches of all ranks, not the own alone.")
     queue_size: int = option(65536, "Momentum features kept per modality as contrastive keys.")
     queue_warmup_steps: int = option(0, "Steps before the queued features become keys; see docs/decisions.md.")
     momentum: float = option(0.995, "Decay of the momentum copy.")
@@ -105,11 +105,31 @@ class ObjectiveConfig:
     distill_ramp_steps: int | None = option(None, "Steps to full distill_alpha; default: one epoch.")
 
     def __post_init__(self) -> None:
-        for name in ("mask_probability", "momentum", "distill_alpha"):
+        for name in ("momentum", "distill_alpha"):
             _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
-        for name in ("focal_gamma", "itc_weight", "itm_weight", "mlm_weight", "queue_size", "queue_warmup_steps"):
+        for name in ("focal_gamma", "queue_size", "queue_warmup_steps"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(self.itc_gather in GATHERS, "itc_gather", " or ".join(map(repr, GATHERS)), self.itc_gather)
+
+
+@dataclass
+class ObjectiveConfig(MomentumConfig):
+    """What is learned. `soft_mask`, `focal_gamma`, and `masked_captions` with the distortions are the paper's parts."""
+
+    soft_mask: bool = option(True, "Text-driven soft masks: one more matched pair for ITM.")
+    masked_captions: bool = option(True, "The masked caption is the text that ITC, ITM and MLM see (else MLM alone).")
+    itc_weight: float = option(1.0, "Weight of image-text contrast; 0 switches it off.")
+    itm_weight: float = option(1.0, "Weight of image-text matching; 0 switches it off.")
+    mlm_weight: float = option(1.0, "Weight of masked language modelling; 0 switches it off.")
+    mask_probability: float = option(0.15, "Share of the word pieces that are masked.")
+    temperature: float = option(0.07, "Contrastive temperature at the start (of new weights); it is learned.")
+    gathered_negatives: bool = option(False, "Hard negatives for ITM from the batches of all ranks, not the own alone.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 <= self.mask_probability <= 1, "mask_probability", "in [0, 1]", self.mask_probability)
+        for name in ("itc_weight", "itm_weight", "mlm_weight"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(0.001 <= self.temperature <= 0.5, "temperature", "in [0.001, 0.5]", self.temperature)
         _require(
             self.itc_weight + self.itm_weight + self.mlm_weight > 0, "itc_weight", "not all objectives switched off", 0
@@ -125,8 +145,9 @@ class DataConfig:
         "'shapes' (drawn on the fly), WebDataset shards ('cc/{000..331}.tar', a folder, a comma list) "
         "by path or by URL (https://, s3://, gs://), or ALBEF JSON lists ('coco.json,vg.json').",
     )
+    image_root: str | None = option(None, "Where relative image paths in JSON lists start; default: the list's folder.")
     eval_data: str | None = option(None, "Held-out pairs evaluated after training; default: unseen shapes for shapes.")
-    eval_size: int = option(256, "How many held-out images the final evaluation takes.")
+    eval_size: int | None = option(256, "How many held-out images the final evaluation takes.")
     tokenizer: str | None = option(
         None, "Tokenizer folder or hub name; default: text_weights', or a WordPiece trained on the captions."
     )
@@ -192,9 +213,20 @@ class TrainConfig:
         )
 
 
+class RunConfig(Protocol):
+    """Everything that decides a run; stored as config.json in the output folder."""
+
+    name: str  # of the run's kind, for its default folder
+    objectives: MomentumConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
 @dataclass
 class Config:
-    """Everything that decides a run; stored as config.json in the output folder."""
+    """Everything that decides a pretraining run."""
 
     preset: str
     model: ModelConfig
@@ -207,6 +239,10 @@ class Config:
             _require(
                 self.train.batch_size >= 2, "batch_size", "at least 2 (ITM needs another pair)", self.train.batch_size
             )
+
+    @property
+    def name(self) -> str:
+        return self.preset
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -251,31 +287,67 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Config, LaunchOption
 
     Raises SystemExit (argparse) for unknown flags and ValueError for values out of range or unknown keys in the file.
     """
+    preset, options, launch = parse_sections(
+        _SECTIONS, "preset", PRESETS, "tiny", "Pretrain a vision-language model with SoftMask++.", argv, _from_weights
+    )
+    return Config(preset, **build_sections(_SECTIONS, options)), launch
+
+
+def parse_sections(
+    sections: dict[str, type],
+    choice: str,
+    table: dict[str, dict[str, Any]],
+    default: str | None,
+    description: str,
+    argv: list[str] | None,
+    more_defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: {},
+) -> tuple[str, dict[str, Any], LaunchOptions]:
+    """The row of `table` that the flag --`choice` names, and the value of every option of the sections' fields.
+
+    A flag wins over the --config file, the file over the row of the table, that over the dataclasses' defaults.
+    more_defaults: of the options so far, what wins over the row of the table, but not over flags and file.
+    """
     from transformers import HfArgumentParser  # slow to import, and not needed to load a trained model
 
-    parser = HfArgumentParser(
-        tuple(_SECTIONS.values()), description="Pretrain a vision-language model with SoftMask++."
-    )
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="Where the other options start; default: tiny.")
+    parser = HfArgumentParser(tuple(sections.values()), description=description)
+    told = f"Where the other options start; default: {default}." if default else "What is learned; expected."
+    parser.add_argument(f"--{choice}", choices=sorted(table), help=told)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of the options.")
     parser.add_argument("--deepspeed", "--deepspeed_config", metavar="FILE", help="DeepSpeed configuration (ds.json).")
     parser.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
 
     first, _ = parser.parse_known_args(argv)
     from_file = _read_options(first.config) if first.config else {}
-    preset = first.preset or from_file.pop("preset", "tiny")
-    from_file.pop("preset", None)
-    if preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
-    known = {f.name for section in _SECTIONS.values() for f in fields(section)}
+    chosen = getattr(first, choice) or from_file.get(choice, default)
+    from_file.pop(choice, None)
+    if chosen not in table:
+        raise ValueError(f"{choice}: expected one of {sorted(table)}, got {chosen!r}")
+    known = {f.name for section in sections.values() for f in fields(section)}
     unknown = sorted(set(from_file) - known)
     if unknown:
         raise ValueError(f"{first.config}: unknown options {unknown}")
-    parser.set_defaults(**PRESETS[preset] | from_file)
+    parser.set_defaults(**table[chosen] | from_file)
     options = parser.parse_args(argv)
+    if more := more_defaults(vars(options)):
+        parser.set_defaults(**table[chosen] | more | from_file)
+        options = parser.parse_args(argv)
     if not options.deepspeed:
         parser.error("--deepspeed: expected the path of a DeepSpeed configuration such as ds.json")
-    return _build(preset, options), LaunchOptions(options.deepspeed, options.local_rank)
+    return chosen, vars(options), LaunchOptions(options.deepspeed, options.local_rank)
+
+
+def build_sections(sections: dict[str, type], options: dict[str, Any]) -> dict[str, Any]:
+    """Each section from the options that are its fields."""
+    return {name: section(**{f.name: options[f.name] for f in fields(section)}) for name, section in sections.items()}
+
+
+def _from_weights(options: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of the model that `model_weights` names."""
+    if not options["model_weights"]:
+        return {}
+    from softmask_fast.model.checkpoints import weights_config
+
+    return asdict(weights_config(options["model_weights"]))
 
 
 def make_config(preset: str = "tiny", **options: Any) -> Config:
@@ -289,15 +361,8 @@ def make_config(preset: str = "tiny", **options: Any) -> Config:
     unknown = sorted(set(options) - set(values))
     if unknown:
         raise ValueError(f"unknown options {unknown}")
-    return _build(preset, Namespace(**values | PRESETS[preset] | options))
-
-
-def _build(preset: str, options: Namespace) -> Config:
-    sections = {
-        name: section(**{f.name: getattr(options, f.name) for f in fields(section)})
-        for name, section in _SECTIONS.items()
-    }
-    return Config(preset=preset, **sections)
+    values |= PRESETS[preset]
+    return Config(preset, **build_sections(_SECTIONS, values | _from_weights(values | options) | options))
 
 
 def _read_options(path: str) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""What DeepSpeed needs: its configuration, the engine, the full weights under every ZeRO stage, and checkpoints."""
+"""What DeepSpeed needs: process group, configuration, engine, the full weights under every ZeRO stage, checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,16 +15,78 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from softmask_fast.config import TrainConfig
+from softmask_fast.config import LaunchOptions, RunConfig, TrainConfig
 from softmask_fast.model.checkpoints import load_own_state, own_state, save_model, save_state
-from softmask_fast.model.momentum import MomentumTeacher
-from softmask_fast.model.pretraining import PretrainingStep
+from softmask_fast.model.momentum import MomentumCopy
+from softmask_fast.model.packing import choose_attention
 
 TRAINING_STATE, TEACHER, MODEL = "training_state.json", "teacher.safetensors", "model"
+
+
+def start_distributed(launch: LaunchOptions) -> None:
+    """Join the launcher's process group; alone (also: by plain python) be a group of one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # on a port of its own, so that several runs fit on one machine
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ.setdefault("LOCAL_RANK", "0")
+    if launch.local_rank >= 0:
+        os.environ["LOCAL_RANK"] = str(launch.local_rank)
+    if get_accelerator().device_name() == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:  # its shared-memory collectives need two minutes of compilation
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def with_precision(train: TrainConfig) -> TrainConfig:
+    """bf16 decided where it was left open: on a GPU that has it."""
+    if train.bf16 is None:
+        train.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return train
+
+
+def check_execution(train: TrainConfig, deepspeed_config: dict) -> None:
+    """Raises ValueError when the layers cannot run as asked for."""
+    device = torch.device(get_accelerator().current_device_name())
+    choose_attention(train.attention, device, torch.bfloat16 if train.bf16 else torch.float32)
+    if train.compile and deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise ValueError("compile: expected false with ZeRO stage 3, which gathers weights block by block, got true")
+
+
+def output_directory(config: RunConfig) -> Path:
+    """The run's folder, agreed on by all ranks and made by the first.
+
+    Raises ValueError when the folder already holds a run and --resume is not given, or not all hosts see it.
+    """
+    choice: list[str | None] = [config.train.output_dir]
+    if choice[0] is None:
+        number = 1
+        while Path(f"runs/{config.name}-{number}").exists():
+            number += 1
+        choice[0] = str(Path(f"runs/{config.name}-{number}").absolute())
+    dist.broadcast_object_list(choice, src=0)
+    output = Path(choice[0])
+    taken = (output / "config.json").exists()
+    dist.barrier()  # all have looked before the first writes
+    if taken and not config.train.resume:
+        raise ValueError(f"output_dir: {output} holds a run; go on with --resume true, or choose another folder")
+    config.train.output_dir = str(output)
+    if dist.get_rank() == 0:
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    seen = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (output / "checkpoints").is_dir())
+    if not all(seen):
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        raise ValueError(f"output_dir: expected a folder that all hosts share, ranks {blind} do not see {output}")
+    return output
 
 
 def read_deepspeed_config(path: str, train: TrainConfig) -> dict[str, Any]:
@@ -48,7 +111,7 @@ def read_deepspeed_config(path: str, train: TrainConfig) -> dict[str, Any]:
     return config
 
 
-def create_engine(step: PretrainingStep, config: dict[str, Any], train: TrainConfig) -> deepspeed.DeepSpeedEngine:
+def create_engine(step: nn.Module, config: dict[str, Any], train: TrainConfig) -> deepspeed.DeepSpeedEngine:
     """Wrap the step. The optimiser is AdamW, unless the DeepSpeed configuration names one (for offloading, say)."""
     decayed = [p for p in step.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in step.parameters() if p.requires_grad and p.ndim < 2]
@@ -82,7 +145,7 @@ def checkpoints(directory: Path) -> list[Path]:
 def save_checkpoint(
     directory: Path,
     engine: deepspeed.DeepSpeedEngine,
-    teacher: MomentumTeacher,
+    teacher: MomentumCopy,
     tokenizer,
     state: dict[str, Any],
     loader_state: dict[str, Any],
@@ -119,7 +182,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumTeacher) -> dict[str, Any]:
+def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumCopy) -> dict[str, Any]:
     """Restore engine and momentum copy; returns the saved state, with the data positions of all its ranks in "loaders".
 
     Written by another number of ranks, the shards of ZeRO go through DeepSpeed's universal format, once, in a folder of

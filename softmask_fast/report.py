@@ -30,6 +30,7 @@ def held_out_source(config: Config) -> CaptionSource | None:
         seed=config.train.seed,
         image_size=config.model.image_size,
         remote=RemoteOptions.of(data),
+        image_root=data.image_root,
     )
 
 
@@ -46,14 +47,19 @@ def report_run(output: Path, config: Config, device: torch.device | str = "cpu")
         )
         return
     model, tokenizer = load_model(output / "model", device)
-    limit = min(config.data.eval_size, len(source))
+    limit = min(config.data.eval_size or len(source), len(source))
     reports = [evaluate_retrieval(model, tokenizer, source, limit=limit, rerank=RERANKED, progress=True)]
     if any(source.read(index).phrases for index in range(limit)):
         reports.append(evaluate_grounding(model, tokenizer, source, limit=limit, progress=True))
     heatmap_page(model, tokenizer, source, output / "heatmaps.png")
-    temporary = output / "evaluation.json.partial"
-    temporary.write_text(json.dumps([report.as_dict() for report in reports], indent=2) + "\n")
-    os.replace(temporary, output / "evaluation.json")
+    write_text(output / "evaluation.json", json.dumps([report.as_dict() for report in reports], indent=2) + "\n")
     for report in reports:
         print(f"\n{report.table()}")
     print(f"\ntables, curves and heat maps: {output}", flush=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from softmask_fast.config import make_config
 from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.model.checkpoints import load_model, save_model
+from softmask_fast.model.checkpoints import load_model, load_weights, save_albef, save_model, weights_tokenizer
 from softmask_fast.model.vision_language import VisionLanguageModel, load_pretrained
 
 SIZES = dict(image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
@@ -110,3 +110,38 @@ def test_weights_that_cannot_be_had_say_what_to_do(tokenizer, tmp_path, monkeypa
     with pytest.raises(ValueError, match="missing .*norm.weight"):
         load_pretrained(make_model(tokenizer, vision_weights=str(tmp_path / "part.safetensors")))
     assert "norm.weight" not in load_file(tmp_path / "part.safetensors")
+
+
+def test_a_whole_model_is_a_start_for_pretraining(tokenizer, tmp_path):
+    model = make_model(tokenizer)
+    save_model(model, tokenizer, tmp_path / "model")
+    config = make_config("base", model_weights=str(tmp_path / "model"), hidden_dropout=0.2).model
+    assert (config.image_size, config.text_width, config.hidden_dropout) == (32, 32, 0.2)  # sizes are the folder's
+    again = VisionLanguageModel(config)
+    load_pretrained(again)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert len(weights_tokenizer(tmp_path / "model", None)) == len(tokenizer)
+    larger = VisionLanguageModel(make_config("tiny", model_weights=str(tmp_path / "model"), image_size=64).model)
+    load_pretrained(larger)
+    assert torch.equal(larger.vision.vit.pos_embed[:, 0], model.vision.vit.pos_embed[:, 0])
+    assert larger.vision.vit.pos_embed.shape[1] == 65
+    wider = VisionLanguageModel(make_config("tiny", model_weights=str(tmp_path / "model"), embed_dim=8).model)
+    with pytest.raises(ValueError, match=r"does not fit .* image_projection.weight has size \(16, 32\), expected \(8,"):
+        load_pretrained(wider)
+    with pytest.raises(ValueError, match="expected a model folder or an ALBEF checkpoint, got .*none"):
+        make_config("tiny", model_weights=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="vision_weights: expected 'random' beside model_weights"):
+        make_config("tiny", model_weights=str(tmp_path / "model"), vision_weights="timm")
+
+
+def test_an_albef_checkpoint_is_a_start_for_pretraining(tokenizer, tmp_path):
+    model = make_model(tokenizer, vision_width=64, vision_heads=1, text_width=64, text_heads=1)
+    save_albef(model, tmp_path / "albef.pth")
+    again = VisionLanguageModel(make_config("base", model_weights=str(tmp_path / "albef.pth")).model)
+    load_pretrained(again)
+    for (name, ours), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+    state = torch.load(tmp_path / "albef.pth", weights_only=True)["model"]
+    torch.save({k: v for k, v in state.items() if not k.startswith("itm_head")}, tmp_path / "headless.pth")
+    with pytest.raises(ValueError, match="expected a checkpoint with all heads, .* lacks itm_head"):
+        load_weights(again, tmp_path / "headless.pth")

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from softmask_fast import engine, train
+from softmask_fast import engine, loop, train
 from softmask_fast.config import parse_arguments
 
 config, launch = parse_arguments(sys.argv[1:])
-train.start_distributed(launch)
+engine.start_distributed(launch)
 root = Path(config.train.output_dir)
-stop = train.StopRequest()
+stop = loop.StopRequest()
 for case in os.environ["CASES"].split(","):
     stage, *options = case.split("+")
     config, _ = parse_arguments(sys.argv[1:] + [text for name in options for text in (f"--{name}", "true")])
     config.train.output_dir = str(root / case)
-    deepspeed_config = engine.read_deepspeed_config(launch.deepspeed, train.with_precision(config.train))
+    deepspeed_config = engine.read_deepspeed_config(launch.deepspeed, engine.with_precision(config.train))
     # no parameter is small enough to stay whole on every rank under stage 3
     deepspeed_config["zero_optimization"] = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
-    assert train.pretrain(config, deepspeed_config, train.output_directory(config), stop)
+    assert train.pretrain(config, deepspeed_config, engine.output_directory(config), stop)
     dist.barrier()

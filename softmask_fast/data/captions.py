@@ -29,6 +29,7 @@ class Phrase:
     first_word: int  # counted in whitespace-separated words of the caption
     n_words: int
     boxes: list[tuple[float, float, float, float]]  # x1 y1 x2 y2, as fractions of width and height
+    proposals: list[tuple[float, float, float, float]] = field(default_factory=list)  # to choose from, where there are
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Sample:
     captions: list[str]  # at least one, each with at least one letter or digit
     phrases: list[Phrase] = field(default_factory=list)
     skipped_captions: int = 0  # captions left out because there is no word in them
+
+    @property
+    def images(self) -> list[bytes | np.ndarray]:
+        return [self.image]
 
 
 class CaptionSource(Protocol):
@@ -66,6 +71,7 @@ def open_source(
     seed: int = 0,
     image_size: int = 64,
     remote: RemoteOptions | None = None,
+    image_root: str | None = None,
 ) -> CaptionSource:
     """Opens `data` and lists its samples.
 
@@ -73,6 +79,7 @@ def open_source(
         WebDataset shards: a tar file, a brace pattern ("cc3m-{000..331}.tar"), a glob pattern, a folder of tar files;
         ALBEF's JSON lists ([{"image": path, "caption": str or list}]); or several of these, as a list or by commas;
         or shards by URL alone (https://, s3://, gs://, ...), brace patterns too, which `remote` says how to keep.
+    image_root: where relative image paths in JSON lists start, default the list's folder.
     Raises ValueError or OSError that names what is missing, damaged or unreachable.
     """
     from softmask_fast.data.remote_shards import RemoteShardSource, expand_urls
@@ -92,7 +99,7 @@ def open_source(
     lists = [path for path in paths if path.suffix == ".json"]
     if unknown := sorted(set(paths) - set(shards) - set(lists)):
         raise ValueError(f"data: {unknown[0]} is neither a .tar shard nor a .json list (nor a folder of shards)")
-    sources = ([ShardSource(shards)] if shards else []) + ([JsonListSource(lists)] if lists else [])
+    sources = ([ShardSource(shards)] if shards else []) + ([JsonListSource(lists, image_root)] if lists else [])
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
 
@@ -139,12 +146,13 @@ def expand_paths(names: Sequence[str]) -> list[Path]:
 class JsonListSource:
     """ALBEF's pre-training lists: JSON files of [{"image": path, "caption": str or list of str}].
 
-    Image paths are absolute or relative to the JSON's folder. Entries with the same image share one image id.
+    Image paths are absolute or relative to image_root (default: the JSON's folder). Entries with the same image share
+    one image id.
     """
 
     encoded = True
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Path], image_root: str | None = None):
         self._images: list[str] = []
         self._captions: list[Any] = []
         for path in paths:
@@ -157,7 +165,7 @@ class JsonListSource:
             for number, entry in enumerate(entries):
                 if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
                     raise ValueError(f'data: {path}: entry {number} has no "image" path: {str(entry)[:100]}')
-                self._images.append(os.path.abspath(os.path.join(path.parent, entry["image"])))
+                self._images.append(os.path.abspath(os.path.join(image_root or path.parent, entry["image"])))
                 self._captions.append(entry.get("caption"))
         if not self._images:
             raise ValueError(f"data: no samples in {', '.join(map(str, paths))}")

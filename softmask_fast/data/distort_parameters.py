@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from softmask_fast.config import DataConfig
 
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 PHOTOMETRIC = ("brightness", "contrast", "colour", "sharpness", "autocontrast", "equalize", "posterize", "solarize")
@@ -50,6 +54,18 @@ class DistortionConfig:
     blur: bool = True
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels of an image 256 wide; scaled with the image size
+
+    @classmethod
+    def of(cls, data: DataConfig) -> DistortionConfig:
+        """From the options of a run."""
+        return cls(
+            crop=data.crop,
+            crop_scale=(data.crop_scale, 1.0),
+            flip=data.flip,
+            rand_augment=data.rand_augment,
+            colour=data.colour,
+            blur=data.blur,
+        )
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale

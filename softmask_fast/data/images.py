@@ -69,6 +69,12 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
     return ImageFacts(width, height, convert=not plain or (orientation != 1 and not is_jpeg))
 
 
+def image_size(image: bytes | np.ndarray) -> tuple[int, int]:
+    """Width and height in pixels, upright. Raises BadSample for an image that cannot be used."""
+    facts = check_image(image)
+    return facts.width, facts.height
+
+
 def convert_image(image: bytes) -> bytes:
     """The image as an upright RGB PNG without alpha."""
     with Image.open(io.BytesIO(image)) as picture:

@@ -1,4 +1,4 @@
-"""The training loader: an endless stream of batches in keyed order that survives bad samples and resumes exactly."""
+"""The training loaders: endless streams of batches in keyed order that survive bad samples and resume exactly."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from softmask_fast.data.captions import CaptionSource
+from softmask_fast.data.captions import CaptionSource, Sample
 from softmask_fast.data.distort import DistortionConfig, DistortionPipeline, draw_parameters
 from softmask_fast.data.download import UnreachableFile
 from softmask_fast.data.images import MAX_PIXELS, BadSample, ImageFacts, check_image, convert_image
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _NAMED = 10  # bad samples named in the error
 _SEARCHED = 1000  # further samples looked at to find them
+
+BatchType = TypeVar("BatchType")
 
 
 class BadDataError(RuntimeError):
@@ -56,9 +58,9 @@ class _Prepared:
     index: int
     key: str
     epoch: int
-    image: bytes | np.ndarray
-    caption: str
-    parameters: dict[str, np.ndarray]
+    images: list[bytes | np.ndarray]
+    parameters: list[dict[str, np.ndarray]]  # of each image
+    content: Any  # what the loader chose of the sample beside its images
     skipped_captions: int
 
 
@@ -81,8 +83,8 @@ class _Selection:
     bad: dict[str, str] = field(default_factory=dict)  # found on the way
 
 
-class PretrainingLoader:
-    """Endless iterator over batches of this rank.
+class SampleLoader(Generic[BatchType]):
+    """Endless iterator over batches of this rank; a subclass says what a batch is, by `_choose` and `_collate`.
 
     Every epoch has its own order over the whole source, dealt to the ranks (data/order.py). A bad sample is skipped and
     the next one takes its place; a batch may reach over the end of an epoch. Images are read and checked by threads
@@ -98,7 +100,6 @@ class PretrainingLoader:
         image_size: int,
         distortions: DistortionConfig,
         max_tokens: int,
-        mask_probability: float = 0.15,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -106,8 +107,9 @@ class PretrainingLoader:
         max_bad_fraction: float = 0.01,
         max_pixels: int = MAX_PIXELS,
         num_threads: int | None = None,
+        images_per_sample: int = 1,
     ):
-        """max_tokens: longest caption, with [CLS] and [SEP]; max_bad_fraction: of this rank's share of the source;
+        """max_tokens: longest caption, with its special tokens; max_bad_fraction: of this rank's share of the source;
         max_pixels: largest image, width times height; num_threads: for checking images and for DALI each (default: the
         cores of this process, shared among the ranks of this machine, at most 16).
         """
@@ -130,19 +132,28 @@ class PretrainingLoader:
         self.bad: dict[str, str] = {}  # key -> reason, in the order in which they were met
 
         self._share = len(range(rank, len(source), world_size))  # samples of this rank in one epoch
-        self._masker = TextMasker(tokenizer, mask_probability)
         self._order = getattr(source, "order", None) or KeyedOrder(source.keys)
-        self._facts = np.zeros(len(source), [("width", np.int32), ("height", np.int32), ("convert", bool)])
+        facts = [("width", np.int32), ("height", np.int32), ("convert", bool)]
+        self._facts = np.zeros((len(source), images_per_sample), facts)
+        self._special = tokenizer("")["input_ids"]  # [CLS], and [SEP] where the tokenizer puts one
         self._pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="softmask-data")
         self._closed = False
         self._progress = _Progress()
         self._visits: deque[tuple[int, int, int, Future[_Prepared]]] = deque()
         self._restart()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[BatchType]:
         return self
 
-    def __next__(self) -> Batch:
+    def _choose(self, sample: Sample, epoch: int) -> Any:
+        """What of a sample beside its images enters the batch; a function of its key, the seed and the epoch alone."""
+        raise NotImplementedError
+
+    def _collate(self, selection: _Selection, pixels: torch.Tensor) -> BatchType:
+        """pixels: of all images, (batch_size * images_per_sample, 3, size, size), sample after sample."""
+        raise NotImplementedError
+
+    def __next__(self) -> BatchType:
         """Raises BadDataError when too many samples are bad, UnreachableFile when a shard cannot be downloaded."""
         if self._closed:
             raise ValueError("the loader is closed")
@@ -248,7 +259,7 @@ class PretrainingLoader:
         self._failure: BadDataError | UnreachableFile | None = None
         self._pipeline = DistortionPipeline(
             image_size=self.image_size,
-            batch_size=self.batch_size,
+            batch_size=self._facts.shape[1] * self.batch_size,
             encoded=self.source.encoded,
             arguments=self.distortions.arguments(),
             device=self.device,
@@ -276,20 +287,24 @@ class PretrainingLoader:
         if key in self._known_bad:
             raise BadSample(self._known_bad[key])
         sample = self.source.read(index)
-        facts = self._check(index, sample.image)
-        image = convert_image(sample.image) if facts.convert else sample.image
-        choice = keyed_generator(self.seed, epoch, key, "caption").integers(len(sample.captions))
-        generator = keyed_generator(self.seed, epoch, key, "image")
-        parameters = draw_parameters(self.distortions, generator, facts.width, facts.height, self.image_size)
-        return _Prepared(index, key, epoch, image, sample.captions[choice], parameters, sample.skipped_captions)
+        images, parameters = [], []
+        for number, image in enumerate(sample.images):
+            facts = self._check((index, number), image)
+            images.append(convert_image(image) if facts.convert else image)
+            generator = keyed_generator(self.seed, epoch, key, "image", *[number] * (number > 0))
+            parameters.append(
+                draw_parameters(self.distortions, generator, facts.width, facts.height, self.image_size)
+            )
+        content = self._choose(sample, epoch)
+        return _Prepared(index, key, epoch, images, parameters, content, sample.skipped_captions)
 
-    def _check(self, index: int, image: bytes | np.ndarray) -> ImageFacts:
-        """Decodes an image in full at its first visit only."""
-        found = self._facts[index]
+    def _check(self, place: tuple[int, int], image: bytes | np.ndarray) -> ImageFacts:
+        """Decodes an image in full at its first visit only. place: index of the sample, number of the image in it."""
+        found = self._facts[place]
         if found["width"]:
             return ImageFacts(int(found["width"]), int(found["height"]), bool(found["convert"]))
         facts = check_image(image, self.max_pixels)
-        self._facts[index] = (facts.width, facts.height, facts.convert)
+        self._facts[place] = (facts.width, facts.height, facts.convert)
         return facts
 
     def _select(self, progress: _Progress) -> _Selection:
@@ -347,7 +362,8 @@ class PretrainingLoader:
 
     def _schedule(self, selection: _Selection) -> None:
         self._pipeline.schedule(
-            [sample.image for sample in selection.samples], [sample.parameters for sample in selection.samples]
+            [image for sample in selection.samples for image in sample.images],
+            [parameters for sample in selection.samples for parameters in sample.parameters],
         )
         self._scheduled = selection
 
@@ -367,9 +383,12 @@ class PretrainingLoader:
         found = {}
         for sample in selection.samples:
             single = DistortionPipeline(
-                image_size=self.image_size, batch_size=1, encoded=self.source.encoded, device=self.device
+                image_size=self.image_size,
+                batch_size=len(sample.images),
+                encoded=self.source.encoded,
+                device=self.device,
             )
-            single.schedule([sample.image])
+            single.schedule(sample.images)
             try:
                 single.result()
             except RuntimeError as reason:
@@ -381,53 +400,71 @@ class PretrainingLoader:
             self._note_bad(key, reason, selection, selection.progress.epoch)
         self.bad.update(found)
 
-    def _collate(self, selection: _Selection, pixels: torch.Tensor) -> Batch:
-        samples = selection.samples
-        captions = []
-        for sample, ids in zip(samples, self._tokenize(selection), strict=True):
-            captions.append((ids, self._masker.mask(ids, keyed_generator(self.seed, sample.epoch, sample.key, "mask"))))
-        length = max(len(ids) for ids, _ in captions)
-        shape = (len(samples), length)
-        input_ids = np.full(shape, self.tokenizer.pad_token_id, np.int64)
-        masked_ids = input_ids.copy()
-        attention_mask = np.zeros(shape, bool)
-        for row, (ids, masked) in enumerate(captions):
-            input_ids[row, : len(ids)] = ids
-            masked_ids[row, : len(ids)] = masked.ids
-            attention_mask[row, : len(ids)] = True
-        positions = [masked.positions + row * length for row, (_, masked) in enumerate(captions)]
-
-        def tensor(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(self.device)
-
-        return Batch(
-            pixels=pixels,
-            input_ids=tensor(input_ids),
-            masked_ids=tensor(masked_ids),
-            attention_mask=tensor(attention_mask),
-            mlm_positions=tensor(np.concatenate(positions)),
-            mlm_labels=tensor(np.concatenate([masked.labels for _, masked in captions])),
-            word_index=tensor(np.array([masked.word_index for _, masked in captions], np.int64)),
-            ids=tensor(self.source.image_ids[[sample.index for sample in samples]]),
-            keys=[sample.key for sample in samples],
-            token_count=sum(len(ids) for ids, _ in captions),
-        )
-
-    def _tokenize(self, selection: _Selection) -> list[np.ndarray]:
-        """[CLS] ... [SEP] of each caption, at most `max_tokens` long; counts those that are cut."""
-        encoded = self.tokenizer(
-            [sample.caption for sample in selection.samples], add_special_tokens=False, verbose=False
-        )
+    def _tokenize(self, selection: _Selection, texts: list[str]) -> list[np.ndarray]:
+        """The tokens of each text with its special ones, at most `max_tokens` long; counts those that are cut."""
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        room = self.max_tokens - len(self._special)
         rows = []
         for sample, ids in zip(selection.samples, encoded["input_ids"], strict=True):
-            room = self.max_tokens - 2
             if len(ids) > room:
                 selection.progress.truncated_captions += 1
                 if sample.key not in self._cut:  # a line at the first visit is enough
                     self._cut.add(sample.key)
-                    logger.info("caption of %s cut from %d to %d tokens", sample.key, len(ids) + 2, self.max_tokens)
-            rows.append(np.array([self.tokenizer.cls_token_id, *ids[:room], self.tokenizer.sep_token_id], np.int64))
+                    total = len(ids) + len(self._special)
+                    logger.info("text of %s cut from %d to %d tokens", sample.key, total, self.max_tokens)
+            rows.append(np.array([self._special[0], *ids[:room], *self._special[1:]], np.int64))
         return rows
+
+    def _padded(self, rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token rows of several lengths -> input_ids (B, L) int64 and attention_mask (B, L) bool, on the device."""
+        lengths = np.array([len(row) for row in rows])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(mask.shape, self.tokenizer.pad_token_id, np.int64)
+        ids[mask] = np.concatenate(rows)
+        return self._tensor(ids), self._tensor(mask)
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+
+class PretrainingLoader(SampleLoader[Batch]):
+    """Batches of images and captions, with masked words."""
+
+    def __init__(
+        self, source: CaptionSource, tokenizer: PreTrainedTokenizerFast, *, mask_probability: float = 0.15, **options
+    ):
+        """options: those of `SampleLoader`."""
+        self._masker = TextMasker(tokenizer, mask_probability)
+        super().__init__(source, tokenizer, **options)
+
+    def _choose(self, sample: Sample, epoch: int) -> str:
+        """One of the captions."""
+        return sample.captions[keyed_generator(self.seed, epoch, sample.key, "caption").integers(len(sample.captions))]
+
+    def _collate(self, selection: _Selection, pixels: torch.Tensor) -> Batch:
+        samples = selection.samples
+        captions = self._tokenize(selection, [sample.content for sample in samples])
+        masked = [
+            self._masker.mask(ids, keyed_generator(self.seed, sample.epoch, sample.key, "mask"))
+            for sample, ids in zip(samples, captions, strict=True)
+        ]
+        input_ids, attention_mask = self._padded(captions)
+        masked_ids, _ = self._padded([caption.ids for caption in masked])
+        length = input_ids.shape[1]
+        return Batch(
+            pixels=pixels,
+            input_ids=input_ids,
+            masked_ids=masked_ids,
+            attention_mask=attention_mask,
+            mlm_positions=self._tensor(
+                np.concatenate([caption.positions + row * length for row, caption in enumerate(masked)])
+            ),
+            mlm_labels=self._tensor(np.concatenate([caption.labels for caption in masked])),
+            word_index=self._tensor(np.array([caption.word_index for caption in masked], np.int64)),
+            ids=self._tensor(self.source.image_ids[[sample.index for sample in samples]]),
+            keys=[sample.key for sample in samples],
+            token_count=sum(len(ids) for ids in captions),
+        )
 
 
 def default_threads() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ COLOURS = {
 }
 SIZES = {"small": 0.11, "large": 0.16}  # half the width of an object, as a fraction of the image's
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+NAMES = ("full", "colour")  # of objects: "small red circle", or "red object", which is learned sooner
 DEFAULT_SCENES = {"train": 65_536, "val": 4096}
 VALIDATION_PARTS = (1, 4)  # one in four contents (objects and relation) is kept for validation
 _MARGIN = 0.01  # between objects, as a fraction of the width
@@ -112,38 +113,52 @@ class ShapesSource:
         *,
         num: int | None = None,
         objects: tuple[int, int] = (2, 2),
+        colours: int = len(COLOURS),
+        names: str = "full",
         split: str = "train",
         seed: int = 0,
         image_size: int = 64,
     ):
-        """objects: the smallest and largest number of objects in a scene; image_size: width and height in pixels."""
+        """objects: the smallest and largest number of objects in a scene; colours: of how many colours they are, the
+        fewer the sooner it is learned; names: how they are called, see NAMES (a scene's objects then differ in it);
+        image_size: width and height in pixels."""
         num = DEFAULT_SCENES.get(split, DEFAULT_SCENES["val"]) if num is None else num
         if num < 1:
             raise ValueError(f"shapes: num must be at least 1, got {num}")
         if not 2 <= objects[0] <= objects[1] <= 3:
             raise ValueError(f"shapes: objects must be 2, 3 or 2-3, got {objects[0]}-{objects[1]}")
+        if names not in NAMES:
+            raise ValueError(f"shapes: names must be {' or '.join(NAMES)}, got {names!r}")
+        fewest = 2 if names == "full" else objects[1] + 1  # so that a scene can lack one
+        if not fewest <= colours <= len(COLOURS):
+            raise ValueError(f"shapes: colours must be {fewest} to {len(COLOURS)}, got {colours}")
         if image_size < 16:
             raise ValueError(f"shapes: image_size must be at least 16, got {image_size}")
-        self.num, self.objects, self.split, self.seed, self.image_size = num, objects, split, seed, image_size
+        self.num, self.objects, self.colours, self.names = num, objects, colours, names
+        self.split, self.seed, self.image_size = split, seed, image_size
         self.keys = [f"shapes-{split}-{seed}-{index:06d}" for index in range(num)]
         self.image_ids = identities(self.keys)
 
     @classmethod
     def from_options(cls, options: str, *, split: str, seed: int, image_size: int) -> ShapesSource:
-        """From "num=4096,objects=2-3" (both may be left out)."""
+        """From "num=4096,objects=2-3,colours=10,names=full" (each may be left out)."""
         values: dict = {}
         for option in filter(None, options.split(",")):
             name, _, value = option.partition("=")
             low, _, high = value.partition("-")
             try:
-                if name == "num":
-                    values["num"] = int(value)
+                if name in ("num", "colours"):
+                    values[name] = int(value)
+                elif name == "names":
+                    values[name] = value
                 elif name == "objects":
                     values["objects"] = (int(low), int(high or low))
                 else:
                     raise ValueError(name)
             except ValueError:
-                raise ValueError(f"shapes: cannot read option {option!r}; expected num=65536 or objects=2-3") from None
+                raise ValueError(
+                    f"shapes: cannot read option {option!r}; expected num=65536, objects=2-3, colours=10 or names=full"
+                ) from None
         return cls(**values, split=split, seed=seed, image_size=image_size)
 
     def __len__(self) -> int:
@@ -153,33 +168,46 @@ class ShapesSource:
         """The objects of one scene, in the order in which its captions name them."""
         generator = keyed_generator(self.seed, self.split, self.objects, index, "scene")
         while True:
-            scene = _draw_scene(generator, int(generator.integers(self.objects[0], self.objects[1] + 1)))
-            if scene and _is_validation(scene) == (self.split != "train"):
+            count = int(generator.integers(self.objects[0], self.objects[1] + 1))
+            scene = _draw_scene(generator, count, self.colours)
+            if scene is None or len({self.name(thing) for thing in scene}) < count:
+                continue
+            if _is_validation(scene) == (self.split != "train"):
                 return scene
+
+    def name(self, thing: SceneObject) -> str:
+        """What the captions call an object."""
+        return thing.name if self.names == "full" else f"{thing.colour} object"
+
+    def draw(self, index: int, scene: Sequence[SceneObject]) -> np.ndarray:
+        """The picture of one scene, with the background of that number: (image_size, image_size, 3) uint8."""
+        return _paint(scene, self.image_size, keyed_generator(self.seed, self.split, index, "background"))
 
     def read(self, index: int) -> Sample:
         if not 0 <= index < self.num:
             raise IndexError(f"shapes: index {index} is outside [0, {self.num})")
         scene = self.scene(index)
-        described = describe(scene)
-        image = _paint(scene, self.image_size, keyed_generator(self.seed, self.split, index, "background"))
+        described = describe(scene, self.name)
         return Sample(
             self.keys[index],
-            image,
+            self.draw(index, scene),
             [caption for caption, _ in described],
             [phrase for _, phrases in described for phrase in phrases],
         )
 
 
-def describe(scene: Sequence[SceneObject]) -> list[tuple[str, list[Phrase]]]:
-    """Captions of a scene, each naming every object, with the phrases for the objects."""
+def describe(
+    scene: Sequence[SceneObject], name: Callable[[SceneObject], str] = lambda thing: thing.name
+) -> list[tuple[str, list[Phrase]]]:
+    """Captions of a scene, each naming every object, with the phrases for the objects; the boxes of all objects are a
+    phrase's proposals."""
     texts: list[list[str | SceneObject]] = [
         _chain(scene, "{}"),
         _chain(scene[::-1], "{}"),
         ["there is", *_chain(scene, "that is {}")],
         ["the picture shows", *_chain(scene[::-1], "placed {}")],
     ]
-    return [_caption(parts) for parts in texts]
+    return [_caption(parts, name) for parts in texts]
 
 
 def _chain(scene: Sequence[SceneObject], link: str) -> list[str | SceneObject]:
@@ -190,23 +218,25 @@ def _chain(scene: Sequence[SceneObject], link: str) -> list[str | SceneObject]:
     return parts
 
 
-def _caption(parts: Sequence[str | SceneObject]) -> tuple[str, list[Phrase]]:
+def _caption(
+    parts: Sequence[str | SceneObject], name: Callable[[SceneObject], str]
+) -> tuple[str, list[Phrase]]:
     words: list[str] = []
     places: list[tuple[SceneObject, int, int]] = []  # object, its first word, number of words
     for part in parts:
-        text = f"a {part.name}" if isinstance(part, SceneObject) else part
+        text = f"a {name(part)}" if isinstance(part, SceneObject) else part
         if isinstance(part, SceneObject):
             places.append((part, len(words), len(text.split())))
         words += text.split()
-    caption = " ".join(words)
+    caption, boxes = " ".join(words), [thing.box for thing, _, _ in places]
     return caption, [
-        Phrase(caption, " ".join(words[first : first + n]), first, n, [thing.box]) for thing, first, n in places
+        Phrase(caption, " ".join(words[first : first + n]), first, n, [thing.box], boxes) for thing, first, n in places
     ]
 
 
-def _draw_scene(generator: np.random.Generator, count: int) -> list[SceneObject] | None:
+def _draw_scene(generator: np.random.Generator, count: int, palette: int) -> list[SceneObject] | None:
     """One random scene, or None when its objects overlap, look the same or stand in no clear relation."""
-    sizes, colours, shapes = list(SIZES), list(COLOURS), list(OUTLINES)
+    sizes, colours, shapes = list(SIZES), list(COLOURS)[:palette], list(OUTLINES)
     kinds = generator.integers((len(sizes), len(colours), len(shapes)), size=(count, 3))
     places = generator.random((count, 2))
     scene = []

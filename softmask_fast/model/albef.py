@@ -92,11 +92,14 @@ class AlbefReport:
         return "; ".join(lines) or "every tensor has its place"
 
 
-def load_albef(path: str | Path, *, image_size: int | None = None, head_width: int = 64) -> VisionLanguageModel:
+def load_albef(
+    path: str | Path, *, image_size: int | None = None, head_width: int = 64, complete: bool = False
+) -> VisionLanguageModel:
     """Read an ALBEF checkpoint (.pth; pretrained or fine-tuned) -> the model, in eval mode, float32, on the CPU.
 
     image_size: side of the input in pixels, default the checkpoint's; position embeddings are interpolated as ALBEF
-    does. head_width: width of an attention head, the one size that no tensor shows.
+    does. head_width: width of an attention head, the one size that no tensor shows. complete: a checkpoint that lacks
+    heads is an error.
     What has no place in the model, and which heads the checkpoint lacks, is logged as a warning; `load_albef_state`
     returns it. Nothing is unpickled but tensors and plain containers. Raises ValueError for a file that is no
     checkpoint, for missing tensors and for sizes that do not fit.
@@ -112,6 +115,8 @@ def load_albef(path: str | Path, *, image_size: int | None = None, head_width: i
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"path: expected a state dict, alone or under 'model', in {str(path)!r}")
     model, report = load_albef_state(state, image_size=image_size, head_width=head_width)
+    if complete and report.absent:
+        raise ValueError(f"path: expected a checkpoint with all heads, {str(path)!r} lacks {', '.join(report.absent)}")
     if report.unplaced or report.absent:
         logger.warning("%s: %s", path, report)
     return model
@@ -135,7 +140,7 @@ def load_albef_state(
                 continue
             value = left.pop(theirs)
             if name == "vision.vit.pos_embed":
-                value = _resample_positions(value, model.grid_size)
+                value = resample_positions(value, model.grid_size)
             elif name == "log_temperature":
                 value = _positive(value, theirs).log()
             if name.endswith("value_bias") or name == "log_temperature":
@@ -288,12 +293,13 @@ def _positive(temperature: Tensor, name: str) -> Tensor:
     return temperature
 
 
-def _resample_positions(positions: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Position embeddings (1, 1 + n * n, Cv) for another grid, [CLS]'s unchanged: bicubic, as ALBEF's code does."""
-    side = math.isqrt(positions.shape[1] - 1)
-    if (side, side) == grid_size:
+def resample_positions(positions: Tensor, grid_size: tuple[int, int], prefix: int = 1) -> Tensor:
+    """Position embeddings (1, prefix + n * n, Cv) for another grid, the prefix tokens' unchanged: bicubic, as ALBEF's
+    code does."""
+    side = math.isqrt(positions.shape[1] - prefix)
+    if (side, side) == tuple(grid_size):
         return positions
-    first, patches = positions[:, :1], positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    first, patches = positions[:, :prefix], positions[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     patches = F.interpolate(patches.float(), size=grid_size, mode="bicubic", align_corners=False)
     return torch.cat([first, patches.flatten(2).mT], dim=1)
 

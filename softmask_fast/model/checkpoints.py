@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -13,12 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
-from softmask_fast.model.albef import load_albef, save_albef
+from softmask_fast.model.albef import albef_tokenizer, load_albef, resample_positions, save_albef
 from softmask_fast.model.vision_language import VisionLanguageModel
 
-__all__ = ["load_albef", "load_model", "load_own_state", "own_state", "save_albef", "save_model", "save_state"]
+__all__ = [
+    "load_albef", "load_model", "load_own_state", "load_weights", "own_state", "save_albef", "save_model", "save_state",
+    "weights_config", "weights_tokenizer",
+]  # fmt: skip
 
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+WEIGHTS, CONFIG, TOKENIZER, TASK = "model.safetensors", "config.json", "tokenizer", "task.json"
+ALBEF_TOKENIZER = "google-bert/bert-base-uncased"
 
 
 def save_state(state: dict[str, Tensor], path: str | Path) -> None:
@@ -52,10 +56,11 @@ def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def save_model(
-    model: VisionLanguageModel, tokenizer, directory: str | Path, state: dict[str, Tensor] | None = None
+    model: nn.Module, tokenizer, directory: str | Path, state: dict[str, Tensor] | None = None
 ) -> None:
     """Write a model folder, whole or not at all; an existing one is replaced.
 
+    model: a VisionLanguageModel, or a model fine-tuned for a task, whose `task_record` goes into task.json.
     state: the weights, by default the model's own (under ZeRO-3 these are empty and the gathered ones are given here).
     """
     directory = Path(directory)
@@ -64,6 +69,8 @@ def save_model(
     temporary.mkdir(parents=True)
     save_state(own_state(model) if state is None else state, temporary / WEIGHTS)
     (temporary / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+    if not isinstance(model, VisionLanguageModel):
+        (temporary / TASK).write_text(json.dumps(model.task_record, indent=2) + "\n")
     tokenizer.save_pretrained(temporary / TOKENIZER)
     if directory.exists():
         shutil.rmtree(directory)
@@ -77,6 +84,16 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu"):
     """
     from softmask_fast.data.tokenizer import load_tokenizer
 
+    model = VisionLanguageModel(_config_without_task(directory))
+    load_own_state(model, load_file(Path(directory) / WEIGHTS))
+    return model.to(device).eval(), load_tokenizer(str(Path(directory) / TOKENIZER))
+
+
+def read_model_folder(directory: str | Path) -> tuple[ModelConfig, dict | None]:
+    """The configuration in a model folder, and the record of the task that the model is fine-tuned for.
+
+    Raises ValueError that names what is missing or unknown.
+    """
     directory = Path(directory)
     absent = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (directory / name).exists()]
     if absent:
@@ -87,6 +104,69 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu"):
     unknown = sorted(options.keys() - {f.name for f in fields(ModelConfig)})
     if unknown:
         raise ValueError(f"model: {directory / CONFIG} has unknown options {unknown}")
-    model = VisionLanguageModel(ModelConfig(**options))
-    load_own_state(model, load_file(directory / WEIGHTS))
-    return model.to(device).eval(), load_tokenizer(str(directory / TOKENIZER))
+    # where this model's own weights came from is no matter here
+    options |= {"vision_weights": "random", "text_weights": "random", "model_weights": None}
+    task = json.loads((directory / TASK).read_text()) if (directory / TASK).exists() else None
+    return ModelConfig(**options), task
+
+
+def _config_without_task(directory: str | Path) -> ModelConfig:
+    config, task = read_model_folder(directory)
+    if task is not None:
+        raise ValueError(f"model: expected a model without a task's head, {directory} is fine-tuned for {task['task']}")
+    return config
+
+
+def weights_config(path: str | Path) -> ModelConfig:
+    """The configuration of a model that starts from `path`: a model folder, or an ALBEF checkpoint.
+
+    Raises ValueError when it is neither.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config, _ = read_model_folder(path)
+    elif path.is_file():
+        config = load_albef(path).config
+    else:
+        raise ValueError(f"model_weights: expected a model folder or an ALBEF checkpoint, got {str(path)!r}: no such")
+    return replace(config, model_weights=str(path))
+
+
+def weights_tokenizer(path: str | Path, named: str | None):
+    """The tokeniser of a model that starts from `path`: the named one, else a folder's own, else ALBEF's, from the hub.
+
+    Raises ValueError when it cannot be had.
+    """
+    from softmask_fast.data.tokenizer import load_tokenizer
+
+    if Path(path).is_dir():
+        return load_tokenizer(named or str(Path(path) / TOKENIZER))
+    return albef_tokenizer(load_tokenizer(named or ALBEF_TOKENIZER))
+
+
+def load_weights(model: VisionLanguageModel, path: str | Path, *, complete: bool = True) -> None:
+    """Fill a model with the weights of a model folder or an ALBEF checkpoint; position embeddings of the image are
+    resampled to its grid.
+
+    complete: an ALBEF checkpoint that lacks heads is an error; else they are new, and the log names them.
+    Raises ValueError when a tensor is missing, left over, or of another size.
+    """
+    if Path(path).is_dir():
+        _config_without_task(path)
+        state = load_file(Path(path) / WEIGHTS)
+    else:
+        state = own_state(load_albef(path, complete=complete))
+    try:
+        fill_model(model, state)
+    except ValueError as error:
+        raise ValueError(f"model_weights: {path} does not fit the model's options: {error}") from error
+
+
+def fill_model(model: VisionLanguageModel, state: dict[str, Tensor]) -> None:
+    """`load_own_state` of a model whose image grid may be another one: its position embeddings are resampled."""
+    name = "vision.vit.pos_embed"
+    if name in state:
+        rows, columns = model.grid_size
+        prefix = model.get_parameter(name).shape[1] - rows * columns
+        state = state | {name: resample_positions(state[name], model.grid_size, prefix)}
+    load_own_state(model, state)

@@ -11,30 +11,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from softmask_fast.config import ObjectiveConfig
+from softmask_fast.config import MomentumConfig
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import FocalITCLoss
 
 
-class MomentumTeacher(nn.Module):
-    """An exponential moving average of the model, and the contrastive loss with the queues of its features.
+class MomentumCopy(nn.Module):
+    """An exponential moving average of a model; every rank holds the same one."""
 
-    Every rank holds the same copy and the same queues. Initial queues are drawn from `seed`.
-    """
-
-    def __init__(self, model: VisionLanguageModel, objectives: ObjectiveConfig, seed: int = 0):
+    def __init__(self, model: nn.Module, momentum: float):
         super().__init__()
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self.momentum = objectives.momentum
-        self.contrast = FocalITCLoss(
-            model.config.embed_dim,
-            objectives.queue_size,
-            gamma=objectives.focal_gamma,
-            gather=objectives.itc_gather,
-            seed=seed,
-        )
+        self.momentum = momentum
 
-    def train(self, mode: bool = True) -> MomentumTeacher:
+    def train(self, mode: bool = True) -> MomentumCopy:
         """The copy never trains: its soft targets come without dropout."""
         super().train(mode)
         self.model.eval()
@@ -49,3 +39,20 @@ class MomentumTeacher(nn.Module):
             raise ValueError(f"weights: expected every parameter of the model, {sorted(averages)} did not come")
         ours, theirs = [average for average, _ in pairs], [weight.to(average.dtype) for average, weight in pairs]
         torch._foreach_lerp_(ours, theirs, 1 - self.momentum)
+
+
+class MomentumTeacher(MomentumCopy):
+    """The momentum copy of a vision-language model, and the contrastive loss with the queues of its features.
+
+    Every rank holds the same queues. Initial queues are drawn from `seed`.
+    """
+
+    def __init__(self, model: VisionLanguageModel, objectives: MomentumConfig, seed: int = 0):
+        super().__init__(model, objectives.momentum)
+        self.contrast = FocalITCLoss(
+            model.config.embed_dim,
+            objectives.queue_size,
+            gamma=objectives.focal_gamma,
+            gather=objectives.itc_gather,
+            seed=seed,
+        )

@@ -41,16 +41,7 @@ class VisionLanguageModel(nn.Module):
         for module in (self.fusion, self.image_projection, self.text_projection, self.match_head):
             module.apply(_initialise)
         _initialise(self.language_head.transform.dense)
-        self._hold_key_biases()
-
-    def _hold_key_biases(self) -> None:
-        """A key bias adds one number to all logits of a query, which softmax ignores: its gradient is rounding noise,
-        of which Adam would make steps of full size. Here it is zero."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("self.key.bias"):
-                parameter.register_hook(torch.zeros_like)
-            elif name.endswith("attn.qkv.bias"):
-                parameter.register_hook(_without_key_part)
+        hold_key_biases(self)
 
     def set_execution(self, attention: str = "auto", checkpointing: bool = False, compile: bool = False) -> None:
         """How the layers run; the numbers stay the same, but for rounding.
@@ -170,6 +161,11 @@ def load_pretrained(model: VisionLanguageModel) -> None:
     Raises ValueError that says what to do when weights cannot be had or do not fit.
     """
     config = model.config
+    if config.model_weights:
+        from softmask_fast.model.checkpoints import load_weights
+
+        load_weights(model, config.model_weights)
+        return
     load_vision_weights(model.vision, config)
     if config.text_weights == "random":
         return
@@ -184,6 +180,16 @@ def load_pretrained(model: VisionLanguageModel) -> None:
             getattr(ours, part).load_state_dict(getattr(theirs, part).state_dict())
     model.language_head.transform.load_state_dict(bert.cls.predictions.transform.state_dict())
     model.language_head.decoder.bias.data.copy_(bert.cls.predictions.decoder.bias)
+
+
+def hold_key_biases(module: nn.Module) -> None:
+    """A key bias adds one number to all logits of a query, which softmax ignores: its gradient is rounding noise, of
+    which Adam would make steps of full size. Here it is zero."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("self.key.bias"):
+            parameter.register_hook(torch.zeros_like)
+        elif name.endswith("attn.qkv.bias"):
+            parameter.register_hook(_without_key_part)
 
 
 def _without_key_part(gradient: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Tasks a pretrained model is measured by."""
+"""Tasks that a pretrained model is measured by and fine-tuned for."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 Box = tuple[float, float, float, float]  # x1 y1 x2 y2 as fractions of width and height
 
@@ -46,6 +48,34 @@ def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
         mask_image=float(mask.mean()),
         flat=high == low,
     )
+
+
+def proposal_score(
+    heat: np.ndarray, boxes: Sequence[Box], proposals: Sequence[Box], size: tuple[int, int]
+) -> tuple[bool, float]:
+    """Whether the proposal that a heat map (rows, cols) chooses is right, and the share of the proposals that are.
+
+    The protocol of weakly supervised grounding on RefCOCO+ (ALBEF; MAttNet's detections are the proposals): the map is
+    interpolated (bicubic) to the image's size (width, height); the proposal with the largest sum of the map by the
+    square root of its area is chosen, and right with an intersection over union of at least 0.5.
+    """
+    width, height = size
+    full = F.interpolate(torch.from_numpy(heat)[None, None].double(), size=(height, width), mode="bicubic")[0, 0]
+    pixels = [np.round(np.multiply(box, (width, height, width, height)), 3) for box in proposals]
+    sums = [full[int(y1) : int(y2), int(x1) : int(x2)].sum().item() for x1, y1, x2, y2 in pixels]
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in pixels]
+    chosen = int(np.argmax(np.divide(sums, np.sqrt(areas))))
+    right = [max(intersection_over_union(box, proposal) for box in boxes) >= 0.5 for proposal in proposals]
+    return right[chosen], float(np.mean(right))
+
+
+def intersection_over_union(first: Box, second: Box) -> float:
+    def area(box: Box) -> float:
+        return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+    low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
+    common = area((*low, *high))
+    return common / (area(first) + area(second) - common)
 
 
 def box_coverage(boxes: Sequence[Box], rows: int, cols: int) -> np.ndarray:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from softmask_fast.data.distort import evaluation_pixels
@@ -52,10 +53,11 @@ def tokenize(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, cap
     )
 
 
-def image_pixels(model: VisionLanguageModel, samples: list[Sample]) -> Tensor:
-    """(B, 3, image_size, image_size): the whole images without distortion, on the model's device."""
-    device = next(model.parameters()).device
-    return evaluation_pixels([sample.image for sample in samples], model.config.image_size, device=device)
+def image_pixels(model: VisionLanguageModel, samples: Sequence[Sample]) -> Tensor:
+    """(images, 3, image_size, image_size): the whole images without distortion, sample after sample, on the model's
+    device."""
+    images = [image for sample in samples for image in sample.images]
+    return evaluation_pixels(images, model.config.image_size, device=next(model.parameters()).device)
 
 
 def usable_samples(
@@ -65,7 +67,8 @@ def usable_samples(
     for index in indices:
         try:
             sample = source.read(index)
-            check_image(sample.image)
+            for image in sample.images:
+                check_image(image)
         except BadSample as error:
             skipped[source.keys[index]] = str(error)
         else:
@@ -82,6 +85,21 @@ def sample_count(source: CaptionSource, batch_size: int, limit: int | None) -> i
     if size == 0:
         raise ValueError("source: expected at least one sample, got none")
     return size
+
+
+def share_of_rank(count: int) -> range:
+    """The indices below count that this process evaluates: all of them where it is alone."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(rank, count, world)
+
+
+def gathered(mine: Any) -> list[Any]:
+    """What every rank has, in rank order. A collective where there are several."""
+    if not dist.is_initialized():
+        return [mine]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 @contextmanager

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from softmask_fast.tasks.boxes import GroundingScore, grounding_score
+from softmask_fast.data.images import image_size
+from softmask_fast.tasks.boxes import GroundingScore, grounding_score, proposal_score
 from softmask_fast.tasks.common import (
     batches,
     eval_mode,
     format_table,
+    gathered,
     image_pixels,
     sample_count,
+    share_of_rank,
     tokenize,
     usable_samples,
 )
@@ -40,6 +43,7 @@ class GroundingReport:
     pointing_game: dict[str, float]  # model, and the floors: random patch, image centre
     mass_inside: dict[str, float]  # share of the relevance inside the boxes: model, and the floor of an even map
     mean_mask: dict[str, float]  # mean of the min-max normalised map: inside the boxes, and over the whole image
+    box_accuracy: dict[str, float] | None = None  # of the chosen proposals, and of a random one; None without any
 
     def as_dict(self) -> dict[str, Any]:
         return {"task": "grounding"} | asdict(self)
@@ -53,6 +57,8 @@ class GroundingReport:
             ["relevance inside the boxes", percent(self.mass_inside["model"]), percent(self.mass_inside["even"]), ""],
             ["mean mask inside the boxes", percent(self.mean_mask["inside"]), percent(self.mean_mask["image"]), ""],
         ]
+        if self.box_accuracy is not None:
+            body.append(["box accuracy", percent(self.box_accuracy["model"]), percent(self.box_accuracy["random"]), ""])
         title = f"Grounding of {self.phrases} phrases in {self.images} images, fusion layer {self.layer}"
         notes = {
             "samples skipped": len(self.skipped),
@@ -78,12 +84,16 @@ def evaluate_grounding(
     of the phrase's boxes. Each phrase counts once. layer: fusion layer of the maps, default the soft masks' layer.
     limit: take the first `limit` samples of the source. Samples that cannot be read are skipped and reported.
 
+    Phrases with proposals also have a box accuracy, by the protocol of weakly supervised RefCOCO+ (boxes.py).
+    Where a process group is up, each rank evaluates its share and all return the report of all samples: a collective.
+
     Raises ValueError when no sample has phrases, and for options out of range.
     """
     count = sample_count(source, batch_size, limit)
     layer = map_layer(model, layer)
 
     scores: list[GroundingScore] = []
+    choices: list[tuple[bool, float]] = []  # whether the chosen proposal is right, the share of those that are
     images: set[str] = set()
     skipped: dict[str, str] = {}
     skipped_phrases = 0
@@ -99,6 +109,12 @@ def evaluate_grounding(
                     if not np.isfinite(heat).all():
                         raise ValueError(f"{sample.key}: the heat map of {phrase.text!r} is not finite")
                     scores.append(grounding_score(heat, phrase.boxes))
+                    if phrase.proposals:
+                        choices.append(proposal_score(heat, phrase.boxes, phrase.proposals, image_size(sample.image)))
+    found = gathered((scores, choices, images, skipped, skipped_phrases))
+    scores, choices = ([score for part in found for score in part[i]] for i in range(2))
+    images, skipped = set().union(*(part[2] for part in found)), {k: v for part in found for k, v in part[3].items()}
+    skipped_phrases = sum(part[4] for part in found)
     if not scores:
         raise ValueError(f"source: grounding needs phrases with boxes; none of the first {count} samples has one")
 
@@ -115,6 +131,11 @@ def evaluate_grounding(
         pointing_game={"model": mean("hit"), "random": mean("hit_random"), "centre": mean("hit_centre")},
         mass_inside={"model": mean("mass_inside"), "even": mean("area_inside")},
         mean_mask={"inside": mean("mask_inside"), "image": mean("mask_image")},
+        box_accuracy={
+            name: float(np.mean([choice[i] for choice in choices])) for i, name in enumerate(("model", "random"))
+        }
+        if choices
+        else None,
     )
 
 
@@ -185,8 +206,8 @@ def _caption_queries(
     source: CaptionSource, count: int, skipped: dict[str, str], progress: bool
 ) -> Iterator[tuple[Sample, str, list[Phrase]]]:
     """One query for each caption that has phrases with boxes, so that a caption is encoded once."""
-    samples = usable_samples(source, range(count), skipped)
-    for _, sample in tqdm(samples, total=count, desc="images", unit="image", disable=not progress):
+    samples = usable_samples(source, share_of_rank(count), skipped)
+    for _, sample in tqdm(samples, total=len(share_of_rank(count)), desc="images", unit="image", disable=not progress):
         by_caption: dict[str, list[Phrase]] = {}
         for phrase in sample.phrases:
             if phrase.boxes:

@@ -1,0 +1,329 @@
+"""The loop over steps that pretraining and fine-tuning share: rates, stops, logs, checkpoints, exact resuming."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import psutil
+import torch
+import torch.distributed as dist
+
+from softmask_fast import engine as engines
+from softmask_fast.config import LaunchOptions, MomentumConfig, RunConfig, TrainConfig
+from softmask_fast.data.loader import SampleLoader
+from softmask_fast.logs import FlopCount, RunLog, environment, matmul_rate, peak_memory, step_profiler
+from softmask_fast.model.checkpoints import save_model
+from softmask_fast.model.momentum import MomentumCopy
+from softmask_fast.ops.backend import describe
+
+logger = logging.getLogger("softmask_fast")
+
+# options that a resumed run may change: they decide nothing that is learned
+MAY_CHANGE = (
+    "data_threads", "eval_data", "eval_size",
+    "cache_dir", "cache_gigabytes", "prefetch_shards", "download_tries", "download_timeout",
+)  # fmt: skip
+
+
+class StopRequest:
+    """Notes SIGTERM, SIGINT and the launcher's death; the loop ends at the next step, on all ranks together."""
+
+    def __init__(self):
+        self.received: str | None = None
+        # The launcher hands a signal of its process group on, but not one that was sent to its first process alone.
+        self.launchers = [
+            process for process in psutil.Process().parents()[:2] if "deepspeed" in " ".join(process.cmdline())
+        ]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once
+        self.received = signal.Signals(number).name
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop. A collective: all ranks call it."""
+        if self.received is None and any(has_ended(process) for process in self.launchers):
+            self.received = "the launcher's end"
+        if dist.get_world_size() == 1:
+            return self.received is not None
+        flag = torch.tensor(self.received is not None, dtype=torch.int32, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def run_script(
+    name: str,
+    argv: list[str] | None,
+    parse: Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]],
+    work: Callable[[RunConfig, dict[str, Any], Path, StopRequest], None],
+) -> int:
+    """What a script under the deepspeed launcher does around its work; returns the exit status: 2 after a message about
+    options that cannot be used."""
+    try:
+        config, launch = parse(argv)
+        engines.start_distributed(launch)
+        deepspeed_config = engines.read_deepspeed_config(launch.deepspeed, engines.with_precision(config.train))
+        engines.check_execution(config.train, deepspeed_config)
+        output = engines.output_directory(config)
+    except ValueError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.WARNING, format="%(message)s")
+    try:
+        work(config, deepspeed_config, output, StopRequest())
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        rank, why = dist.get_rank(), str(error).splitlines()[0]
+        print(
+            f"{name}: error: rank {rank} lost the connection to another rank ({why}). "
+            f"When all hosts are back, go on with --output_dir {output} --resume true",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # what is left of the process group would wait for the lost rank
+    return 0
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone; its own error is in that rank's output."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from learning_rate to final_learning_rate at the last step."""
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, steps - train.warmup_steps)
+    swing = (train.learning_rate - train.final_learning_rate) / 2
+    return train.final_learning_rate + swing * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def distillation_share(step: int, steps_per_epoch: int, momentum: MomentumConfig) -> float:
+    """alpha, ramped up linearly (ALBEF: over the first epoch)."""
+    ramp = momentum.distill_ramp_steps if momentum.distill_ramp_steps is not None else steps_per_epoch
+    return momentum.distill_alpha * min(1.0, step / max(1, ramp))
+
+
+def train(
+    engine: deepspeed.DeepSpeedEngine,
+    teacher: MomentumCopy,
+    loader: SampleLoader,
+    config: RunConfig,
+    deepspeed_config: dict[str, Any],
+    output: Path,
+    stop: StopRequest,
+) -> bool:
+    """Train to the end, or until a stop is requested; returns whether the end was reached and output/model written.
+
+    engine: around a module whose forward is (batch, teacher, alpha, seed, use_queue=...) -> (loss, figures), and whose
+    `model` is what the teacher averages and the checkpoints keep.
+    """
+    options, rank, device = config.train, dist.get_rank(), engine.device
+    samples, world = len(loader.source), dist.get_world_size()
+    pairs_per_step = options.batch_size * options.gradient_accumulation_steps * world
+    steps_per_epoch = max(1, samples // pairs_per_step)
+    steps = options.max_steps or max(1, round(options.epochs * steps_per_epoch))
+
+    done, pairs_seen = 0, 0
+    found = engines.checkpoints(output / "checkpoints")
+    if options.resume and found:
+        check_same_run(output, config)
+        state = engines.load_checkpoint(found[-1], engine, teacher)
+        loader.load_state_dict(loader.redistributed(state["loaders"]))
+        done, pairs_seen = state["step"], state["pairs"]
+    announce(config, deepspeed_config, output, device, engine.module.model, samples, steps, done)
+    rate_limit = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32)
+    log = RunLog(output, done, steps, pairs_per_step, rate_limit) if rank == 0 else None
+    flops = FlopCount()
+
+    def save() -> None:
+        engines.save_checkpoint(
+            output / "checkpoints",
+            engine,
+            teacher,
+            loader.tokenizer,
+            {"step": done, "pairs": pairs_seen},
+            loader.state_dict(),
+            options.keep_checkpoints,
+        )
+
+    def forward_backward(batch: Any, alpha: float, seed: int) -> dict[str, torch.Tensor]:
+        use_queue = done >= config.objectives.queue_warmup_steps
+        loss, figures = engine(batch, teacher, alpha, seed, use_queue=use_queue)
+        copy = HostCopy(loss)
+        engine.backward(loss)
+        stop_if_not_finite(copy, figures, done + 1, batch, found_checkpoint=saved)
+        return figures
+
+    engine.train()
+    saved = done
+    waited, since = 0.0, time.monotonic()
+    profiler = step_profiler(output / "trace.json", options.profile if rank == 0 else 0).__enter__()
+    while done < steps and not stop.agreed(device):
+        rate = learning_rate(done, steps, options)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        alpha = distillation_share(done, steps_per_epoch, config.objectives)
+        for micro_step in range(options.gradient_accumulation_steps):
+            seed = step_seed(options.seed, done, micro_step, rank)
+            torch.manual_seed(seed)  # dropout depends on the step alone, so a resumed run draws the same
+            waiting = time.monotonic()
+            batch = next(loader)
+            waited += time.monotonic() - waiting
+            figures = flops.run(lambda batch=batch, seed=seed: forward_backward(batch, alpha, seed))  # noqa: B023
+            engine.step()
+        teacher.update(engines.full_weights(engine.module.model))
+        done += 1
+        pairs_seen += pairs_per_step
+        if done % options.log_steps == 0 or done == steps:
+            now = time.monotonic()
+            figures["data_wait"] = torch.tensor(waited / (now - since))  # share of the time since the last line
+            figures["peak_memory_gib"] = torch.tensor(peak_memory(device) / 2**30)
+            waited, since = 0.0, now
+            means = mean_over_ranks(figures, device)
+            bad = bad_samples(loader)
+            if log:
+                log.write(
+                    done,
+                    means
+                    | {"learning_rate": rate, "alpha": alpha, "epoch": pairs_seen / samples}
+                    | {"bad_samples": len(bad), "truncated_captions": loader.truncated_captions},
+                    flops.operations * options.gradient_accumulation_steps,
+                )
+        if log:
+            log.advance()
+        if profiler:
+            profiler.step()
+        if done % options.checkpoint_steps == 0 and done < steps:
+            save()
+            saved = done
+    if profiler:
+        profiler.stop()
+    if done > saved:
+        save()
+    if log:
+        log.close()
+    if bad := bad_samples(loader):
+        logger.warning("skipped %d samples: %s", len(bad), "; ".join(f"{key} ({why})" for key, why in bad.items()))
+    loader.close()
+    weights = engines.full_state(engine.module.model)
+    if done < steps:
+        logger.info(
+            "stopped by %s after step %d; go on with --output_dir %s --resume true", stop.received, done, output
+        )
+        return False
+    if rank == 0:
+        save_model(engine.module.model, loader.tokenizer, output / "model", weights)
+    dist.barrier()  # every rank may now read it
+    return True
+
+
+def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """One number per (run, step, micro step, rank), well apart from its neighbours."""
+    mixed = torch.Generator().manual_seed(seed)
+    base = int(torch.randint(2**31, (), generator=mixed))
+    return (base + 1_000_003 * step + 10_007 * micro_step + rank) % 2**31
+
+
+class HostCopy:
+    """A scalar on its way to the host; `value` waits for it, and a GPU goes on with what is queued behind it."""
+
+    def __init__(self, scalar: torch.Tensor):
+        self.arrived = torch.cuda.Event() if scalar.is_cuda else None
+        self.copy = torch.empty((), dtype=scalar.dtype, pin_memory=scalar.is_cuda)
+        self.copy.copy_(scalar.detach(), non_blocking=True)
+        if self.arrived:
+            self.arrived.record()
+
+    @property
+    def value(self) -> float:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.copy.item()
+
+
+def stop_if_not_finite(loss: HostCopy, figures: dict, step: int, batch: Any, found_checkpoint: int) -> None:
+    """A loss that is not a number ends the run before the weights are touched; the last checkpoint stays.
+
+    It is asked for when the backward pass has been queued, so that a GPU never runs dry, and before the optimiser step.
+    """
+    if math.isfinite(loss.value):
+        return
+    losses = ", ".join(f"{name} {value.item():.6g}" for name, value in figures.items() if value.ndim == 0)
+    raise FloatingPointError(
+        f"step {step}: the loss is not finite ({losses}). Samples: {', '.join(batch.keys)}. "
+        f"The last checkpoint is that of step {found_checkpoint}."
+    )
+
+
+def mean_over_ranks(figures: dict, device: torch.device) -> dict[str, float]:
+    """The figures' means over all ranks, in one reduction."""
+    values = torch.stack([value.to(device, torch.float64).reshape(()) for value in figures.values()])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return {name: value / dist.get_world_size() for name, value in zip(figures, values.tolist(), strict=True)}
+
+
+def bad_samples(loader: SampleLoader) -> dict[str, str]:
+    """key -> reason of the samples that any rank had to skip so far, each once. A collective: all ranks call it."""
+    found: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, loader.bad)
+    return {key: reason for of_rank in found for key, reason in of_rank.items()}
+
+
+def check_same_run(output: Path, config: RunConfig) -> None:
+    """A run goes on with all that it began with but its TrainConfig. Raises ValueError naming what differs."""
+    stored = json.loads((output / "config.json").read_text())["config"]
+    for section, options in config.as_dict().items():
+        if section == "train" or not isinstance(options, dict):
+            continue
+        for name, value in options.items():
+            # an option younger than the run had its present default's effect
+            if stored[section].get(name, value) != value and name not in MAY_CHANGE:
+                raise ValueError(f"resume: {name} was {stored[section].get(name)!r} in {output}, got {value!r}")
+
+
+def announce(config, deepspeed_config, output: Path, device, model, samples: int, steps: int, done: int) -> None:
+    """Print and store the whole configuration, the versions, the device and the operators' implementations."""
+    if dist.get_rank() != 0:
+        return
+    record = environment(device) | {
+        "operators": {op: chosen.get(device.type) for op, chosen in describe().items()},
+        "world_size": dist.get_world_size(),
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        "samples": samples,
+        "steps": steps,
+        "config": config.as_dict(),
+        "deepspeed": deepspeed_config,
+    }
+    text = json.dumps(record, indent=2)
+    print(text, flush=True)
+    logger.info("writing to %s%s", output, f", going on after step {done}" if done else "")
+    path = output / "config.json"
+    if done:
+        path = output / f"config-from-step-{done:08d}.json"
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,28 @@
+"""Visual entailment (SNLI-VE, Xie et al., 2019): does an image show a statement to be true, false, or leave it open?
+
+Entries of ALBEF's JSON files: {"image": "4705552913", "sentence": "Two women are ...", "label": "entailment"}; a name
+without an ending is a .jpg, as there. The metric is accuracy over the three classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any
+
+from softmask_fast.tasks.examples import EntryFormat, choice_field, one_image
+from softmask_fast.tasks.task import ClassifierModel
+
+CLASSES = ("contradiction", "neutral", "entailment")
+
+
+def _image(entry: dict[str, Any]) -> list[str]:
+    (name,) = one_image(entry)
+    return [name if PurePath(name).suffix else f"{name}.jpg"]
+
+
+class EntailmentModel(ClassifierModel):
+    """Three classes from the fused [CLS]."""
+
+    name = "entailment"
+    classes = CLASSES
+    form = EntryFormat("sentence", lambda entry: choice_field(entry, "label", CLASSES), _image)

@@ -1,0 +1,225 @@
+"""The tasks by name: how each opens its data, what it trains, and how it is measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from softmask_fast.config import DataConfig, ObjectiveConfig
+from softmask_fast.data.captions import open_source
+from softmask_fast.data.loader import PretrainingLoader, SampleLoader
+from softmask_fast.data.remote_options import RemoteOptions
+from softmask_fast.data.shapes_tasks import ANSWERS
+from softmask_fast.data.tokenizer import load_tokenizer
+from softmask_fast.model.checkpoints import (
+    TOKENIZER,
+    WEIGHTS,
+    fill_model,
+    load_model,
+    load_own_state,
+    load_weights,
+    own_state,
+    read_model_folder,
+    weights_config,
+    weights_tokenizer,
+)
+from softmask_fast.model.momentum import MomentumCopy, MomentumTeacher
+from softmask_fast.model.pretraining import PretrainingStep
+from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.tasks.config import FinetuneConfig, TaskConfig
+from softmask_fast.tasks.entailment import EntailmentModel
+from softmask_fast.tasks.examples import EntryFormat, ExampleLoader, open_examples
+from softmask_fast.tasks.expressions import open_expressions
+from softmask_fast.tasks.grounding import evaluate_grounding
+from softmask_fast.tasks.nlvr2 import NLVR2Model, TextAssignmentModel
+from softmask_fast.tasks.retrieval import evaluate_retrieval
+from softmask_fast.tasks.task import TaskModel, TaskStep, evaluate_answers
+from softmask_fast.tasks.vqa import VQAModel, read_answers
+
+
+class Report(Protocol):
+    """What every evaluation returns."""
+
+    skipped: dict[str, str]
+
+    def table(self) -> str: ...
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+class Captions:
+    """A task whose examples are images and captions, learned by contrast and matching (ITC, ITM), as ALBEF's
+    fine-tuning for retrieval and for grounding: all keys of an image's identity are its positives."""
+
+    loader: type[SampleLoader] = PretrainingLoader
+    images_per_sample = 1
+
+    def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int):
+        return open_source(
+            data,
+            split=split,
+            seed=seed,
+            image_size=image_size,
+            remote=RemoteOptions.of(options),
+            image_root=options.image_root,
+        )
+
+    def model(self, config: FinetuneConfig) -> tuple[nn.Module, Any]:
+        """The model to fine-tune and its tokeniser. Raises ValueError when it cannot be had or does not fit."""
+        return start_model(config.options, config.data.tokenizer)
+
+    def step(self, model: nn.Module, config: FinetuneConfig) -> tuple[nn.Module, MomentumCopy]:
+        """The module that DeepSpeed owns, and the momentum copy."""
+        parts = dict(soft_mask=False, masked_captions=False, mlm_weight=0.0)
+        objectives = ObjectiveConfig(**vars(config.objectives), **parts)
+        teacher = MomentumTeacher(model, config.objectives, config.train.seed)
+        return PretrainingStep(model, objectives, bf16=config.train.bf16), teacher
+
+    def evaluate(self, model, tokenizer, source, options: TaskConfig, **common) -> Report:
+        rerank = options.candidates and max(10, min(options.candidates, len(source)))
+        return evaluate_retrieval(model, tokenizer, source, captions=options.captions, rerank=rerank, **common)
+
+
+class Expressions(Captions):
+    """Grounding: trained on expressions without their boxes, measured by the boxes."""
+
+    def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int):
+        return open_expressions(data, split=split, seed=seed, image_size=image_size, image_root=options.image_root)
+
+    def evaluate(self, model, tokenizer, source, options: TaskConfig, **common) -> Report:
+        return evaluate_grounding(model, tokenizer, source, layer=options.layer, **common)
+
+
+class Labels:
+    """A task whose examples have a label or an answer."""
+
+    loader: type[SampleLoader] = ExampleLoader
+
+    def __init__(self, model: type[TaskModel]):
+        self.model_class, self.images_per_sample = model, model.images_per_example
+
+    def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int):
+        return open_examples(
+            data,
+            self.model_class.name,
+            self.form(split),
+            split=split,
+            seed=seed,
+            image_size=image_size,
+            image_root=options.image_root,
+        )
+
+    def form(self, split: str) -> EntryFormat:
+        """How the entries to train on, or to be measured on ("val"), are read."""
+        return self.model_class.form
+
+    def model(self, config: FinetuneConfig) -> tuple[TaskModel, Any]:
+        base, tokenizer = start_model(config.options, config.data.tokenizer)
+        return self.model_class(base, tokenizer, **self.arguments(config)), tokenizer
+
+    def arguments(self, config: FinetuneConfig) -> dict[str, Any]:
+        """Of the model's constructor."""
+        return {}
+
+    def step(self, model: TaskModel, config: FinetuneConfig) -> tuple[nn.Module, MomentumCopy]:
+        return TaskStep(model, bf16=config.train.bf16), MomentumCopy(model, config.objectives.momentum)
+
+    def evaluate(self, model: TaskModel, tokenizer, source, options: TaskConfig, **common) -> Report:
+        return evaluate_answers(model, tokenizer, source, **common)
+
+
+class Questions(Labels):
+    """VQA: the answers are ranked from a list."""
+
+    def form(self, split: str) -> EntryFormat:
+        return VQAModel.form if split == "train" else VQAModel.measured_form
+
+    def arguments(self, config: FinetuneConfig) -> dict[str, Any]:
+        if config.options.answers:
+            answers: Sequence[str] = read_answers(config.options.answers)
+        elif config.data.data.split(":")[0] == "shapes":
+            answers = ANSWERS
+        else:
+            raise ValueError("answers: expected a JSON list of the answers that are ranked, got none")
+        return {"answers": answers, "candidates": config.options.candidates}
+
+
+class Pairs(Labels):
+    """NLVR2: may start from what text assignment left."""
+
+    def model(self, config: FinetuneConfig) -> tuple[TaskModel, Any]:
+        path = Path(config.options.model)
+        if not path.is_dir() or (read_model_folder(path)[1] or {}).get("task") != TextAssignmentModel.name:
+            return super().model(config)
+        assigned, tokenizer = load_task_model(path, TextAssignmentModel.name)
+        model = self.model_class(VisionLanguageModel(task_config(assigned.config, config.options)), tokenizer)
+        fill_model(model.base, own_state(assigned.base))
+        return model, tokenizer
+
+
+class Assignment(Captions, Labels):
+    """The text-assignment pretraining: captions in, and no measure of its own."""
+
+    model, step = Labels.model, Labels.step
+
+
+TASKS: dict[str, Captions | Labels] = {
+    "retrieval": Captions(),
+    "grounding": Expressions(),
+    "vqa": Questions(VQAModel),
+    "nlvr2": Pairs(NLVR2Model),
+    "entailment": Labels(EntailmentModel),
+    "text_assignment": Assignment(TextAssignmentModel),
+}
+_MODELS = {task.model_class.name: task.model_class for task in TASKS.values() if isinstance(task, Labels)}
+
+
+def task_config(config, options: TaskConfig):
+    """The configuration of a pretrained model with what fine-tuning changes of it."""
+    names = ("image_size", "max_tokens", "hidden_dropout")
+    changed = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(config, **changed)
+
+
+def start_model(options: TaskConfig, tokenizer: str | None) -> tuple[VisionLanguageModel, Any]:
+    """The pretrained model that `options.model` names, and its tokeniser (`tokenizer`: another name for it).
+
+    Raises ValueError that says what to do when they cannot be had or do not fit together.
+    """
+    model = VisionLanguageModel(task_config(weights_config(options.model), options))
+    load_weights(model, options.model, complete=False)
+    words = weights_tokenizer(options.model, tokenizer)
+    if len(words) != model.config.vocab_size:
+        raise ValueError(f"tokenizer: expected {model.config.vocab_size} entries as the model has, got {len(words)}")
+    return model, words
+
+
+def load_task_model(directory: str | Path, task: str, device: str | torch.device = "cpu"):
+    """Read a folder that fine-tuning for `task` wrote -> (model in eval mode, its tokeniser).
+
+    Raises ValueError that names what is missing, or the task that the folder is of.
+    """
+    if task not in _MODELS:
+        return load_model(directory, device)
+    config, record = read_model_folder(directory)
+    if record is None or record.get("task") != task:
+        of = f"fine-tuned for {record['task']}" if record else "not fine-tuned for a task with labels"
+        raise ValueError(f"model: expected a model fine-tuned for {task}, {directory} is {of}")
+    tokenizer = load_tokenizer(str(Path(directory) / TOKENIZER))
+    arguments = {name: value for name, value in record.items() if name != "task"}
+    model = _MODELS[task](VisionLanguageModel(config), tokenizer, **arguments)
+    load_own_state(model, load_file(Path(directory) / WEIGHTS))
+    return model.to(device).eval(), tokenizer
+
+
+def predictions(report: Report) -> str | None:
+    """The answers to all examples as JSON, as VQA's server takes them; None where a task has none."""
+    found = getattr(report, "predictions", None)
+    return None if found is None else json.dumps(found)

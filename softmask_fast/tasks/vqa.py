@@ -1,0 +1,198 @@
+"""Visual question answering (VQA v2): a decoder writes the answer, and the answers of a list are ranked by it.
+
+Entries of ALBEF's JSON files: {"image": path, "question": text, "answer": the annotators' answers, "question_id":
+number}; an answer that is one text (Visual Genome) weighs half in training. The metric is VQA's official accuracy
+(vqa_accuracy.py).
+
+As in ALBEF the decoder starts from the fusion encoder: its layers, the text encoder's embeddings and the language head.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertLMHeadModel
+
+from softmask_fast.model.text import bert_config
+from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
+from softmask_fast.tasks.examples import EntryFormat, Example, TaskBatch, one_image
+from softmask_fast.tasks.task import TaskModel
+from softmask_fast.tasks.vqa_accuracy import FEWEST_ANNOTATORS, vqa_accuracy
+
+logger = logging.getLogger(__name__)
+
+SINGLE_ANSWER_WEIGHT = 0.5  # of a question with one answer, as ALBEF weighs Visual Genome
+SEQUENCES_AT_ONCE = 1024  # of the ranking: their logits are (sequences, L, V)
+
+
+def _weighted_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
+    """Each different answer with its share of the annotators."""
+    given = entry.get("answer")
+    answers = [given] if isinstance(given, str) else given
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise ValueError(f'"answer": expected a text or a list of texts, got {given!r}')
+    if isinstance(given, str):
+        return [(given, SINGLE_ANSWER_WEIGHT)]
+    return [(answer, count / len(answers)) for answer, count in Counter(answers).items()]
+
+
+def _annotated_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
+    """Of an entry to be measured on: as many annotators as the official accuracy needs, or one text."""
+    answers = _weighted_answers(entry)
+    if isinstance(entry["answer"], list) and len(entry["answer"]) < FEWEST_ANNOTATORS:
+        raise ValueError(
+            f'"answer": expected one text, or those of at least {FEWEST_ANNOTATORS} people (VQA v2 has ten), got '
+            f"{entry['answer']!r}"
+        )
+    return answers
+
+
+def read_answers(path: str | Path) -> list[str]:
+    """The list that answers are chosen from: a JSON list of texts. Raises ValueError when it is none."""
+    try:
+        answers = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"answers: {path} is not valid JSON: {error}") from error
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise ValueError(f"answers: {path}: expected a JSON list of texts, got {str(answers)[:60]}")
+    return list(dict.fromkeys(answers))
+
+
+class VQAModel(TaskModel):
+    """Questions go through text and fusion encoder; the decoder attends to all of their fused tokens."""
+
+    name = "vqa"
+    metric = "VQA accuracy"
+    form = EntryFormat("question", _weighted_answers, one_image)
+    measured_form = EntryFormat("question", _annotated_answers, one_image)
+
+    def __init__(self, base: VisionLanguageModel, tokenizer, answers: Sequence[str], candidates: int = 128):
+        """answers: those that are ranked; candidates: how many of them, by their first token, are ranked in full."""
+        super().__init__(base, tokenizer)
+        if candidates < 1:
+            raise ValueError(f"candidates: expected at least 1, got {candidates}")
+        self.answers, self.candidates = list(answers), candidates
+        self._warn_of_twins()
+        config = bert_config(base.config, base.config.fusion_layers)
+        config.is_decoder = config.add_cross_attention = True
+        config.use_cache = False
+        self.decoder = BertLMHeadModel(config)
+        self._start_decoder()
+        hold_key_biases(self.decoder)
+
+    @property
+    def task_record(self) -> dict[str, Any]:
+        return super().task_record | {"answers": self.answers, "candidates": self.candidates}
+
+    def _warn_of_twins(self) -> None:
+        """Of answers that the tokeniser makes the same tokens of, the first is ever given."""
+        seen: dict[tuple[int, ...], str] = {}
+        for answer, ids in zip(self.answers, self.tokenizer(self.answers)["input_ids"], strict=True):
+            if (first := seen.setdefault(tuple(ids), answer)) != answer:
+                logger.warning("answers: the tokenizer cannot tell %r from %r", answer, first)
+
+    @torch.no_grad()
+    def _start_decoder(self) -> None:
+        base, bert = self.base, self.decoder.bert
+        bert.embeddings.load_state_dict(base.text.bert.embeddings.state_dict())
+        self.decoder.cls.predictions.transform.load_state_dict(base.language_head.transform.state_dict())
+        self.decoder.cls.predictions.bias.copy_(base.language_head.decoder.bias)
+        for ours, fused in zip(bert.encoder.layer, base.fusion.layers, strict=True):
+            for part in ("attention", "intermediate", "output"):
+                getattr(ours, part).load_state_dict(getattr(fused, part).state_dict())
+            cross, theirs = ours.crossattention.self, fused.cross_attention
+            ours.crossattention.output.load_state_dict(fused.cross_output.state_dict())
+            cross.query.load_state_dict(theirs.query.state_dict())
+            nn.init.zeros_(cross.key.bias)
+            cross.value.bias.copy_(theirs.value_bias.flatten())
+            if theirs.key.weight.shape == cross.key.weight.shape:
+                cross.key.weight.copy_(theirs.key.weight)
+                cross.value.weight.copy_(theirs.value.weight)
+        if base.vision.width != base.config.text_width:
+            logger.warning(
+                "the decoder's keys and values start at random: the fusion encoder's are of images of width %d, the "
+                "decoder's of texts of width %d", base.vision.width, base.config.text_width,
+            )  # fmt: skip
+
+    def question_states(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The questions' tokens, fused with the images (B, L, C)."""
+        text, _ = self.base.encode_text(input_ids, attention_mask)
+        return self.base.fusion(text, attention_mask, self.base.fusion.keys_values(self.base.vision(pixels)))
+
+    def answer_tokens(self, answers: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """[CLS] answer [SEP], padded: ids (A, La) int64 and mask (A, La) bool."""
+        pieces = self.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+        rows = [[self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id] for ids in pieces]
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        ids = torch.full(mask.shape, self.tokenizer.pad_token_id)
+        ids[mask] = torch.tensor([token for row in rows for token in row])
+        return ids.to(device), mask.to(device)
+
+    def answer_logits(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
+        """What the decoder expects behind each token but the last: ids, mask (A, La), states (A, L, C) of their
+        questions -> (A, La - 1, V) float32."""
+        written = self.decoder(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1].long(),
+            encoder_hidden_states=states,
+            encoder_attention_mask=states_mask.long(),
+        )
+        return written.logits.float()
+
+    def loss(self, batch: TaskBatch, taught: VQAModel | None, alpha: float):
+        """The weighted sum over a question's answers of -log p(answer), mean over the questions."""
+        device = batch.pixels.device
+        ids, mask = self.answer_tokens([a for answers in batch.targets for a, _ in answers], device)
+        weights = torch.tensor([weight for answers in batch.targets for _, weight in answers], device=device)
+        question = torch.tensor([i for i, answers in enumerate(batch.targets) for _ in answers], device=device)
+
+        def logits(model: VQAModel) -> Tensor:
+            states = model.question_states(batch.pixels, batch.input_ids, batch.attention_mask)
+            return model.answer_logits(ids, mask, states[question], batch.attention_mask[question])
+
+        ours = logits(self)
+        losses = F.cross_entropy(ours.mT, ids[:, 1:], reduction="none")
+        if taught is not None:
+            soft = logits(taught).detach().softmax(-1)
+            losses = (1 - alpha) * losses + alpha * F.cross_entropy(ours.mT, soft.mT, reduction="none")
+        loss = (weights * (losses * mask[:, 1:]).sum(1)).sum() / len(batch.targets)
+        right = (ours.argmax(-1) == ids[:, 1:]) | ~mask[:, 1:]
+        return loss, {"exact_answers": right.all(1).float().mean()}
+
+    def predict(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
+        """The answer of the list with the largest probability, among the candidates."""
+        states = self.question_states(pixels, input_ids, attention_mask)
+        ids, mask = self.answer_tokens(self.answers, pixels.device)
+        first = self.answer_logits(ids[:1, :2].expand(len(states), -1), mask[:1, :2], states, attention_mask)[:, 0]
+        count = min(self.candidates, len(self.answers))
+        chosen = first.log_softmax(-1)[:, ids[:, 1]].topk(count).indices  # (B, count)
+        answer, question = chosen.flatten(), torch.arange(len(states), device=ids.device).repeat_interleave(count)
+        scores = torch.cat(
+            [
+                self._log_probability(ids[a], mask[a], states[q], attention_mask[q])
+                for a, q in zip(answer.split(SEQUENCES_AT_ONCE), question.split(SEQUENCES_AT_ONCE), strict=True)
+            ]
+        )
+        best = chosen.gather(1, scores.unflatten(0, chosen.shape).argmax(1, keepdim=True))[:, 0]
+        return [self.answers[number] for number in best.tolist()]
+
+    def _log_probability(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
+        """log p of each answer (A,)."""
+        losses = F.cross_entropy(self.answer_logits(ids, mask, states, states_mask).mT, ids[:, 1:], reduction="none")
+        return -(losses * mask[:, 1:]).sum(1)
+
+    def score(self, example: Example, answer: str) -> float:
+        annotated = example.record["answer"]
+        return vqa_accuracy(answer, annotated) if isinstance(annotated, list) else float(answer == annotated)
+
+    def truth(self, example: Example) -> str:
+        return max(example.target, key=lambda pair: pair[1])[0]

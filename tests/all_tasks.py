@@ -1,0 +1,109 @@
+"""Launched by test_finetune.py: pretrains a small model, then fine-tunes and measures it for every task.
+
+--what learn: all tasks, as long as it takes to learn something; --what resume: one of them, a few steps, again from the
+middle, and what can be a start: an ALBEF checkpoint, and a folder for more pretraining.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from softmask_fast import config, engine, finetune, loop, train
+from softmask_fast.data.captions import open_source
+from softmask_fast.data.shapes_tasks import ANSWERS, ShapesTask
+from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.model.checkpoints import load_model, save_albef
+from softmask_fast.tasks import config as tasks
+
+parser = argparse.ArgumentParser()
+for name in ("--output_dir", "--deepspeed", "--what", "--local_rank"):
+    parser.add_argument(name)
+options, _ = parser.parse_known_args()  # the other flags are those of test_train.py's runs
+root, what = Path(options.output_dir), options.what
+launched = ["--deepspeed", options.deepspeed, "--local_rank", options.local_rank]
+
+SCENES, ASKED = "shapes:num={},names=colour,colours=6", "shapes:num={},names=colour,colours=3"
+PRETRAINED = {
+    "data": SCENES.format(8192), "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2,
+    "text_width": 64, "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32, "queue_size": 0,
+    "tokenizer": root / "words", "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 150,
+    "crop": True, "crop_scale": 0.8,
+}  # fmt: skip
+COMMON = {
+    "crop": False, "flip": False, "rand_augment": False, "colour": False, "blur": False, "warmup_steps": 20,
+    "data_threads": 1, "log_steps": 10, "checkpoint_steps": 1000, "batch_size": 32,
+}  # fmt: skip
+LABELS = {
+    "data": ASKED.format(8192), "eval_data": ASKED.format(256), "momentum": 0.98, "max_steps": 150,
+    "learning_rate": 1e-3,
+}  # fmt: skip
+CONTRAST = {
+    "data": SCENES.format(8192), "queue_size": 0, "momentum": 0.98, "learning_rate": 1e-3, "max_steps": 40,
+}  # fmt: skip
+LEARNED = {
+    "entailment": LABELS,
+    "vqa": LABELS | {"max_steps": 120},
+    "nlvr2": LABELS,
+    "retrieval": CONTRAST | {"eval_data": SCENES.format(64), "candidates": 16, "captions": "first"},
+    "grounding": CONTRAST | {"eval_data": SCENES.format(64), "max_steps": 80},
+    "text_assignment": {"data": SCENES.format(64), "max_steps": 2},
+}
+RESUMED = LABELS | {
+    "eval_data": ASKED.format(31), "max_steps": 6, "checkpoint_steps": 3, "batch_size": 4, "log_steps": 1,
+}  # fmt: skip
+
+
+def train_words() -> None:
+    """A tokeniser that knows the words of all tasks, not those of the captions alone."""
+    texts = [caption for index in range(100) for caption in open_source(SCENES.format(100)).read(index).captions]
+    for task, field in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence")):
+        entries = ShapesTask.from_options("num=200,names=colour", task, split="train", seed=0, image_size=32)
+        texts += [entries.entry(index)[0][field] for index in range(200)]
+    train_tokenizer([*texts, *(2 * ANSWERS)], 400).save_pretrained(root / "words")
+
+
+def flags(options: dict) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def run(work, parsed: tuple) -> None:
+    settings, _ = parsed
+    file = engine.read_deepspeed_config(options.deepspeed, engine.with_precision(settings.train))
+    assert work(settings, file, engine.output_directory(settings), stop)
+
+
+def tune(task: str, own: dict, folder: Path) -> None:
+    given = {"model": root / "pretrained" / "model", "output_dir": folder}
+    parsed = tasks.parse_arguments([*launched, "--task", task, *flags(COMMON | given | own)])
+    run(finetune.finetune, parsed)
+    finetune.report(parsed[0], folder)
+
+
+start = {"output_dir": root / "pretrained"} | ({"max_steps": 2} if what == "resume" else {})
+parsed = config.parse_arguments([*launched, *flags(COMMON | PRETRAINED | start)])
+engine.start_distributed(parsed[1])
+stop = loop.StopRequest()
+if engine.dist.get_rank() == 0:
+    train_words()
+engine.dist.barrier()
+run(train.pretrain, parsed)
+if what == "learn":
+    for task, own in LEARNED.items():
+        tune(task, own, root / task)
+else:
+    tune("entailment", RESUMED, root / "whole")
+    if engine.dist.get_rank() == 0:  # as a run that was killed behind its third step leaves it
+        shutil.copytree(root / "whole", root / "resumed")
+        shutil.rmtree(root / "resumed" / "model")
+        shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000006")
+    engine.dist.barrier()
+    tune("entailment", RESUMED | {"resume": True}, root / "resumed")
+    model, _ = load_model(root / "pretrained" / "model")
+    if engine.dist.get_rank() == 0:
+        save_albef(model, root / "albef.pth")
+    engine.dist.barrier()
+    albef = {"model": root / "albef.pth", "tokenizer": root / "words", "max_steps": 2}
+    tune("entailment", RESUMED | albef, root / "from-albef")
+    again = {"model_weights": root / "pretrained" / "model", "max_steps": 1, "data": SCENES.format(64)}
+    more = COMMON | again | {"output_dir": root / "pretrained-more"}
+    run(train.pretrain, config.parse_arguments([*launched, "--preset", "base", *flags(more)]))
