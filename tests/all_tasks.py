@@ -41,9 +41,9 @@ CONTRAST = {
     "data": SCENES.format(8192), "queue_size": 0, "momentum": 0.98, "learning_rate": 1e-3, "max_steps": 40,
 }  # fmt: skip
 LEARNED = {
-    "entailment": LABELS,
+    "entailment": LABELS | {"max_steps": 200},
     "vqa": LABELS | {"max_steps": 120},
-    "nlvr2": LABELS,
+    "nlvr2": LABELS | {"max_steps": 250},
     "retrieval": CONTRAST | {"eval_data": SCENES.format(64), "candidates": 16, "captions": "first"},
     "grounding": CONTRAST | {"eval_data": SCENES.format(64), "max_steps": 80},
     "text_assignment": {"data": SCENES.format(64), "max_steps": 2},
