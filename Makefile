@@ -22,7 +22,7 @@ pretrain: $(STAMP)
 	deepspeed softmask_fast/train.py --deepspeed ds.json
 
 test: $(STAMP)
-	python -m pytest tests
+	python -m pytest tests -n 2 --dist loadfile
 
 aot: $(STAMP)
 	SOFTMASK_FAST_AOT=all python -m pytest tests/test_aot.py
