@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from bench_step import ALPHA, SEED, make_batch
+from report import table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -125,14 +126,13 @@ def main() -> None:
     print(EXPLANATION.format(preset=options.preset, ranks=options.ranks, parameters=parameters))
     states = {f"ZeRO {stage}": (stage, False) for stage in range(4)}
     states |= {f"ZeRO {stage}, offload": (stage, True) for stage in range(1, 4)}
-    columns = ["pairs per GPU", "checkpointing", "activations", *states]
-    print(f"| {' | '.join(columns)} |\n|{' ---: |' * len(columns)}")
+    rows = []
     for pairs in options.batch_sizes:
         for checkpointing in (False, True):
             held = activations(options.preset, pairs, checkpointing)
             sizes = [held] + [held + standing(options.preset, *state, options.ranks) for state in states.values()]
-            cells = [str(pairs), "on" if checkpointing else "off", *(f"{size / 2**30:.1f}" for size in sizes)]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            rows.append([str(pairs), "on" if checkpointing else "off", *(f"{size / 2**30:.1f}" for size in sizes)])
+    print(table(["pairs per GPU", "checkpointing", "activations", *states], rows))
 
 
 if __name__ == "__main__":

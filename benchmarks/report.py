@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from softmask_fast.files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKERS = ("<!-- benchmarks: begin, written by `make report` -->", "<!-- benchmarks: end -->")
@@ -50,9 +52,7 @@ def save(folder: Path, run: dict) -> Path:
     check(run, "this run")
     path = folder / run["slug"] / f"{run['date'].replace(':', '')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".json.partial")
-    temporary.write_text(json.dumps(run, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(run, indent=1) + "\n")
     return path
 
 
@@ -113,6 +113,12 @@ def memory_text(value: int | None) -> str:
         if value >= 2**power:
             return f"{value / 2**power:.3g} {unit}"
     return f"{value / 2**10:.3g} KiB"
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]], aligned: str = "---:") -> str:
+    """A table in Markdown, all columns aligned alike."""
+    columns = list(columns)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, [aligned] * len(columns), *rows))
 
 
 def case_text(case: dict) -> str:
@@ -302,10 +308,7 @@ def write(results: Path, page: Path, images: Path, only: tuple[str, ...] | None 
 
 
 def _replace(page: Path, block: list[str]) -> None:
-    text = insert(page.read_text(), block, page.name)
-    temporary = page.with_suffix(".md.partial")
-    temporary.write_text(text)
-    os.replace(temporary, page)
+    write_text(page, insert(page.read_text(), block, page.name))
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import torch
 from bench_step import ALPHA, SEED
 from measure import environment
 from memory import fake_problem, standing
+from report import table
 
 from softmask_fast.config import make_config
 from softmask_fast.data.captions import open_source
@@ -30,6 +31,7 @@ from softmask_fast.data.loader import PretrainingLoader
 from softmask_fast.data.order import KeyedOrder, WindowedOrder
 from softmask_fast.data.shards import ShardSource
 from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.files import write_text
 from softmask_fast.logs import FlopCount
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
@@ -192,10 +194,6 @@ def seconds_of_a_windowed_order(samples: int, ranks: int) -> float:
     return time.process_time() - start
 
 
-def table(columns: list[str], rows: list, aligned: str = "---:") -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, [aligned] * len(columns), *rows))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Scaling by a stated model, as a Markdown page.")
     parser.add_argument("--data", required=True, help="photographs as shards on a local disk, to measure the loader")
@@ -278,7 +276,8 @@ def main() -> None:
 
     run = environment()
     command = f"python benchmarks/scaling.py --data ... --pairs {options.pairs}"
-    options.output.write_text(
+    write_text(
+        options.output,
         EXPLANATION.format(
             command=command,
             machine=f"{run['device']}, {run['threads']} threads, torch {run['torch']}",
@@ -289,7 +288,7 @@ def main() -> None:
             tensors=len(weights),
             features=2 * 4 * RANKS[-1] * options.pairs * width / 1e6,
             checkpoint=20 * parameters / 1e9,
-        )
+        ),
     )
 
 

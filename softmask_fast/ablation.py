@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from softmask_fast.config import Config, parse_arguments
-from softmask_fast.report import held_out_source, write_text
+from softmask_fast.files import write_json, write_text
+from softmask_fast.report import held_out_source
 
 # what switches a part off
 OFF: dict[str, dict[str, Any]] = {
@@ -92,7 +93,7 @@ def run_ablation(
             train(run, options, deepspeed, launcher)
     table = summarise(runs)
     content = {"options": list(options), "seeds": seeds, "rows": table}
-    write_text(output / "ablation.json", json.dumps(content, indent=2) + "\n")
+    write_json(output / "ablation.json", content)
     write_text(output / "ablation.md", markdown(table))
     plot(table, output / "ablation.png")
     return content
@@ -126,7 +127,7 @@ def check_folder(output: Path, config: Config) -> None:
                 if before != value:
                     raise ValueError(f"{name}: was {before!r} in the runs of {output}, got {value!r}")
     output.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(current, indent=2) + "\n")
+    write_json(path, current)
 
 
 def train(run: Run, options: Sequence[str], deepspeed: str, launcher: str) -> None:

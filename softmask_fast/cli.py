@@ -7,7 +7,6 @@ Everything heavy is imported by the command that needs it, so that --help answer
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softmask_fast import __version__
+from softmask_fast.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -167,10 +167,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     for key, reason in report.skipped.items():
         print(f"skipped {key}: {reason}", file=sys.stderr)
     if options.json is not None:
-        _write_json(options.json, {"model": str(options.model), "data": options.data} | report.as_dict())
+        write_json(options.json, {"model": str(options.model), "data": options.data} | report.as_dict())
         print(f"written to {options.json}")
     if options.predictions is not None:
-        _write_json(options.predictions, report.predictions)
+        write_json(options.predictions, report.predictions)
         print(f"written to {options.predictions}")
 
 
@@ -186,9 +186,7 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict):
     places = {"split": "val", "image_size": model.config.image_size, "image_root": options.image_root}
     if options.task == "retrieval":
         source = open_source(options.data, **places)
-        return evaluate_retrieval(
-            model, tokenizer, source, captions=options.captions, rerank=options.rerank, **common
-        )
+        return evaluate_retrieval(model, tokenizer, source, captions=options.captions, rerank=options.rerank, **common)
     if options.data.endswith(".json"):
         source = open_expressions(options.data, seed=0, **places)
     else:
@@ -298,7 +296,7 @@ def _doctor(options: argparse.Namespace) -> int:
     report = doctor.examine()
     print(doctor.render(report))
     if options.json is not None:
-        _write_json(options.json, report)
+        write_json(options.json, report)
         print(f"written to {options.json}")
     return 0 if doctor.passed(report) else 1
 
@@ -327,12 +325,6 @@ def _check_output(path: Path, option: str) -> None:
     if path.is_dir():
         raise ValueError(f"{option}: expected a file name, {path} is a folder")
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def _quiet_libraries() -> None:

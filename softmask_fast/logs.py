@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from softmask_fast.files import write_text
 from softmask_fast.versions import installed_versions
 
 
@@ -123,9 +124,7 @@ class RunLog:
             return
         lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        temporary = self.path.with_name(self.path.name + ".partial")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(kept))
 
     def write(self, step: int, figures: dict[str, float], operations: int) -> None:
         """Log the figures of a step that took so many operations on one device; pairs/s and utilisation are means since

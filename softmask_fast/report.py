@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from softmask_fast.data.captions import CaptionSource, open_source
 from softmask_fast.data.remote_options import RemoteOptions
 from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
 from softmask_fast.explain import heatmap_page, plot_curves
+from softmask_fast.files import write_json
 from softmask_fast.model.checkpoints import load_model
 
 RERANKED = 16  # candidates of each query that matching puts into a new order
@@ -52,14 +51,7 @@ def report_run(output: Path, config: Config, device: torch.device | str = "cpu")
     if any(source.read(index).phrases for index in range(limit)):
         reports.append(evaluate_grounding(model, tokenizer, source, limit=limit, progress=True))
     heatmap_page(model, tokenizer, source, output / "heatmaps.png")
-    write_text(output / "evaluation.json", json.dumps([report.as_dict() for report in reports], indent=2) + "\n")
+    write_json(output / "evaluation.json", [report.as_dict() for report in reports])
     for report in reports:
         print(f"\n{report.table()}")
     print(f"\ntables, curves and heat maps: {output}", flush=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from softmask_fast.data.download import file_sha256
 from softmask_fast.data.shards import index_shard
+from softmask_fast.files import write_text
 
 FORMAT = "softmask_fast shard index, version 1"
 SUFFIX = ".index.jsonl"
@@ -34,9 +35,7 @@ def write_index(shard: Path, path: Path) -> IndexHead:
     head = IndexHead(len(entries), os.path.getsize(shard), file_sha256(shard))
     lines = [json.dumps({"format": FORMAT, **vars(head)})]
     lines += [json.dumps(entry, separators=(",", ":")) for entry in entries]
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
-    os.replace(temporary, path)
+    write_text(path, "\n".join(lines) + "\n")
     return head
 
 
