@@ -200,15 +200,14 @@ def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: Mome
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     loaded, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
     engine._config.load_universal_checkpoint = False
+    if loaded is None:
+        raise ValueError(f"resume: {path} holds no DeepSpeed checkpoint")
     if universal:  # under ZeRO-3 all groups now have the first one's weight decay, and share one counter of steps
         for group, own in zip(groups, settings, strict=True):
             group.update(own)
         for moments in engine.optimizer.optimizer.state.values():
             if isinstance(moments.get("step"), Tensor):
                 moments["step"] = moments["step"].clone()
-    if loaded is None:
-        raise ValueError(f"resume: {path} holds no DeepSpeed checkpoint")
-    if universal:
         dist.barrier()  # every rank has read
         if engine.global_rank == 0:
             shutil.rmtree(universal)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,11 +15,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from softmask_fast import engine as engines
 from softmask_fast import loop
-from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.explain import plot_curves
-from softmask_fast.report import write_text
+from softmask_fast.files import write_json, write_text
 from softmask_fast.tasks.config import FinetuneConfig, parse_arguments
 from softmask_fast.tasks.registry import TASKS, load_task_model, predictions
 
@@ -35,9 +32,7 @@ def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path,
     dist.destroy_process_group()
 
 
-def finetune(
-    config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest
-) -> bool:
+def finetune(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest) -> bool:
     """Train to the end or until a stop is requested; returns whether the end was reached."""
     train, task = config.train, TASKS[config.task]
     device = torch.device(get_accelerator().current_device_name())
@@ -50,24 +45,14 @@ def finetune(
     loader = task.loader(
         source,
         tokenizer,
-        batch_size=train.batch_size,
         image_size=model.config.image_size,
-        distortions=DistortionConfig.of(config.data),
         max_tokens=model.config.max_tokens,
-        seed=train.seed,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        device=device,
-        max_bad_fraction=config.data.max_bad_fraction,
-        num_threads=config.data.data_threads,
         images_per_sample=task.images_per_sample,
+        **loop.loader_options(config, device),
     )
     step, teacher = task.step(model, config)
     teacher.to(device)
-    for network in (model, teacher.model):
-        network.set_execution(train.attention, train.activation_checkpointing, train.compile)
-    engine = engines.create_engine(step, deepspeed_config, train)
-    return loop.train(engine, teacher, loader, config, deepspeed_config, output, stop)
+    return loop.train(step, teacher, loader, config, deepspeed_config, output, stop)
 
 
 def report(config: FinetuneConfig, output: Path) -> None:
@@ -91,7 +76,7 @@ def report(config: FinetuneConfig, output: Path) -> None:
         model, tokenizer, source, config.options, limit=config.data.eval_size, progress=first and sys.stderr.isatty()
     )
     if first:
-        write_text(output / "evaluation.json", json.dumps(measured.as_dict(), indent=2) + "\n")
+        write_json(output / "evaluation.json", measured.as_dict())
         if (answers := predictions(measured)) is not None:
             write_text(output / "predictions.json", answers)
         print(f"\n{measured.table()}\n\nmodel, figures and curves: {output}", flush=True)

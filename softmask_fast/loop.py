@@ -13,14 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from softmask_fast import engine as engines
 from softmask_fast.config import LaunchOptions, MomentumConfig, RunConfig, TrainConfig
+from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.loader import SampleLoader
+from softmask_fast.files import write_json
 from softmask_fast.logs import FlopCount, RunLog, environment, matmul_rate, peak_memory, step_profiler
 from softmask_fast.model.checkpoints import save_model
 from softmask_fast.model.momentum import MomentumCopy
@@ -126,8 +128,22 @@ def distillation_share(step: int, steps_per_epoch: int, momentum: MomentumConfig
     return momentum.distill_alpha * min(1.0, step / max(1, ramp))
 
 
+def loader_options(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """The arguments of this rank's loader that every run takes from the same options."""
+    return {
+        "batch_size": config.train.batch_size,
+        "distortions": DistortionConfig.of(config.data),
+        "seed": config.train.seed,
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "device": device,
+        "max_bad_fraction": config.data.max_bad_fraction,
+        "num_threads": config.data.data_threads,
+    }
+
+
 def train(
-    engine: deepspeed.DeepSpeedEngine,
+    step: nn.Module,
     teacher: MomentumCopy,
     loader: SampleLoader,
     config: RunConfig,
@@ -137,10 +153,14 @@ def train(
 ) -> bool:
     """Train to the end, or until a stop is requested; returns whether the end was reached and output/model written.
 
-    engine: around a module whose forward is (batch, teacher, alpha, seed, use_queue=...) -> (loss, figures), and whose
-    `model` is what the teacher averages and the checkpoints keep.
+    step: its forward is (batch, teacher, alpha, seed, use_queue=...) -> (loss, figures), its `model` is what the
+    teacher averages and the checkpoints keep.
     """
-    options, rank, device = config.train, dist.get_rank(), engine.device
+    options, rank = config.train, dist.get_rank()
+    for network in (step.model, teacher.model):
+        network.set_execution(options.attention, options.activation_checkpointing, options.compile)
+    engine = engines.create_engine(step, deepspeed_config, options)
+    device = engine.device
     samples, world = len(loader.source), dist.get_world_size()
     pairs_per_step = options.batch_size * options.gradient_accumulation_steps * world
     steps_per_epoch = max(1, samples // pairs_per_step)
@@ -318,12 +338,9 @@ def announce(config, deepspeed_config, output: Path, device, model, samples: int
         "config": config.as_dict(),
         "deepspeed": deepspeed_config,
     }
-    text = json.dumps(record, indent=2)
-    print(text, flush=True)
+    print(json.dumps(record, indent=2), flush=True)
     logger.info("writing to %s%s", output, f", going on after step {done}" if done else "")
     path = output / "config.json"
     if done:
         path = output / f"config-from-step-{done:08d}.json"
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
+    write_json(path, record)

@@ -17,11 +17,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from softmask_fast import engine as engines
 from softmask_fast import loop
 from softmask_fast.config import Config, parse_arguments
 from softmask_fast.data.captions import CaptionSource, open_source
-from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.images import BadSample
 from softmask_fast.data.loader import PretrainingLoader
 from softmask_fast.data.remote_options import RemoteOptions
@@ -97,26 +95,16 @@ def pretrain(config: Config, deepspeed_config: dict[str, Any], output: Path, sto
     loader = PretrainingLoader(
         source,
         tokenizer,
-        batch_size=train.batch_size,
         image_size=config.model.image_size,
-        distortions=DistortionConfig.of(config.data),
         max_tokens=config.model.max_tokens,
         mask_probability=config.objectives.mask_probability,
-        seed=train.seed,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        device=device,
-        max_bad_fraction=config.data.max_bad_fraction,
-        num_threads=config.data.data_threads,
+        **loop.loader_options(config, device),
     )
     model = VisionLanguageModel(config.model, config.objectives.temperature)
     load_pretrained(model)
     teacher = MomentumTeacher(model, config.objectives, train.seed).to(device)
-    for network in (model, teacher.model):
-        network.set_execution(train.attention, train.activation_checkpointing, train.compile)
-    step_module = PretrainingStep(model, config.objectives, bf16=train.bf16)
-    engine = engines.create_engine(step_module, deepspeed_config, train)
-    return loop.train(engine, teacher, loader, config, deepspeed_config, output, stop)
+    step = PretrainingStep(model, config.objectives, bf16=train.bf16)
+    return loop.train(step, teacher, loader, config, deepspeed_config, output, stop)
 
 
 if __name__ == "__main__":
