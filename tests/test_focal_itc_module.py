@@ -1,15 +1,15 @@
 """FocalITCLoss: its queues, and on 2 and 4 ranks each gather against focal_itc_loss on the joined batch."""
 
 import itertools
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from compare import require
+from gloo_ranks import results_of_ranks
 from largest_tensor import LargestTensor
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softmask_fast.ops import FocalITCLoss, focal_itc_loss
@@ -17,7 +17,6 @@ from softmask_fast.ops.focal_itc.distributed import take_rows
 from softmask_fast.ops.focal_itc.operators import resolve
 from softmask_fast.ops.focal_itc.reference import Options
 
-TIMEOUT = timedelta(minutes=5)  # a rank that waits for others is a failure, not a hang
 WIDTH, QUEUE, STEPS, RANKS = 24, 11, 2, 4
 SIZES = {"even": [5, 5, 5, 5], "uneven": [4, 6, 1, 5]}  # rows of each rank; the first two of them where there are two
 OPTIONS = {
@@ -152,9 +151,7 @@ def run_memory(gather, impl):
     return largest.elements / (rows * width)
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=TIMEOUT)
+def run_rank(rank):
     pair = dist.new_group([0, 1])
     results = {}
     for case in CASES:
@@ -165,16 +162,13 @@ def run_rank(rank, folder):
     results["memory"] = {
         f"{gather} {impl}": run_memory(gather, impl) for gather in GATHERS[1:] for impl in IMPLEMENTATIONS
     }
-    torch.save(results, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What every rank computed, in one launch."""
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(run_rank, (str(folder),), RANKS)
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return results_of_ranks(run_rank, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 # ---- one process, joined batch

@@ -4,16 +4,14 @@ import itertools
 import math
 import subprocess
 import sys
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from compare import assert_as_accurate
+from gloo_ranks import results_of_ranks
 from largest_tensor import LargestTensor
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from softmask_fast.adapters.open_clip import FocalClipLoss
@@ -25,7 +23,6 @@ ClipLoss = open_clip.loss.ClipLoss
 RANKS, ROWS, WIDTH = 2, 5, 24
 SETTINGS = list(itertools.product([False, True], [False, True]))  # local_loss, gather_with_grad
 TRAINED = [(False, False), (True, True)]
-TIMEOUT = timedelta(minutes=3)
 
 
 def features(rows, dtype=torch.float32):
@@ -198,9 +195,7 @@ def test_open_clips_loop_in_bf16_with_gamma():
 # ---- two ranks
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=TIMEOUT)
+def run_rank(rank):
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     image, text = (x[mine] for x in features(RANKS * ROWS))
     found = {}
@@ -218,15 +213,12 @@ def run_rank(rank, folder):
         FocalClipLoss(rank=1 - rank, world_size=RANKS)(image, text, 1.0)
     except ValueError as error:
         found["refused"] = str(error)
-    torch.save(found, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(run_rank, (str(folder),), RANKS)
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return results_of_ranks(run_rank, RANKS, tmp_path_factory.mktemp("ranks"), minutes=3)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)

@@ -1,14 +1,12 @@
 """The pretraining step against the objectives written out one by one, each in a pass of its own, in float64."""
 
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from gloo_ranks import results_of_ranks
 from plain_attention import plain_attention
-from torch import multiprocessing
 
 from softmask_fast.config import ObjectiveConfig, make_config
 from softmask_fast.data.loader import Batch
@@ -284,20 +282,13 @@ def run_step(batch, gather):
     }
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(minutes=5)
-    )
-    torch.save({gather: run_step(two_batches()[1][rank], gather) for gather in GATHERS}, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+def run_rank(rank):
+    return {gather: run_step(two_batches()[1][rank], gather) for gather in GATHERS}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(run_rank, (str(folder),), 2)
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    return results_of_ranks(run_rank, 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("gather", GATHERS)
