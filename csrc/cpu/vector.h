@@ -145,7 +145,8 @@ SOFTMASK_INLINE void store(const float* __restrict source, int64_t size, float f
 // Whether stream() may write a row.
 SOFTMASK_INLINE bool can_stream(const Row& row, int64_t size) {
 #if defined(__SSE2__)
-    return row.dtype == Dtype::Float && row.stride == 1 && size % 4 == 0 && reinterpret_cast<uintptr_t>(row.data) % 16 == 0;
+    const bool aligned = size % 4 == 0 && reinterpret_cast<uintptr_t>(row.data) % 16 == 0;
+    return row.dtype == Dtype::Float && row.stride == 1 && aligned;
 #else
     return false;
 #endif
