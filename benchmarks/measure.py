@@ -213,12 +213,14 @@ def environment() -> dict:
     """The machine and the versions that a results file carries."""
     from softmask_fast import __version__
 
-    name = torch.cuda.get_device_name() if ON_GPU else _cpu_name()
+    capability = torch.backends.cpu.get_cpu_capability()
+    # one name of a CPU covers machines of several generations
+    name = torch.cuda.get_device_name() if ON_GPU else f"{_cpu_name()}, {capability}"
     return {
         "device": name,
         "slug": slug(name) if ON_GPU else slug(f"cpu {name} {torch.get_num_threads()} threads"),
         "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": capability,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"),
         "softmask_fast": __version__,

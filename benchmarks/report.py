@@ -268,9 +268,10 @@ def insert(text: str, block: list[str], name: str) -> str:
 
 
 def write_front(results: Path, page: Path, images: Path) -> None:
-    """Writes the section of the front page: a row of each benchmark, and one plot."""
-    block = []
-    for run in newest(results):
+    """Writes the section of the front page: of the latest GPU and CPU, a row of each benchmark and one plot."""
+    runs, block = newest(results), []
+    latest = {run["driver"] is None: run["slug"] for run in sorted(runs, key=lambda run: run["date"])}
+    for run in (run for run in runs if run["slug"] in latest.values()):
         rows = [
             row
             for row in run["rows"]

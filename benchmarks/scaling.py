@@ -112,7 +112,7 @@ seconds, the others when their connection to it breaks, with a message that says
 on with the same number of ranks to the last bit, with another number from the same step, optimiser state, momentum
 copy, queues and place in the data (`--batch_size` is pairs per rank: change it too to keep the batch). Both are
 tested: two machines as network namespaces without ssh, a rank killed; 2, then 1, then 2 ranks under ZeRO 0, 1 and
-3 (`pytest tests/test_train.py -k "hosts or number_of_ranks"`).
+3 (`pytest tests/test_train.py tests/test_zero.py -k "hosts or number_of_ranks"`).
 """
 
 

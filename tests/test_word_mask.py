@@ -1,3 +1,6 @@
+import mmap
+import resource
+
 import pytest
 import torch
 from compare import assert_as_accurate, require
@@ -167,6 +170,29 @@ def test_many_tokens(impl, tokens, device):
     )
     keep = word_soft_mask(*inputs, word_index, key_mask=key_mask, impl=impl)
     assert_as_accurate(keep, baseline, truth, torch.float32)
+
+
+@pytest.mark.parametrize("channels", [768, 767])
+def test_features_larger_than_the_caches(monkeypatch, channels):
+    """Written past the caches where rows are aligned, into memory that is fresh every time, in large pages if any."""
+    require("word_mask", "cpp", torch.device("cpu"), torch.float32, 16)
+    inputs, word_index = draw((8, 1, 2, 2048, 16), torch.float32, "cpu")
+    features = torch.randn(8, 2048, channels)  # 48 MiB
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # or it is fresh no more
+    word_soft_mask(*inputs, word_index, features, impl="cpp")
+    (masked, keep), faults = with_page_faults(lambda: word_soft_mask(*inputs, word_index, features, impl="cpp"))
+    assert torch.equal(masked, keep[:, :, None] * features)
+    content = masked.numpy().tobytes()
+    with mmap.mmap(-1, masked.nbytes, flags=mmap.MAP_PRIVATE) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        _, attainable = with_page_faults(lambda: memory.write(content))
+    small_pages = masked.nbytes / mmap.PAGESIZE
+    assert faults < small_pages / 4 or attainable > small_pages / 4, (faults, attainable)
+
+
+def with_page_faults(function):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return function(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -1,4 +1,4 @@
-"""Launched by test_train.py: one run in several ways, each in a folder of its own. $CASES: a comma list of a ZeRO stage
+"""Launched by test_zero.py: one run in several ways, each in a folder of its own. $CASES: a comma list of a ZeRO stage
 and, behind plus signs, options that are switched on."""
 
 import os
