@@ -89,6 +89,11 @@ def test_case(case):
     case("cuda", CPU)
 
 
+@pytest.mark.parametrize("every_word", [False, True])
+def test_nan(every_word):
+    cases.test_nan_stays_nan_and_padding_is_not_read("cuda", every_word, CPU)
+
+
 # B, H, L, N, D, C: clusters of 2, 4 and 8 blocks, of equal and unequal runs of tokens; heads in several turns
 @pytest.mark.parametrize(
     ("sizes", "dtype"),

@@ -158,6 +158,25 @@ def test_images_of_padding_only(impl, device):
     assert torch.equal(every[0], torch.zeros_like(every[0])) and torch.isfinite(every).all()
 
 
+@pytest.mark.parametrize("every_word", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_nan_and_padding_is_not_read(impl, every_word, device):
+    """A key reaches the whole map through the softmax, a value only its own token; what is not attended reaches none."""
+    require("word_mask", impl, device, torch.float32, 16)
+    (query, key, value, grad_output), word_index = draw((4, 2, 4, 9, 16), torch.float32, device)
+    key_mask = torch.ones(4, 9, dtype=torch.bool, device=device)
+    key_mask[:, 8] = False
+    key[0, 1, 3], value[1, 1, 3], key[2, 1, 8], value[3, 1, 8] = (float("nan"),) * 4
+    index = None if every_word else word_index
+    maps = word_gradcam(query, key, value, grad_output, index, key_mask=key_mask, impl=impl)
+    nan = maps.isnan() if every_word else maps.isnan()[:, None]
+    assert nan[0, :, :8].all() and nan[1, :, 3].all() and nan[1].sum() == len(nan[1]) and not nan[2:].any()
+    assert torch.equal(maps[..., 8], torch.zeros_like(maps[..., 8]))
+    if not every_word:
+        keep = word_soft_mask(query, key, value, grad_output, word_index, key_mask=key_mask, impl=impl)
+        assert torch.equal(keep.isnan(), maps.isnan())
+
+
 @pytest.mark.parametrize("tokens", [577, 4096])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_many_tokens(impl, tokens, device):

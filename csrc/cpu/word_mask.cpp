@@ -70,16 +70,16 @@ SOFTMASK_CLONES void word_map(const Attention& x, int64_t image, int64_t word, f
             for (int64_t n = 0; n < x.tokens; ++n) logits[n] = mask[n * x.mask_token] ? logits[n] : lowest;
         float maximum = lowest;
         for (int64_t n = 0; n < x.tokens; ++n) maximum = logits[n] > maximum ? logits[n] : maximum;
-        if (maximum == lowest) return;  // no attended token: the map is zero
+        if (maximum == lowest) maximum = 0.0f;  // no attended token: all exponentials are 0, and so is the map
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int64_t n = 0; n < x.tokens; ++n) {
             logits[n] = exp_negative(logits[n] - maximum);
             sum += logits[n];
         }
-        const float factor = 1.0f / (sum * static_cast<float>(x.heads));
+        const float factor = sum == 0.0f ? 0.0f : 1.0f / (sum * static_cast<float>(x.heads));  // NaN stays
         for (int64_t n = 0; n < x.tokens; ++n) {
-            const float positive = gradients[n] > 0.0f ? gradients[n] : 0.0f;
+            const float positive = gradients[n] < 0.0f ? 0.0f : gradients[n];
             cam[n] += logits[n] * factor * positive;
         }
     }
@@ -87,7 +87,8 @@ SOFTMASK_CLONES void word_map(const Attention& x, int64_t image, int64_t word, f
         for (int64_t n = 0; n < x.tokens; ++n) cam[n] = mask[n * x.mask_token] ? cam[n] : 0.0f;
 }
 
-// keep[n] = 1 - (cam[n] - min) / (max - min) over the attended patches, 1 elsewhere and for constant maps. In place.
+// keep[n] = 1 - (cam[n] - min) / (max - min) over the attended patches, 1 elsewhere and for constant maps, NaN where the
+// map is NaN. In place.
 SOFTMASK_CLONES void normalise(const Attention& x, int64_t image, int64_t prefix, float constant_spread, float* keep) {
     const bool* mask = x.key_mask ? x.key_mask + image * x.mask_image : nullptr;
     float low = std::numeric_limits<float>::infinity(), high = 0.0f;
@@ -100,7 +101,8 @@ SOFTMASK_CLONES void normalise(const Attention& x, int64_t image, int64_t prefix
     const bool varies = spread > constant_spread * high;
     for (int64_t n = 0; n < x.tokens; ++n) {
         const bool patch = n >= prefix && (!mask || mask[n * x.mask_token]);
-        keep[n] = patch && varies ? 1.0f - (keep[n] - low) / spread : 1.0f;
+        const float value = patch && varies ? 1.0f - (keep[n] - low) / spread : 1.0f;
+        keep[n] = keep[n] == keep[n] ? value : keep[n];
     }
 }
 

@@ -57,8 +57,9 @@ def word_gradcam(
 
 
 def soft_mask(cam: Tensor, prefix_tokens: int, key_mask: Tensor | None) -> Tensor:
-    """keep = 1 - (cam - min) / (max - min) over the attended patches; 1 for the prefix, padding, constant maps."""
-    keep = torch.ones_like(cam)
+    """keep = 1 - (cam - min) / (max - min) over the attended patches; 1 for the prefix, padding, constant maps; NaN where
+    the map is NaN."""
+    keep = torch.where(cam.isnan(), cam, 1.0)
     patches = cam[:, prefix_tokens:]
     if patches.numel() == 0:
         return keep
@@ -68,7 +69,7 @@ def soft_mask(cam: Tensor, prefix_tokens: int, key_mask: Tensor | None) -> Tenso
     spread = high - low
     varies = spread > CONSTANT_SPREAD * high
     mask = (patches - low) / torch.where(varies, spread, 1.0)
-    keep[:, prefix_tokens:] = torch.where(attended & varies, 1.0 - mask, 1.0)
+    keep[:, prefix_tokens:] += torch.where(attended & varies, -mask, 0.0)
     return keep
 
 

@@ -69,10 +69,10 @@ def word_map(
         maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
         weights = tl.exp(logits - maximum)
         total = tl.sum(weights, 0)
-        inverse = tl.where(total > 0, 1.0 / (total * H), 0.0)
+        inverse = tl.where(total == 0, 0.0, 1.0 / (total * H))
         own_logits = tl.load(p_logits + o_head + own, mask=m_own, other=float("-inf"))
         own_gradients = tl.load(p_gradients + o_head + own, mask=m_own, other=0.0)
-        # the comparison is false for NaN, so that a NaN stays: tl.maximum would drop it
+        # comparisons are false for NaN, so that a NaN stays: tl.maximum would drop it
         cam_own += tl.exp(own_logits - maximum) * inverse * tl.where(own_gradients < 0, 0.0, own_gradients)
         if NORMALISE:
             gradients = tl.load(p_gradients + o_head + every, mask=m_every, other=0.0)
@@ -82,6 +82,7 @@ def word_map(
     if HAS_MASK:
         attended = tl.load(p_mask + image * mask_b + own * mask_n, mask=m_own, other=0) != 0
         patch = patch & attended
+        result = tl.where(attended, result, 0.0)
     if NORMALISE:
         counted = m_every & (every >= prefix)
         if HAS_MASK:
@@ -91,8 +92,8 @@ def word_map(
         spread = high - low
         varies = spread > constant_spread * high
         keep = 1.0 - (cam_own - low) / tl.where(varies, spread, 1.0)
-        result = tl.where(patch, tl.where(varies, keep, 1.0), 1.0)
-        result = tl.where(cam_own == cam_own, result, float("nan"))
+        keep = tl.where(patch, tl.where(varies, keep, 1.0), 1.0)
+        result = tl.where(result == result, keep, float("nan"))
     tl.store(p_map + image * N + own, result, mask=m_own)
     if HAS_FEATURES:
         own64 = own.to(tl.int64)
@@ -143,7 +144,7 @@ def all_words_statistics(
         maximum = new_maximum
     o_statistics = 2 * ((image * H + head) * L + word)
     tl.store(p_statistics + o_statistics, tl.where(maximum == float("-inf"), 0.0, maximum), mask=m_words)
-    tl.store(p_statistics + o_statistics + 1, tl.where(total > 0, 1.0 / total, 0.0), mask=m_words)
+    tl.store(p_statistics + o_statistics + 1, tl.where(total == 0, 0.0, 1.0 / total), mask=m_words)
 
 
 @triton.jit
@@ -194,5 +195,7 @@ def all_words_map(
         p_grad += grad_h
         p_key += key_h
         p_value += value_h
+    if HAS_MASK:
+        cam = tl.where(attended[None, :], cam, 0.0)
     o_map = (image * L + word64)[:, None] * N + n[None, :]
     tl.store(p_map + o_map, cam / H, mask=m_words[:, None] & m_keys[None, :])
