@@ -178,6 +178,19 @@ def test_images_of_padding_only(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_nan_reaches_what_attends_to_it(impl, device):
+    """In the keys of tokens that are not attended it reaches no output; as in PyTorch, in their values it does."""
+    require("soft_masked_attention", impl, device, torch.float32, 16)
+    tensors, image_index = draw((4, 4, 2, 3, 9, 16), torch.float32, device)
+    key_mask = torch.ones(4, 9, dtype=torch.bool, device=device)
+    key_mask[:, 8] = False
+    tensors["key"][0, :, 3], tensors["value"][1, :, 3], tensors["key"][2, :, 8] = (float("nan"),) * 3
+    output = soft_masked_attention(**tensors, image_index=image_index, key_mask=key_mask, impl=impl)
+    nan = output[image_index.argsort()].isnan().flatten(1)  # of the sequence of image 0, 1, 2, 3
+    assert nan.all(1).tolist() == nan.any(1).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_any_strides(impl, device):
     require("soft_masked_attention", impl, device, torch.float32, 16)
     tensors, image_index = draw((4, 2, 3, 5, 11, 16), torch.float32, device)

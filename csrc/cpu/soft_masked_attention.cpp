@@ -111,8 +111,8 @@ SOFTMASK_CLONES void transpose(const float* packed, int64_t tokens, int64_t widt
         for (int64_t d = 0; d < width; ++d) transposed[d * length + n] = packed[n * wide + d];
 }
 
-// One row per token: what multiplies logits and values of a sequence (1 without keep), and what is added to the logits:
-// 0, or -inf for padding and for tokens outside of key_mask.
+// One row per token: what multiplies logits and values of a sequence (1 without keep), and the bias of the logits: 0, or
+// -inf for padding and for tokens outside of key_mask.
 SOFTMASK_CLONES void token_factors(const Problem& p, int64_t image, int64_t sequence, float* keep, float* bias) {
     const int64_t length = padded(p.tokens);
     if (p.keep) {
@@ -128,12 +128,15 @@ SOFTMASK_CLONES void token_factors(const Problem& p, int64_t image, int64_t sequ
     }
 }
 
+// Chosen, not added, so that NaN in the keys of a token that is not attended reaches nobody.
+SOFTMASK_INLINE float biased(float logit, float bias) { return bias == 0.0f ? logit : bias; }
+
 // One row of logits s -> keep * softmax(keep * s + bias), in place. Writes the maximum and the inverse sum.
 SOFTMASK_INLINE void softmax_row(float* row, const float* keep, const float* bias, int64_t length, float* statistics) {
     float maximum = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : maximum)
     for (int64_t n = 0; n < length; ++n) {
-        row[n] = row[n] * keep[n] + bias[n];
+        row[n] = biased(row[n] * keep[n], bias[n]);
         maximum = row[n] > maximum ? row[n] : maximum;
     }
     if (maximum == -std::numeric_limits<float>::infinity()) maximum = 0.0f;
@@ -213,11 +216,11 @@ SOFTMASK_INLINE void softmax_row_backward(
     float delta = 0.0f;
 #pragma omp simd reduction(+ : delta)
     for (int64_t n = 0; n < length; ++n) {
-        const float weight = exp_negative(logits[n] * keep[n] + bias[n] - maximum) * inverse;
+        const float weight = exp_negative(biased(logits[n] * keep[n], bias[n]) - maximum) * inverse;
         delta += weight * keep[n] * grads[n];
     }
     for (int64_t n = 0; n < length; ++n) {
-        const float weight = exp_negative(logits[n] * keep[n] + bias[n] - maximum) * inverse;
+        const float weight = exp_negative(biased(logits[n] * keep[n], bias[n]) - maximum) * inverse;
         const float logit_gradient = weight * (keep[n] * grads[n] - delta);
         if (d_keep) d_keep[n] += logit_gradient * logits[n] + weight * grads[n];
         logits[n] = logit_gradient * keep[n];
