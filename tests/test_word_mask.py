@@ -161,7 +161,7 @@ def test_images_of_padding_only(impl, device):
 @pytest.mark.parametrize("every_word", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_stays_nan_and_padding_is_not_read(impl, every_word, device):
-    """A key reaches the whole map through the softmax, a value only its own token; what is not attended reaches none."""
+    """A key reaches the whole map through the softmax, a value only its own token; padding reaches none."""
     require("word_mask", impl, device, torch.float32, 16)
     (query, key, value, grad_output), word_index = draw((4, 2, 4, 9, 16), torch.float32, device)
     key_mask = torch.ones(4, 9, dtype=torch.bool, device=device)

@@ -57,8 +57,10 @@ def word_gradcam(
 
 
 def soft_mask(cam: Tensor, prefix_tokens: int, key_mask: Tensor | None) -> Tensor:
-    """keep = 1 - (cam - min) / (max - min) over the attended patches; 1 for the prefix, padding, constant maps; NaN where
-    the map is NaN."""
+    """keep = 1 - (cam - min) / (max - min) over the attended patches; 1 for the prefix, padding, constant maps.
+
+    NaN where the map is NaN.
+    """
     keep = torch.where(cam.isnan(), cam, 1.0)
     patches = cam[:, prefix_tokens:]
     if patches.numel() == 0:
