@@ -18,6 +18,7 @@ modalities. "focal_itc_queue" is the loss of the paper: queue, momentum teacher,
 | forward | 2 B M d, and as many for a teacher |
 | backward | 2 B M d for each gradient: to the rows, and to the keys where they have one |
 | what streams (ours, inf_cl) | the products of the forward once more in the backward (inf_cl, in two passes: twice) |
+| "focal_itc", cpp | all of it for one direction only: its products and their gradients are the other one's, too |
 
 A batch that would not fit, or would take too long by the time of the next smaller one, is named with the reason.
 
@@ -67,13 +68,13 @@ class Problem:
     def loss(self, impl: str) -> torch.Tensor:
         return focal_itc_loss(self.image, self.text, impl=impl, **self.options)
 
-    def operations(self, recomputed: int = 0) -> dict[str, float]:
+    def operations(self, recomputed: int = 0, directions: int = 2) -> dict[str, float]:
         products = 2 if self.alpha > 0 else 1
         gradients = 1 if "image_keys" in self.options else 2
-        unit = 2 * 2.0 * self.batch * self.keys * self.width  # both directions
+        unit = directions * 2.0 * self.batch * self.keys * self.width
         return {"forward": products * unit, "both": (products * (1 + recomputed) + gradients) * unit}
 
-    def variant(self, loss: Callable, recomputed: int = 0, **options) -> Variant:
+    def variant(self, loss: Callable, recomputed: int = 0, directions: int = 2, **options) -> Variant:
         def inference():
             with torch.no_grad():
                 return loss()
@@ -83,15 +84,16 @@ class Problem:
             # the gradient of the temperature is not everybody's, and a sum that cancels: it is checked by the tests
             return value.detach().float(), *torch.autograd.grad(value, self.inputs)[:2]
 
-        return Variant(inference, both, work=self.operations(recomputed), **options)
+        return Variant(inference, both, work=self.operations(recomputed, directions), **options)
 
     def ours(self) -> dict[str, Variant]:
-        names = backend.runnable("focal_itc", DEVICE, DTYPE, self.width)
-        return {
-            name: self.variant(lambda name=name: self.loss(name), recomputed=1, ours=True)
-            for name in names
-            if name != "reference"
-        }
+        found = {}
+        for name in backend.runnable("focal_itc", DEVICE, DTYPE, self.width):
+            if name != "reference":
+                parts = backend.resolve("focal_itc", name, DEVICE, DTYPE, self.width)
+                directions = 1 if "symmetric_forward" in parts and "image_keys" not in self.options else 2
+                found[name] = self.variant(lambda name=name: self.loss(name), 1, directions, ours=True)
+        return found
 
     def eager(self) -> dict[str, Variant]:
         found = {

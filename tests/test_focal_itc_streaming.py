@@ -155,6 +155,10 @@ def test_extremes(impl, case, gamma):
     truth, _ = run("reference", tensors, torch.float64, temperature, gamma=gamma, alpha=0.4)
     for name, *results in zip(NAMES, actual, baseline, truth, strict=True):
         assert bool(results[0].isfinite().all()), name
+        if case == "equal keys" and name == "grad temperature":  # terms that cancel: to the rounding of one of them
+            error = (results[0].double() - results[2]).abs()
+            assert error <= torch.finfo(torch.float32).eps / temperature**2
+            continue
         assert_as_accurate(*results, torch.float32, name)
     assert all(bool(statistic.isfinite().all()) for statistic in stats)
 

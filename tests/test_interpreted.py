@@ -15,8 +15,11 @@ pytest.importorskip("triton")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets")
 @pytest.mark.parametrize(
     "file",
-    ["test_word_mask.py", "test_soft_masked_attention.py", "test_focal_itc_streaming.py", "test_focal_itc_module.py"],
-)
+    [
+        "test_word_mask.py", "test_soft_masked_attention.py", "test_focal_itc_streaming.py",
+        "test_focal_itc_symmetric.py", "test_focal_itc_module.py",
+    ],
+)  # fmt: skip
 def test_kernels_in_the_interpreter(file):
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton or on_a_gpu", "-p", "no:cacheprovider", file]

@@ -40,6 +40,9 @@ class Implementation:
     def __getitem__(self, part: str) -> Callable:
         return self.functions[part]
 
+    def __contains__(self, part: str) -> bool:
+        return part in self.functions
+
 
 def lazily(module: str, function: str) -> Callable:
     """A function that is imported when it is first called: importing the operators needs no Triton."""

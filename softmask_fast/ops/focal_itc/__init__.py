@@ -11,7 +11,7 @@ from torch import Tensor
 from softmask_fast.ops import backend, triton_support
 from softmask_fast.ops.checks import check_tensor
 from softmask_fast.ops.extension import cpu_obstacle
-from softmask_fast.ops.focal_itc import cpp, operators, reference, streamed
+from softmask_fast.ops.focal_itc import cpp, operators, reference, streamed, symmetric
 from softmask_fast.ops.focal_itc.arguments import as_scalar, check_choice, check_gamma, check_integer, check_teachers
 from softmask_fast.ops.focal_itc.reference import Options, RowResult
 
@@ -27,7 +27,14 @@ backend.register(
         obstacle=functools.partial(triton_support.obstacle, largest=1024, what="features"),
         automatic_on=("cuda",),
     ),
-    operators.streaming("cpp", cpp.Forward, cpp.backward, obstacle=cpu_obstacle, automatic_on=("cpu",)),
+    operators.streaming(
+        "cpp",
+        cpp.Forward,
+        cpp.backward,
+        symmetric=(cpp.symmetric_forward, cpp.symmetric_backward),
+        obstacle=cpu_obstacle,
+        automatic_on=("cpu",),
+    ),
     operators.streaming("streamed", streamed.Forward, streamed.backward),
     backend.Implementation("reference", {"direction": reference.focal_itc_direction}),
 )
@@ -112,7 +119,8 @@ def focal_itc_loss(
         raise ValueError(f"image: expected at least one row and one column, got size {tuple(image.shape)}")
     like = ("image", image)
     check_tensor("text", text, (batch, width), like=like, same_dtype=True)
-    image_keys, text_keys, own_keys = _check_keys(image, text, image_keys, text_keys)
+    image_keys, text_keys = _check_keys(image, text, image_keys, text_keys)
+    own_keys = image_keys is image and text_keys is text
     keys = text_keys.shape[0]
     alpha = check_teachers(image, teacher_image, teacher_text, alpha)
     gamma = check_gamma(gamma)
@@ -132,28 +140,21 @@ def focal_itc_loss(
     check_integer("seed", seed, -(2**63), 2**63 - 1)
     temperature = as_scalar(temperature, image)
 
-    if impl == "reference":
-        run = reference.focal_itc_direction
-    else:
-        run = functools.partial(operators.focal_itc_direction, impl=impl)
-    results: list[RowResult] = []
+    options = Options(
+        gamma, alpha, positives == "any", row_offset, return_stats, first_negative, last_negative, seed, direction=0
+    )
     with torch.autocast(image.device.type, enabled=False):
-        for direction, (rows, columns, teacher) in enumerate(
-            ((image, text_keys, teacher_image), (text, image_keys, teacher_text))
-        ):
-            options = Options(
-                gamma,
-                alpha,
-                positives == "any",
-                row_offset,
-                return_stats,
-                first_negative,
-                last_negative,
-                seed,
-                direction,
-            )
-            teacher = teacher.detach() if alpha > 0 else None
-            results.append(run(rows, columns, temperature, teacher, ids, key_ids, options))
+        if own_keys and key_ids is ids and alpha == 0 and impl != "reference":
+            results = symmetric.focal_itc_directions(image, text, temperature, ids, options, impl=impl)
+        else:
+            run = reference.focal_itc_direction
+            if impl != "reference":
+                run = functools.partial(operators.focal_itc_direction, impl=impl)
+            teachers = [teacher.detach() if alpha > 0 else None for teacher in (teacher_image, teacher_text)]
+            results = [
+                run(image, text_keys, temperature, teachers[0], ids, key_ids, options),
+                run(text, image_keys, temperature, teachers[1], ids, key_ids, options._replace(direction=1)),
+            ]
     loss = (results[0].loss + results[1].loss) / 2
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
@@ -178,18 +179,18 @@ def statistics(image: RowResult, text: RowResult) -> FocalITCStats:
 
 def _check_keys(
     image: Tensor, text: Tensor, image_keys: Tensor | None, text_keys: Tensor | None
-) -> tuple[Tensor, Tensor, bool]:
+) -> tuple[Tensor, Tensor]:
     if (image_keys is None) != (text_keys is None):
         missing, other = ("image_keys", "text_keys") if image_keys is None else ("text_keys", "image_keys")
         raise ValueError(f"{missing}: expected a tensor along with {other} (both or neither), got None")
     if image_keys is None:
-        return image, text, True
+        return image, text
     like = ("image", image)
     check_tensor("image_keys", image_keys, ("M", image.shape[1]), like=like, same_dtype=True)
     if image_keys.shape[0] == 0:
         raise ValueError(f"image_keys: expected at least one key, got size {tuple(image_keys.shape)}")
     check_tensor("text_keys", text_keys, tuple(image_keys.shape), like=like, same_dtype=True)
-    return image_keys, text_keys, False
+    return image_keys, text_keys
 
 
 def _check_negative_range(negative_range: tuple[int, int] | None, keys: int) -> tuple[int, int]:

@@ -5,6 +5,8 @@ gamma 0, 1, 2 and 3 read the keys once in the forward, other gammas twice; the b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -64,23 +66,36 @@ class Forward(BlockwiseForward):
     def _add(
         self, keys: Tensor, key_ids: Tensor | None, first_key: int, second_pass: bool, positives: PositiveLists
     ) -> None:
-        operators, options = torch.ops.softmask_fast_cpp, self.options
         products = _Products(self.rows, keys, self.teacher_rows)
         for first, last in spans(self.rows.shape[0], TILE_ROWS):
-            block, part = products.block(first, last), slice(first, last)
-            lists = positives.columns, positives.first[part], positives.count[part]
+            block = products.block(first, last)
             for low, high in spans(keys.shape[0], TILE_KEYS):
                 _, student, teacher = products.tile(block, low, high)
-                common = student, teacher, self.inverse, first_key + low, *lists
-                if second_pass:
-                    operators.focal_itc_terms(*common, options.gamma, self.sums[part], self.places[part])
-                else:
-                    operators.focal_itc_sums(
-                        *common, self.empty and low == 0, max(self.order, 0), options.stats, options.first_negative,
-                        options.last_negative, options.seed, options.direction, options.row_offset + first,
-                        self.sums[part], self.places[part],
-                    )  # fmt: skip
+                start = self.empty and low == 0
+                self.take(slice(first, last), student, teacher, first_key + low, positives, start, second_pass)
         self.empty = False
+
+    def take(
+        self,
+        part: slice,
+        student: Tensor,
+        teacher: Tensor | None,
+        first_key: int,
+        positives: PositiveLists,
+        start: bool,
+        second_pass: bool,
+    ) -> None:
+        """Adds a tile of products, which it overwrites, of the rows ``part``; start: it is their first one."""
+        operators, options = torch.ops.softmask_fast_cpp, self.options
+        lists = positives.columns, positives.first[part], positives.count[part]
+        common = student, teacher, self.inverse, first_key, *lists
+        if second_pass:
+            operators.focal_itc_terms(*common, options.gamma, self.sums[part], self.places[part])
+        else:
+            operators.focal_itc_sums(
+                *common, start, max(self.order, 0), options.stats, options.first_negative, options.last_negative,
+                options.seed, options.direction, options.row_offset + part.start, self.sums[part], self.places[part],
+            )  # fmt: skip
 
     def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         options, batch = self.options, self.rows.shape[0]
@@ -115,25 +130,114 @@ def backward(
     first_key: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of rows, keys and temperature, for keys numbered from ``first_key``; empty where not wanted."""
-    order, inverse = expansion_order(options.gamma), 1 / float(temperature)
     positives = positive_lists(rows, ids, keys, key_ids, options.row_offset, first_key)
     grad_rows = torch.zeros(rows.shape if wants_rows else 0)
     grad_keys = torch.zeros(keys.shape if wants_keys else 0)
-    grad_inverse = torch.zeros(rows.shape[0], dtype=torch.float64)
+    gradient = _LogitGradient(grad_loss, temperature, row_state, dominant, positives, options)
     products = _Products(rows, keys, teacher_rows)
     for first, last in spans(rows.shape[0], TILE_ROWS):
         block = products.block(first, last)
         part = slice(first, last)
         for low, high in spans(keys.shape[0], TILE_KEYS):
             y, student, teacher = products.tile(block, low, high)
-            torch.ops.softmask_fast_cpp.focal_itc_gradient(
-                student, teacher, inverse, first_key + low, positives.columns, positives.first[part],
-                positives.count[part], options.gamma, order, options.alpha, options.any_positive,
-                grad_loss[part].contiguous(), row_state[:, part], dominant[part], grad_inverse[part],
-            )  # fmt: skip
+            gradient.replace(part, student, teacher, first_key + low)
             if wants_rows:
                 grad_rows[part].addmm_(student, y)
             if wants_keys:
                 grad_keys[low:high].addmm_(student.T, block[0])
-    grad_temperature = -grad_inverse.sum().to(temperature.dtype) if wants_temperature else temperature.new_empty(0)
+    grad_temperature = gradient.temperature() if wants_temperature else temperature.new_empty(0)
     return grad_rows.to(rows.dtype), grad_keys.to(keys.dtype), grad_temperature
+
+
+class _LogitGradient:
+    """The gradient of the products of one direction, by temperature, tile by tile."""
+
+    def __init__(
+        self,
+        grad_loss: Tensor,
+        temperature: Tensor,
+        row_state: Tensor,
+        dominant: Tensor,
+        positives: PositiveLists,
+        options: Options,
+    ):
+        self.grad_loss, self.row_state, self.dominant = grad_loss.contiguous(), row_state, dominant
+        self.positives, self.options = positives, options
+        self.order, self.inverse = expansion_order(options.gamma), 1 / float(temperature)
+        self.dtype = temperature.dtype
+        self.of_inverse = torch.zeros(grad_loss.shape[0], dtype=torch.float64)
+
+    def replace(self, part: slice, student: Tensor, teacher: Tensor | None, first_key: int) -> None:
+        """Writes the gradient of a tile of products, of the rows ``part``, in their place."""
+        positives, options = self.positives, self.options
+        torch.ops.softmask_fast_cpp.focal_itc_gradient(
+            student, teacher, self.inverse, first_key, positives.columns, positives.first[part], positives.count[part],
+            options.gamma, self.order, options.alpha, options.any_positive, self.grad_loss[part],
+            self.row_state[:, part], self.dominant[part], self.of_inverse[part],
+        )  # fmt: skip
+
+    def temperature(self) -> Tensor:
+        """The gradient of the temperature, once all tiles were replaced."""
+        return -self.of_inverse.sum().to(self.dtype)
+
+
+def symmetric_forward(
+    image: Tensor, text: Tensor, temperature: Tensor, ids: Tensor | None, options: Options
+) -> tuple[Tensor, ...]:
+    """The outputs of both directions, stacked; see symmetric.py."""
+    positives = positive_lists(image, ids, text, ids, options.row_offset, 0)
+    runs = []
+    for direction, rows in enumerate((image, text)):
+        runs.append(Forward(rows, temperature, None, ids, options._replace(direction=direction)))
+        runs[-1].count = positives.count
+    for second_pass in range(runs[0].passes):
+        for part, keys, *_, products, transposed in _tiles_both_ways(image, text):
+            runs[0].take(part, products, None, keys.start, positives, keys.start == 0, bool(second_pass))
+            runs[1].take(keys, transposed, None, part.start, positives, part.start == 0, bool(second_pass))
+    return tuple(torch.stack(parts) for parts in zip(*(run.finish() for run in runs), strict=True))
+
+
+def symmetric_backward(
+    grad_loss: Tensor,
+    image: Tensor,
+    text: Tensor,
+    temperature: Tensor,
+    ids: Tensor | None,
+    row_state: Tensor,
+    dominant: Tensor,
+    wants_image: bool,
+    wants_text: bool,
+    wants_temperature: bool,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, text and temperature, of both directions together; empty where not wanted."""
+    positives = positive_lists(image, ids, text, ids, options.row_offset, 0)
+    gradients = [
+        _LogitGradient(grad_loss[i], temperature, row_state[i], dominant[i], positives, options) for i in range(2)
+    ]
+    grad_image = torch.zeros(image.shape if wants_image else 0)
+    grad_text = torch.zeros(text.shape if wants_text else 0)
+    for part, keys, x, y, products, transposed in _tiles_both_ways(image, text):
+        gradients[0].replace(part, products, None, keys.start)
+        gradients[1].replace(keys, transposed, None, part.start)
+        products += transposed.T
+        if wants_image:
+            grad_image[part].addmm_(products, y)
+        if wants_text:
+            grad_text[keys].addmm_(products.T, x)
+    grad_temperature = temperature.new_empty(0)
+    if wants_temperature:
+        grad_temperature = gradients[0].temperature() + gradients[1].temperature()
+    return grad_image.to(image.dtype), grad_text.to(text.dtype), grad_temperature
+
+
+def _tiles_both_ways(image: Tensor, text: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor]]:
+    """For each tile the rows of images and of texts, both in float32, their products, and these transposed."""
+    tiles = _Products(image, text, None)
+    buffer = torch.empty_like(tiles.buffers[0])
+    for first, last in spans(image.shape[0], TILE_ROWS):
+        block = tiles.block(first, last)
+        for low, high in spans(text.shape[0], TILE_KEYS):
+            y, products, _ = tiles.tile(block, low, high)
+            transposed = buffer[: products.numel()].view(high - low, last - first).copy_(products.T)
+            yield slice(first, last), slice(low, high), block[0], y, products, transposed

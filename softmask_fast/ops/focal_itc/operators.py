@@ -25,20 +25,20 @@ POSITIVE_MAX, POSITIVE_LOG_SUM = 6, 7  # log of the sum of e^s over the positive
 DOMINANT_GRADIENT = 8  # dloss_i / ds_ij of the most probable key; `streamed` has no use for it
 ROW_STATES = 9
 
-_OPTIONS = (
+OPTIONS = (
     "float gamma, float alpha, bool any_positive, SymInt row_offset, bool stats, SymInt first_negative, "
     "SymInt last_negative, SymInt seed, int direction, str? impl"
 )
 torch.library.define(
     "softmask_fast::focal_itc",
     "(Tensor rows, Tensor keys, Tensor temperature, Tensor? teacher_rows, Tensor? ids, Tensor? key_ids, "
-    f"{_OPTIONS}) -> (Tensor loss, Tensor row_state, Tensor dominant, Tensor statistics, Tensor hard_negative)",
+    f"{OPTIONS}) -> (Tensor loss, Tensor row_state, Tensor dominant, Tensor statistics, Tensor hard_negative)",
 )
 torch.library.define(
     "softmask_fast::focal_itc_backward",
     "(Tensor grad_loss, Tensor rows, Tensor keys, Tensor temperature, Tensor? teacher_rows, Tensor? ids, "
     "Tensor? key_ids, Tensor row_state, Tensor dominant, bool wants_rows, bool wants_keys, bool wants_temperature, "
-    f"{_OPTIONS}) -> (Tensor grad_rows, Tensor grad_keys, Tensor grad_temperature)",
+    f"{OPTIONS}) -> (Tensor grad_rows, Tensor grad_keys, Tensor grad_temperature)",
 )
 _INPUTS = 6  # tensors before the options
 
@@ -101,9 +101,14 @@ class BlockwiseForward:
         raise NotImplementedError
 
 
-def streaming(name: str, forward: type[BlockwiseForward], backward, **keywords) -> backend.Implementation:
-    """An ``Implementation`` made of the two parts that stream."""
-    return backend.Implementation(name, {"forward": forward, "backward": backward}, **keywords)
+def streaming(
+    name: str, forward: type[BlockwiseForward], backward, symmetric=None, **keywords
+) -> backend.Implementation:
+    """An ``Implementation`` made of the two parts that stream, and where it has them of those of symmetric.py."""
+    parts = {"forward": forward, "backward": backward}
+    if symmetric is not None:
+        parts["symmetric_forward"], parts["symmetric_backward"] = symmetric
+    return backend.Implementation(name, parts, **keywords)
 
 
 def resolve(impl: str | None, rows: Tensor) -> backend.Implementation:
@@ -114,10 +119,25 @@ def resolve(impl: str | None, rows: Tensor) -> backend.Implementation:
 def _forward(rows, keys, temperature, teacher_rows, ids, key_ids, *options_and_impl):
     *options, impl = options_and_impl
     with torch.autocast(rows.device.type, enabled=False):
-        run = resolve(impl, rows)["forward"](rows, temperature, teacher_rows, ids, Options(*options))
-        for second_pass in range(run.passes):
-            run.add(keys, key_ids, 0, bool(second_pass))
-        return run.finish()
+        run = resolve(impl, rows)
+        return stream_forward(run, rows, keys, temperature, teacher_rows, ids, key_ids, Options(*options))
+
+
+def stream_forward(
+    run: backend.Implementation,
+    rows: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    teacher_rows: Tensor | None,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of the operator, from keys that are one block."""
+    forward = run["forward"](rows, temperature, teacher_rows, ids, options)
+    for second_pass in range(forward.passes):
+        forward.add(keys, key_ids, 0, bool(second_pass))
+    return forward.finish()
 
 
 @torch.library.impl("softmask_fast::focal_itc_backward", "CompositeExplicitAutograd")
@@ -160,33 +180,40 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx, inputs, output):
-    loss, row_state, dominant, statistics, hard_negative = output
-    ctx.options = inputs[_INPUTS:]
-    ctx.mark_non_differentiable(row_state, dominant, statistics, hard_negative)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_INPUTS], row_state, dominant)
+def setup_context(tensors: int):
+    """Saves the first so many arguments of the forward, the options behind them, and the row state."""
+
+    def setup(ctx, inputs, output):
+        loss, row_state, dominant, statistics, hard_negative = output
+        ctx.options = inputs[tensors:]
+        ctx.mark_non_differentiable(row_state, dominant, statistics, hard_negative)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:tensors], row_state, dominant)
+
+    return setup
 
 
-def _autograd(ctx, grad_loss, *_):
-    none = (None,) * (_INPUTS - 3 + len(ctx.options))
-    wants_rows, wants_keys, wants_temperature, *_ = ctx.needs_input_grad
-    if grad_loss is None or not (wants_rows or wants_keys or wants_temperature):
-        return (None, None, None, *none)
-    grad_rows, grad_keys, grad_temperature = torch.ops.softmask_fast.focal_itc_backward(
-        grad_loss, *ctx.saved_tensors, wants_rows, wants_keys, wants_temperature, *ctx.options
-    )
-    return (
-        grad_rows if wants_rows else None,
-        grad_keys if wants_keys else None,
-        grad_temperature if wants_temperature else None,
-        *none,
-    )
+def autograd(tensors: int, backward):
+    """Calls the operator ``backward`` for what is wanted of the first three arguments."""
+
+    def run(ctx, grad_loss, *_):
+        none = (None,) * (tensors - 3 + len(ctx.options))
+        wanted = ctx.needs_input_grad[:3]
+        if grad_loss is None or not any(wanted):
+            return (None, None, None, *none)
+        grads = backward(grad_loss, *ctx.saved_tensors, *wanted, *ctx.options)
+        return (*(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), *none)
+
+    return run
 
 
-def _no_second_derivative(ctx, *grads):
+def no_second_derivative(ctx, *grads):
     raise RuntimeError(SECOND_DERIVATIVE)
 
 
-torch.library.register_autograd("softmask_fast::focal_itc", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("softmask_fast::focal_itc_backward", _no_second_derivative)
+torch.library.register_autograd(
+    "softmask_fast::focal_itc",
+    autograd(_INPUTS, torch.ops.softmask_fast.focal_itc_backward),
+    setup_context=setup_context(_INPUTS),
+)
+torch.library.register_autograd("softmask_fast::focal_itc_backward", no_second_derivative)

@@ -1,0 +1,99 @@
+"""A batch that is its own keys: its two directions computed together are the two, and the reference."""
+
+import pytest
+import test_focal_itc_streaming as streaming
+import torch
+from compare import assert_as_accurate
+from test_focal_itc_streaming import device_of, inputs, thin_out
+
+from softmask_fast.ops import focal_itc_loss
+from softmask_fast.ops.focal_itc import cpp
+
+impl, small_tiles = streaming.impl, streaming.small_tiles  # fixtures
+NAMES = ("loss", "grad image", "grad text", "grad temperature")
+GAMMAS, POSITIVES = (0.0, 0.5, 1.0, 2.0, 3.0), ("own", "mean", "any")
+
+
+def run(impl, tensors, dtype, temperature, positives="own", copies=False, **options):
+    """loss per row, gradients and statistics, in ``dtype``; copies: the keys are copies, so each direction is alone."""
+    device = device_of(impl)
+    leaves = [tensor.to(device, dtype, copy=True).requires_grad_() for tensor in tensors]
+    tau = torch.tensor(temperature).to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
+    ids = {} if positives == "own" else {"ids": torch.arange(len(tensors[0]), device=device) % 7}
+    if copies:
+        options |= {"image_keys": leaves[0].clone(), "text_keys": leaves[1].clone()}
+        options |= {} if positives == "own" else {"key_ids": ids["ids"].clone()}
+    loss, stats = focal_itc_loss(
+        *leaves, temperature=tau, positives="any" if positives == "any" else "mean", reduction="none",
+        return_stats=True, seed=3, impl=impl, **ids, **options,
+    )  # fmt: skip
+    (loss * torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype, device=device)).sum().backward()
+    return [result.cpu() for result in (loss.detach(), *(leaf.grad for leaf in leaves), tau.grad)], stats
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_as_accurate_as_pytorch_and_the_two_directions(impl, gamma, positives, dtype):
+    thin_out(impl, GAMMAS.index(gamma), POSITIVES.index(positives), int(dtype == torch.bfloat16))
+    tensors = inputs(50, 50, 24, dtype)[:2]
+    actual, stats = run(impl, tensors, dtype, 0.1, positives, gamma=gamma)
+    baseline, _ = run("reference", tensors, dtype, 0.1, positives, gamma=gamma)
+    truth, true_stats = run("reference", tensors, torch.float64, 0.1, positives, gamma=gamma)
+    for name, *results in zip(NAMES, actual, baseline, truth, strict=True):
+        assert_as_accurate(*results, torch.float32 if results[0].dim() < 2 else dtype, name)
+    _, apart = run(impl, tensors, dtype, 0.1, positives, gamma=gamma, copies=True)
+    for name, mine, theirs, true in zip(stats._fields, stats, apart, true_stats, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6, msg=name)
+        if "negative" in name:
+            assert torch.equal(mine.cpu(), true), name
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 24, 25])
+def test_any_number_of_pairs(impl, size):
+    tensors = inputs(size, size, 9, torch.float32)[:2]
+    actual, _ = run(impl, tensors, torch.float32, 0.1)
+    expected, _ = run(impl, tensors, torch.float32, 0.1, copies=True)
+    for name, *results in zip(NAMES, actual, expected, strict=True):
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_any_subset_of_gradients(impl):
+    def gradients(chosen):
+        values = [*(x.to(device_of(impl), copy=True) for x in inputs(20, 20, 24, torch.float32)[:2]), torch.tensor(0.1)]
+        leaves = [values[i].requires_grad_() for i in chosen]
+        return torch.autograd.grad(focal_itc_loss(*values[:2], temperature=values[2], impl=impl), leaves)
+
+    everything = gradients(range(3))
+    for chosen in ([0], [1], [2], [0, 1], [1, 2]):
+        assert all(torch.equal(mine, everything[i]) for i, mine in zip(chosen, gradients(chosen), strict=True)), chosen
+
+
+def test_every_product_is_computed_once(monkeypatch):
+    """The forward makes one matrix product, the backward three, for all pairs of one tile."""
+    monkeypatch.setattr(cpp, "TILE_ROWS", 64)
+    monkeypatch.setattr(cpp, "TILE_KEYS", 64)
+    image, text = (tensor.requires_grad_() for tensor in inputs(40, 40, 24, torch.float32)[:2])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        focal_itc_loss(image, text, temperature=0.1, impl="cpp").backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::mm"] + calls["aten::addmm_"] == 4
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_opcheck(impl, with_ids):
+    device = device_of(impl)
+    image, text = (tensor.requires_grad_() for tensor in inputs(18, 18, 24, torch.float32, device=device)[:2])
+    temperature = torch.tensor(0.1, device=device, requires_grad=True)
+    ids = torch.arange(18, device=device) % 5 if with_ids else None
+    options = (2.0, 0.0, False, 0, True, 0, 18, 1, 0, impl)
+    arguments = (image, text, temperature, ids, *options)
+    torch.library.opcheck(torch.ops.softmask_fast.focal_itc_symmetric.default, arguments)
+    with torch.no_grad():
+        loss, row_state, dominant, _, _ = torch.ops.softmask_fast.focal_itc_symmetric(*arguments)
+    inputs_alone = [argument.detach() for argument in arguments[:3]]
+    for wants in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        torch.library.opcheck(
+            torch.ops.softmask_fast.focal_itc_symmetric_backward.default,
+            (torch.ones_like(loss), *inputs_alone, ids, row_state, dominant, *wants, *options),
+        )
