@@ -366,13 +366,13 @@ def make_config(preset: str = "tiny", **options: Any) -> Config:
 
 
 def _read_options(path: str) -> dict[str, Any]:
-    text = Path(path).read_text()
-    if path.endswith(".json"):
-        options = json.loads(text)
-    else:
-        import yaml
+    import yaml
 
-        options = yaml.safe_load(text)
+    text = Path(path).read_text()
+    try:
+        options = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config: {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected a mapping of options, got {type(options).__name__}")
     return options

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from softmask_fast import loop
+from softmask_fast import engine, loop
 from softmask_fast.explain import plot_curves
 from softmask_fast.files import write_json, write_text
 from softmask_fast.tasks.config import FinetuneConfig, parse_arguments
@@ -33,7 +33,16 @@ def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path,
 
 
 def finetune(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest) -> bool:
-    """Train to the end or until a stop is requested; returns whether the end was reached."""
+    """Train to the end or until a stop is requested; returns whether the end was reached.
+
+    Raises UsageError before the first step for what the task lacks.
+    """
+    step, teacher, loader = engine.together(lambda: prepare(config))
+    return loop.train(step, teacher, loader, config, deepspeed_config, output, stop)
+
+
+def prepare(config: FinetuneConfig):
+    """The module that DeepSpeed owns, the momentum copy, and the loader."""
     train, task = config.train, TASKS[config.task]
     device = torch.device(get_accelerator().current_device_name())
     torch.manual_seed(train.seed)
@@ -51,8 +60,7 @@ def finetune(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: P
         **loop.loader_options(config, device),
     )
     step, teacher = task.step(model, config)
-    teacher.to(device)
-    return loop.train(step, teacher, loader, config, deepspeed_config, output, stop)
+    return step, teacher.to(device), loader
 
 
 def report(config: FinetuneConfig, output: Path) -> None:

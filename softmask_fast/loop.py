@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.loader import SampleLoader
 from softmask_fast.files import write_json
 from softmask_fast.logs import FlopCount, RunLog, environment, matmul_rate, peak_memory, step_profiler
+from softmask_fast.mistakes import UsageError, is_mistake, one_line
 from softmask_fast.model.checkpoints import save_model
 from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.ops.backend import describe
@@ -35,6 +38,9 @@ MAY_CHANGE = (
     "data_threads", "eval_data", "eval_size",
     "cache_dir", "cache_gigabytes", "prefetch_shards", "download_tries", "download_timeout",
 )  # fmt: skip
+
+
+SPEAKING_SECONDS = 30.0  # a rank with nothing to say waits so long: the launcher ends all when the first one goes
 
 
 class StopRequest:
@@ -78,32 +84,63 @@ def run_script(
     parse: Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]],
     work: Callable[[RunConfig, dict[str, Any], Path, StopRequest], None],
 ) -> int:
-    """What a script under the deepspeed launcher does around its work; returns the exit status: 2 after a message about
-    options that cannot be used."""
-    try:
-        config, launch = parse(argv)
-        engines.start_distributed(launch)
-        deepspeed_config = engines.read_deepspeed_config(launch.deepspeed, engines.with_precision(config.train))
-        engines.check_execution(config.train, deepspeed_config)
-        output = engines.output_directory(config)
-    except ValueError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
+    """What a script under the deepspeed launcher does around its work; returns the exit status: 2 after one rank's line
+    about a mistake of the user that was found before the first step."""
+    config, launch = read_options(name, argv, parse)
+    engines.start_distributed(launch)
     logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.WARNING, format="%(message)s")
+
+    def read_deepspeed_config() -> dict[str, Any]:
+        found = engines.read_deepspeed_config(launch.deepspeed, engines.with_precision(config.train))
+        engines.check_execution(config.train, found)
+        return found
+
     try:
+        deepspeed_config = engines.together(read_deepspeed_config)
+        output = engines.output_directory(config)
         work(config, deepspeed_config, output, StopRequest())
+    except UsageError as error:
+        if dist.get_rank() == 0:
+            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        dist.barrier()  # the launcher ends all ranks when it sees the first one go
+        dist.destroy_process_group()
+        return 2
     except RuntimeError as error:
         if not lost_rank(error):
             raise
         rank, why = dist.get_rank(), str(error).splitlines()[0]
         print(
             f"{name}: error: rank {rank} lost the connection to another rank ({why}). "
-            f"When all hosts are back, go on with --output_dir {output} --resume true",
+            f"When all hosts are back, go on with --output_dir {config.train.output_dir} --resume true",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)  # what is left of the process group would wait for the lost rank
     return 0
+
+
+def read_options(
+    name: str, argv: list[str] | None, parse: Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]]
+) -> tuple[RunConfig, LaunchOptions]:
+    """The parsed options. Of several ranks of a machine the first tells what is wrong with them, or the --help, and
+    the others are quiet. Raises SystemExit."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        with ExitStack() as quiet:
+            for redirect in () if first else (redirect_stdout, redirect_stderr):
+                quiet.enter_context(redirect(io.StringIO()))
+            return parse(argv)
+    except SystemExit as leaving:
+        status = leaving.code
+    except (ValueError, OSError) as error:
+        if not is_mistake(error):
+            raise
+        status = 2
+        if first:
+            print(f"{name}: error: {one_line(error)}", file=sys.stderr, flush=True)
+    if status and not first:
+        time.sleep(SPEAKING_SECONDS)
+    sys.exit(status)
 
 
 def lost_rank(error: RuntimeError) -> bool:
@@ -168,11 +205,15 @@ def train(
 
     done, pairs_seen = 0, 0
     found = engines.checkpoints(output / "checkpoints")
-    if options.resume and found:
+
+    def load() -> tuple[int, int]:
         check_same_run(output, config)
         state = engines.load_checkpoint(found[-1], engine, teacher)
         loader.load_state_dict(loader.redistributed(state["loaders"]))
-        done, pairs_seen = state["step"], state["pairs"]
+        return state["step"], state["pairs"]
+
+    if options.resume and found:
+        done, pairs_seen = engines.together(load)
     announce(config, deepspeed_config, output, device, engine.module.model, samples, steps, done)
     rate_limit = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32)
     log = RunLog(output, done, steps, pairs_per_step, rate_limit) if rank == 0 else None
