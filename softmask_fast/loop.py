@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -31,11 +31,14 @@ from softmask_fast.model.checkpoints import save_model
 from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.ops.backend import describe
 
+if TYPE_CHECKING:
+    from softmask_fast.tasks.evaluations import Evaluations
+
 logger = logging.getLogger("softmask_fast")
 
 # options that a resumed run may change: they decide nothing that is learned
 MAY_CHANGE = (
-    "data_threads", "eval_data", "eval_size",
+    "data_threads", "eval_data", "eval_size", "eval_epochs",
     "cache_dir", "cache_gigabytes", "prefetch_shards", "download_tries", "download_timeout",
 )  # fmt: skip
 
@@ -187,11 +190,12 @@ def train(
     deepspeed_config: dict[str, Any],
     output: Path,
     stop: StopRequest,
+    evaluations: Evaluations | None = None,
 ) -> bool:
     """Train to the end, or until a stop is requested; returns whether the end was reached and output/model written.
 
     step: its forward is (batch, teacher, alpha, seed, use_queue=...) -> (loss, figures), its `model` is what the
-    teacher averages and the checkpoints keep.
+    teacher averages and the checkpoints keep. evaluations: measure the model on the way and at the end.
     """
     options, rank = config.train, dist.get_rank()
     for network in (step.model, teacher.model):
@@ -214,6 +218,8 @@ def train(
 
     if options.resume and found:
         done, pairs_seen = engines.together(load)
+    if evaluations:
+        evaluations.begin(done, steps_per_epoch)
     announce(config, deepspeed_config, output, device, engine.module.model, samples, steps, done)
     rate_limit = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32)
     log = RunLog(output, done, steps, pairs_per_step, rate_limit) if rank == 0 else None
@@ -238,11 +244,21 @@ def train(
         stop_if_not_finite(copy, figures, done + 1, batch, found_checkpoint=saved)
         return figures
 
+    def evaluate(weights: dict[str, torch.Tensor]) -> None:
+        nonlocal since
+        began = time.monotonic()
+        figures = evaluations.measure(done, pairs_seen / samples, engine.module.model, loader.tokenizer, weights)
+        since += time.monotonic() - began
+        if log:
+            log.write_held_out(done, figures, time.monotonic() - began)
+
     engine.train()
     saved = done
     waited, since = 0.0, time.monotonic()
     profiler = step_profiler(output / "trace.json", options.profile if rank == 0 else 0).__enter__()
     while done < steps and not stop.agreed(device):
+        if evaluations and evaluations.due(done):  # behind the checkpoint: resumed there, what was cut off is repeated
+            evaluate(engines.full_state(engine.module.model))
         rate = learning_rate(done, steps, options)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
@@ -284,20 +300,22 @@ def train(
         profiler.stop()
     if done > saved:
         save()
-    if log:
-        log.close()
     if bad := bad_samples(loader):
         logger.warning("skipped %d samples: %s", len(bad), "; ".join(f"{key} ({why})" for key, why in bad.items()))
     loader.close()
     weights = engines.full_state(engine.module.model)
+    if done == steps and rank == 0:
+        save_model(engine.module.model, loader.tokenizer, output / "model", weights)
+    if done == steps and evaluations:
+        evaluate(weights)
+    if log:
+        log.close()
     if done < steps:
         logger.info(
             "stopped by %s after step %d; go on with --output_dir %s --resume true", stop.received, done, output
         )
         return False
-    if rank == 0:
-        save_model(engine.module.model, loader.tokenizer, output / "model", weights)
-    dist.barrier()  # every rank may now read it
+    dist.barrier()  # every rank may now read the model
     return True
 
 
