@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from softmask_fast import __version__
 from softmask_fast.files import write_json
+from softmask_fast.mistakes import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -336,9 +337,7 @@ def _quiet_libraries() -> None:
 def _explain_error(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name != "pyarrow":
         return f"{error}; install what the commands need with: pip install 'softmask_fast[train]'"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return one_line(error)
 
 
 if __name__ == "__main__":

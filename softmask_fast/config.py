@@ -147,7 +147,7 @@ class DataConfig:
     )
     image_root: str | None = option(None, "Where relative image paths in JSON lists start; default: the list's folder.")
     eval_data: str | None = option(None, "Held-out pairs evaluated after training; default: unseen shapes for shapes.")
-    eval_size: int | None = option(256, "How many held-out images the final evaluation takes.")
+    eval_size: int | None = option(256, "How many held-out images an evaluation takes; 0: all.")
     tokenizer: str | None = option(
         None, "Tokenizer folder or hub name; default: text_weights', or a WordPiece trained on the captions."
     )
@@ -168,6 +168,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         RemoteOptions.of(self)  # looks at the values
+        _require(not self.eval_size or self.eval_size > 0, "eval_size", "at least 0", self.eval_size)
 
 
 @dataclass
@@ -366,13 +367,13 @@ def make_config(preset: str = "tiny", **options: Any) -> Config:
 
 
 def _read_options(path: str) -> dict[str, Any]:
-    text = Path(path).read_text()
-    if path.endswith(".json"):
-        options = json.loads(text)
-    else:
-        import yaml
+    import yaml
 
-        options = yaml.safe_load(text)
+    text = Path(path).read_text()
+    try:
+        options = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config: {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{path}: expected a mapping of options, got {type(options).__name__}")
     return options

@@ -8,9 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from softmask_fast.config import LaunchOptions, RunConfig, TrainConfig
+from softmask_fast.mistakes import UsageError, is_mistake, one_line
 from softmask_fast.model.checkpoints import load_own_state, own_state, save_model, save_state
 from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.model.packing import choose_attention
 
 TRAINING_STATE, TEACHER, MODEL = "training_state.json", "teacher.safetensors", "model"
+Result = TypeVar("Result")
 
 
 def start_distributed(launch: LaunchOptions) -> None:
@@ -43,6 +45,27 @@ def start_distributed(launch: LaunchOptions) -> None:
     else:  # its shared-memory collectives need two minutes of compilation
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """What `work` returns on this rank. Where it meets a mistake of the user on any rank, all raise that of the first.
+
+    A collective, so that no rank waits for one that has found a mistake. Raises UsageError.
+    """
+    result, mistake = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        if not is_mistake(error):
+            raise
+        mistake = one_line(error)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mistake)
+    told = [(rank, text) for rank, text in enumerate(found) if text is not None]
+    if told:
+        rank, text = told[0]
+        raise UsageError(text if len(told) == len(found) or rank == 0 else f"{text} (found by rank {rank})")
+    return result
 
 
 def with_precision(train: TrainConfig) -> TrainConfig:
@@ -63,7 +86,8 @@ def check_execution(train: TrainConfig, deepspeed_config: dict) -> None:
 def output_directory(config: RunConfig) -> Path:
     """The run's folder, agreed on by all ranks and made by the first.
 
-    Raises ValueError when the folder already holds a run and --resume is not given, or not all hosts see it.
+    Raises UsageError when the folder already holds a run and --resume is not given, cannot be made, or not all hosts
+    see it.
     """
     choice: list[str | None] = [config.train.output_dir]
     if choice[0] is None:
@@ -73,19 +97,19 @@ def output_directory(config: RunConfig) -> Path:
         choice[0] = str(Path(f"runs/{config.name}-{number}").absolute())
     dist.broadcast_object_list(choice, src=0)
     output = Path(choice[0])
-    taken = (output / "config.json").exists()
-    dist.barrier()  # all have looked before the first writes
-    if taken and not config.train.resume:
-        raise ValueError(f"output_dir: {output} holds a run; go on with --resume true, or choose another folder")
+
+    def check_free() -> None:
+        if (output / "config.json").exists() and not config.train.resume:
+            raise ValueError(f"output_dir: {output} holds a run; go on with --resume true, or choose another folder")
+
+    together(check_free)  # all have looked before the first writes
     config.train.output_dir = str(output)
-    if dist.get_rank() == 0:
-        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    together(lambda: dist.get_rank() or (output / "checkpoints").mkdir(parents=True, exist_ok=True))
     seen = [None] * dist.get_world_size()
     dist.all_gather_object(seen, (output / "checkpoints").is_dir())
     if not all(seen):
         blind = [rank for rank, sees in enumerate(seen) if not sees]
-        raise ValueError(f"output_dir: expected a folder that all hosts share, ranks {blind} do not see {output}")
+        raise UsageError(f"output_dir: expected a folder that all hosts share, ranks {blind} do not see {output}")
     return output
 
 
@@ -96,7 +120,10 @@ def read_deepspeed_config(path: str, train: TrainConfig) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise ValueError(f"--deepspeed: expected a JSON file, got {path!r}, which is no file")
-    config = json.loads(Path(path).read_text())
+    try:
+        config = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"--deepspeed: {path} is not valid JSON: {error}") from error
     ours = {
         "train_micro_batch_size_per_gpu": ("batch_size", train.batch_size),
         "gradient_accumulation_steps": ("gradient_accumulation_steps", train.gradient_accumulation_steps),
@@ -192,9 +219,7 @@ def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: Mome
     source, universal = path, None
     if state["world_size"] != dist.get_world_size() and engine.zero_optimization():
         source = universal = path.with_name(f"universal-{path.name}")
-        if engine.global_rank == 0:
-            to_universal(path, universal)
-        dist.barrier()
+        together(lambda: dist.get_rank() or to_universal(path, universal))
     engine._config.load_universal_checkpoint = universal is not None
     groups = engine.optimizer.param_groups
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 COLOURS = "inferno"
 GREY, GREEN, RED = "#666666", "#1a7f37", "#c62828"
+FEW_POINTS = 40  # of a curve: they are marked
 SHOWN_SIDE = 384  # pixels of the longer side of an image inside a figure
 
 
@@ -150,12 +151,14 @@ def heatmap_page(
     save_figure(figure, out)
 
 
-def plot_curves(metrics: str | Path, out: str | Path) -> None:
+def plot_curves(metrics: str | Path, out: str | Path, held_out: Sequence[dict[str, float]] = ()) -> None:
     """Draw every figure of a metrics.jsonl over the steps: losses, accuracies, and one panel for each of the others.
 
-    Each line of the file is a JSON object with "step" and numbers. Raises ValueError without any line.
+    Each line of the file is a JSON object with "step" and numbers, as is each of the further records in `held_out`.
+    Raises ValueError without any line.
     """
     records = [json.loads(line) for line in Path(metrics).read_text().splitlines() if line.strip()]
+    records += held_out
     names = list(dict.fromkeys(name for record in records for name in record if name != "step"))
     if not names:
         raise ValueError(f"{metrics}: expected lines with figures, found none")
@@ -174,7 +177,8 @@ def plot_curves(metrics: str | Path, out: str | Path) -> None:
             points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
             steps, values = np.array(points, dtype=float).T
             window = max(1, len(values) // 40)
-            (line,) = ax.plot(steps, smooth(values, window), linewidth=1.6, label=name.replace("_", " "))
+            marker = "." if len(values) <= FEW_POINTS else ""
+            (line,) = ax.plot(steps, smooth(values, window), marker=marker, lw=1.6, label=name.replace("_", " "))
             if window > 1:
                 ax.plot(steps, values, linewidth=0.6, alpha=0.3, color=line.get_color())
         ax.set_title(title.replace("_per_", "/").replace("_", " "), fontsize=11)

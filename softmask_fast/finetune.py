@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from softmask_fast import loop
+from softmask_fast import engine, loop
 from softmask_fast.explain import plot_curves
 from softmask_fast.files import write_json, write_text
 from softmask_fast.tasks.config import FinetuneConfig, parse_arguments
-from softmask_fast.tasks.registry import TASKS, load_task_model, predictions
+from softmask_fast.tasks.evaluations import RECORD, Evaluations
+from softmask_fast.tasks.registry import TASKS, predictions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,59 +28,57 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest) -> None:
-    if finetune(config, deepspeed_config, output, stop):
-        report(config, output)
+    finetune(config, deepspeed_config, output, stop)
     dist.destroy_process_group()
 
 
 def finetune(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest) -> bool:
-    """Train to the end or until a stop is requested; returns whether the end was reached."""
+    """Train to the end, measuring on the way, or until a stop is requested; returns whether the end was reached.
+
+    Raises UsageError before the first step for what the task lacks.
+    """
+    step, teacher, loader, evaluations = engine.together(lambda: prepare(config, output))
+    finished = loop.train(step, teacher, loader, config, deepspeed_config, output, stop, evaluations)
+    if finished and dist.get_rank() == 0:
+        report(evaluations, output)
+    return finished
+
+
+def prepare(config: FinetuneConfig, output: Path):
+    """The module that DeepSpeed owns, the momentum copy, the loader, and the evaluations (None without eval_data)."""
     train, task = config.train, TASKS[config.task]
     device = torch.device(get_accelerator().current_device_name())
     torch.manual_seed(train.seed)
     model, tokenizer = task.model(config)
-    places = dict(seed=train.seed, image_size=model.config.image_size)
-    source = task.open(config.data.data, config.data, split="train", **places)
-    if config.data.eval_data:  # a mistake in it shall not wait for the end
-        task.open(config.data.eval_data, config.data, split="val", **places)
+    image_size = model.config.image_size
+    source = task.open(config.data.data, config.data, split="train", seed=train.seed, image_size=image_size)
+    evaluations = Evaluations(config, image_size, output) if config.data.eval_data else None
     loader = task.loader(
         source,
         tokenizer,
-        image_size=model.config.image_size,
+        image_size=image_size,
         max_tokens=model.config.max_tokens,
         images_per_sample=task.images_per_sample,
         **loop.loader_options(config, device),
     )
     step, teacher = task.step(model, config)
-    teacher.to(device)
-    return loop.train(step, teacher, loader, config, deepspeed_config, output, stop)
+    return step, teacher.to(device), loader, evaluations
 
 
-def report(config: FinetuneConfig, output: Path) -> None:
-    """Measure output/model on eval_data; print the table, write evaluation.json, predictions.json and curves.png.
-
-    A collective: each rank evaluates its share.
-    """
-    first = dist.get_rank() == 0
-    if first:
-        plot_curves(output / "metrics.jsonl", output / "curves.png")
-    if config.data.eval_data is None:
-        if first:
-            print(f"no evaluation: no --eval_data was given; the curves are in {output / 'curves.png'}")
+def report(evaluations: Evaluations | None, output: Path) -> None:
+    """Show what output/model has reached: the table, evaluation.json, predictions.json and curves.png."""
+    records = evaluations.records() if evaluations else []
+    held_out = [{"step": record["step"], f"held-out {record['headline']}": record["value"]} for record in records]
+    plot_curves(output / "metrics.jsonl", output / "curves.png", held_out)
+    if evaluations is None:
+        print(f"no evaluation: no --eval_data was given; the curves are in {output / 'curves.png'}")
         return
-    task = TASKS[config.task]
-    model, tokenizer = load_task_model(output / "model", config.task, get_accelerator().current_device_name())
-    source = task.open(
-        config.data.eval_data, config.data, split="val", seed=config.train.seed, image_size=model.config.image_size
-    )
-    measured = task.evaluate(
-        model, tokenizer, source, config.options, limit=config.data.eval_size, progress=first and sys.stderr.isatty()
-    )
-    if first:
-        write_json(output / "evaluation.json", measured.as_dict())
-        if (answers := predictions(measured)) is not None:
-            write_text(output / "predictions.json", answers)
-        print(f"\n{measured.table()}\n\nmodel, figures and curves: {output}", flush=True)
+    measured = evaluations.report
+    write_json(output / RECORD, measured.as_dict())
+    if (answers := predictions(measured)) is not None:
+        write_text(output / "predictions.json", answers)
+    best = f"{evaluations.summary()}\n" if records else ""
+    print(f"\n{measured.table()}\n\n{best}model, figures and curves: {output}", flush=True)
 
 
 if __name__ == "__main__":

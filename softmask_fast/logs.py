@@ -100,14 +100,24 @@ def step_profiler(path: Path, steps: int) -> AbstractContextManager:
     )
 
 
+def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Leaves a log, one JSON object with "step" a line, as it was after a step, and returns its records: a resumed run
+    repeats the steps after its checkpoint, and each step shall stand once. A line that is not whole goes too."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        write_text(path, "".join(kept))
+    return [json.loads(line) for line in kept]
+
+
 class RunLog:
     """Metrics of a run: one JSON object per line, the same in TensorBoard, and the progress bar. For rank 0."""
 
     def __init__(self, directory: Path, first_step: int, steps: int, pairs_per_step: int, matmul_rate: float):
         """matmul_rate: operations per second of one device, 100 % utilisation."""
-        self.path = directory / "metrics.jsonl"
-        self._drop_lines_after(first_step)
-        self.file = open(self.path, "a", buffering=1)
+        path = directory / "metrics.jsonl"
+        drop_lines_after(path, first_step)
+        self.file = open(path, "a", buffering=1)
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
@@ -117,14 +127,6 @@ class RunLog:
         self.redirected.enter_context(logging_redirect_tqdm())
         self.pairs_per_step, self.matmul_rate = pairs_per_step, matmul_rate
         self.since, self.since_step = time.monotonic(), first_step
-
-    def _drop_lines_after(self, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint: their old lines go, so that each step stands once."""
-        if not self.path.exists():
-            return
-        lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text(self.path, "".join(kept))
 
     def write(self, step: int, figures: dict[str, float], operations: int) -> None:
         """Log the figures of a step that took so many operations on one device; pairs/s and utilisation are means since
@@ -147,6 +149,12 @@ class RunLog:
             "wait": f"{figures['data_wait']:.0%}",
         }
         self.bar.set_postfix(shown | meters, refresh=False)
+
+    def write_held_out(self, step: int, figures: dict[str, float], seconds: float) -> None:
+        """Show figures of held-out data in TensorBoard; the seconds that they took do not count as training."""
+        self.since += seconds
+        for name, value in figures.items():
+            self.board.add_scalar(f"held_out_{name.replace(' ', '_')}", value, step)
 
     def advance(self) -> None:
         self.bar.update()

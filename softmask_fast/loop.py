@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -10,8 +11,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -24,17 +26,24 @@ from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.loader import SampleLoader
 from softmask_fast.files import write_json
 from softmask_fast.logs import FlopCount, RunLog, environment, matmul_rate, peak_memory, step_profiler
+from softmask_fast.mistakes import UsageError, is_mistake, one_line
 from softmask_fast.model.checkpoints import save_model
 from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.ops.backend import describe
+
+if TYPE_CHECKING:
+    from softmask_fast.tasks.evaluations import Evaluations
 
 logger = logging.getLogger("softmask_fast")
 
 # options that a resumed run may change: they decide nothing that is learned
 MAY_CHANGE = (
-    "data_threads", "eval_data", "eval_size",
+    "data_threads", "eval_data", "eval_size", "eval_epochs",
     "cache_dir", "cache_gigabytes", "prefetch_shards", "download_tries", "download_timeout",
 )  # fmt: skip
+
+
+SPEAKING_SECONDS = 30.0  # a rank with nothing to say waits so long: the launcher ends all when the first one goes
 
 
 class StopRequest:
@@ -78,32 +87,63 @@ def run_script(
     parse: Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]],
     work: Callable[[RunConfig, dict[str, Any], Path, StopRequest], None],
 ) -> int:
-    """What a script under the deepspeed launcher does around its work; returns the exit status: 2 after a message about
-    options that cannot be used."""
-    try:
-        config, launch = parse(argv)
-        engines.start_distributed(launch)
-        deepspeed_config = engines.read_deepspeed_config(launch.deepspeed, engines.with_precision(config.train))
-        engines.check_execution(config.train, deepspeed_config)
-        output = engines.output_directory(config)
-    except ValueError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
+    """What a script under the deepspeed launcher does around its work; returns the exit status: 2 after one rank's line
+    about a mistake of the user that was found before the first step."""
+    config, launch = read_options(name, argv, parse)
+    engines.start_distributed(launch)
     logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.WARNING, format="%(message)s")
+
+    def read_deepspeed_config() -> dict[str, Any]:
+        found = engines.read_deepspeed_config(launch.deepspeed, engines.with_precision(config.train))
+        engines.check_execution(config.train, found)
+        return found
+
     try:
+        deepspeed_config = engines.together(read_deepspeed_config)
+        output = engines.output_directory(config)
         work(config, deepspeed_config, output, StopRequest())
+    except UsageError as error:
+        if dist.get_rank() == 0:
+            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        dist.barrier()  # the launcher ends all ranks when it sees the first one go
+        dist.destroy_process_group()
+        return 2
     except RuntimeError as error:
         if not lost_rank(error):
             raise
         rank, why = dist.get_rank(), str(error).splitlines()[0]
         print(
             f"{name}: error: rank {rank} lost the connection to another rank ({why}). "
-            f"When all hosts are back, go on with --output_dir {output} --resume true",
+            f"When all hosts are back, go on with --output_dir {config.train.output_dir} --resume true",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)  # what is left of the process group would wait for the lost rank
     return 0
+
+
+def read_options(
+    name: str, argv: list[str] | None, parse: Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]]
+) -> tuple[RunConfig, LaunchOptions]:
+    """The parsed options. Of several ranks of a machine the first tells what is wrong with them, or the --help, and
+    the others are quiet. Raises SystemExit."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        with ExitStack() as quiet:
+            for redirect in () if first else (redirect_stdout, redirect_stderr):
+                quiet.enter_context(redirect(io.StringIO()))
+            return parse(argv)
+    except SystemExit as leaving:
+        status = leaving.code
+    except (ValueError, OSError) as error:
+        if not is_mistake(error):
+            raise
+        status = 2
+        if first:
+            print(f"{name}: error: {one_line(error)}", file=sys.stderr, flush=True)
+    if status and not first:
+        time.sleep(SPEAKING_SECONDS)
+    sys.exit(status)
 
 
 def lost_rank(error: RuntimeError) -> bool:
@@ -150,11 +190,12 @@ def train(
     deepspeed_config: dict[str, Any],
     output: Path,
     stop: StopRequest,
+    evaluations: Evaluations | None = None,
 ) -> bool:
     """Train to the end, or until a stop is requested; returns whether the end was reached and output/model written.
 
     step: its forward is (batch, teacher, alpha, seed, use_queue=...) -> (loss, figures), its `model` is what the
-    teacher averages and the checkpoints keep.
+    teacher averages and the checkpoints keep. evaluations: measure the model on the way and at the end.
     """
     options, rank = config.train, dist.get_rank()
     for network in (step.model, teacher.model):
@@ -168,11 +209,17 @@ def train(
 
     done, pairs_seen = 0, 0
     found = engines.checkpoints(output / "checkpoints")
-    if options.resume and found:
+
+    def load() -> tuple[int, int]:
         check_same_run(output, config)
         state = engines.load_checkpoint(found[-1], engine, teacher)
         loader.load_state_dict(loader.redistributed(state["loaders"]))
-        done, pairs_seen = state["step"], state["pairs"]
+        return state["step"], state["pairs"]
+
+    if options.resume and found:
+        done, pairs_seen = engines.together(load)
+    if evaluations:
+        evaluations.begin(done, steps_per_epoch)
     announce(config, deepspeed_config, output, device, engine.module.model, samples, steps, done)
     rate_limit = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32)
     log = RunLog(output, done, steps, pairs_per_step, rate_limit) if rank == 0 else None
@@ -197,11 +244,21 @@ def train(
         stop_if_not_finite(copy, figures, done + 1, batch, found_checkpoint=saved)
         return figures
 
+    def evaluate(weights: dict[str, torch.Tensor]) -> None:
+        nonlocal since
+        began = time.monotonic()
+        figures = evaluations.measure(done, pairs_seen / samples, engine.module.model, loader.tokenizer, weights)
+        since += time.monotonic() - began
+        if log:
+            log.write_held_out(done, figures, time.monotonic() - began)
+
     engine.train()
     saved = done
     waited, since = 0.0, time.monotonic()
     profiler = step_profiler(output / "trace.json", options.profile if rank == 0 else 0).__enter__()
     while done < steps and not stop.agreed(device):
+        if evaluations and evaluations.due(done):  # behind the checkpoint: resumed there, what was cut off is repeated
+            evaluate(engines.full_state(engine.module.model))
         rate = learning_rate(done, steps, options)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
@@ -243,20 +300,22 @@ def train(
         profiler.stop()
     if done > saved:
         save()
-    if log:
-        log.close()
     if bad := bad_samples(loader):
         logger.warning("skipped %d samples: %s", len(bad), "; ".join(f"{key} ({why})" for key, why in bad.items()))
     loader.close()
     weights = engines.full_state(engine.module.model)
+    if done == steps and rank == 0:
+        save_model(engine.module.model, loader.tokenizer, output / "model", weights)
+    if done == steps and evaluations:
+        evaluate(weights)
+    if log:
+        log.close()
     if done < steps:
         logger.info(
             "stopped by %s after step %d; go on with --output_dir %s --resume true", stop.received, done, output
         )
         return False
-    if rank == 0:
-        save_model(engine.module.model, loader.tokenizer, output / "model", weights)
-    dist.barrier()  # every rank may now read it
+    dist.barrier()  # every rank may now read the model
     return True
 
 

@@ -17,18 +17,19 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from softmask_fast import loop
+from softmask_fast import engine, loop
 from softmask_fast.config import Config, parse_arguments
 from softmask_fast.data.captions import CaptionSource, open_source
 from softmask_fast.data.images import BadSample
 from softmask_fast.data.loader import PretrainingLoader
 from softmask_fast.data.remote_options import RemoteOptions
 from softmask_fast.data.tokenizer import load_tokenizer, train_tokenizer
+from softmask_fast.mistakes import UsageError
 from softmask_fast.model.checkpoints import weights_tokenizer
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel, load_pretrained
-from softmask_fast.report import report_run
+from softmask_fast.report import held_out_source, report_run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +48,10 @@ def prepare_tokenizer(config: Config, source: CaptionSource, output: Path):
     """The tokeniser of the run, kept in its folder: the named one, that of the weights to start from, or one trained on
     the captions."""
     folder = output / "tokenizer"
-    if dist.get_rank() == 0 and not folder.exists():
+
+    def make() -> None:
+        if dist.get_rank() or folder.exists():
+            return
         named = config.data.tokenizer or (None if config.model.text_weights == "random" else config.model.text_weights)
         if config.model.model_weights:
             tokenizer = weights_tokenizer(config.model.model_weights, config.data.tokenizer)
@@ -58,10 +62,11 @@ def prepare_tokenizer(config: Config, source: CaptionSource, output: Path):
         temporary = output / "tokenizer.partial"
         tokenizer.save_pretrained(temporary)
         os.replace(temporary, folder)
-    dist.barrier()
-    tokenizer = load_tokenizer(str(folder))
+
+    engine.together(make)
+    tokenizer = engine.together(lambda: load_tokenizer(str(folder)))
     if config.model.model_weights and len(tokenizer) != config.model.vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"tokenizer: expected the {config.model.vocab_size} entries of the model that model_weights names, got "
             f"{len(tokenizer)}"
         )
@@ -79,19 +84,35 @@ def sample_captions(source: CaptionSource, images: int = 20_000) -> Iterator[str
 
 
 def pretrain(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest) -> bool:
-    """Train to the end or until a stop is requested; returns whether the end was reached."""
-    train = config.train
-    device = torch.device(get_accelerator().current_device_name())
-    torch.manual_seed(train.seed)
+    """Train to the end or until a stop is requested; returns whether the end was reached.
+
+    Raises UsageError before the first step for what the run lacks.
+    """
+    torch.manual_seed(config.train.seed)
+    source = engine.together(lambda: open_sources(config))
+    tokenizer = prepare_tokenizer(config, source, output)
+    step, teacher, loader = engine.together(lambda: prepare(config, source, tokenizer))
+    return loop.train(step, teacher, loader, config, deepspeed_config, output, stop)
+
+
+def open_sources(config: Config) -> CaptionSource:
+    """The pairs to learn from. Those to measure on are looked at, too: a mistake in them shall not wait for the end."""
     source = open_source(
         config.data.data,
         split="train",
-        seed=train.seed,
+        seed=config.train.seed,
         image_size=config.model.image_size,
         remote=RemoteOptions.of(config.data),
         image_root=config.data.image_root,
     )
-    tokenizer = prepare_tokenizer(config, source, output)
+    if dist.get_rank() == 0:
+        held_out_source(config)
+    return source
+
+
+def prepare(config: Config, source: CaptionSource, tokenizer):
+    """The module that DeepSpeed owns, the momentum copy, and the loader."""
+    device = torch.device(get_accelerator().current_device_name())
     loader = PretrainingLoader(
         source,
         tokenizer,
@@ -102,9 +123,8 @@ def pretrain(config: Config, deepspeed_config: dict[str, Any], output: Path, sto
     )
     model = VisionLanguageModel(config.model, config.objectives.temperature)
     load_pretrained(model)
-    teacher = MomentumTeacher(model, config.objectives, train.seed).to(device)
-    step = PretrainingStep(model, config.objectives, bf16=train.bf16)
-    return loop.train(step, teacher, loader, config, deepspeed_config, output, stop)
+    teacher = MomentumTeacher(model, config.objectives, config.train.seed).to(device)
+    return PretrainingStep(model, config.objectives, bf16=config.train.bf16), teacher, loader
 
 
 if __name__ == "__main__":

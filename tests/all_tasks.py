@@ -50,6 +50,7 @@ LEARNED = {
 }
 RESUMED = LABELS | {
     "eval_data": ASKED.format(31), "max_steps": 6, "checkpoint_steps": 3, "batch_size": 4, "log_steps": 1,
+    "hidden_dropout": 0.1, "eval_epochs": 2 / 1024,  # every second step
 }  # fmt: skip
 
 
@@ -66,17 +67,16 @@ def flags(options: dict) -> list[str]:
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-def run(work, parsed: tuple) -> None:
+def run(work, parsed: tuple, stage: int = 1) -> None:
     settings, _ = parsed
     file = engine.read_deepspeed_config(options.deepspeed, engine.with_precision(settings.train))
+    file["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
     assert work(settings, file, engine.output_directory(settings), stop)
 
 
-def tune(task: str, own: dict, folder: Path) -> None:
+def tune(task: str, own: dict, folder: Path, stage: int = 1) -> None:
     given = {"model": root / "pretrained" / "model", "output_dir": folder}
-    parsed = tasks.parse_arguments([*launched, "--task", task, *flags(COMMON | given | own)])
-    run(finetune.finetune, parsed)
-    finetune.report(parsed[0], folder)
+    run(finetune.finetune, tasks.parse_arguments([*launched, "--task", task, *flags(COMMON | given | own)]), stage)
 
 
 start = {"output_dir": root / "pretrained"} | ({"max_steps": 2} if what == "resume" else {})
@@ -96,14 +96,20 @@ else:
         shutil.copytree(root / "whole", root / "resumed")
         shutil.rmtree(root / "resumed" / "model")
         shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000006")
+        shutil.copytree(root / "resumed", root / "unmeasured")
+        (root / "resumed" / "candidate").mkdir()
+        with open(root / "resumed" / "evaluations.jsonl", "a") as lines:
+            lines.write('{"step": 7, "epo')
     engine.dist.barrier()
     tune("entailment", RESUMED | {"resume": True}, root / "resumed")
+    unmeasured = {name: value for name, value in RESUMED.items() if name != "eval_data"}
+    tune("entailment", unmeasured | {"resume": True}, root / "unmeasured")
     model, _ = load_model(root / "pretrained" / "model")
     if engine.dist.get_rank() == 0:
         save_albef(model, root / "albef.pth")
     engine.dist.barrier()
-    albef = {"model": root / "albef.pth", "tokenizer": root / "words", "max_steps": 2}
-    tune("entailment", RESUMED | albef, root / "from-albef")
+    albef = {"model": root / "albef.pth", "tokenizer": root / "words", "max_steps": 2, "eval_epochs": 1e-6}
+    tune("entailment", RESUMED | albef, root / "from-albef", stage=3)
     again = {"model_weights": root / "pretrained" / "model", "max_steps": 1, "data": SCENES.format(64)}
     more = COMMON | again | {"output_dir": root / "pretrained-more"}
     run(train.pretrain, config.parse_arguments([*launched, "--preset", "base", *flags(more)]))

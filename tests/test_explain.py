@@ -130,7 +130,10 @@ def test_plot_curves(tmp_path):
     four_panels = size_of(out)
     metrics.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
     plot_curves(metrics, out)
-    assert size_of(out)[0] < four_panels[0]  # one panel, one point
+    one_panel = size_of(out)
+    assert one_panel[0] < four_panels[0]  # with one point
+    plot_curves(metrics, out, [{"step": 1, "held-out accuracy": 0.5}])
+    assert size_of(out)[0] > one_panel[0]
     metrics.write_text("")
     with pytest.raises(ValueError, match="expected lines with figures"):
         plot_curves(metrics, out)

@@ -5,12 +5,19 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from PIL import Image
 from safetensors.torch import load_file
+from small_models import small_model, small_tokenizer
 from test_train import finish, launch, metrics
 
 from softmask_fast.cli import main
+from softmask_fast.finetune import report
+from softmask_fast.model.checkpoints import own_state
 from softmask_fast.tasks.config import parse_arguments
-from softmask_fast.tasks.registry import TASKS
+from softmask_fast.tasks.entailment import EntailmentModel
+from softmask_fast.tasks.evaluations import Evaluations
+from softmask_fast.tasks.registry import TASKS, load_task_model
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +73,122 @@ def test_the_command_measures_what_the_run_did(learned, tmp_path, capsys):
     assert "is fine-tuned for vqa" in capsys.readouterr().err
 
 
+def check_evaluations(folder, steps: list[int]) -> None:
+    """A line for each, the last as at the end, and in best/ what the best of them has measured."""
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == steps and lines[-1]["epoch"] == pytest.approx(steps[-1] / 1024)
+    last = json.loads((folder / "evaluation.json").read_text())
+    assert lines[-1].items() >= last.items() and all(line["value"] == line["score"] for line in lines)
+    best = max(lines, key=lambda line: line["value"])  # the first of equal ones
+    assert json.loads((folder / "best" / "evaluation.json").read_text()) == best
+    out = folder / "best.json"
+    command = ["evaluate", "--task", "entailment", "--model", str(folder / "best"), "--data", best["eval_data"]]
+    assert main([*command, "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["score"] == best["score"]
+
+
+def test_every_task_has_a_figure_that_chooses_its_best_model(learned):
+    figures = {}
+    for task in ("entailment", "vqa", "nlvr2", "retrieval", "grounding"):
+        report = measured(learned, task)
+        (line,) = (json.loads(line) for line in (learned / task / "evaluations.jsonl").read_text().splitlines())
+        assert line.items() >= report.items() and (learned / task / "best" / "model.safetensors").exists()
+        figures[line["headline"]] = line["value"]
+        if "score" in report:
+            assert (line["headline"], line["value"]) == (report["metric"], report["score"])
+    recalls = [recall for way in measured(learned, "retrieval")["itm"].values() for recall in way.values()]
+    assert figures["mean recall"] == pytest.approx(sum(recalls) / 6)
+    assert figures["box accuracy"] == measured(learned, "grounding")["box_accuracy"]["model"]
+    assert figures.keys() == {"accuracy", "VQA accuracy", "mean recall", "box accuracy"}
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def flags_of(options: dict) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def evaluations_of(folder, **options) -> Evaluations:
+    given = {"task": "entailment", "model": "m", "data": "shapes", "eval_data": "shapes:num=8", "eval_epochs": 0.5}
+    config, _ = parse_arguments(["--deepspeed", "ds.json", *flags_of(given | options)])
+    return Evaluations(config, 32, folder)
+
+
+def test_the_best_model_is_kept_and_a_resumed_run_remembers_it(tmp_path, alone, monkeypatch):
+    model = EntailmentModel(small_model(tokenizer := small_tokenizer()), tokenizer)
+    folder, reached = tmp_path / "run", {}
+    folder.mkdir()
+    monkeypatch.setattr(EntailmentModel, "score", lambda *_: reached["value"])
+
+    def measure(run: Evaluations, step: int, value: float) -> dict:
+        """The model of a step is known by its bias; returns the record of the best one."""
+        torch.nn.init.constant_(model.head[2].bias, step)
+        reached["value"], state = value, torch.get_rng_state()
+        assert run.measure(step, step / 4, model, tokenizer, own_state(model)) == {"accuracy": value}
+        assert torch.equal(torch.get_rng_state(), state) and model.training
+        best = json.loads((folder / "best" / "evaluation.json").read_text())
+        kept, _ = load_task_model(folder / "best", "entailment")
+        assert (kept.head[2].bias == best["step"]).all() and not (folder / "candidate").exists()
+        return best
+
+    run = evaluations_of(folder)
+    run.begin(0, steps_per_epoch=4)
+    assert [step for step in range(7) if run.due(step)] == [2, 4, 6]
+    assert [measure(run, step, value)["step"] for step, value in ((2, 0.5), (4, 0.75), (6, 0.25))] == [2, 4, 4]
+    assert run.summary() == f"best: step 4, epoch 1.00, accuracy 75.00 %, in {folder / 'best'}"
+
+    run = evaluations_of(folder)
+    run.begin(5, steps_per_epoch=4)  # step 6 is repeated
+    assert [record["step"] for record in run.records()] == [2, 4]
+    assert run.due(6) and not run.due(4)
+    assert measure(run, 6, 0.5)["step"] == 4 and measure(run, 8, 0.75)["step"] == 4
+    assert [(record["step"], record["value"]) for record in run.records()][2:] == [(6, 0.5), (8, 0.75)]
+    assert measure(run, 8, 0.75)["step"] == 4 and len(run.records()) == 4  # a finished run, resumed
+    assert evaluations_of(folder, eval_size=0).count == 8
+    other = evaluations_of(folder, eval_size=4)  # of which no figure compares with those before
+    other.begin(8, steps_per_epoch=4)
+    assert measure(other, 10, 0.1)["step"] == 10
+    assert not any(evaluations_of(folder, eval_epochs=0).due(step) for step in range(20))
+
+
+def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alone, capsys):
+    model = EntailmentModel(small_model(tokenizer := small_tokenizer()), tokenizer)
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    entries = [{"image": "a.png", "sentence": "there is a red object"}] * 3
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    run = evaluations_of(tmp_path, eval_data=tmp_path / "test.json")
+    run.begin(0, steps_per_epoch=4)
+    assert not any(run.due(step) for step in range(20))
+    assert run.measure(4, 1.0, model, tokenizer, own_state(model)) == {}
+    report(run, tmp_path)
+    assert "nothing to measure" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "predictions.json").read_text())) == 3
+    assert measured(tmp_path.parent, tmp_path.name)["score"] is None
+    assert not (tmp_path / "best").exists() and not (tmp_path / "evaluations.jsonl").exists()
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match="eval_data: none of 3 examples can be used, the first, test-000000: image"):
+        evaluations_of(tmp_path, eval_data=tmp_path / "test.json")
+
+
 def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
     finish(launch(tmp_path, ranks=2, cwd=tmp_path, script="tests/all_tasks.py", what="resume"))
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (whole, resumed))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert (resumed / "config-from-step-00000003.json").exists()
-    assert metrics(whole) == metrics(resumed) and len(metrics(whole)) == 6
+    whole, resumed, unmeasured = (tmp_path / name for name in ("whole", "resumed", "unmeasured"))
+    for again in (resumed, unmeasured):  # as without evaluations, too
+        a, b = (load_file(folder / "model" / "model.safetensors") for folder in (whole, again))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        assert (again / "config-from-step-00000003.json").exists()
+        assert metrics(whole) == metrics(again) and len(metrics(whole)) == 6
+    check_evaluations(whole, steps=[2, 4, 6])
+    assert (whole / "evaluations.jsonl").read_text() == (resumed / "evaluations.jsonl").read_text()
+    a, b = (load_file(folder / "best" / "model.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a) and not (resumed / "candidate").exists()
     out = tmp_path / "alone.json"
     data = "shapes:num=31,names=colour,colours=3"  # an odd number: the ranks have shares of unequal size
     command = ["evaluate", "--task", "entailment", "--model", str(whole / "model"), "--data", data, "--json", str(out)]
@@ -80,9 +196,20 @@ def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
     alone, together = json.loads(out.read_text()), measured(tmp_path, "whole")
     assert together["examples"] == 31 and all(alone[name] == together[name] for name in together)
     assert measured(tmp_path, "from-albef")["examples"] == 31
+    check_evaluations(tmp_path / "from-albef", steps=[1, 2])  # under ZeRO-3
     more = json.loads((tmp_path / "pretrained-more" / "config.json").read_text())["config"]
     assert more["preset"] == "base" and more["model"]["text_width"] == 64  # sizes are those of the weights
     assert (tmp_path / "pretrained-more" / "model" / "model.safetensors").exists()
+
+
+def test_a_mistake_is_one_line_of_one_rank(learned, tmp_path):
+    """Through the launcher, which ends the ranks that are left as soon as one of them goes."""
+    given = {"task": "entailment", "model": learned / "pretrained" / "model", "data": "shapes:num=64"}
+    given["eval_data"] = "nowhere.json"
+    script = "softmask_fast/finetune.py"
+    text = finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, script=script, common=given), 2)
+    assert text.count("finetune.py: error: data: 1 of 1 files do not exist: nowhere.json") == text.count("error: ") == 1
+    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(
@@ -92,13 +219,14 @@ def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
         ({"task": "vqa", "data": "shapes"}, "model: expected a model folder or an ALBEF checkpoint to start from"),
         ({"task": "vqa", "model": "m"}, "data: expected the training data of vqa, got none"),
         ({"task": "text_assignment", "model": "m", "data": "a.tar", "eval_data": "b.tar"}, "eval_data: expected none"),
+        ({"task": "vqa", "model": "m", "data": "a.json", "eval_epochs": -1}, "eval_epochs: expected at least 0, got -"),
+        ({"task": "vqa", "model": "m", "data": "a.json", "eval_size": -1}, "eval_size: expected at least 0, got -1"),
         ({"task": "nlvr2", "model": "m", "data": "a.json", "momentum": 2}, r"momentum: expected in \[0, 1\], got 2.0"),
     ],
 )
 def test_mistakes_are_named_before_any_work(options, message):
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     with pytest.raises(ValueError, match=message):
-        parse_arguments(["--deepspeed", "ds.json", *flags])
+        parse_arguments(["--deepspeed", "ds.json", *flags_of(options)])
 
 
 def test_what_a_task_lacks_is_named_before_it_trains(learned):
@@ -106,8 +234,13 @@ def test_what_a_task_lacks_is_named_before_it_trains(learned):
     for model, message in [
         (learned / "pretrained" / "model", "answers: expected a JSON list of the answers that are ranked, got none"),
         (learned / "nlvr2" / "model", "without a task's head, .* is fine-tuned for nlvr2"),
-        (learned, "expected a folder with model.safetensors"),
+        (learned, "model: expected a folder with model.safetensors"),
+        ("no/such", "^model: expected a model folder or an ALBEF checkpoint, got 'no/such': no such"),
     ]:
         config, _ = parse_arguments([*given, str(model)])
         with pytest.raises(ValueError, match=message):
             TASKS["vqa"].model(config)
+    given[3] = "grounding"
+    config, _ = parse_arguments([*given, str(learned / "pretrained" / "model"), "--layer", "1"])
+    with pytest.raises(ValueError, match="layer: expected a fusion layer from 0 to 0, got 1"):
+        TASKS["grounding"].step(TASKS["grounding"].model(config)[0], config)

@@ -134,6 +134,16 @@ def test_a_whole_model_is_a_start_for_pretraining(tokenizer, tmp_path):
         make_config("tiny", model_weights=str(tmp_path / "model"), vision_weights="timm")
 
 
+@pytest.mark.parametrize(
+    "name, message", [("model.safetensors", "cannot be read: .*header"), ("config.json", "is not valid JSON")]
+)
+def test_a_file_that_cannot_be_read_is_named(tokenizer, tmp_path, name, message):
+    save_model(make_model(tokenizer), tokenizer, tmp_path / "model")
+    (tmp_path / "model" / name).write_text("{")
+    with pytest.raises(ValueError, match=f"model: .*/{name} {message}"):
+        load_model(tmp_path / "model")
+
+
 def test_an_albef_checkpoint_is_a_start_for_pretraining(tokenizer, tmp_path):
     model = make_model(tokenizer, vision_width=64, vision_heads=1, text_width=64, text_heads=1)
     save_albef(model, tmp_path / "albef.pth")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from softmask_fast.cli import main
 from softmask_fast.config import DataConfig, make_config
 from softmask_fast.data.distort import DistortionConfig
 from softmask_fast.data.shapes import COLOURS, ShapesSource, relation
@@ -170,6 +171,34 @@ def test_a_wrong_entry_is_named_before_any_work(tmp_path, task, change, message)
         open_examples(str(path), task, MODELS[task].form, split="train", **PLACES)
     with pytest.raises(ValueError, match="expected .json files or shapes for"):
         open_examples(str(tmp_path / "0-0.png"), task, MODELS[task].form, split="train", **PLACES)
+
+
+@pytest.mark.parametrize("task, field, given", [("vqa", "answer", ["red"] * 10), ("nlvr2", "label", "True")])
+def test_examples_without_labels_are_answered_and_not_measured(tmp_path, base, tokenizer, capsys, task, field, given):
+    path, listed = write_task(tmp_path, task, num=3)
+    bare = [{name: value for name, value in entry.items() if name != field} for entry in listed]
+    path.write_text(json.dumps(bare))
+    save_model(make(task, base, tokenizer), tokenizer, tmp_path / "model")
+    answers, figures = tmp_path / "answers.json", tmp_path / "figures.json"
+    command = ["evaluate", "--task", task, "--model", str(tmp_path / "model"), "--data", str(path)]
+    assert main([*command, "--predictions", str(answers), "--json", str(figures)]) == 0
+    assert f"{task}: nothing to measure, the entries have no labels; 3 examples are answered" in capsys.readouterr().out
+    named = [{"question_id": i} if task == "vqa" else {"key": f"{task}-{i:06d}"} for i in range(3)]
+    written = json.loads(answers.read_text())
+    assert [{name: one[name] for name in one if name != "answer"} for one in written] == named
+    path.write_text(json.dumps(listed))  # their labels make no difference to the answers
+    assert main([*command, "--predictions", str(answers)]) == 0 and json.loads(answers.read_text()) == written
+    assert json.loads(figures.read_text())["score"] is None and "always" in capsys.readouterr().out
+    for mixed, message in [
+        ([bare[0], bare[1] | {field: given}], f'entry 1: "{field}": expected none, as the first entry has none, got'),
+        ([listed[0], listed[1] | {field: None}], f'entry 1: "{field}": expected .*, got None'),
+    ]:
+        path.write_text(json.dumps(mixed))
+        with pytest.raises(ValueError, match=message):
+            TASKS[task].open(str(path), DataConfig(), split="val", **PLACES)
+    path.write_text(json.dumps(bare))
+    with pytest.raises(ValueError, match=f'entry 0: "{field}": expected .*, got None'):
+        TASKS[task].open(str(path), DataConfig(), split="train", **PLACES)
 
 
 def test_expressions_are_captions_with_the_box_of_what_they_name(tmp_path):

@@ -46,10 +46,12 @@ def launch(
     launcher: list[str] | None = None,
     prefix: list[str] | None = None,
     variables: dict[str, str] | None = None,
+    common: dict = SMALL,
     **options,
 ) -> subprocess.Popen:
-    """launcher: options of `deepspeed` itself (default: so many ranks on this machine); prefix: a command before it."""
-    flags = [text for name, value in (SMALL | options).items() for text in (f"--{name}", str(value))]
+    """launcher: options of `deepspeed` itself (default: so many ranks on this machine); prefix: a command before it;
+    common: the script's options where the given ones do not say otherwise."""
+    flags = [text for name, value in (common | options).items() for text in (f"--{name}", str(value))]
     if launcher is None:
         launcher = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
     command = [*(prefix or []), str(Path(sys.executable).parent / "deepspeed"), *launcher]
@@ -258,4 +260,13 @@ def test_mistakes_are_named_before_any_work(tmp_path):
     assert "train_micro_batch_size_per_gpu is 7, but --batch_size is 32" in error_of(deepspeed="ds.json")
     assert "expected a JSON file, got 'none.json'" in error_of(deepspeed="none.json")
     assert "temperature: expected in [0.001, 0.5], got 3.0" in error_of(deepspeed="ds.json", temperature=3)
+    (tmp_path / "run.yaml").write_text("epochs: [1")
+    assert "--config: run.yaml cannot be read: while parsing" in error_of(deepspeed="ds.json", config="run.yaml")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_is_one_line_of_one_rank(tmp_path):
+    """Through the launcher, which ends the ranks that are left as soon as one of them goes."""
+    text = finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, momentum=2), 2)
+    assert text.count("train.py: error: ") == 1 and "train.py: error: momentum: expected in [0, 1], got 2.0" in text
+    assert "Traceback" not in text

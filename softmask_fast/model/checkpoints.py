@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,7 +86,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu"):
     from softmask_fast.data.tokenizer import load_tokenizer
 
     model = VisionLanguageModel(_config_without_task(directory))
-    load_own_state(model, load_file(Path(directory) / WEIGHTS))
+    load_own_state(model, read_weights(directory))
     return model.to(device).eval(), load_tokenizer(str(Path(directory) / TOKENIZER))
 
 
@@ -100,14 +101,30 @@ def read_model_folder(directory: str | Path) -> tuple[ModelConfig, dict | None]:
         raise ValueError(
             f"model: expected a folder with {WEIGHTS}, {CONFIG} and {TOKENIZER}/; {directory} lacks {absent}"
         )
-    options = json.loads((directory / CONFIG).read_text())
+    options = _read_json(directory / CONFIG)
     unknown = sorted(options.keys() - {f.name for f in fields(ModelConfig)})
     if unknown:
         raise ValueError(f"model: {directory / CONFIG} has unknown options {unknown}")
     # where this model's own weights came from is no matter here
     options |= {"vision_weights": "random", "text_weights": "random", "model_weights": None}
-    task = json.loads((directory / TASK).read_text()) if (directory / TASK).exists() else None
+    task = _read_json(directory / TASK) if (directory / TASK).exists() else None
     return ModelConfig(**options), task
+
+
+def read_weights(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors in a model folder. Raises ValueError when they cannot be read."""
+    path = Path(directory) / WEIGHTS
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"model: {path} cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"model: {path} is not valid JSON: {error}") from error
 
 
 def _config_without_task(directory: str | Path) -> ModelConfig:
@@ -117,10 +134,10 @@ def _config_without_task(directory: str | Path) -> ModelConfig:
     return config
 
 
-def weights_config(path: str | Path) -> ModelConfig:
+def weights_config(path: str | Path, option: str = "model_weights") -> ModelConfig:
     """The configuration of a model that starts from `path`: a model folder, or an ALBEF checkpoint.
 
-    Raises ValueError when it is neither.
+    Raises ValueError, which names the option that the path came by, when it is neither.
     """
     path = Path(path)
     if path.is_dir():
@@ -128,7 +145,7 @@ def weights_config(path: str | Path) -> ModelConfig:
     elif path.is_file():
         config = load_albef(path).config
     else:
-        raise ValueError(f"model_weights: expected a model folder or an ALBEF checkpoint, got {str(path)!r}: no such")
+        raise ValueError(f"{option}: expected a model folder or an ALBEF checkpoint, got {str(path)!r}: no such")
     return replace(config, model_weights=str(path))
 
 
@@ -144,22 +161,25 @@ def weights_tokenizer(path: str | Path, named: str | None):
     return albef_tokenizer(load_tokenizer(named or ALBEF_TOKENIZER))
 
 
-def load_weights(model: VisionLanguageModel, path: str | Path, *, complete: bool = True) -> None:
+def load_weights(
+    model: VisionLanguageModel, path: str | Path, option: str = "model_weights", *, complete: bool = True
+) -> None:
     """Fill a model with the weights of a model folder or an ALBEF checkpoint; position embeddings of the image are
     resampled to its grid.
 
     complete: an ALBEF checkpoint that lacks heads is an error; else they are new, and the log names them.
-    Raises ValueError when a tensor is missing, left over, or of another size.
+    Raises ValueError, which names the option that the path came by, when a tensor is missing, left over, or of another
+    size.
     """
     if Path(path).is_dir():
         _config_without_task(path)
-        state = load_file(Path(path) / WEIGHTS)
+        state = read_weights(path)
     else:
         state = own_state(load_albef(path, complete=complete))
     try:
         fill_model(model, state)
     except ValueError as error:
-        raise ValueError(f"model_weights: {path} does not fit the model's options: {error}") from error
+        raise ValueError(f"{option}: {path} does not fit the model's options: {error}") from error
 
 
 def fill_model(model: VisionLanguageModel, state: dict[str, Tensor]) -> None:

@@ -125,14 +125,18 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
+def titled(title: str, notes: dict[str, int]) -> str:
+    """A title with the notes that count something."""
+    told = ", ".join(f"{count} {what}" for what, count in notes.items() if count)
+    return f"{title} ({told})" if told else title
+
+
 def format_table(title: str, notes: dict[str, int], header: list[str], rows: list[list[str]]) -> str:
-    """Plain-text table: first column to the left, numbers to the right; the notes that count something in the title."""
-    if told := ", ".join(f"{count} {what}" for what, count in notes.items() if count):
-        title = f"{title} ({told})"
+    """Plain-text table: first column to the left, numbers to the right; the title with its notes above."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:
         aligned = [cells[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True)]
         return "  ".join(aligned).rstrip()
 
-    return "\n".join([title, line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+    return "\n".join([titled(title, notes), line(header), "  ".join("-" * width for width in widths), *map(line, rows)])

@@ -28,12 +28,15 @@ class TaskConfig:
     candidates: int = option(128, "vqa: answers ranked in full; retrieval: candidates that matching re-ranks, 0: none.")
     captions: str = option("all", "retrieval: captions of an image that are queries, 'first' or 'all'.")
     layer: int | None = option(None, "grounding: fusion layer of the maps; default: the layer of the soft masks.")
+    eval_epochs: float = option(1.0, "Epochs from one measurement on eval_data to the next; 0: at the end alone.")
 
     def __post_init__(self) -> None:
         if self.model is None:
             raise ValueError("model: expected a model folder or an ALBEF checkpoint to start from, got none")
         if self.captions not in ("first", "all"):
             raise ValueError(f"captions: expected 'first' or 'all', got {self.captions!r}")
+        if self.eval_epochs < 0:
+            raise ValueError(f"eval_epochs: expected at least 0, got {self.eval_epochs}")
         if self.candidates < 0:
             raise ValueError(f"candidates: expected at least 0, got {self.candidates}")
 

@@ -25,4 +25,4 @@ class EntailmentModel(ClassifierModel):
 
     name = "entailment"
     classes = CLASSES
-    form = EntryFormat("sentence", lambda entry: choice_field(entry, "label", CLASSES), _image)
+    form = EntryFormat("sentence", lambda entry: choice_field(entry, "label", CLASSES), _image, "label")

@@ -26,7 +26,7 @@ class Example:
     key: str
     images: list[bytes | np.ndarray]  # encoded files, or (H, W, 3) uint8
     text: str
-    target: Any  # what the task's model predicts
+    target: Any  # what the task's model predicts; None where the source is not labelled
     record: dict[str, Any]  # the entry as the file has it
     skipped_captions: int = 0
 
@@ -50,13 +50,20 @@ class EntryFormat:
     text: str  # the field of the text
     target: Callable[[dict[str, Any]], Any]  # raises ValueError for a wrong one
     images: Callable[[dict[str, Any]], list[str]]  # the paths that it names; raises ValueError
+    label: str | None = None  # the field of the target, where test files leave it out
 
-    def parse(self, entry: Any) -> tuple[str, Any, list[str]]:
-        """Raises ValueError that names the field, what was expected and what came."""
+    def parse(self, entry: Any, labelled: bool = True) -> tuple[str, Any, list[str]]:
+        """labelled: False where no entry has a label; the target is None then. Raises ValueError that names the field,
+        what was expected and what came."""
         if not isinstance(entry, dict):
             raise ValueError(f"expected an object, got {type(entry).__name__}")
         text = text_field(entry, self.text)
-        return text, self.target(entry), self.images(entry)
+        if not labelled and not self.lacks_label(entry):
+            raise ValueError(f'"{self.label}": expected none, as the first entry has none, got {entry[self.label]!r}')
+        return text, self.target(entry) if labelled else None, self.images(entry)
+
+    def lacks_label(self, entry: Any) -> bool:
+        return self.label is not None and isinstance(entry, dict) and entry.get(self.label) is None
 
 
 def text_field(entry: dict[str, Any], name: str) -> str:
@@ -83,6 +90,7 @@ class ExampleSource:
     keys: Sequence[str]  # unique
     image_ids: np.ndarray  # (n,) int64: equal ids are the same (first) image
     encoded: bool  # True: images are encoded files; False: uint8 arrays
+    labelled = True  # False: of a test split whose labels are not public
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -100,7 +108,8 @@ class JsonExamples(ExampleSource):
 
     encoded = True
 
-    def __init__(self, paths: Sequence[Path], form: EntryFormat, image_root: str | None = None):
+    def __init__(self, paths: Sequence[Path], form: EntryFormat, image_root: str | None = None, learned: bool = True):
+        """learned: every entry needs its label; else all may lack it."""
         self._parsed: list[tuple[str, Any, list[str]]] = []
         self._entries: list[dict[str, Any]] = []
         names = []
@@ -112,8 +121,10 @@ class JsonExamples(ExampleSource):
             if not isinstance(entries, list) or not entries:
                 raise ValueError(f"data: {path}: expected a list of objects, got {str(entries)[:60]}")
             for number, entry in enumerate(entries):
+                if not names and not learned:
+                    self.labelled = not form.lacks_label(entry)
                 try:
-                    text, target, images = form.parse(entry)
+                    text, target, images = form.parse(entry, self.labelled)
                 except ValueError as error:
                     raise ValueError(f"data: {path}: entry {number}: {error}") from error
                 root = Path(image_root) if image_root else Path(path).parent
@@ -163,7 +174,7 @@ def open_examples(
     paths = expand_paths(expand_names(data))
     if other := [path for path in paths if path.suffix != ".json"]:
         raise ValueError(f"data: expected .json files or shapes for {task}, got {other[0]}")
-    return JsonExamples(paths, form, image_root)
+    return JsonExamples(paths, form, image_root, learned=split == "train")
 
 
 class ExampleLoader(SampleLoader[TaskBatch]):

@@ -78,7 +78,7 @@ class NLVR2Model(PairModel, ClassifierModel):
     name = "nlvr2"
     images_per_example = 2
     classes = LABELS
-    form = EntryFormat("sentence", lambda entry: choice_field(entry, "label", LABELS), _images)
+    form = EntryFormat("sentence", lambda entry: choice_field(entry, "label", LABELS), _images, "label")
 
     def __init__(self, base: VisionLanguageModel, tokenizer):
         super().__init__(base, tokenizer)

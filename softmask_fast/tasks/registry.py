@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from softmask_fast.config import DataConfig, ObjectiveConfig
@@ -20,13 +20,13 @@ from softmask_fast.data.shapes_tasks import ANSWERS
 from softmask_fast.data.tokenizer import load_tokenizer
 from softmask_fast.model.checkpoints import (
     TOKENIZER,
-    WEIGHTS,
     fill_model,
     load_model,
     load_own_state,
     load_weights,
     own_state,
     read_model_folder,
+    read_weights,
     weights_config,
     weights_tokenizer,
 )
@@ -37,7 +37,7 @@ from softmask_fast.tasks.config import FinetuneConfig, TaskConfig
 from softmask_fast.tasks.entailment import EntailmentModel
 from softmask_fast.tasks.examples import EntryFormat, ExampleLoader, open_examples
 from softmask_fast.tasks.expressions import open_expressions
-from softmask_fast.tasks.grounding import evaluate_grounding
+from softmask_fast.tasks.grounding import evaluate_grounding, map_layer
 from softmask_fast.tasks.nlvr2 import NLVR2Model, TextAssignmentModel
 from softmask_fast.tasks.retrieval import evaluate_retrieval
 from softmask_fast.tasks.task import TaskModel, TaskStep, evaluate_answers
@@ -82,6 +82,16 @@ class Captions:
         teacher = MomentumTeacher(model, config.objectives, config.train.seed)
         return PretrainingStep(model, objectives, bf16=config.train.bf16), teacher
 
+    def has_labels(self, source) -> bool:
+        """Whether a source to be measured on says what is right."""
+        return True
+
+    def headline(self, report: Report) -> tuple[str, float] | None:
+        """The name of the figure by which the best model of a run is chosen, and its value in [0, 1]; None where there
+        was nothing to measure by. Here it is ALBEF's: the mean of recall @1, @5, @10 both ways, after re-ranking."""
+        recalls = report.itm or report.itc
+        return "mean recall", fmean(recall for way in recalls.values() for recall in way.values())
+
     def evaluate(self, model, tokenizer, source, options: TaskConfig, **common) -> Report:
         rerank = options.candidates and max(10, min(options.candidates, len(source)))
         return evaluate_retrieval(model, tokenizer, source, captions=options.captions, rerank=rerank, **common)
@@ -92,6 +102,15 @@ class Expressions(Captions):
 
     def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int):
         return open_expressions(data, split=split, seed=seed, image_size=image_size, image_root=options.image_root)
+
+    def step(self, model: nn.Module, config: FinetuneConfig) -> tuple[nn.Module, MomentumCopy]:
+        map_layer(model, config.options.layer)  # a wrong one shall not wait for the first evaluation
+        return super().step(model, config)
+
+    def headline(self, report: Report) -> tuple[str, float]:
+        if report.box_accuracy is not None:
+            return "box accuracy", report.box_accuracy["model"]
+        return "pointing game", report.pointing_game["model"]
 
     def evaluate(self, model, tokenizer, source, options: TaskConfig, **common) -> Report:
         return evaluate_grounding(model, tokenizer, source, layer=options.layer, **common)
@@ -130,6 +149,12 @@ class Labels:
 
     def step(self, model: TaskModel, config: FinetuneConfig) -> tuple[nn.Module, MomentumCopy]:
         return TaskStep(model, bf16=config.train.bf16), MomentumCopy(model, config.objectives.momentum)
+
+    def has_labels(self, source) -> bool:
+        return source.labelled
+
+    def headline(self, report: Report) -> tuple[str, float] | None:
+        return None if report.score is None else (report.metric, report.score)
 
     def evaluate(self, model: TaskModel, tokenizer, source, options: TaskConfig, **common) -> Report:
         return evaluate_answers(model, tokenizer, source, **common)
@@ -193,8 +218,8 @@ def start_model(options: TaskConfig, tokenizer: str | None) -> tuple[VisionLangu
 
     Raises ValueError that says what to do when they cannot be had or do not fit together.
     """
-    model = VisionLanguageModel(task_config(weights_config(options.model), options))
-    load_weights(model, options.model, complete=False)
+    model = VisionLanguageModel(task_config(weights_config(options.model, "model"), options))
+    load_weights(model, options.model, "model", complete=False)
     words = weights_tokenizer(options.model, tokenizer)
     if len(words) != model.config.vocab_size:
         raise ValueError(f"tokenizer: expected {model.config.vocab_size} entries as the model has, got {len(words)}")
@@ -215,7 +240,7 @@ def load_task_model(directory: str | Path, task: str, device: str | torch.device
     tokenizer = load_tokenizer(str(Path(directory) / TOKENIZER))
     arguments = {name: value for name, value in record.items() if name != "task"}
     model = _MODELS[task](VisionLanguageModel(config), tokenizer, **arguments)
-    load_own_state(model, load_file(Path(directory) / WEIGHTS))
+    load_own_state(model, read_weights(directory))
     return model.to(device).eval(), tokenizer
 
 

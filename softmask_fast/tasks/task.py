@@ -24,6 +24,7 @@ from softmask_fast.tasks.common import (
     image_pixels,
     sample_count,
     share_of_rank,
+    titled,
     tokenize,
     usable_samples,
 )
@@ -147,14 +148,15 @@ def distilled_cross_entropy(logits: Tensor, target: Tensor, taught: Tensor | Non
 
 @dataclass(frozen=True)
 class AnswerReport:
-    """Mean score over examples, as a fraction, and the floor of the most frequent answer given to all of them."""
+    """Mean score over examples, as a fraction, and the floor of the most frequent answer given to all of them; None
+    where the examples have no labels, and the answers alone are of use."""
 
     task: str
     metric: str
     examples: int
-    score: float
-    majority: float
-    majority_answer: str
+    score: float | None
+    majority: float | None
+    majority_answer: str | None
     skipped: dict[str, str]  # examples that could not be used: key -> reason
     truncated_texts: int
     predictions: list[dict[str, Any]] = field(repr=False)
@@ -164,6 +166,9 @@ class AnswerReport:
 
     def table(self) -> str:
         notes = {"examples skipped": len(self.skipped), "texts too long and cut": self.truncated_texts}
+        if self.score is None:
+            told = f"{self.task}: nothing to measure, the entries have no labels; {self.examples} examples are answered"
+            return titled(told, notes)
         rows = [
             ["model", f"{100 * self.score:.2f}"],
             [f"always {self.majority_answer!r}", f"{100 * self.majority:.2f}"],
@@ -180,7 +185,7 @@ def evaluate_answers(
     limit: int | None = None,
     progress: bool = False,
 ) -> AnswerReport:
-    """Answer every example of the source (or the first `limit`) and score the answers.
+    """Answer every example of the source (or the first `limit`) and score the answers, where it has labels.
 
     Where a process group is up, each rank answers its share and all return the report of all examples, each counted
     once: a collective. Raises ValueError when no example can be used, and for options out of range.
@@ -202,16 +207,18 @@ def evaluate_answers(
     answered = sorted((one for of_rank, _, _ in found for one in of_rank), key=lambda one: one[0])
     if not answered:
         raise ValueError(f"source: none of {count} examples can be used: {found[0][1]}")
-    common, _ = Counter(model.truth(example) for _, example, _ in answered).most_common(1)[0]
-    scores = [model.score(example, answer) for _, example, answer in answered]
-    floors = [model.score(example, common) for _, example, _ in answered]
+    score = majority = common = None
+    if source.labelled:
+        common, _ = Counter(model.truth(example) for _, example, _ in answered).most_common(1)[0]
+        score = statistics.fmean(model.score(example, answer) for _, example, answer in answered)
+        majority = statistics.fmean(model.score(example, common) for _, example, _ in answered)
     return AnswerReport(
         task=model.name,
         metric=model.metric,
         examples=len(answered),
-        score=statistics.fmean(scores),
-        majority=statistics.fmean(floors),
-        majority_answer=str(common),
+        score=score,
+        majority=majority,
+        majority_answer=None if common is None else str(common),
         skipped={key: reason for _, skips, _ in found for key, reason in skips.items()},
         truncated_texts=sum(cut for _, _, cut in found),
         predictions=[_named(example) | {"answer": answer} for _, example, answer in answered],

@@ -71,8 +71,8 @@ class VQAModel(TaskModel):
 
     name = "vqa"
     metric = "VQA accuracy"
-    form = EntryFormat("question", _weighted_answers, one_image)
-    measured_form = EntryFormat("question", _annotated_answers, one_image)
+    form = EntryFormat("question", _weighted_answers, one_image, "answer")
+    measured_form = EntryFormat("question", _annotated_answers, one_image, "answer")
 
     def __init__(self, base: VisionLanguageModel, tokenizer, answers: Sequence[str], candidates: int = 128):
         """answers: those that are ranked; candidates: how many of them, by their first token, are ranked in full."""

@@ -1,0 +1,57 @@
+"""Mistakes of the user are told apart from defects, and found by one rank they end all."""
+
+import json
+
+import pytest
+import torch.distributed as dist
+from gloo_ranks import results_of_ranks
+
+from softmask_fast.config import MomentumConfig
+from softmask_fast.data.captions import open_source
+from softmask_fast.engine import together
+from softmask_fast.mistakes import UsageError, is_mistake, one_line
+
+
+def raised(work) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        work()
+    return caught.value
+
+
+def test_mistakes_are_what_the_package_or_the_file_system_says(tmp_path):
+    for work, line in [
+        (lambda: MomentumConfig(momentum=2), "momentum: expected in [0, 1], got 2"),
+        (lambda: open_source("nowhere.tar"), "data: 1 of 1 files do not exist: nowhere.tar"),
+        (lambda: (tmp_path / "none.json").read_text(), f"{tmp_path}/none.json: No such file or directory"),
+    ]:
+        error = raised(work)
+        assert is_mistake(error) and one_line(error) == line
+    for work in (lambda: json.loads("{"), lambda: int("one"), lambda: MomentumConfig(2, 3, 4, 5, 6, 7, 8, 9)):
+        assert not is_mistake(raised(work)), work
+
+
+def _outcomes(rank: int) -> list[str]:
+    def outcome(work) -> str:
+        try:
+            return f"returned {together(work)}"
+        except (UsageError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def data(name: str) -> None:
+        open_source(f"{name}.tar")
+
+    found = [
+        outcome(lambda: rank),
+        outcome(lambda: rank == 1 and data("one")),
+        outcome(lambda: data(f"of-{rank}")),
+        outcome(lambda: rank == 0 and data("zero")),
+    ]
+    dist.barrier()
+    return found
+
+
+def test_what_one_rank_finds_all_ranks_raise(tmp_path):
+    first, second = results_of_ranks(_outcomes, 2, tmp_path)
+    assert (first.pop(0), second.pop(0)) == ("returned 0", "returned 1")
+    missing = "UsageError: data: 1 of 1 files do not exist: {}.tar"
+    assert first == second == [missing.format("one") + " (found by rank 1)", *map(missing.format, ("of-0", "zero"))]
