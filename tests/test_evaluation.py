@@ -6,6 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 import torch
+from gloo_ranks import results_of_ranks
 
 from softmask_fast.config import make_config
 from softmask_fast.data.captions import Phrase, Sample, open_source
@@ -39,13 +40,11 @@ class ListSource:
         return self.samples[index]
 
 
-@pytest.fixture(scope="module")
-def shapes():
+def small_source():
     return open_source("shapes:num=28", split="val", image_size=32)
 
 
-@pytest.fixture(scope="module")
-def model_and_tokenizer(shapes):
+def small_model(shapes):
     tokenizer = train_tokenizer([c for i in range(len(shapes)) for c in shapes.read(i).captions], 200)
     torch.manual_seed(0)
     config = make_config(
@@ -53,6 +52,16 @@ def model_and_tokenizer(shapes):
         text_layers=1, fusion_layers=3, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=1,
     )  # fmt: skip
     return VisionLanguageModel(config.model).eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return small_source()
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(shapes):
+    return small_model(shapes)
 
 
 def test_ranks_count_the_wrong_items_before_the_best_correct_one():
@@ -218,6 +227,22 @@ def test_chance_with_several_captions(model_and_tokenizer, shapes):
     expected = 1 - (13 * comb(27, 5) + comb(26, 5)) / comb(29, 5) / 14
     assert chance["image_to_text"]["recall@5"] == pytest.approx(expected)
     assert chance["text_to_image"]["recall@5"] == pytest.approx(5 / 14)
+
+
+def retrieval_and_its_pairs(rank=0):
+    """The report, and how many pairs this process has matched."""
+    source = small_source()
+    model, tokenizer = small_model(source)
+    matched, match = [], model.match_tokens
+    model.match_tokens = lambda *inputs, **options: matched.append(len(inputs[1])) or match(*inputs, **options)
+    return evaluate_retrieval(model, tokenizer, source, rerank=10, batch_size=5).as_dict(), sum(matched)
+
+
+def test_ranks_share_the_pairs_of_retrieval(tmp_path):
+    alone, pairs = retrieval_and_its_pairs()
+    ranks = results_of_ranks(retrieval_and_its_pairs, 3, tmp_path)
+    assert [report for report, _ in ranks] == 3 * [alone]
+    assert sum(own for _, own in ranks) == pairs and all(own < pairs / 2 for _, own in ranks)
 
 
 def test_retrieval_without_reranking_and_in_training_mode(model_and_tokenizer, shapes):

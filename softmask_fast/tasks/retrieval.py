@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from softmask_fast.tasks.common import (
     format_table,
     image_pixels,
     sample_count,
+    share_of_rank,
     tokenize,
     usable_samples,
 )
@@ -79,6 +81,8 @@ def evaluate_retrieval(
     limit: take the first `limit` samples of the source. Samples that cannot be read are skipped and reported.
 
     The tokens of all images and captions are kept on the model's device: (images + captions) * tokens * width numbers.
+    Where a process group is up, each rank re-ranks its share and all return the same report: a collective.
+
     Raises ValueError for a source without a usable sample and for options out of range.
     """
     if captions not in ("first", "all"):
@@ -195,12 +199,13 @@ def _encode_source(
 def _matching_scores(
     model: VisionLanguageModel, images: _Images, texts: _Texts, pairs: Tensor, batch_size: int, progress: bool
 ) -> Tensor:
-    """(T, I) float32: the log-odds of "matched" where pairs (T, I) is True, -inf elsewhere."""
+    """(T, I) float32: the log-odds of "matched" where pairs (T, I) is True, -inf elsewhere. A collective."""
     # Sorted by image: the pairs of a batch then share few images, whose keys and values are computed once.
     image_index, text_index = pairs.T.nonzero(as_tuple=True)
     scores = torch.full(pairs.shape, -torch.inf, device=pairs.device)
     chunks = list(zip(image_index.split(4 * batch_size), text_index.split(4 * batch_size), strict=True))
-    for image_of_pair, text_of_pair in tqdm(chunks, desc="pairs", unit="batch", disable=not progress):
+    share = [chunks[number] for number in share_of_rank(len(chunks))]
+    for image_of_pair, text_of_pair in tqdm(share, desc="pairs", unit="batch", disable=not progress):
         unique, local = image_of_pair.unique_consecutive(return_inverse=True)
         mask = texts.attention_mask[text_of_pair]
         length = int(mask.sum(dim=1).max())  # captions are padded on the right
@@ -208,6 +213,8 @@ def _matching_scores(
             images.tokens[unique], texts.tokens[text_of_pair, :length], mask[:, :length], image_index=local
         )
         scores[text_of_pair, image_of_pair] = (logits[:, 1] - logits[:, 0]).float()
+    if dist.is_initialized():
+        dist.all_reduce(scores, dist.ReduceOp.MAX)
     return scores
 
 
