@@ -104,7 +104,7 @@ class Expressions(Captions):
         return open_expressions(data, split=split, seed=seed, image_size=image_size, image_root=options.image_root)
 
     def step(self, model: nn.Module, config: FinetuneConfig) -> tuple[nn.Module, MomentumCopy]:
-        map_layer(model, config.options.layer)  # a wrong one shall not wait for the first evaluation
+        map_layer(model, config.options.layer, words=False)  # a wrong one shall not wait for the first evaluation
         return super().step(model, config)
 
     def headline(self, report: Report) -> tuple[str, float]:
