@@ -340,6 +340,24 @@ def test_a_phrase_map_is_the_mean_of_its_words(model_and_tokenizer, shapes):
     np.testing.assert_allclose(maps[2], np.average(maps[:2], axis=0, weights=weights[:2]), rtol=1e-5, atol=1e-12)
 
 
+def test_the_map_of_a_whole_caption_is_the_mean_of_all_tokens(model_and_tokenizer, shapes):
+    """As ALBEF's script for RefCOCO+ has it: [CLS] and [SEP] are tokens like the words, padding is none."""
+    model, tokenizer = model_and_tokenizer
+    sample, captions = shapes.read(0), ["red circle", "red circle left of a small green heart"]
+    queries = [(sample, text, [Phrase(text, text, 0, len(text.split()), [], whole=True)]) for text in captions]
+    maps, spans = phrase_maps(model, tokenizer, queries)
+    for caption, [heat], [span] in zip(captions, maps, spans, strict=True):
+        alone = tokenize(model, tokenizer, [caption])
+        relevance = model.word_relevance(single_pixels(model, sample), alone.input_ids, alone.attention_mask)
+        assert span == list(range(alone.input_ids.shape[1]))
+        expected = relevance[0].mean(0)[model.prefix_tokens :].reshape(model.grid_size).numpy()
+        np.testing.assert_allclose(heat, expected, rtol=1e-4, atol=1e-9)
+    maps, _ = phrase_maps(model, tokenizer, queries, layer=2)  # the last: [CLS] alone has a map there
+    assert all(heat.max() > 0 for [heat] in maps)
+    with pytest.raises(ValueError, match="from 0 to 1, got 2; in the last one of 3 no word reaches"):
+        phrase_maps(model, tokenizer, [(sample, "red", [Phrase("red", "red", 0, 1, [])])], layer=2)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -356,7 +374,7 @@ def test_retrieval_checks_its_options(model_and_tokenizer, shapes, options, mess
 
 def test_grounding_checks_its_options(model_and_tokenizer, shapes):
     for layer in (-1, 2, 3):
-        with pytest.raises(ValueError, match=f"layer: expected a fusion layer from 0 to 1, got {layer}"):
+        with pytest.raises(ValueError, match=f"layer: expected a fusion layer from 0 to [12], got {layer}"):
             evaluate_grounding(*model_and_tokenizer, shapes, layer=layer)
     with pytest.raises(ValueError, match="source: expected at least one sample"):
         evaluate_grounding(*model_and_tokenizer, ListSource([]))

@@ -30,6 +30,7 @@ class Phrase:
     n_words: int
     boxes: list[tuple[float, float, float, float]]  # x1 y1 x2 y2, as fractions of width and height
     proposals: list[tuple[float, float, float, float]] = field(default_factory=list)  # to choose from, where there are
+    whole: bool = False  # the caption as a whole: [CLS] and [SEP] belong to it, too
 
 
 @dataclass(frozen=True)

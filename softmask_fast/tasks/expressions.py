@@ -35,7 +35,7 @@ class ExpressionSource:
             [(x / width, y / height, (x + w) / width, (y + h) / height) for x, y, w, h in given]
             for given in ([box], proposals)
         )
-        return Sample(example.key, image, [text], [Phrase(text, text, 0, len(text.split()), boxes, others)])
+        return Sample(example.key, image, [text], [Phrase(text, text, 0, len(text.split()), boxes, others, whole=True)])
 
 
 def open_expressions(data: str, **options) -> ExpressionSource:

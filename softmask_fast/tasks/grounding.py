@@ -80,7 +80,8 @@ def evaluate_grounding(
 ) -> GroundingReport:
     """Pointing game and relevance inside the boxes, for every phrase of the source that has boxes.
 
-    The heat map of a phrase is the mean of its tokens' maps. It hits when the centre of its largest patch lies in one
+    The heat map of a phrase is the mean of its tokens' maps, of a phrase that is the whole caption with those of [CLS]
+    and [SEP], as ALBEF's on RefCOCO+. It hits when the centre of its largest patch lies in one
     of the phrase's boxes. Each phrase counts once. layer: fusion layer of the maps, default the soft masks' layer.
     limit: take the first `limit` samples of the source. Samples that cannot be read are skipped and reported.
 
@@ -90,7 +91,7 @@ def evaluate_grounding(
     Raises ValueError when no sample has phrases, and for options out of range.
     """
     count = sample_count(source, batch_size, limit)
-    layer = map_layer(model, layer)
+    layer = map_layer(model, layer, words=False)
 
     scores: list[GroundingScore] = []
     choices: list[tuple[bool, float]] = []  # whether the chosen proposal is right, the share of those that are
@@ -139,19 +140,17 @@ def evaluate_grounding(
     )
 
 
-def map_layer(model: VisionLanguageModel, layer: int | None) -> int:
+def map_layer(model: VisionLanguageModel, layer: int | None, words: bool = True) -> int:
     """The fusion layer to take heat maps from: the one asked for, else the soft masks'.
 
-    Raises ValueError for a layer that has none. The last one has none because only [CLS] is read after it: no word of
-    that layer reaches the score, so all maps of words would be zero.
+    Raises ValueError for a layer that has none. The last one has none of words because only [CLS] is read after it: no
+    word of that layer reaches the score, so all maps of words would be zero.
     """
     layers = model.config.fusion_layers
     layer = model.config.soft_mask_layer if layer is None else layer
-    if not 0 <= layer < layers - 1:
-        raise ValueError(
-            f"layer: expected a fusion layer from 0 to {layers - 2}, got {layer}; "
-            f"in the last one of {layers} no word reaches the matching score"
-        )
+    if not 0 <= layer < layers - words:
+        why = f"; in the last one of {layers} no word reaches the matching score" if words else ""
+        raise ValueError(f"layer: expected a fusion layer from 0 to {layers - 1 - words}, got {layer}{why}")
     return layer
 
 
@@ -171,7 +170,8 @@ def phrase_maps(
     samples = {id(sample): sample for sample, _, _ in queries}  # captions of one image come together: decode it once
     places = {identity: place for place, identity in enumerate(samples)}
     pixels = image_pixels(model, list(samples.values()))[[places[id(sample)] for sample, _, _ in queries]]
-    relevance = model.word_relevance(pixels, text.input_ids, text.attention_mask, map_layer(model, layer))  # (B, L, N)
+    layer = map_layer(model, layer, words=not all(phrase.whole for _, _, phrases in queries for phrase in phrases))
+    relevance = model.word_relevance(pixels, text.input_ids, text.attention_mask, layer)  # (B, L, N)
     relevance = relevance[:, :, model.prefix_tokens :].float().cpu().numpy()
     maps, spans = [], []
     for row, (sample, caption, phrases) in enumerate(queries):
@@ -182,6 +182,8 @@ def phrase_maps(
             if len(words) == 0 or words.stop > len(caption.split()):
                 raise ValueError(f"{sample.key}: phrase {phrase.text!r}: {words} lies outside the caption {caption!r}")
             span = word_tokens(caption, text.offsets[row], words)
+            if phrase.whole:
+                span = text.attention_mask[row].nonzero()[:, 0].tolist()
             spans[-1].append(span)
             heat = relevance[row, span].mean(axis=0) if span else np.zeros(relevance.shape[2], np.float32)
             maps[-1].append(heat.reshape(model.grid_size))
