@@ -98,6 +98,10 @@ class MomentumConfig:
         "Contrastive keys from all ranks: 'momentum' features, or the model's own with gradient, 'with_grad' or 'ring' "
         "(less memory).",
     )
+    hard_negatives: bool = option(
+        True,
+        "ITM's negatives are drawn by similarity; false: any other pair, where what is most similar matches, too.",
+    )
     queue_size: int = option(65536, "Momentum features kept per modality as contrastive keys.")
     queue_warmup_steps: int = option(0, "Steps before the queued features become keys; see docs/decisions.md.")
     momentum: float = option(0.995, "Decay of the momentum copy.")

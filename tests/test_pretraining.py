@@ -215,9 +215,10 @@ def test_one_pair_has_no_negatives():
         make_config("tiny", batch_size=1)
 
 
-def test_pairs_without_a_negative_are_not_scored_as_unmatched(batch):
+@pytest.mark.parametrize("hard_negatives", [True, False])
+def test_pairs_without_a_negative_are_not_scored_as_unmatched(batch, hard_negatives):
     """One image four times: only its true pairs are scored."""
-    step, teacher = make_step(soft_mask=False)
+    step, teacher = make_step(soft_mask=False, hard_negatives=hard_negatives)
     batch.ids = torch.tensor([7, 7, 7, 7])
     _, figures = step(batch, teacher, ALPHA, SEED)
     text_tokens, _ = step.model.encode_text(batch.masked_ids, batch.attention_mask)
@@ -225,6 +226,27 @@ def test_pairs_without_a_negative_are_not_scored_as_unmatched(batch):
     expected = F.cross_entropy(logits, torch.ones(PAIRS, dtype=torch.int64))
     torch.testing.assert_close(figures["itm"].double(), expected, rtol=1e-6, atol=1e-7)
     assert figures["itm_accuracy"] == (logits.argmax(-1) == 1).float().mean()
+
+
+def test_any_other_pair_is_a_negative_without_its_similarity(batch):
+    """Rows 0 and 1 show one image: each takes one of the others; every possible one is drawn at some seed."""
+    step, teacher = make_step(hard_negatives=False)
+    batch.ids = torch.tensor([7, 7, 9, 5])
+    seen = [set() for _ in range(PAIRS)]
+    contrast = step._contrast
+
+    def remember(*arguments):
+        itc, stats = contrast(*arguments)
+        for column in (stats.image_hard_negative, stats.text_hard_negative):
+            for row, other in enumerate(column.tolist()):
+                seen[row].add(other)
+        return itc, stats
+
+    step._contrast = remember
+    with torch.no_grad():
+        losses = [step(batch, teacher, ALPHA, seed)[1]["itm"].item() for seed in (*range(30), 0)]
+    assert seen == [{2, 3}, {2, 3}, {0, 1, 3}, {0, 1, 2}]
+    assert losses[0] == losses[-1] and len(set(losses)) > 1
 
 
 def test_weights_that_are_not_finite_give_a_loss_that_is_not_finite(batch):

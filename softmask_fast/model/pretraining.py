@@ -142,8 +142,8 @@ class PretrainingStep(nn.Module):
     def _contrast(
         self, batch, image_features, text_features, taught: TeacherOutputs, teacher, alpha, seed, use_queue
     ) -> tuple[Tensor, FocalITCStats]:
-        """Focal ITC against the batches of all ranks and the queues, and a hard negative of each row."""
-        return teacher.contrast(
+        """Focal ITC against the batches of all ranks and the queues, and a negative of each row."""
+        itc, stats = teacher.contrast(
             image_features,
             text_features,
             temperature=self.model.temperature,
@@ -156,6 +156,11 @@ class PretrainingStep(nn.Module):
             negatives="batch" if self.objectives.gathered_negatives else "rank",
             seed=seed,
         )
+        if not self.objectives.hard_negatives:
+            generator = torch.Generator(batch.ids.device).manual_seed(seed)
+            image, text = (_any_other(batch.ids, generator) for _ in range(2))
+            stats = stats._replace(image_hard_negative=image, text_hard_negative=text)
+        return itc, stats
 
     def _others(
         self, negatives: dict[str, Tensor], image_tokens: Tensor, text_tokens: Tensor, mask: Tensor
@@ -265,6 +270,15 @@ def _padded(batch: Batch, length: int) -> Batch:
     texts = {name: getattr(batch, name) for name in ("input_ids", "masked_ids", "attention_mask")}
     positions = batch.mlm_positions + batch.mlm_positions // present * (length - present)
     return replace(batch, mlm_positions=positions, **{n: F.pad(x, (0, length - present)) for n, x in texts.items()})
+
+
+def _any_other(ids: Tensor, generator: torch.Generator) -> Tensor:
+    """ids (B,) of images -> (B,) the number, among the gathered rows, of one of this rank's rows with another id, each
+    as likely; -1 where there is none."""
+    others = (ids[:, None] != ids).float()
+    found = others.any(dim=1)
+    drawn = torch.multinomial(torch.where(found[:, None], others, 1.0), 1, generator=generator)[:, 0]
+    return torch.where(found, drawn + _row_offset(len(ids)), -1)
 
 
 def _row_offset(rows: int) -> int:
