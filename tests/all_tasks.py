@@ -26,8 +26,8 @@ SCENES, ASKED = "shapes:num={},names=colour,colours=6", "shapes:num={},names=col
 PRETRAINED = {
     "data": SCENES.format(8192), "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2,
     "text_width": 64, "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32, "queue_size": 0,
-    "tokenizer": root / "words", "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 150,
-    "crop": True, "crop_scale": 0.8,
+    "tokenizer": root / "words", "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 350,
+    "itc_weight": 0,
 }  # fmt: skip
 COMMON = {
     "crop": False, "flip": False, "rand_augment": False, "colour": False, "blur": False, "warmup_steps": 20,
@@ -37,15 +37,15 @@ LABELS = {
     "data": ASKED.format(8192), "eval_data": ASKED.format(256), "momentum": 0.98, "max_steps": 150,
     "learning_rate": 1e-3,
 }  # fmt: skip
-CONTRAST = {
-    "data": SCENES.format(8192), "queue_size": 0, "momentum": 0.98, "learning_rate": 1e-3, "max_steps": 40,
-}  # fmt: skip
+CONTRAST = {"data": SCENES.format(8192), "queue_size": 0, "momentum": 0.98}
 LEARNED = {
-    "entailment": LABELS | {"max_steps": 200},
+    "entailment": LABELS | {"max_steps": 150},
     "vqa": LABELS | {"max_steps": 120},
-    "nlvr2": LABELS | {"max_steps": 250},
-    "retrieval": CONTRAST | {"eval_data": SCENES.format(64), "candidates": 16, "captions": "first"},
-    "grounding": CONTRAST | {"eval_data": SCENES.format(64), "max_steps": 80},
+    "nlvr2": LABELS | {"max_steps": 150},
+    "retrieval": CONTRAST
+    | {"eval_data": SCENES.format(64), "learning_rate": 2e-3, "max_steps": 200, "candidates": 16, "captions": "first"},
+    "grounding": CONTRAST
+    | {"eval_data": SCENES.format(256), "learning_rate": 1e-3, "max_steps": 300, "hard_negatives": False},
     "text_assignment": {"data": SCENES.format(64), "max_steps": 2},
 }
 RESUMED = LABELS | {

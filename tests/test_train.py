@@ -67,7 +67,7 @@ def launch(
 
 
 def finish(process: subprocess.Popen, expected: int = 0) -> str:
-    text, _ = process.communicate(timeout=300)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == expected, text[-6000:]
     return text
 
