@@ -55,7 +55,7 @@ PREPARED = {
     "docs/transformers.md": transformers,
 }
 RUN_COMMANDS = {"docs/index.md"}  # its softmask-fast commands run, too
-ELSEWHERE = {"docs/adapters.md"}  # test_guide.py
+ELSEWHERE = {"docs/adapters.md", "docs/tasks.md"}  # test_guide.py, test_tasks.py
 RUN_HERE = [page for page in PAGES if blocks_of(page, "python") and name_of(page) not in ELSEWHERE]
 
 

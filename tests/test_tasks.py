@@ -1,11 +1,14 @@
 """The tasks piece by piece: their examples, what their models compute, their metrics by the official definitions."""
 
 import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from code_blocks import ROOT, blocks_of
 from PIL import Image
 
 from softmask_fast.config import DataConfig, make_config
@@ -183,6 +186,7 @@ def test_expressions_are_captions_with_the_box_of_what_they_name(tmp_path):
     sample = written(box=[4, 5, 8, 10], proposals=[[4, 5, 8, 10], [20, 0, 10, 20]])
     (phrase,) = sample.phrases
     assert sample.captions == ["the red one"] and (phrase.first_word, phrase.n_words) == (0, 3)
+    assert phrase.whole  # its map is that of [CLS] and [SEP], too
     assert phrase.boxes == [(0.1, 0.25, 0.3, 0.75)] and phrase.proposals == [*phrase.boxes, (0.5, 0.0, 0.75, 1.0)]
     assert written().phrases == []  # as for training
     with pytest.raises(ValueError, match='entry 0: "box": expected x, y, width and height in pixels, got'):
@@ -193,6 +197,30 @@ def test_expressions_are_captions_with_the_box_of_what_they_name(tmp_path):
         written(text=7)
     shapes = open_expressions("shapes:num=2", split="val", **PLACES).read(0)
     assert all(phrase.boxes[0] in phrase.proposals and len(phrase.proposals) == 2 for phrase in shapes.phrases)
+
+
+def test_the_page_merges_the_boxes_of_refcoco_plus(tmp_path, monkeypatch):
+    """Its Python on the four files, made small, gives entries that open with the right boxes, a file for each split."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 20)).save("wide.png")
+    for name, content in {
+        "refcoco+_test.json": [{"image": "wide.png", "text": text, "ref_id": i} for i, text in ((5, "a b"), (3, "c"))],
+        "instances.json": {"annotations": [{"id": 50, "bbox": [4, 5, 8, 10]}, {"id": 30, "bbox": [0, 0, 20, 20]}]},
+        "dets.json": {"7": [[20, 0, 10, 20, 0.9], [4, 5, 8, 10, 0.8]]},
+    }.items():
+        Path(name).write_text(json.dumps(content))
+    references = [
+        {"ref_id": 3, "ann_id": 30, "image_id": 7, "split": "testA", "sent_ids": [1]},
+        {"ref_id": 5, "ann_id": 50, "image_id": 7, "split": "val", "sent_ids": [2]},
+    ]
+    Path("refs(unc).p").write_bytes(pickle.dumps(references))
+    for block in blocks_of(ROOT / "docs/tasks.md", "python"):
+        block.run({})
+    for split, text, box in (("val", "a b", (0.1, 0.25, 0.3, 0.75)), ("testA", "c", (0.0, 0.0, 0.5, 1.0))):
+        source = open_expressions(f"refcoco+_{split}.json", split="val", **PLACES)
+        (phrase,) = source.read(0).phrases
+        assert (len(source), phrase.text, phrase.boxes) == (1, text, [box])
+        assert phrase.proposals == [(0.5, 0.0, 0.75, 1.0), (0.1, 0.25, 0.3, 0.75)]
 
 
 def test_vqa_accuracy_is_the_official_one():
