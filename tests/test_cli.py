@@ -71,7 +71,7 @@ def test_explain(folder, tmp_path, capsys):
     [
         (["evaluate", "--model", "nowhere"], "--model: expected a model folder, nowhere is none"),
         (["evaluate", "--data", "missing.tar"], "missing.tar"),
-        (["evaluate", "--task", "grounding", "--layer", "5"], "layer: expected a fusion layer from 0 to 0, got 5"),
+        (["evaluate", "--task", "grounding", "--layer", "5"], "layer: expected a fusion layer from 0 to 1, got 5"),
         (["evaluate", "--rerank", "3"], "rerank: expected 0, or at least 10"),
         (["evaluate", "--device", "abacus"], "--device"),
         (["evaluate", "--device", "cuda:99"], "--device: cuda:99 asked for"),
