@@ -22,8 +22,6 @@ from softmask_fast.tasks.registry import TASKS, load_task_model
 
 EXPRESSIONS = "shapes:num=256,names=colour,colours=6"  # what all_tasks.py measures grounding on
 
-EXPRESSIONS = "shapes:num=256,names=colour,colours=6"  # what all_tasks.py measures grounding on
-
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
