@@ -39,8 +39,8 @@ LABELS = {
 }  # fmt: skip
 CONTRAST = {"data": SCENES.format(8192), "queue_size": 0, "momentum": 0.98}
 LEARNED = {
-    "entailment": LABELS | {"max_steps": 150},
-    "vqa": LABELS | {"max_steps": 120},
+    "entailment": LABELS | {"max_steps": 250},
+    "vqa": LABELS | {"max_steps": 180},
     "nlvr2": LABELS | {"max_steps": 150},
     "retrieval": CONTRAST
     | {"eval_data": SCENES.format(64), "learning_rate": 2e-3, "max_steps": 200, "candidates": 16, "captions": "first"},
