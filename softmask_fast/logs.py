@@ -104,10 +104,11 @@ def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Leaves a log, one JSON object with "step" a line, as it was after a step, and returns its records: a resumed run
     repeats the steps after its checkpoint, and each step shall stand once. A line that is not whole goes too."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if kept != lines:
-        write_text(path, "".join(kept))
-    return [json.loads(line) for line in kept]
+    whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    kept = [(line, record) for line, record in whole if record["step"] <= step]
+    if len(kept) < len(lines):
+        write_text(path, "".join(line for line, _ in kept))
+    return [record for _, record in kept]
 
 
 class RunLog:

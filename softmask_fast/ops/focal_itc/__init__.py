@@ -119,8 +119,7 @@ def focal_itc_loss(
         raise ValueError(f"image: expected at least one row and one column, got size {tuple(image.shape)}")
     like = ("image", image)
     check_tensor("text", text, (batch, width), like=like, same_dtype=True)
-    image_keys, text_keys = _check_keys(image, text, image_keys, text_keys)
-    own_keys = image_keys is image and text_keys is text
+    image_keys, text_keys, own_keys = _check_keys(image, text, image_keys, text_keys)
     keys = text_keys.shape[0]
     alpha = check_teachers(image, teacher_image, teacher_text, alpha)
     gamma = check_gamma(gamma)
@@ -179,18 +178,18 @@ def statistics(image: RowResult, text: RowResult) -> FocalITCStats:
 
 def _check_keys(
     image: Tensor, text: Tensor, image_keys: Tensor | None, text_keys: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, bool]:
     if (image_keys is None) != (text_keys is None):
         missing, other = ("image_keys", "text_keys") if image_keys is None else ("text_keys", "image_keys")
         raise ValueError(f"{missing}: expected a tensor along with {other} (both or neither), got None")
     if image_keys is None:
-        return image, text
+        return image, text, True
     like = ("image", image)
     check_tensor("image_keys", image_keys, ("M", image.shape[1]), like=like, same_dtype=True)
     if image_keys.shape[0] == 0:
         raise ValueError(f"image_keys: expected at least one key, got size {tuple(image_keys.shape)}")
     check_tensor("text_keys", text_keys, tuple(image_keys.shape), like=like, same_dtype=True)
-    return image_keys, text_keys
+    return image_keys, text_keys, False
 
 
 def _check_negative_range(negative_range: tuple[int, int] | None, keys: int) -> tuple[int, int]:

@@ -136,15 +136,18 @@ class FocalITCLoss(nn.Module):
             teachers = teacher_image, teacher_text
             loss, stats = self._ring(joined, image, text, temperature, teachers, ids, queue, **common)
         else:
-            batch = new if self.gather == "momentum" else [joined.gather_with_grad(x) for x in (image, text)]
-            key_ids = new_ids
-            if queue is not None:
-                batch = [torch.cat(parts) for parts in zip(batch, queue[:2], strict=True)]
-                key_ids = None if ids is None else torch.cat([new_ids, queue[2]])
+            given = {}  # where the batch of this rank is all there is, it is its own keys
+            if self.gather == "momentum" or joined.world > 1 or queue is not None:
+                batch = new if self.gather == "momentum" else [joined.gather_with_grad(x) for x in (image, text)]
+                key_ids = new_ids
+                if queue is not None:
+                    batch = [torch.cat(parts) for parts in zip(batch, queue[:2], strict=True)]
+                    key_ids = None if ids is None else torch.cat([new_ids, queue[2]])
+                given = dict(image_keys=batch[0], text_keys=batch[1], key_ids=key_ids)
             result = focal_itc_loss(
-                image, text, *batch, temperature=temperature, gamma=self.gamma, teacher_image=teacher_image,
-                teacher_text=teacher_text, ids=ids, key_ids=key_ids, positives=self.positives, row_offset=joined.offset,
-                impl=self.impl, **common,
+                image, text, **given, temperature=temperature, gamma=self.gamma, teacher_image=teacher_image,
+                teacher_text=teacher_text, ids=ids, positives=self.positives, row_offset=joined.offset, impl=self.impl,
+                **common,
             )  # fmt: skip
             loss, stats = result if return_stats else (result, None)
         if self._enqueues:

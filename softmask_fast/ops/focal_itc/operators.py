@@ -156,15 +156,19 @@ def _backward(
 
 @torch.library.register_fake("softmask_fast::focal_itc")
 def _forward_fake(rows, keys, temperature, teacher_rows, ids, key_ids, *options_and_impl):
-    options = Options(*options_and_impl[:-1])
-    batch = rows.shape[0]
+    return fake_outputs(temperature, Options(*options_and_impl[:-1]), rows.shape[:1])
+
+
+def fake_outputs(temperature: Tensor, options: Options, size: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The outputs of a forward for rows of this size, (B,), or (2, B) of both directions."""
+    *directions, batch = size
     counted = batch if options.stats else 0
     return (
-        temperature.new_empty(batch),
-        temperature.new_empty(ROW_STATES, batch),
-        temperature.new_empty(batch, dtype=torch.int64),
-        temperature.new_empty(3, counted),
-        temperature.new_empty(counted, dtype=torch.int64),
+        temperature.new_empty(*directions, batch),
+        temperature.new_empty(*directions, ROW_STATES, batch),
+        temperature.new_empty(*directions, batch, dtype=torch.int64),
+        temperature.new_empty(*directions, 3, counted),
+        temperature.new_empty(*directions, counted, dtype=torch.int64),
     )
 
 
@@ -173,11 +177,12 @@ def _backward_fake(
     grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, row_state, dominant, wants_rows, wants_keys,
     wants_temperature, *options_and_impl,
 ):  # fmt: skip
-    return (
-        rows.new_empty(rows.shape if wants_rows else 0),
-        keys.new_empty(keys.shape if wants_keys else 0),
-        temperature.new_empty(() if wants_temperature else 0),
-    )
+    return fake_gradients((rows, keys, temperature), (wants_rows, wants_keys, wants_temperature))
+
+
+def fake_gradients(inputs: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """The outputs of a backward: gradients, empty where not wanted."""
+    return tuple(x.new_empty(x.shape if wants else 0) for x, wants in zip(inputs, wanted, strict=True))
 
 
 def setup_context(tensors: int):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softmask_fast.ops.focal_itc import operators
-from softmask_fast.ops.focal_itc.operators import OPTIONS, ROW_STATES, no_second_derivative, resolve, stream_forward
+from softmask_fast.ops.focal_itc.operators import OPTIONS, no_second_derivative, resolve, stream_forward
 from softmask_fast.ops.focal_itc.reference import Options, RowResult
 
 torch.library.define(
@@ -88,16 +88,7 @@ def _backward(
 
 @torch.library.register_fake("softmask_fast::focal_itc_symmetric")
 def _forward_fake(image, text, temperature, ids, *options_and_impl):
-    options = Options(*options_and_impl[:-1])
-    batch = image.shape[0]
-    counted = batch if options.stats else 0
-    return (
-        temperature.new_empty(2, batch),
-        temperature.new_empty(2, ROW_STATES, batch),
-        temperature.new_empty(2, batch, dtype=torch.int64),
-        temperature.new_empty(2, 3, counted),
-        temperature.new_empty(2, counted, dtype=torch.int64),
-    )
+    return operators.fake_outputs(temperature, Options(*options_and_impl[:-1]), (2, image.shape[0]))
 
 
 @torch.library.register_fake("softmask_fast::focal_itc_symmetric_backward")
@@ -105,11 +96,7 @@ def _backward_fake(
     grad_loss, image, text, temperature, ids, row_state, dominant, wants_image, wants_text, wants_temperature,
     *options_and_impl,
 ):  # fmt: skip
-    return (
-        image.new_empty(image.shape if wants_image else 0),
-        text.new_empty(text.shape if wants_text else 0),
-        temperature.new_empty(() if wants_temperature else 0),
-    )
+    return operators.fake_gradients((image, text, temperature), (wants_image, wants_text, wants_temperature))
 
 
 torch.library.register_autograd(
