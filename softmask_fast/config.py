@@ -138,6 +138,8 @@ class ObjectiveConfig(MomentumConfig):
         _require(
             self.itc_weight + self.itm_weight + self.mlm_weight > 0, "itc_weight", "not all objectives switched off", 0
         )
+        expected = "true with gathered_negatives, which fetches hard ones; any other pair is of the own batch"
+        _require(self.hard_negatives or not self.gathered_negatives, "hard_negatives", expected, self.hard_negatives)
 
 
 @dataclass

@@ -55,6 +55,7 @@ def test_base_is_the_paper():
         (dict(momentum=1.5), r"momentum: expected in \[0, 1\], got 1.5"),
         (dict(resume=True), "resume: expected used together with output_dir"),
         (dict(itc_weight=0, itm_weight=0, mlm_weight=0), "itc_weight: expected not all objectives switched off"),
+        (dict(hard_negatives=False, gathered_negatives=True), "hard_negatives: expected true with gathered_negatives"),
         (dict(learnin_rate=1), "unknown options .*learnin_rate"),
     ],
 )

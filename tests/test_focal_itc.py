@@ -146,6 +146,12 @@ def test_key_ids_default_to_ids_and_unique_ids_are_the_diagonal():
     torch.testing.assert_close(by_ids, by_offset)
 
 
+def test_keys_that_are_given_need_ids_of_their_own():
+    image, text = queue_case()[:2]
+    with pytest.raises(ValueError, match="key_ids: expected the ids of the keys along with ids and image_keys"):
+        focal_itc_loss(image, text, image, text, temperature=0.1, ids=torch.arange(5))
+
+
 def test_teachers_get_no_gradient():
     image, text, image_keys, text_keys, teacher_image, teacher_text = (t.requires_grad_() for t in queue_case())
     loss = focal_itc_loss(

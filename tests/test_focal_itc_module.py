@@ -318,6 +318,18 @@ def test_without_use_queue_the_queue_gives_no_keys_but_fills():
     assert torch.equal(full.image_queue[:5], x)
 
 
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_a_batch_that_is_all_there_is_is_its_own_keys(with_ids):
+    """Then both directions are one operator; the momentum features or a queue are other keys."""
+    x, y, ids = unit(5, 0), unit(5, 1), torch.arange(5) % 3 if with_ids else None
+    for gather, queue_size, own in (("with_grad", 0, True), ("ring", 0, True), ("with_grad", 8, False)):
+        with LargestTensor() as largest:
+            loss = FocalITCLoss(WIDTH, queue_size, gather=gather).eval()(x, y, temperature=0.1, ids=ids)
+        assert ("softmask_fast.focal_itc_symmetric.default" in largest.operations) == own
+        if own:
+            torch.testing.assert_close(loss, focal_itc_loss(x, y, temperature=0.1, ids=ids, impl="reference"))
+
+
 def test_a_ring_of_one_rank_and_bfloat16_features():
     x, y, ids = unit(5, 0).bfloat16(), unit(5, 1).bfloat16(), torch.arange(5) % 4
     losses = [FocalITCLoss(WIDTH, 8, gather=gather)(x, y, temperature=0.1, ids=ids) for gather in GATHERS[1:]]
