@@ -81,6 +81,9 @@ struct Rows {
         if (dims > 3) offset += k * strides[2];
         return {data + offset * element, dtype, strides[dims - 1]};
     }
+
+    // Bytes from one row to the next.
+    int64_t step() const { return strides[dims - 2] * element; }
 };
 
 SOFTMASK_INLINE float from_bfloat(uint16_t bits) {
@@ -167,18 +170,19 @@ SOFTMASK_INLINE void finish_stream() {
 #endif
 }
 
+SOFTMASK_INLINE bool is_dense(const Row& row) { return row.dtype == Dtype::Float && row.stride == 1; }
+
 // The row itself where it is float32 and dense, else a copy of it in `buffer`.
 SOFTMASK_INLINE const float* dense(const Row& row, int64_t size, float* buffer) {
-    if (row.dtype == Dtype::Float && row.stride == 1) return reinterpret_cast<const float*>(row.data);
+    if (is_dense(row)) return reinterpret_cast<const float*>(row.data);
     load(row, size, 1.0f, buffer);
     return buffer;
 }
 
-// Asks for a row that is needed soon; an address behind the end of the tensor does no harm.
-SOFTMASK_INLINE void prefetch(const Row& row, int64_t size) {
-    const int64_t bytes = size * row.stride * (row.dtype == Dtype::Float ? 4 : 2);
-    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row.data + offset);
-}
+// Asks for the memory some pages ahead of what is read or written now, so that its address is translated in time: in
+// pages of 4 KiB, and in a virtual machine most of all, that takes longer than the reading, and the processor's own
+// prefetching stops at the end of a page. An address behind the end of a tensor does no harm.
+SOFTMASK_INLINE void touch_ahead(const char* data) { __builtin_prefetch(data + 8 * 4096); }
 
 SOFTMASK_INLINE float sum_lanes(Octet v) {
     typedef float Quarter __attribute__((vector_size(16)));
@@ -186,19 +190,24 @@ SOFTMASK_INLINE float sum_lanes(Octet v) {
     return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
 
-// products[i] = <vector, rows[i]>; several rows at a time, because one sum has to wait for each of its additions.
+// products[i] = <vector, rows[i]>; several rows at a time and two sums for each, because a sum has to wait for each of
+// its additions.
 template <int COUNT>
 SOFTMASK_INLINE void dot(const float* vector, const float* const* rows, int64_t size, float* products) {
-    Octet sums[COUNT] = {};
+    Octet even[COUNT] = {}, odd[COUNT] = {};
     int64_t i = 0;
-    for (; i + OCTET <= size; i += OCTET) {
-        const Octet part = *reinterpret_cast<const Octet*>(vector + i);
-        for (int row = 0; row < COUNT; ++row) sums[row] += part * *reinterpret_cast<const Octet*>(rows[row] + i);
+    for (; i + LANES <= size; i += LANES) {
+        const Octet first = *reinterpret_cast<const Octet*>(vector + i);
+        const Octet second = *reinterpret_cast<const Octet*>(vector + i + OCTET);
+        for (int row = 0; row < COUNT; ++row) {
+            even[row] += first * *reinterpret_cast<const Octet*>(rows[row] + i);
+            odd[row] += second * *reinterpret_cast<const Octet*>(rows[row] + i + OCTET);
+        }
     }
     for (int row = 0; row < COUNT; ++row) {
         float rest = 0.0f;
         for (int64_t j = i; j < size; ++j) rest += vector[j] * rows[row][j];
-        products[row] = rest + sum_lanes(sums[row]);
+        products[row] = rest + sum_lanes(even[row] + odd[row]);
     }
 }
 

@@ -27,26 +27,44 @@ struct Attention {
     float scale;
 };
 
-constexpr int64_t AHEAD = 16;  // rows; the hardware's own prefetching loses track between heads
 constexpr int64_t STREAMED = 1 << 20;  // elements of the masked features from which they are larger than the caches
-constexpr int64_t BLOCK = 4;   // rows whose products are summed side by side
+constexpr int BLOCK = 2;  // rows of K, and of V, whose products are summed side by side
 
-// products[n] = <vector, rows[image, head, n]>;  buffer: BLOCK * width floats
-SOFTMASK_INLINE void dots(
-    const float* vector, const Rows& rows, int64_t image, int64_t head, int64_t tokens, int64_t width, float* buffer,
-    float* products) {
-    const float* block[BLOCK];
-    for (int64_t n = 0; n < tokens; n += BLOCK) {
-        const int64_t count = tokens - n < BLOCK ? tokens - n : BLOCK;
-        for (int64_t i = 0; i < count; ++i) {
-            prefetch(rows.at(image, head, n + i + AHEAD), width);
-            block[i] = dense(rows.at(image, head, n + i), width, buffer + i * width);
+// products[n] = <vector, row n> for the rows of K or V of one head
+struct Products {
+    const float* vector;
+    Row first;
+    int64_t step;  // bytes from one row to the next
+    float* products;
+    float* buffer;  // BLOCK * width floats
+};
+
+template <bool DENSE, int COUNT>
+SOFTMASK_INLINE void multiply_rows(const Products& x, int64_t n, int64_t width) {
+    char* data = x.first.data + n * x.step;
+    touch_ahead(data);
+    const float* rows[COUNT];
+    for (int i = 0; i < COUNT; ++i) {
+        rows[i] = reinterpret_cast<const float*>(data + i * x.step);
+        if (!DENSE) {
+            load({data + i * x.step, x.first.dtype, x.first.stride}, width, 1.0f, x.buffer + i * width);
+            rows[i] = x.buffer + i * width;
         }
-        if (count == BLOCK) {
-            dot<BLOCK>(vector, block, width, products + n);
-        } else {
-            for (int64_t i = 0; i < count; ++i) dot<1>(vector, block + i, width, products + n + i);
-        }
+    }
+    dot<COUNT>(x.vector, rows, width, x.products + n);
+}
+
+// K and V in turns: two streams from memory are faster than one.
+template <bool DENSE>
+SOFTMASK_INLINE void multiply_head(const Products& keys, const Products& values, int64_t tokens, int64_t width) {
+    int64_t n = 0;
+    for (; n + BLOCK <= tokens; n += BLOCK) {
+        multiply_rows<DENSE, BLOCK>(keys, n, width);
+        multiply_rows<DENSE, BLOCK>(values, n, width);
+    }
+    for (; n < tokens; ++n) {
+        multiply_rows<DENSE, 1>(keys, n, width);
+        multiply_rows<DENSE, 1>(values, n, width);
     }
 }
 
@@ -64,8 +82,13 @@ SOFTMASK_CLONES void word_map(const Attention& x, int64_t image, int64_t word, f
     for (int64_t head = 0; head < x.heads; ++head) {
         load(x.query.at(image, head, word), x.width, x.scale, query);
         load(x.grad_output.at(image, head, word), x.width, 1.0f, grad_output);
-        dots(query, x.key, image, head, x.tokens, x.width, row, logits);
-        dots(grad_output, x.value, image, head, x.tokens, x.width, row, gradients);
+        const Products keys{query, x.key.at(image, head), x.key.step(), logits, row};
+        const Products values{grad_output, x.value.at(image, head), x.value.step(), gradients, row};
+        if (is_dense(keys.first) && is_dense(values.first)) {
+            multiply_head<true>(keys, values, x.tokens, x.width);
+        } else {
+            multiply_head<false>(keys, values, x.tokens, x.width);
+        }
         if (mask)
             for (int64_t n = 0; n < x.tokens; ++n) logits[n] = mask[n * x.mask_token] ? logits[n] : lowest;
         float maximum = lowest;
@@ -124,7 +147,8 @@ SOFTMASK_CLONES void scale_features(
     const Rows& features, const Rows& masked, const float* keep, int64_t image, int64_t tokens, int64_t channels,
     bool streamed, float* buffer) {
     for (int64_t n = 0; n < tokens; ++n) {
-        prefetch(features.at(image, n + 1), channels);
+        touch_ahead(features.at(image, n).data);
+        touch_ahead(masked.at(image, n).data);
         const float* source = dense(features.at(image, n), channels, buffer);
         const Row target = masked.at(image, n);
         if (streamed && can_stream(target, channels)) {
