@@ -48,11 +48,12 @@ lint: $(STAMP)
 
 setup: $(STAMP)
 
-# Build isolation is off because the extension compiles against the torch in .venv, which is therefore installed first.
+# Build isolation is off because the extension compiles against the torch in .venv, which is therefore installed first;
+# so is pip, because the one that comes with Python 3.10 searches for common versions without end.
 $(STAMP): $(SOURCES)
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, found " + sys.version)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja numpy torch
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools wheel ninja numpy torch
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[train,bench,dev,docs]'
 	touch $(STAMP)
 
