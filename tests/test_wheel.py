@@ -76,7 +76,8 @@ class Environment:
         (self.packages / "outer.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
 
     def install(self, path, **environment):
-        command = ("-m", "pip", "--python", self.python, "install", "-v", "--no-deps", "--no-index")
+        # -vv: with one v, pip 26.3 keeps the warnings of a source archive's build to itself
+        command = ("-m", "pip", "--python", self.python, "install", "-vv", "--no-deps", "--no-index")
         result = run(sys.executable, *command, "--no-build-isolation", path, cwd=self.packages, **environment)
         assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
         return result.stdout + result.stderr
