@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from measure import DEVICE, DTYPE, ON_GPU, Variant, check_close, free_memory
 
-from softmask_fast.ops import backend, focal_itc_loss
+from softmask_fast.ops import focal_itc_loss, registry
 
 # (d, batches); a GPU goes on as far as time and memory reach
 BATCHES = {256: [256, 1024, 4096, 16384, 65536, 262144, 1048576], 512: [4096, 65536], 768: [4096, 65536]}
@@ -88,9 +88,9 @@ class Problem:
 
     def ours(self) -> dict[str, Variant]:
         found = {}
-        for name in backend.runnable("focal_itc", DEVICE, DTYPE, self.width):
+        for name in registry.runnable("focal_itc", DEVICE, DTYPE, self.width):
             if name != "reference":
-                parts = backend.resolve("focal_itc", name, DEVICE, DTYPE, self.width)
+                parts = registry.resolve("focal_itc", name, DEVICE, DTYPE, self.width)
                 directions = 1 if "symmetric_forward" in parts and "image_keys" not in self.options else 2
                 found[name] = self.variant(lambda name=name: self.loss(name), 1, directions, ours=True)
         return found
@@ -164,7 +164,7 @@ def check_rows(problem: Problem, rows: int = 32) -> None:
     with torch.no_grad():
         losses = {
             name: focal_itc_loss(image, text, reduction="none", impl=name, **options)
-            for name in backend.runnable("focal_itc", DEVICE, DTYPE, problem.width)
+            for name in registry.runnable("focal_itc", DEVICE, DTYPE, problem.width)
         }
     for name, loss in losses.items():
         check_close(f"focal_itc, B {problem.batch}: {name}", loss, losses["reference"], 1e-4)

@@ -29,7 +29,7 @@ from measure import DEVICE, DTYPE, ON_GPU, Variant
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from softmask_fast.ops import backend, soft_masked_attention
+from softmask_fast.ops import registry, soft_masked_attention
 
 IMAGES = 256 if ON_GPU else 8
 PASSES, HEADS, LENGTH, WIDTH = 4, 12, 30, 64
@@ -116,12 +116,12 @@ class Problem:
             "flex": self.variant(torch.compile(self.flex, dynamic=False), missing=no_backward),
             "sdpa_unmasked": self.variant(self.sdpa_unmasked, checked=False),
         }
-        for name in reversed(backend.runnable("soft_masked_attention", DEVICE, DTYPE, WIDTH)):
+        for name in reversed(registry.runnable("soft_masked_attention", DEVICE, DTYPE, WIDTH)):
             found[name] = self.variant(lambda name=name: self.fused(name), ours=True)
         return found
 
     def variants_with_projection(self) -> dict[str, Variant]:
-        best = backend.resolve("soft_masked_attention", None, DEVICE, DTYPE, WIDTH).name
+        best = registry.resolve("soft_masked_attention", None, DEVICE, DTYPE, WIDTH).name
         return {
             "projected": self.variant(self.projected, projection=True),
             f"{best} + projection": self.variant(lambda: self.fused(best, True), projection=True, ours=True),

@@ -1,4 +1,4 @@
-"""The pretraining step, the ALBEF way (`reference_step.py`) against ours: forward, backward, AdamW, momentum copy.
+"""The pretraining step, the ALBEF way against ours: forward, backward, AdamW, momentum copy.
 
 Captions are as long as the first 7,500 of Flickr8k under a WordPiece of 4,000 (14.25 +- 4.13 tokens, [CLS] and [SEP]
 included). The peak memory of a step is what it holds beyond weights, gradients, optimiser state and queues, which stand
@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from measure import Variant, extra_memory, interleaved, synchronised
-from reference_step import ReferenceStep, update_teacher
 
-from softmask_fast.config import make_config
-from softmask_fast.data.loader import Batch
+from softmask_fast.data.types import Batch
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.pretraining import PretrainingStep
+from softmask_fast.model.pretraining_reference import ReferenceStep, update_teacher
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.options import make_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {"base": 128} if DEVICE.type == "cuda" else {"tiny": 32, "small": 32}  # preset: pairs in a batch

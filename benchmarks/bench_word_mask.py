@@ -28,7 +28,7 @@ import pytest
 import torch
 from measure import DEVICE, DTYPE, ON_GPU, Variant
 
-from softmask_fast.ops import attention_output_gradient, backend, word_soft_mask
+from softmask_fast.ops import attention_output_gradient, registry, word_soft_mask
 from softmask_fast.ops.word_mask import reference
 
 IMAGES = 256 if ON_GPU else 16
@@ -104,7 +104,7 @@ class Problem:
             "maps": Variant(self.maps, work=work),
             "compiled": Variant(self.compiled(), work=work),
         }
-        for name in reversed(backend.runnable("word_mask", DEVICE, DTYPE, WIDTH)):
+        for name in reversed(registry.runnable("word_mask", DEVICE, DTYPE, WIDTH)):
             ours = name != "reference"
             found[name] = Variant(lambda name=name: self.fused(name), ours=ours, work=work)
         return found

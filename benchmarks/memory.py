@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from softmask_fast.config import PRESETS, make_config
+from softmask_fast.config import PRESETS
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.options import make_config
 
 CPU = torch.device("cpu")
 EXPLANATION = """\

@@ -24,18 +24,18 @@ from measure import environment
 from memory import fake_problem, standing
 from report import table
 
-from softmask_fast.config import make_config
-from softmask_fast.data.captions import open_source
-from softmask_fast.data.distort import DistortionConfig
+from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.loader import PretrainingLoader
-from softmask_fast.data.order import KeyedOrder, WindowedOrder
+from softmask_fast.data.sampler import HashSampler, WindowedSampler
 from softmask_fast.data.shards import ShardSource
+from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.files import write_text
-from softmask_fast.logs import FlopCount
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.options import make_config
 from softmask_fast.train import sample_captions
+from softmask_fast.training.metrics import FlopCount
+from softmask_fast.utils import write_text
 
 RANKS = (1, 8, 64, 256, 1000)
 PAIRS = (4e6, 14e6, 100e6, 1e9)
@@ -79,7 +79,7 @@ shard, and their order is drawn shard by shard ([data.md](data.md)).
    the last column of the first table says. DALI decodes and distorts on the GPU where there is one.
 2. **The index of a local source**, beyond 10 M pairs: hundreds of bytes a sample in every rank, and minutes to read
    the headers of the shards at each start. From there on use shards by URL (`file://` does for a shared disk).
-3. **The batch**, near 64 GPUs: 128 pairs each are 8,192 together, where the paper has 512. Lower `--batch_size`
+3. **The batch**, near 64 GPUs: 128 pairs each are 8,192 run_on_all_ranks, where the paper has 512. Lower `--batch_size`
    first; the step then has less to hide its communication behind, and the efficiency is that of the table no more.
 4. **The weights' way back**, from 8 GPUs on, is the largest part that nothing hides: half of ZeRO 1's traffic.
    Stage 0 reduces gradients only, behind the backward pass, at {replicated:.1f} GiB more on each GPU;
@@ -142,7 +142,7 @@ def core_seconds_per_image(data: str, batches: int = 6) -> float:
     tokenizer = train_tokenizer(sample_captions(source, 500), 4000)
     with PretrainingLoader(
         source, tokenizer, batch_size=32, image_size=256, max_tokens=30, seed=0,
-        distortions=DistortionConfig.of(config.data),
+        augment=AugmentConfig.of(config.data),
     ) as loader:
         next(loader)
         start = time.process_time()
@@ -178,7 +178,7 @@ def index_of_a_local_source(samples: int = 20_000) -> tuple[float, float]:
 
 def seconds_of_an_order(samples: int = 4_000_000) -> float:
     """Of a sample, when an epoch begins, with the global permutation of a local source."""
-    order = KeyedOrder([])
+    order = HashSampler([])
     order._hashes = np.random.default_rng(0).integers(0, 2**64, samples, dtype=np.uint64)
     start = time.process_time()
     next(order.places(0, 1, 0, 8))
@@ -188,7 +188,7 @@ def seconds_of_an_order(samples: int = 4_000_000) -> float:
 def seconds_of_a_windowed_order(samples: int, ranks: int) -> float:
     """Until the first sample of an epoch is known, with shards by URL."""
     shards = int(samples / PER_SHARD)
-    order = WindowedOrder([f"{i:06d}" for i in range(shards)], [PER_SHARD] * shards, 8)
+    order = WindowedSampler([f"{i:06d}" for i in range(shards)], [PER_SHARD] * shards, 8)
     start = time.process_time()
     next(order.places(0, 1, 0, ranks))
     return time.process_time() - start

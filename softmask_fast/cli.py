@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softmask_fast import __version__
-from softmask_fast.files import write_json
-from softmask_fast.mistakes import one_line
+from softmask_fast.errors import format_error
+from softmask_fast.utils import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -178,10 +178,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _evaluate_pretrained(options: argparse.Namespace, common: dict):
     if options.predictions or options.answers:
         raise ValueError(f"--predictions, --answers: expected with tasks of answers, not with {options.task}")
-    from softmask_fast.data.captions import open_source
+    from softmask_fast.data.sources import open_source
     from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
-    from softmask_fast.model.checkpoints import load_model
-    from softmask_fast.tasks.expressions import open_expressions
+    from softmask_fast.model.export import load_model
+    from softmask_fast.tasks.datasets import open_expressions
 
     model, tokenizer = load_model(options.model, _device(options.device))
     places = {"split": "val", "image_size": model.config.image_size, "image_root": options.image_root}
@@ -197,18 +197,18 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict):
 
 def _evaluate_answers(options: argparse.Namespace, common: dict):
     from softmask_fast.config import DataConfig
-    from softmask_fast.tasks import registry
-    from softmask_fast.tasks.task import evaluate_answers
+    from softmask_fast.tasks import recipes
+    from softmask_fast.tasks.answers import evaluate_answers
     from softmask_fast.tasks.vqa import read_answers
 
-    model, tokenizer = registry.load_task_model(options.model, options.task, _device(options.device))
+    model, tokenizer = recipes.load_task_model(options.model, options.task, _device(options.device))
     if options.answers:
         if options.task != "vqa":
             raise ValueError(f"--answers: expected with the task vqa, not with {options.task}")
         model.answers = read_answers(options.answers)
     data = DataConfig(image_root=options.image_root)
     places = {"split": "val", "seed": 0, "image_size": model.config.image_size}
-    source = registry.TASKS[options.task].open(options.data, data, **places)
+    source = recipes.TASKS[options.task].open(options.data, data, **places)
     return evaluate_answers(model, tokenizer, source, **common)
 
 
@@ -222,9 +222,9 @@ def _explain(options: argparse.Namespace) -> None:
     image = options.image.read_bytes()
     _check_model(options.model)
     _quiet_libraries()
-    from softmask_fast.explain import explain
-    from softmask_fast.model.checkpoints import load_model
-    from softmask_fast.tasks.common import format_table
+    from softmask_fast.evaluation.common import format_table
+    from softmask_fast.evaluation.heatmaps import explain
+    from softmask_fast.model.export import load_model
 
     model, tokenizer = load_model(options.model, _device(options.device))
     shown = explain(model, tokenizer, image, options.text, options.out, layer=options.layer)
@@ -267,7 +267,7 @@ def _ablate(options: argparse.Namespace) -> None:
     """Pretrain the baseline, the baseline with each part of the method (augmentation, soft masks, focal loss), and with
     all of them, several seeds each; write a table (JSON, Markdown) and a figure. Called again, it goes on."""
     _quiet_libraries()
-    from softmask_fast.ablation import markdown, run_ablation
+    from softmask_fast.evaluation.ablation import markdown, run_ablation
 
     done = run_ablation(
         options.others,
@@ -337,7 +337,7 @@ def _quiet_libraries() -> None:
 def _explain_error(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name != "pyarrow":
         return f"{error}; install what the commands need with: pip install 'softmask_fast[train]'"
-    return one_line(error)
+    return format_error(error)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import softmask_fast
-from softmask_fast.ops import backend, extension, focal_itc_loss, soft_masked_attention, word_gradcam, word_soft_mask
+from softmask_fast.ops import extension, focal_itc_loss, registry, soft_masked_attention, word_gradcam, word_soft_mask
 from softmask_fast.ops.accuracy import errors
-from softmask_fast.versions import installed_versions
+from softmask_fast.utils import installed_versions
 
 SELF_TEST_SECONDS = 10.0  # after this no further check starts
 TIMED_SECONDS = 0.15  # how long the runs of one check that are timed take together
@@ -138,9 +138,9 @@ def self_test(limit: float = SELF_TEST_SECONDS) -> list[Check]:
 def _runnable(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """The implementations to test; a library that is there and does not load is a failure of its implementation."""
     found = {}
-    for implementation in backend.implementations(operator):
+    for implementation in registry.implementations(operator):
         try:
-            if implementation.obstacle(device, dtype, WIDTH) is None:
+            if implementation.unavailable_reason(device, dtype, WIDTH) is None:
                 found[implementation.name] = None
         except OSError as error:
             found[implementation.name] = str(error)
@@ -189,7 +189,7 @@ def examine(limit: float = SELF_TEST_SECONDS) -> dict[str, Any]:
         "devices": _describe_devices(),
         "libraries": {name: _library(name) for name in ("_C", "_cuda")},
         "implementations": {
-            str(device): {operator: _choices(operator, device) for operator in backend.operators()}
+            str(device): {operator: _choices(operator, device) for operator in registry.operators()}
             for device in devices()
         },
         "self_test": [asdict(check) for check in self_test(limit)],
@@ -198,7 +198,7 @@ def examine(limit: float = SELF_TEST_SECONDS) -> dict[str, Any]:
 
 def _choices(operator: str, device: torch.device) -> dict[str, str | None]:
     try:
-        return backend.choices(operator, device, width=WIDTH)
+        return registry.choices(operator, device, width=WIDTH)
     except OSError as error:
         return {"?": f"a library does not load: {error}"}
 
@@ -234,13 +234,13 @@ def _library(name: str) -> dict[str, Any]:
     path = Path(softmask_fast.__file__).with_name(f"{name}.abi3.so")
     load = extension.missing if name == "_C" else extension.cuda_missing
     try:
-        obstacle = load()
+        reason = load()
     except OSError as error:
-        obstacle = f"it does not load: {error}"
+        reason = f"it does not load: {error}"
     architectures = []
     if path.exists():
         architectures = _cpu_architectures(path) if name == "_C" else _gpu_architectures(path)
-    return {"loads": obstacle is None, "obstacle": obstacle, "architectures": architectures}
+    return {"loads": reason is None, "reason": reason, "architectures": architectures}
 
 
 def _cpu_architectures(path: Path) -> list[str]:
@@ -275,7 +275,7 @@ def render(report: dict[str, Any]) -> str:
     for name, library in report["libraries"].items():
         built = library["architectures"]
         kinds = "unknown, there is no cuobjdump" if built is None else ", ".join(built)
-        lines.append(f"  {name}: " + ("loads" if library["loads"] else library["obstacle"]))
+        lines.append(f"  {name}: " + ("loads" if library["loads"] else library["reason"]))
         lines += [f"    compiled for {kinds}"] if kinds else []
     for device, operators in report["implementations"].items():
         lines += ["", f"Implementations on {device}, float32: what impl=None takes, and why not the others"]

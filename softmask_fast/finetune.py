@@ -15,30 +15,32 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from softmask_fast import engine, loop
-from softmask_fast.explain import plot_curves
-from softmask_fast.files import write_json, write_text
-from softmask_fast.tasks.config import FinetuneConfig, parse_arguments
-from softmask_fast.tasks.evaluations import RECORD, Evaluations
-from softmask_fast.tasks.registry import TASKS, predictions
+from softmask_fast.evaluation.plots import plot_curves
+from softmask_fast.tasks.options import FinetuneConfig, parse_arguments
+from softmask_fast.tasks.recipes import TASKS, predictions
+from softmask_fast.training.launch import StopRequest, run_script
+from softmask_fast.training.periodic_eval import RECORD, Evaluations
+from softmask_fast.training.ranks import run_on_all_ranks
+from softmask_fast.training.trainer import loader_options, train
+from softmask_fast.utils import write_json, write_text
 
 
 def main(argv: list[str] | None = None) -> int:
-    return loop.run_script("finetune.py", argv, parse_arguments, work)
+    return run_script("finetune.py", argv, parse_arguments, work)
 
 
-def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest) -> None:
+def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
     finetune(config, deepspeed_config, output, stop)
     dist.destroy_process_group()
 
 
-def finetune(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest) -> bool:
+def finetune(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> bool:
     """Train to the end, measuring on the way, or until a stop is requested; returns whether the end was reached.
 
     Raises UsageError before the first step for what the task lacks.
     """
-    step, teacher, loader, evaluations = engine.together(lambda: prepare(config, output))
-    finished = loop.train(step, teacher, loader, config, deepspeed_config, output, stop, evaluations)
+    step, teacher, loader, evaluations = run_on_all_ranks(lambda: prepare(config, output))
+    finished = train(step, teacher, loader, config, deepspeed_config, output, stop, evaluations)
     if finished and dist.get_rank() == 0:
         report(evaluations, output)
     return finished
@@ -59,7 +61,7 @@ def prepare(config: FinetuneConfig, output: Path):
         image_size=image_size,
         max_tokens=model.config.max_tokens,
         images_per_sample=task.images_per_sample,
-        **loop.loader_options(config, device),
+        **loader_options(config, device),
     )
     step, teacher = task.step(model, config)
     return step, teacher.to(device), loader, evaluations

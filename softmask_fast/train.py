@@ -17,26 +17,29 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from softmask_fast import engine, loop
-from softmask_fast.config import Config, parse_arguments
-from softmask_fast.data.captions import CaptionSource, open_source
-from softmask_fast.data.images import BadSample
+from softmask_fast.config import Config
 from softmask_fast.data.loader import PretrainingLoader
-from softmask_fast.data.remote_options import RemoteOptions
+from softmask_fast.data.remote.options import RemoteOptions
+from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import load_tokenizer, train_tokenizer
-from softmask_fast.mistakes import UsageError
-from softmask_fast.model.checkpoints import weights_tokenizer
+from softmask_fast.data.types import BadSample, CaptionSource
+from softmask_fast.errors import UsageError
+from softmask_fast.evaluation.report import held_out_source, report_run
+from softmask_fast.model.initialize import load_pretrained, weights_tokenizer
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.pretraining import PretrainingStep
-from softmask_fast.model.vision_language import VisionLanguageModel, load_pretrained
-from softmask_fast.report import held_out_source, report_run
+from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.options import parse_arguments
+from softmask_fast.training.launch import StopRequest, run_script
+from softmask_fast.training.ranks import run_on_all_ranks
+from softmask_fast.training.trainer import loader_options, train
 
 
 def main(argv: list[str] | None = None) -> int:
-    return loop.run_script("train.py", argv, parse_arguments, work)
+    return run_script("train.py", argv, parse_arguments, work)
 
 
-def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest) -> None:
+def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
     finished = pretrain(config, deepspeed_config, output, stop)
     rank = dist.get_rank()
     dist.destroy_process_group()
@@ -63,8 +66,8 @@ def prepare_tokenizer(config: Config, source: CaptionSource, output: Path):
         tokenizer.save_pretrained(temporary)
         os.replace(temporary, folder)
 
-    engine.together(make)
-    tokenizer = engine.together(lambda: load_tokenizer(str(folder)))
+    run_on_all_ranks(make)
+    tokenizer = run_on_all_ranks(lambda: load_tokenizer(str(folder)))
     if config.model.model_weights and len(tokenizer) != config.model.vocab_size:
         raise UsageError(
             f"tokenizer: expected the {config.model.vocab_size} entries of the model that model_weights names, got "
@@ -83,16 +86,16 @@ def sample_captions(source: CaptionSource, images: int = 20_000) -> Iterator[str
             continue
 
 
-def pretrain(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: loop.StopRequest) -> bool:
+def pretrain(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> bool:
     """Train to the end or until a stop is requested; returns whether the end was reached.
 
     Raises UsageError before the first step for what the run lacks.
     """
     torch.manual_seed(config.train.seed)
-    source = engine.together(lambda: open_sources(config))
+    source = run_on_all_ranks(lambda: open_sources(config))
     tokenizer = prepare_tokenizer(config, source, output)
-    step, teacher, loader = engine.together(lambda: prepare(config, source, tokenizer))
-    return loop.train(step, teacher, loader, config, deepspeed_config, output, stop)
+    step, teacher, loader = run_on_all_ranks(lambda: prepare(config, source, tokenizer))
+    return train(step, teacher, loader, config, deepspeed_config, output, stop)
 
 
 def open_sources(config: Config) -> CaptionSource:
@@ -119,7 +122,7 @@ def prepare(config: Config, source: CaptionSource, tokenizer):
         image_size=config.model.image_size,
         max_tokens=config.model.max_tokens,
         mask_probability=config.objectives.mask_probability,
-        **loop.loader_options(config, device),
+        **loader_options(config, device),
     )
     model = VisionLanguageModel(config.model, config.objectives.temperature)
     load_pretrained(model)

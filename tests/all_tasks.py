@@ -8,12 +8,17 @@ import argparse
 import shutil
 from pathlib import Path
 
-from softmask_fast import config, engine, finetune, loop, train
-from softmask_fast.data.captions import open_source
-from softmask_fast.data.shapes_tasks import ANSWERS, ShapesTask
+import torch.distributed as dist
+
+from softmask_fast import finetune, train
+from softmask_fast import options as pretraining_options
+from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.model.checkpoints import load_model, save_albef
-from softmask_fast.tasks import config as tasks
+from softmask_fast.model.convert_albef import save_albef
+from softmask_fast.model.export import load_model
+from softmask_fast.tasks import options as task_options
+from softmask_fast.tasks.synthetic import ANSWERS, ShapesTask
+from softmask_fast.training import deepspeed_engine, launch
 
 parser = argparse.ArgumentParser()
 for name in ("--output_dir", "--deepspeed", "--what", "--local_rank"):
@@ -22,7 +27,7 @@ options, _ = parser.parse_known_args()  # the other flags are those of test_trai
 root, what = Path(options.output_dir), options.what
 launched = ["--deepspeed", options.deepspeed, "--local_rank", options.local_rank]
 
-SCENES, ASKED = "shapes:num={},names=colour,colours=6", "shapes:num={},names=colour,colours=3"
+SCENES, ASKED = "shapes:num={},names=color,colors=6", "shapes:num={},names=color,colors=3"
 PRETRAINED = {
     "data": SCENES.format(8192), "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2,
     "text_width": 64, "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32, "queue_size": 0,
@@ -30,7 +35,7 @@ PRETRAINED = {
     "itc_weight": 0,
 }  # fmt: skip
 COMMON = {
-    "crop": False, "flip": False, "rand_augment": False, "colour": False, "blur": False, "warmup_steps": 20,
+    "crop": False, "flip": False, "rand_augment": False, "color": False, "blur": False, "warmup_steps": 20,
     "data_threads": 1, "log_steps": 10, "checkpoint_steps": 1000, "batch_size": 32,
 }  # fmt: skip
 LABELS = {
@@ -58,7 +63,7 @@ def train_words() -> None:
     """A tokeniser that knows the words of all tasks, not those of the captions alone."""
     texts = [caption for index in range(100) for caption in open_source(SCENES.format(100)).read(index).captions]
     for task, field in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence")):
-        entries = ShapesTask.from_options("num=200,names=colour", task, split="train", seed=0, image_size=32)
+        entries = ShapesTask.from_options("num=200,names=color", task, split="train", seed=0, image_size=32)
         texts += [entries.entry(index)[0][field] for index in range(200)]
     train_tokenizer([*texts, *(2 * ANSWERS)], 400).save_pretrained(root / "words")
 
@@ -69,30 +74,31 @@ def flags(options: dict) -> list[str]:
 
 def run(work, parsed: tuple, stage: int = 1) -> None:
     settings, _ = parsed
-    file = engine.read_deepspeed_config(options.deepspeed, engine.with_precision(settings.train))
+    file = deepspeed_engine.read_deepspeed_config(options.deepspeed, deepspeed_engine.with_precision(settings.train))
     file["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    assert work(settings, file, engine.output_directory(settings), stop)
+    assert work(settings, file, launch.output_directory(settings), stop)
 
 
 def tune(task: str, own: dict, folder: Path, stage: int = 1) -> None:
     given = {"model": root / "pretrained" / "model", "output_dir": folder}
-    run(finetune.finetune, tasks.parse_arguments([*launched, "--task", task, *flags(COMMON | given | own)]), stage)
+    parsed = task_options.parse_arguments([*launched, "--task", task, *flags(COMMON | given | own)])
+    run(finetune.finetune, parsed, stage)
 
 
 start = {"output_dir": root / "pretrained"} | ({"max_steps": 2} if what == "resume" else {})
-parsed = config.parse_arguments([*launched, *flags(COMMON | PRETRAINED | start)])
-engine.start_distributed(parsed[1])
-stop = loop.StopRequest()
-if engine.dist.get_rank() == 0:
+parsed = pretraining_options.parse_arguments([*launched, *flags(COMMON | PRETRAINED | start)])
+launch.start_distributed(parsed[1])
+stop = launch.StopRequest()
+if dist.get_rank() == 0:
     train_words()
-engine.dist.barrier()
+dist.barrier()
 run(train.pretrain, parsed)
 if what == "learn":
     for task, own in LEARNED.items():
         tune(task, own, root / task)
 else:
     tune("entailment", RESUMED, root / "whole")
-    if engine.dist.get_rank() == 0:  # as a run that was killed behind its third step leaves it
+    if dist.get_rank() == 0:  # as a run that was killed behind its third step leaves it
         shutil.copytree(root / "whole", root / "resumed")
         shutil.rmtree(root / "resumed" / "model")
         shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000006")
@@ -100,16 +106,16 @@ else:
         (root / "resumed" / "candidate").mkdir()
         with open(root / "resumed" / "evaluations.jsonl", "a") as lines:
             lines.write('{"step": 7, "epo')
-    engine.dist.barrier()
+    dist.barrier()
     tune("entailment", RESUMED | {"resume": True}, root / "resumed")
     unmeasured = {name: value for name, value in RESUMED.items() if name != "eval_data"}
     tune("entailment", unmeasured | {"resume": True}, root / "unmeasured")
     model, _ = load_model(root / "pretrained" / "model")
-    if engine.dist.get_rank() == 0:
+    if dist.get_rank() == 0:
         save_albef(model, root / "albef.pth")
-    engine.dist.barrier()
+    dist.barrier()
     albef = {"model": root / "albef.pth", "tokenizer": root / "words", "max_steps": 2, "eval_epochs": 1e-6}
     tune("entailment", RESUMED | albef, root / "from-albef", stage=3)
     again = {"model_weights": root / "pretrained" / "model", "max_steps": 1, "data": SCENES.format(64)}
     more = COMMON | again | {"output_dir": root / "pretrained-more"}
-    run(train.pretrain, config.parse_arguments([*launched, "--preset", "base", *flags(more)]))
+    run(train.pretrain, pretraining_options.parse_arguments([*launched, "--preset", "base", *flags(more)]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softmask_fast.ops import backend
+from softmask_fast.ops import registry
 from softmask_fast.ops.accuracy import errors
 
 
@@ -26,6 +26,6 @@ def assert_as_accurate(
 def require(operator: str, impl: str, device: torch.device, dtype: torch.dtype, width: int) -> None:
     """Skips the test, with the reason, where ``impl`` cannot run."""
     try:
-        backend.resolve(operator, impl, device, dtype, width)
-    except ValueError as obstacle:
-        pytest.skip(str(obstacle))
+        registry.resolve(operator, impl, device, dtype, width)
+    except ValueError as unavailable_reason:
+        pytest.skip(str(unavailable_reason))

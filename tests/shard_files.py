@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from softmask_fast.data.shapes import ShapesSource
+from softmask_fast.data.synthetic import ShapesSource
 
 
 def encode(pixels: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options) -> bytes:

@@ -7,11 +7,11 @@ from pathlib import Path
 from PIL import Image
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
 
-from softmask_fast.config import make_config
-from softmask_fast.data.captions import open_source
+from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.model.checkpoints import save_model
+from softmask_fast.model.export import save_model
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.options import make_config
 
 
 def small_tokenizer():

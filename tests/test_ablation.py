@@ -6,10 +6,19 @@ import pytest
 from PIL import Image
 from test_train import ROOT, SMALL
 
-from softmask_fast import ablation
-from softmask_fast.ablation import ROWS, Run, check_folder, check_options, markdown, plot, run_ablation, summarise
 from softmask_fast.cli import main
-from softmask_fast.config import parse_arguments
+from softmask_fast.evaluation import ablation
+from softmask_fast.evaluation.ablation import (
+    ROWS,
+    Run,
+    check_folder,
+    check_options,
+    markdown,
+    plot,
+    run_ablation,
+    summarize,
+)
+from softmask_fast.options import parse_arguments
 
 DS = str(ROOT / "ds.json")
 TINY = SMALL | {"max_steps": 2, "eval_size": 12, "rand_augment": True}
@@ -25,7 +34,7 @@ def test_each_row_has_on_what_it_says(tmp_path):
         config, _ = parse_arguments(["--deepspeed", DS, *flags(TINY), *Run(row, 3, tmp_path).flags])
         assert config.train.seed == 3 and config.train.resume and config.train.output_dir == str(tmp_path)
         assert config.data.crop and not config.data.flip  # as the preset has them
-        augmented = {config.data.rand_augment, config.data.colour, config.data.blur, config.objectives.masked_captions}
+        augmented = {config.data.rand_augment, config.data.color, config.data.blur, config.objectives.masked_captions}
         found[row] = augmented, config.objectives.soft_mask, config.objectives.focal_gamma
     assert found == {
         "baseline": ({False}, False, 0),
@@ -42,8 +51,8 @@ def test_each_row_has_on_what_it_says(tmp_path):
         ({"soft_mask": False}, "soft_mask: expected soft masks switched on"),
         ({"focal_gamma": 0}, "focal_gamma: expected focal switched on"),
         (
-            {"masked_captions": False, "rand_augment": False, "colour": False, "blur": False},
-            "masked_captions, rand_augment, colour, blur: expected augmentation switched on",
+            {"masked_captions": False, "rand_augment": False, "color": False, "blur": False},
+            "masked_captions, rand_augment, color, blur: expected augmentation switched on",
         ),
         ({"output_dir": "x"}, "output_dir: expected none for a single run"),
         ({"resume": True}, "resume: expected none for a single run"),
@@ -77,7 +86,7 @@ def test_the_table_has_means_and_spreads(tmp_path, pointing):
     runs = [Run(row, seed, tmp_path / f"{row}-{seed}") for row in ROWS for seed in range(2)]
     for run in runs:
         write_evaluation(run, 0.4 + 0.2 * run.seed if run.row == "all" else 0.1, pointing)
-    table = summarise(runs)
+    table = summarize(runs)
     assert table["all"]["text to image R@1, ITC"]["values"] == [0.4, pytest.approx(0.6)]
     assert table["all"]["text to image R@1, ITC"]["mean"] == pytest.approx(0.5)
     assert table["all"]["text to image R@1, ITC"]["spread"] == pytest.approx(0.02**0.5)
@@ -86,8 +95,8 @@ def test_the_table_has_means_and_spreads(tmp_path, pointing):
     lines = markdown(table).splitlines()
     assert lines[-1].startswith("| all | 50.0 ± 14.1 | 50.0 ± 14.1 |")
     assert lines[2].startswith("| baseline | 10.0 ± 0.0 |")
-    assert summarise(runs[::2])["all"]["image to text R@1, ITC"]["spread"] is None
-    assert "| all | 40.0 | 40.0 |" in markdown(summarise(runs[::2]))
+    assert summarize(runs[::2])["all"]["image to text R@1, ITC"]["spread"] is None
+    assert "| all | 40.0 | 40.0 |" in markdown(summarize(runs[::2]))
     plot(table, tmp_path / "ablation.png")
     with Image.open(tmp_path / "ablation.png") as picture:
         picture.load()

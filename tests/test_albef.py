@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from softmask_fast.config import ObjectiveConfig, make_config
+from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.explain import explain
-from softmask_fast.model.albef import albef_state, load_albef_state
-from softmask_fast.model.checkpoints import load_albef, load_model, save_albef
+from softmask_fast.evaluation.heatmaps import explain
+from softmask_fast.model.convert_albef import albef_state, load_albef, load_albef_state, save_albef
+from softmask_fast.model.export import load_model
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.options import make_config
 
 HEAD = 64
 PATCH, GRID, VOCABULARY, POSITIONS, FUSION_LAYER, LAYERS, EMBED = 8, 4, 60, 40, 2, 5, 48

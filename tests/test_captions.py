@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from shard_files import encode, scene_files, write_shard, write_tar
 
-from softmask_fast.data.captions import open_source
-from softmask_fast.data.images import BadSample, check_image, convert_image
+from softmask_fast.data.images import check_image, convert_image
+from softmask_fast.data.sources import open_source
+from softmask_fast.data.types import BadSample
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 JPEG = encode(PIXELS)
@@ -192,7 +193,7 @@ def test_bad_images_say_why(kind):
 
 @pytest.mark.parametrize("mode, kind", [("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("1", "PNG"),
                                         ("L", "JPEG"), ("L", "PNG"), ("I;16", "PNG")])  # fmt: skip
-def test_other_colour_modes_become_rgb(mode, kind):
+def test_other_color_modes_become_rgb(mode, kind):
     image = encode(PIXELS, kind, mode) if mode != "I;16" else encode(PIXELS[..., 0].astype(np.uint16) * 257, kind, mode)
     facts = check_image(image)
     assert (facts.width, facts.height) == (30, 20)

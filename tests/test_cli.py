@@ -10,11 +10,11 @@ from PIL import Image
 
 from softmask_fast import __version__
 from softmask_fast.cli import main
-from softmask_fast.config import make_config
-from softmask_fast.data.captions import open_source
+from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.model.checkpoints import save_model
+from softmask_fast.model.export import save_model
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.options import make_config
 
 
 @pytest.fixture(scope="module")

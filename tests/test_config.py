@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from softmask_fast.config import PRESETS, make_config, parse_arguments
+from softmask_fast.config import PRESETS
+from softmask_fast.options import make_config, parse_arguments
 
 
 def parse(*flags):

@@ -15,7 +15,7 @@ import test_word_mask as cases
 import torch
 from compare import assert_as_accurate
 
-from softmask_fast.ops import backend, word_gradcam, word_soft_mask
+from softmask_fast.ops import registry, word_gradcam, word_soft_mask
 from softmask_fast.ops.word_mask import cpp
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def device_in_software(request, library, monkeypatch):
     monkeypatch.setenv("CUDA_ON_CPU_GENERATION", request.param)
     monkeypatch.setattr(cpp, "OPERATORS", library)
     functions = {"word_gradcam": cpp.word_gradcam, "word_soft_mask": cpp.word_soft_mask}
-    monkeypatch.setitem(backend._OPERATORS["word_mask"], "cuda", backend.Implementation("cuda", functions))
+    monkeypatch.setitem(registry._OPERATORS["word_mask"], "cuda", registry.Implementation("cuda", functions))
     return request.param
 
 

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from shard_files import encode
 
-from softmask_fast.data.distort import MEAN, STD, DistortionConfig, DistortionPipeline, evaluation_pixels
-from softmask_fast.data.distort_parameters import GEOMETRIC, NEUTRAL, PHOTOMETRIC, draw_parameters
-from softmask_fast.data.images import BadSample
-from softmask_fast.data.randomness import keyed_generator
-from softmask_fast.data.shapes import ShapesSource
+from softmask_fast.data.augment import GEOMETRIC, NEUTRAL, PHOTOMETRIC, AugmentConfig, draw_parameters
+from softmask_fast.data.dali_pipeline import MEAN, STD, DaliPipeline, evaluation_pixels
+from softmask_fast.data.seeding import keyed_generator
+from softmask_fast.data.synthetic import ShapesSource
+from softmask_fast.data.types import BadSample
 
 SIZE = 32
 IMAGE = ShapesSource(num=1, image_size=SIZE).read(0).image
-EVERYTHING = DistortionConfig(rand_augment_ops=(*GEOMETRIC, *PHOTOMETRIC, "identity"), colour_hue=10.0)
+EVERYTHING = AugmentConfig(rand_augment_ops=(*GEOMETRIC, *PHOTOMETRIC, "identity"), color_hue=10.0)
 
 
 def to_bytes(pixels: torch.Tensor) -> np.ndarray:
@@ -27,7 +27,7 @@ def to_bytes(pixels: torch.Tensor) -> np.ndarray:
 
 
 def run(images, parameters, config=EVERYTHING, batch_size=None, device="cpu", threads=1):
-    pipeline = DistortionPipeline(
+    pipeline = DaliPipeline(
         image_size=SIZE,
         batch_size=batch_size or len(images),
         encoded=isinstance(images[0], bytes),
@@ -143,14 +143,14 @@ def test_drawn_arguments_follow_the_settings():
 
 
 def test_what_is_switched_off_is_not_in_the_graph():
-    assert DistortionConfig.none().arguments() == frozenset()
-    assert DistortionConfig(crop=False, rand_augment=False, colour=False, blur=False).arguments() == {"mirror"}
-    off = draw_parameters(DistortionConfig.none(), keyed_generator(0), 30, 20, SIZE)
+    assert AugmentConfig.none().arguments() == frozenset()
+    assert AugmentConfig(crop=False, rand_augment=False, color=False, blur=False).arguments() == {"mirror"}
+    off = draw_parameters(AugmentConfig.none(), keyed_generator(0), 30, 20, SIZE)
     assert all((off[name] == NEUTRAL[name]).all() for name in NEUTRAL)
 
 
 def test_a_crop_that_never_fits_is_the_largest_central_one():
-    config = DistortionConfig(crop_scale=(1.0, 1.0), rand_augment=False, colour=False, blur=False, flip=False)
+    config = AugmentConfig(crop_scale=(1.0, 1.0), rand_augment=False, color=False, blur=False, flip=False)
     values = draw_parameters(config, keyed_generator(0), 1000, 10, SIZE)
     width = (values["roi_end"] - values["roi_start"])[1] * 1000
     assert width == pytest.approx(10 * 4 / 3, rel=1e-3)
@@ -159,8 +159,8 @@ def test_a_crop_that_never_fits_is_the_largest_central_one():
 
 @pytest.mark.parametrize("name", GEOMETRIC)
 def test_geometric_operations_move_pixels_as_named(name):
-    config = DistortionConfig(
-        crop=False, flip=False, colour=False, blur=False, rand_augment_ops=(name,), rand_augment_n=1
+    config = AugmentConfig(
+        crop=False, flip=False, color=False, blur=False, rand_augment_ops=(name,), rand_augment_n=1
     )
     matrix = draw_parameters(config, keyed_generator(0), SIZE, SIZE, SIZE)["matrix"]
     a, s, c = 0.3 * 0.7, 0.1 * 0.7 * SIZE, math.cos(math.radians(21))
@@ -177,12 +177,12 @@ def test_geometric_operations_move_pixels_as_named(name):
 
 @pytest.mark.parametrize("wrong", [
     {"crop_scale": (0.0, 1.0)}, {"crop_ratio": (2.0, 1.0)}, {"rand_augment_ops": ("invert",)}, {"rand_augment_ops": ()},
-    {"rand_augment_magnitude": 11.0}, {"colour_probability": 2.0}, {"colour_strength": (2.0, 0, 0)},
+    {"rand_augment_magnitude": 11.0}, {"color_probability": 2.0}, {"color_strength": (2.0, 0, 0)},
     {"blur_sigma": (2.0, 1.0)},
 ])  # fmt: skip
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        DistortionConfig(**wrong)
+        AugmentConfig(**wrong)
 
 
 def test_files_are_decoded_as_pil_does():

@@ -17,8 +17,8 @@ from deepspeed.launcher import runner
 from small_models import small_blip, small_model, small_tokenizer, tutorial_folder
 
 from softmask_fast import cli
-from softmask_fast.config import parse_arguments
-from softmask_fast.model.checkpoints import save_albef
+from softmask_fast.model.convert_albef import save_albef
+from softmask_fast.options import parse_arguments
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMANDS = ("softmask-fast", "deepspeed", "make")

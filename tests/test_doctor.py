@@ -9,7 +9,7 @@ import torch
 
 from softmask_fast import doctor
 from softmask_fast.cli import main
-from softmask_fast.ops import backend, extension
+from softmask_fast.ops import extension, registry
 
 CPU = torch.device("cpu")
 PATIENT = 300.0  # seconds, so that a busy machine runs every check
@@ -20,10 +20,10 @@ def add(monkeypatch):
     """Registers one more implementation of the word mask, made of the reference's functions."""
 
     def add(name, change):
-        reference = next(i for i in backend.implementations("word_mask") if i.name == "reference")
+        reference = next(i for i in registry.implementations("word_mask") if i.name == "reference")
         functions = {part: change(function) for part, function in reference.functions.items()}
         made = dataclasses.replace(reference, name=name, functions=functions)
-        monkeypatch.setitem(backend._OPERATORS["word_mask"], name, made)
+        monkeypatch.setitem(registry._OPERATORS["word_mask"], name, made)
 
     return add
 
@@ -39,13 +39,13 @@ def test_the_report_is_that_of_this_machine(tmp_path, capsys):
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "new" / "report.json").read_text())
     assert report["versions"]["torch"] in printed and report["devices"]["cpu"] in printed
-    for operator in backend.operators():
+    for operator in registry.operators():
         choices = report["implementations"]["cpu"][operator]
         taken = [name for name, reason in choices.items() if reason is None]
-        assert taken == [backend.resolve(operator, None, CPU).name] and f"  {operator}: {taken[0]}\n" in printed
+        assert taken == [registry.resolve(operator, None, CPU).name] and f"  {operator}: {taken[0]}\n" in printed
         assert all(f"not {name}: {reason}" in printed for name, reason in choices.items() if reason)
         tested = {c["impl"] for c in report["self_test"] if c["operator"] == operator and c["device"] == "cpu"}
-        assert tested == set(backend.runnable(operator, CPU))
+        assert tested == set(registry.runnable(operator, CPU))
     for check in report["self_test"]:
         assert check["result"] in ("ok", "not run"), check
         if check["result"] == "ok":
@@ -56,7 +56,7 @@ def test_the_report_is_that_of_this_machine(tmp_path, capsys):
 def test_libraries_name_what_they_were_compiled_for():
     for name, missing in (("_C", extension.missing()), ("_cuda", extension.cuda_missing())):
         library = doctor._library(name)
-        assert library["loads"] == (missing is None) and library["obstacle"] == missing
+        assert library["loads"] == (missing is None) and library["reason"] == missing
         if missing is None and library["architectures"] is not None:
             assert library["architectures"]
 
@@ -102,7 +102,7 @@ def test_a_library_that_does_not_load_is_a_failure(monkeypatch):
     monkeypatch.setattr(extension, "missing", missing)
     report = doctor.examine(PATIENT)
     assert not doctor.passed(report)
-    assert report["libraries"]["_C"]["obstacle"] == "it does not load: _C.abi3.so: undefined symbol"
+    assert report["libraries"]["_C"]["reason"] == "it does not load: _C.abi3.so: undefined symbol"
     assert all(c["result"] == ("failed" if c["impl"] == "cpp" else "ok") for c in report["self_test"])
     assert "a library does not load: _C.abi3.so: undefined symbol" in doctor.render(report)
 

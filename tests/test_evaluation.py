@@ -8,17 +8,17 @@ import pytest
 import torch
 from gloo_ranks import results_of_ranks
 
-from softmask_fast.config import make_config
-from softmask_fast.data.captions import Phrase, Sample, open_source
-from softmask_fast.data.distort import evaluation_pixels
-from softmask_fast.data.images import BadSample
+from softmask_fast.data.dali_pipeline import evaluation_pixels
+from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.data.types import BadSample, Phrase, Sample
 from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
+from softmask_fast.evaluation.boxes import box_coverage, grounding_score
+from softmask_fast.evaluation.common import batches, format_table, tokenize
+from softmask_fast.evaluation.grounding import phrase_maps, word_tokens
+from softmask_fast.evaluation.retrieval import ranks_of_best, recall_at_k
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.tasks.boxes import box_coverage, grounding_score
-from softmask_fast.tasks.common import batches, format_table, tokenize
-from softmask_fast.tasks.grounding import phrase_maps, word_tokens
-from softmask_fast.tasks.retrieval import ranks_of_best, recall_at_k
+from softmask_fast.options import make_config
 
 
 class ListSource:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from softmask_fast.config import make_config
-from softmask_fast.data.captions import Sample, open_source
+from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.explain import decode_image, explain, heatmap_page, overlay, peak, plot_curves, smooth
+from softmask_fast.data.types import Sample
+from softmask_fast.evaluation.common import image_pixels, tokenize
+from softmask_fast.evaluation.heatmaps import decode_image, explain, heatmap_page, overlay, peak
+from softmask_fast.evaluation.plots import plot_curves, smooth
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.tasks.common import image_pixels, tokenize
+from softmask_fast.options import make_config
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,7 @@ def test_plot_curves(tmp_path):
         plot_curves(metrics, out)
 
 
-def test_overlay_puts_the_colour_where_the_relevance_is():
+def test_overlay_puts_the_color_where_the_relevance_is():
     picture = np.full((40, 80, 3), 128, np.uint8)
     heat = np.zeros((4, 8), np.float32)
     heat[1, 6] = 0.01  # small, but the largest: the scale is the word's own

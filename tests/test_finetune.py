@@ -13,14 +13,15 @@ from test_train import finish, launch, metrics
 from softmask_fast.cli import main
 from softmask_fast.evaluation import evaluate_grounding
 from softmask_fast.finetune import report
-from softmask_fast.model.checkpoints import load_model, own_state
-from softmask_fast.tasks.config import parse_arguments
+from softmask_fast.model.export import load_model
+from softmask_fast.model.state import own_state
+from softmask_fast.tasks.datasets import open_expressions
 from softmask_fast.tasks.entailment import EntailmentModel
-from softmask_fast.tasks.evaluations import Evaluations
-from softmask_fast.tasks.expressions import open_expressions
-from softmask_fast.tasks.registry import TASKS, load_task_model
+from softmask_fast.tasks.options import parse_arguments
+from softmask_fast.tasks.recipes import TASKS, load_task_model
+from softmask_fast.training.periodic_eval import Evaluations
 
-EXPRESSIONS = "shapes:num=256,names=colour,colours=6"  # what all_tasks.py measures grounding on
+EXPRESSIONS = "shapes:num=256,names=color,colors=6"  # what all_tasks.py measures grounding on
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_grounding_learns_from_expressions_without_boxes(learned):
 
 
 def test_the_command_measures_what_the_run_did(learned, tmp_path, capsys):
-    data = "shapes:num=256,names=colour,colours=3"
+    data = "shapes:num=256,names=color,colors=3"
     command = ["evaluate", "--task", "vqa", "--model", str(learned / "vqa" / "model"), "--data", data]
     assert main([*command, "--json", str(tmp_path / "vqa.json"), "--predictions", str(tmp_path / "answers.json")]) == 0
     assert "VQA accuracy in %" in capsys.readouterr().out
@@ -208,7 +209,7 @@ def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
     a, b = (load_file(folder / "best" / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a) and not (resumed / "candidate").exists()
     out = tmp_path / "alone.json"
-    data = "shapes:num=31,names=colour,colours=3"  # an odd number: the ranks have shares of unequal size
+    data = "shapes:num=31,names=color,colors=3"  # an odd number: the ranks have shares of unequal size
     command = ["evaluate", "--task", "entailment", "--model", str(whole / "model"), "--data", data, "--json", str(out)]
     assert main(command) == 0
     alone, together = json.loads(out.read_text()), measured(tmp_path, "whole")

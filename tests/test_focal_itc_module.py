@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from softmask_fast.ops import FocalITCLoss, focal_itc_loss
-from softmask_fast.ops.focal_itc.distributed import take_rows
+from softmask_fast.ops.collectives import take_rows
 from softmask_fast.ops.focal_itc.operators import resolve
 from softmask_fast.ops.focal_itc.reference import Options
 
@@ -247,7 +247,7 @@ def test_gradients_under_ddp_are_those_of_the_joined_batch(ranks, gather):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_ring_holds_nothing_of_the_size_of_the_joined_batch(ranks, impl):
-    """The largest tensor, in units of a rank's features: image and text together, or the whole joined batch."""
+    """The largest tensor, in units of a rank's features: image and text run_on_all_ranks, or the whole joined batch."""
     for results in ranks:
         assert results["memory"][f"ring {impl}"] <= 2 < RANKS <= results["memory"][f"with_grad {impl}"]
 

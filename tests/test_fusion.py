@@ -4,10 +4,10 @@ import pytest
 import torch
 from plain_attention import plain_attention
 
-from softmask_fast.config import make_config
 from softmask_fast.model.fusion import CrossAttention
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import word_soft_mask
+from softmask_fast.options import make_config
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ import torch
 from shard_files import encode, scene_files, write_shard
 
 from softmask_fast.data import loader as loader_module
-from softmask_fast.data.captions import Sample, open_source
-from softmask_fast.data.distort import DistortionConfig, evaluation_pixels
-from softmask_fast.data.images import BadSample
-from softmask_fast.data.loader import BadDataError, Batch, PretrainingLoader
-from softmask_fast.data.randomness import hash_names, identities, visiting_order
-from softmask_fast.data.shapes import ShapesSource
+from softmask_fast.data.augment import AugmentConfig
+from softmask_fast.data.dali_pipeline import evaluation_pixels
+from softmask_fast.data.loader import BadDataError, PretrainingLoader
+from softmask_fast.data.seeding import hash_names, image_ids, visiting_order
+from softmask_fast.data.sources import open_source
+from softmask_fast.data.synthetic import ShapesSource
 from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.data.types import BadSample, Batch, Sample
 
 SHAPES = ShapesSource(num=40, image_size=24)
 TOKENIZER = train_tokenizer([text for i in range(40) for text in SHAPES.read(i).captions], 200)
@@ -27,7 +28,7 @@ def loader(source=SHAPES, **options) -> PretrainingLoader:
     defaults = {
         "batch_size": 8,
         "image_size": 16,
-        "distortions": DistortionConfig(),
+        "augment": AugmentConfig(),
         "max_tokens": 20,
         "seed": 3,
         "num_threads": 2,
@@ -85,7 +86,7 @@ def test_a_batch_is_what_it_says(device):
 
 
 def test_without_distortions_the_pixels_are_those_of_evaluation(device):
-    with loader(distortions=DistortionConfig.none(), device=device) as batches:
+    with loader(augment=AugmentConfig.none(), device=device) as batches:
         batch = next(batches)
     images = [SHAPES.read(SHAPES.keys.index(key)).image for key in batch.keys]
     assert torch.equal(batch.pixels, evaluation_pixels(images, 16, device=device))
@@ -305,7 +306,7 @@ class ListSource:
         self.images = images or [SHAPES.read(i).image for i in range(len(captions))]
         self.encoded = isinstance(self.images[0], bytes)
         self.keys = [f"sample-{i}" for i in range(len(captions))]
-        self.image_ids = identities(self.keys)
+        self.image_ids = image_ids(self.keys)
         self.reads = 0
 
     def __len__(self):

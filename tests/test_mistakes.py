@@ -7,9 +7,9 @@ import torch.distributed as dist
 from gloo_ranks import results_of_ranks
 
 from softmask_fast.config import MomentumConfig
-from softmask_fast.data.captions import open_source
-from softmask_fast.engine import together
-from softmask_fast.mistakes import UsageError, is_mistake, one_line
+from softmask_fast.data.sources import open_source
+from softmask_fast.errors import UsageError, format_error, is_user_error
+from softmask_fast.training.ranks import run_on_all_ranks
 
 
 def raised(work) -> BaseException:
@@ -25,15 +25,15 @@ def test_mistakes_are_what_the_package_or_the_file_system_says(tmp_path):
         (lambda: (tmp_path / "none.json").read_text(), f"{tmp_path}/none.json: No such file or directory"),
     ]:
         error = raised(work)
-        assert is_mistake(error) and one_line(error) == line
+        assert is_user_error(error) and format_error(error) == line
     for work in (lambda: json.loads("{"), lambda: int("one"), lambda: MomentumConfig(*range(99))):
-        assert not is_mistake(raised(work)), work
+        assert not is_user_error(raised(work)), work
 
 
 def _outcomes(rank: int) -> list[str]:
     def outcome(work) -> str:
         try:
-            return f"returned {together(work)}"
+            return f"returned {run_on_all_ranks(work)}"
         except (UsageError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from softmask_fast.config import ObjectiveConfig, make_config
-from softmask_fast.model.checkpoints import load_own_state, own_state
+from softmask_fast.config import ObjectiveConfig
 from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.state import load_own_state, own_state
 from softmask_fast.model.vision_language import VisionLanguageModel, clamped
+from softmask_fast.options import make_config
 
 
 @pytest.fixture

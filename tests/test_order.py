@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from softmask_fast.data.order import KeyedOrder, WindowedOrder
+from softmask_fast.data.sampler import HashSampler, WindowedSampler
 
 COUNTS = [7, 12, 1, 10, 10, 0, 25, 10, 9, 10, 11, 3]
 NAMES = [f"s-{i}" for i in range(len(COUNTS))]
@@ -12,7 +12,7 @@ SHARD = np.repeat(np.arange(len(COUNTS)), COUNTS)
 
 
 def places(rank=0, world_size=1, *, seed=3, epoch=0, start=0, window=3, **options):
-    return list(WindowedOrder(NAMES, COUNTS, window, **options).places(seed, epoch, rank, world_size, start))
+    return list(WindowedSampler(NAMES, COUNTS, window, **options).indices(seed, epoch, rank, world_size, start))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 12, 30])
@@ -26,23 +26,23 @@ def test_every_sample_once_and_equal_shares(world_size, window):
 @pytest.mark.parametrize("start", [1, 20, 41, 53])
 def test_starting_late_gives_the_same_rest(start):
     assert places(1, 2, start=start) == places(1, 2)[start:]
-    keyed = KeyedOrder([str(i) for i in range(TOTAL)])
-    assert list(keyed.places(3, 0, 1, 2, start)) == list(keyed.places(3, 0, 1, 2))[start:]
+    keyed = HashSampler([str(i) for i in range(TOTAL)])
+    assert list(keyed.indices(3, 0, 1, 2, start)) == list(keyed.indices(3, 0, 1, 2))[start:]
 
 
 def test_seed_epoch_and_window_change_the_order():
     assert places() == places()
     for other in ({"seed": 4}, {"epoch": 1}, {"window": 2}):
         assert places(**other) != places()
-    prints = {WindowedOrder(NAMES, COUNTS, window).fingerprint for window in (1, 2)}
-    assert len(prints) == 2 and WindowedOrder(NAMES, COUNTS[::-1], 1).fingerprint not in prints
+    prints = {WindowedSampler(NAMES, COUNTS, window).fingerprint for window in (1, 2)}
+    assert len(prints) == 2 and WindowedSampler(NAMES, COUNTS[::-1], 1).fingerprint not in prints
 
 
 def test_shards_come_and_go_within_the_window():
     """With equal shards, a rank has at most window + 1 of them begun and not finished."""
-    order = WindowedOrder([f"s-{i}" for i in range(40)], [50] * 40, window=4)
+    order = WindowedSampler([f"s-{i}" for i in range(40)], [50] * 40, window=4)
     for rank in range(2):
-        shards = np.array(list(order.places(0, 0, rank, 2))) // 50
+        shards = np.array(list(order.indices(0, 0, rank, 2))) // 50
         first = {shard: int(np.argmax(shards == shard)) for shard in set(shards)}
         last = {shard: len(shards) - 1 - int(np.argmax(shards[::-1] == shard)) for shard in set(shards)}
         assert len(first) == 20
@@ -53,14 +53,14 @@ def test_shards_come_and_go_within_the_window():
 
 def test_shards_are_announced_before_they_are_read_once_an_epoch():
     announced = []
-    order = WindowedOrder(NAMES, COUNTS, 2, ahead=2, announce=announced.append)
-    for index in order.places(0, 0, 0, 1):
+    order = WindowedSampler(NAMES, COUNTS, 2, ahead=2, announce=announced.append)
+    for index in order.indices(0, 0, 0, 1):
         assert SHARD[index] in [shard for shards in announced for shard in shards]
     everything = [shard for shards in announced for shard in shards]
     assert len(announced[0]) >= 2  # the piece that is read, and those behind it
     of_next_epoch = len(everything) - sum(count > 0 for count in COUNTS)
     assert 1 <= of_next_epoch <= 3
     announced.clear()
-    rest = list(order.places(0, 0, 0, 1, 60))
+    rest = list(order.indices(0, 0, 0, 1, 60))
     assert {SHARD[i] for i in rest} <= {shard for shards in announced for shard in shards}
     assert sum(count > 0 for count in COUNTS) > len({SHARD[i] for i in rest})

@@ -11,9 +11,9 @@ from test_reference_step import make_batch, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from softmask_fast.config import ObjectiveConfig
-from softmask_fast.logs import FlopCount
 from softmask_fast.model.packing import Packing, choose_attention, self_attention
 from softmask_fast.model.pretraining import PretrainingStep
+from softmask_fast.training.metrics import FlopCount
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from memory import activations  # noqa: E402
@@ -53,8 +53,8 @@ def test_packing_and_padding_are_inverse():
 def test_attention_among_the_tokens_of_a_sequence(device, name, dtype):
     try:
         choose_attention(name, device, dtype)
-    except ValueError as obstacle:
-        pytest.skip(str(obstacle))
+    except ValueError as unavailable_reason:
+        pytest.skip(str(unavailable_reason))
     inputs = [torch.randn(16, 2, 64, device=device).to(dtype).requires_grad_() for _ in range(3)]
     weight = torch.randn(16, 2, 64, device=device)
 

@@ -12,10 +12,9 @@ from shard_files import encode
 
 from softmask_fast.cli import main
 from softmask_fast.data import prepare as prepare_module
-from softmask_fast.data.captions import open_source
-from softmask_fast.data.pair_tables import read_table
-from softmask_fast.data.prepare import prepare
-from softmask_fast.data.shard_index import read_index
+from softmask_fast.data.prepare import prepare, read_table
+from softmask_fast.data.shards import read_index
+from softmask_fast.data.sources import open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
 IMAGES = {

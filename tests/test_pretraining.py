@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from gloo_ranks import results_of_ranks
 from plain_attention import plain_attention
 
-from softmask_fast.config import ObjectiveConfig, make_config
-from softmask_fast.data.loader import Batch
+from softmask_fast.config import ObjectiveConfig
+from softmask_fast.data.types import Batch
 from softmask_fast.model.fusion import CrossAttention
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.options import make_config
 
 ALPHA, SEED, PAIRS, TOKENS, VOCABULARY = 0.4, 11, 4, 8, 40
 

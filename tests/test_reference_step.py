@@ -5,21 +5,18 @@ The truth is the reference step in float64, "PyTorch's error" that of the refere
 
 import copy
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from compare import assert_as_accurate
 
-from softmask_fast.config import ObjectiveConfig, make_config
-from softmask_fast.data.loader import Batch
+from softmask_fast.config import ObjectiveConfig
+from softmask_fast.data.types import Batch
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.pretraining import PretrainingStep, _Sequences
+from softmask_fast.model.pretraining_reference import ReferenceStep, draw, update_teacher
 from softmask_fast.model.vision_language import VisionLanguageModel
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from reference_step import ReferenceStep, draw, update_teacher  # noqa: E402
+from softmask_fast.options import make_config
 
 PAIRS, TOKENS, VOCABULARY, QUEUE = 6, 9, 40, 10
 SIZES = dict(

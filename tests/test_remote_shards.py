@@ -12,16 +12,16 @@ import pytest
 from file_server import FileServer
 from shard_files import scene_files, write_shard
 
-from softmask_fast.config import make_config
-from softmask_fast.data import download
-from softmask_fast.data.captions import open_source
-from softmask_fast.data.distort import DistortionConfig
-from softmask_fast.data.download import UnreachableFile
+from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.loader import PretrainingLoader
-from softmask_fast.data.remote_options import RemoteOptions
-from softmask_fast.data.shapes import ShapesSource
-from softmask_fast.data.shard_index import write_index
+from softmask_fast.data.remote import download
+from softmask_fast.data.remote.download import UnreachableFile
+from softmask_fast.data.remote.options import RemoteOptions
+from softmask_fast.data.shards import write_index
+from softmask_fast.data.sources import open_source
+from softmask_fast.data.synthetic import ShapesSource
 from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.options import make_config
 
 SHARDS, PER_SHARD = 8, 6
 SHAPES = ShapesSource(num=40)
@@ -65,7 +65,7 @@ def remote(server, tmp_path):
 
 
 def loader(source, **options):
-    defaults = {"batch_size": 5, "image_size": 16, "distortions": DistortionConfig(), "max_tokens": 20, "seed": 3}
+    defaults = {"batch_size": 5, "image_size": 16, "augment": AugmentConfig(), "max_tokens": 20, "seed": 3}
     defaults |= {"num_threads": 2, "max_bad_fraction": 0.1}
     return PretrainingLoader(source, TOKENIZER, **defaults | options)
 
@@ -173,8 +173,8 @@ def test_two_ranks_in_one_bounded_cache(shards, server, remote, tmp_path, monkey
 
 READER = """
 import sys
-from softmask_fast.data.captions import open_source
-from softmask_fast.data.remote_options import RemoteOptions
+from softmask_fast.data.sources import open_source
+from softmask_fast.data.remote.options import RemoteOptions
 url, folder, gigabytes, first = sys.argv[1:]
 options = RemoteOptions(cache_dir=folder, cache_gigabytes=float(gigabytes), shuffle_shards=1, prefetch_shards=0)
 source = open_source(url, remote=options)
@@ -256,7 +256,7 @@ def test_a_shard_lost_during_training_stops_it_for_good(server, remote, tmp_path
                 seen += next(batches).keys
         with pytest.raises(UnreachableFile, match="s-5.tar"):
             next(batches)
-        order = [source.keys[i] for i in source.order.places(3, 0, 0, 1)]
+        order = [source.keys[i] for i in source.order.indices(3, 0, 0, 1)]
     good = [key for key in order if key != "s-2/20"]
     assert seen == good[: len(seen)] and good[len(seen)].startswith("s-5/")  # up to the first that is missing
 

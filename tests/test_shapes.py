@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from softmask_fast.data.captions import open_source
-from softmask_fast.data.shapes import COLOURS, INVERSE, OUTLINES, SIZES, ShapesSource, relation
+from softmask_fast.data.sources import open_source
+from softmask_fast.data.synthetic import COLORS, INVERSE, OUTLINES, SIZES, ShapesSource, relation
 
 
 def test_a_scene_depends_on_its_names_alone():
@@ -26,13 +26,13 @@ def test_boxes_hold_exactly_what_the_phrase_names(objects):
             assert phrase.caption in sample.captions
             words = phrase.caption.split()[phrase.first_word : phrase.first_word + phrase.n_words]
             assert " ".join(words) == phrase.text
-            _, _, colour, _ = words
+            _, _, color, _ = words
             # noise adds up to 15 to each channel
-            near = (np.abs(sample.image.astype(int) - COLOURS[colour] - 7) <= 10).all(axis=2)
+            near = (np.abs(sample.image.astype(int) - COLORS[color] - 7) <= 10).all(axis=2)
             (x1, y1, x2, y2), size = phrase.boxes[0], sample.image.shape[0]
             assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
-            if len({thing.colour for thing in source.scene(i)}) < int(objects):
-                continue  # another object has the same colour
+            if len({thing.color for thing in source.scene(i)}) < int(objects):
+                continue  # another object has the same color
             rows, columns = np.nonzero(near)
             # the tips of a star are thinner than a pixel
             assert abs(rows.min() - y1 * size) <= 3 and abs(rows.max() + 1 - y2 * size) <= 3
@@ -67,7 +67,7 @@ def test_unseen_scenes_are_told_apart_and_varied():
     scenes = [source.scene(i) for i in range(256)]
     captions = [f"{a.name} {relation(a, b)} {b.name}" for a, b in scenes]
     assert len(set(captions)) >= 250
-    for values, attribute in [(SIZES, "size"), (COLOURS, "colour"), (OUTLINES, "shape")]:
+    for values, attribute in [(SIZES, "size"), (COLORS, "color"), (OUTLINES, "shape")]:
         counts = [sum(getattr(thing, attribute) == value for scene in scenes for thing in scene) for value in values]
         assert min(counts) > 0.4 * 512 / len(values)
     inside = [any(x1 <= 0.5 <= x2 and y1 <= 0.5 <= y2 for x1, y1, x2, y2 in [thing.box]) for s in scenes for thing in s]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import assert_as_accurate, require
 
-from softmask_fast.ops import backend, soft_masked_attention
+from softmask_fast.ops import registry, soft_masked_attention
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -346,4 +346,4 @@ def test_compiles_in_one_graph_with_dynamic_sizes():
 
 
 def test_the_choice_of_implementation_is_described():
-    assert backend.describe()["soft_masked_attention"]["cpu"] in IMPLS
+    assert registry.describe()["soft_masked_attention"]["cpu"] in IMPLS

@@ -12,23 +12,24 @@ from code_blocks import ROOT, blocks_of
 from PIL import Image
 
 from softmask_fast.cli import main
-from softmask_fast.config import DataConfig, make_config
-from softmask_fast.data.distort import DistortionConfig
-from softmask_fast.data.shapes import COLOURS, ShapesSource, relation
-from softmask_fast.data.shapes_tasks import ANSWERS, UNSEEN_PROPERTIES, ShapesTask
+from softmask_fast.config import DataConfig
+from softmask_fast.data.augment import AugmentConfig
+from softmask_fast.data.synthetic import COLORS, ShapesSource, relation
 from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.model.checkpoints import load_model, save_model
+from softmask_fast.evaluation.boxes import intersection_over_union, proposal_score
+from softmask_fast.evaluation.vqa_accuracy import vqa_accuracy
+from softmask_fast.model.export import load_model, save_model
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.tasks.boxes import intersection_over_union, proposal_score
-from softmask_fast.tasks.config import FinetuneConfig, TaskConfig
+from softmask_fast.options import make_config
+from softmask_fast.tasks.answers import evaluate_answers
+from softmask_fast.tasks.base import distilled_cross_entropy
+from softmask_fast.tasks.datasets import ExampleLoader, open_examples, open_expressions
 from softmask_fast.tasks.entailment import EntailmentModel
-from softmask_fast.tasks.examples import ExampleLoader, open_examples
-from softmask_fast.tasks.expressions import open_expressions
 from softmask_fast.tasks.nlvr2 import LEFT, NEITHER, RIGHT, NLVR2Model, TextAssignmentModel, assign
-from softmask_fast.tasks.registry import TASKS, load_task_model
-from softmask_fast.tasks.task import distilled_cross_entropy, evaluate_answers
+from softmask_fast.tasks.options import FinetuneConfig, TaskConfig
+from softmask_fast.tasks.recipes import TASKS, load_task_model
+from softmask_fast.tasks.synthetic import ANSWERS, UNSEEN_PROPERTIES, ShapesTask
 from softmask_fast.tasks.vqa import VQAModel, read_answers
-from softmask_fast.tasks.vqa_accuracy import vqa_accuracy
 
 SIZE = 32
 MODELS = {"vqa": VQAModel, "nlvr2": NLVR2Model, "entailment": EntailmentModel}
@@ -43,7 +44,7 @@ def entries(task, split="train", **options):
 @pytest.fixture(scope="module")
 def tokenizer():
     texts = [e["question"] for e, _ in entries("vqa")[1]] + [e["sentence"] for e, _ in entries("nlvr2")[1]]
-    return train_tokenizer(texts + [e["sentence"] for e, _ in entries("entailment")[1]] + [*COLOURS, "the"], 200)
+    return train_tokenizer(texts + [e["sentence"] for e, _ in entries("entailment")[1]] + [*COLORS, "the"], 200)
 
 
 @pytest.fixture
@@ -67,21 +68,21 @@ def inputs(model, tokenizer, texts):
 
 
 def test_questions_about_shapes_have_the_answer_that_is_drawn():
-    source, made = entries("vqa", names="colour")
+    source, made = entries("vqa", names="color")
     kinds = {"relation": 0, "yes": 0, "no": 0}
     for index, (entry, _) in enumerate(made):
         scene, _ = source.scene(index)
-        colours = [thing.colour for thing in scene]
+        colors = [thing.color for thing in scene]
         (answer,) = set(entry["answer"])
         words = entry["question"].split()
         if words[:3] == ["is", "there", "a"]:
-            assert answer == ("yes" if words[3] in colours else "no")
+            assert answer == ("yes" if words[3] in colors else "no")
             kinds[answer] += 1
         else:
-            other = scene[colours.index(words[-2])]
+            other = scene[colors.index(words[-2])]
             asked = " ".join(words[3 : words.index("the")])
             others = [thing for thing in scene if thing is not other]
-            assert [thing.colour for thing in others if relation(thing, other) == asked] == [answer]
+            assert [thing.color for thing in others if relation(thing, other) == asked] == [answer]
             kinds["relation"] += 1
     assert min(kinds.values()) > 25
     for index, (entry, _) in enumerate(entries("vqa", num=100)[1]):
@@ -142,7 +143,7 @@ def test_json_files_give_the_batches_of_what_they_hold(tmp_path, tokenizer, task
         source = open_examples(data, task, form, split="train", **PLACES)
         source.keys = [f"{index}" for index in range(6)]  # the order and the distortions depend on the keys
         loader = ExampleLoader(
-            source, tokenizer, batch_size=4, image_size=16, distortions=DistortionConfig(), max_tokens=20, seed=1,
+            source, tokenizer, batch_size=4, image_size=16, augment=AugmentConfig(), max_tokens=20, seed=1,
             num_threads=1, images_per_sample=images,
         )  # fmt: skip
         with loader:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from softmask_fast.data.randomness import keyed_generator
+from softmask_fast.data.seeding import keyed_generator
 from softmask_fast.data.text_masking import TextMasker
 from softmask_fast.data.tokenizer import train_tokenizer
 

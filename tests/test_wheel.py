@@ -187,8 +187,9 @@ def test_without_a_compiler_the_sdist_installs_as_python_and_says_so_once(sdist,
     (metadata,) = made.packages.glob("softmask_fast-*.dist-info")
     assert "Tag: py3-none-any" in (metadata / "WHEEL").read_text()
     code = (
-        "import torch, softmask_fast; from softmask_fast.ops import backend, word_gradcam; x = torch.ones(1, 1, 2, 8); "
-        "print(softmask_fast.__file__, backend.describe()['word_mask'], word_gradcam(x, x, x, x).sum().item())"
+        "import torch, softmask_fast; from softmask_fast.ops import registry, word_gradcam; "
+        "x = torch.ones(1, 1, 2, 8); "
+        "print(softmask_fast.__file__, registry.describe()['word_mask'], word_gradcam(x, x, x, x).sum().item())"
     )
     assert made.run(code).split() == [f"{made.packages}/softmask_fast/__init__.py", "{'cpu':", "'reference'}", "16.0"]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from compare import assert_as_accurate, require
 
-from softmask_fast.ops import attention_output_gradient, backend, word_gradcam, word_soft_mask
+from softmask_fast.ops import attention_output_gradient, registry, word_gradcam, word_soft_mask
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -263,7 +263,7 @@ def test_features_pass_gradcheck():
 def test_on_a_gpu_a_word_out_of_range_gives_nan(impl, device):
     """There nobody reads the indices on the host, so the kernel says it, and the other images are right."""
     require("word_mask", impl, device, torch.float32, 16)
-    run = backend.resolve("word_mask", impl, device)
+    run = registry.resolve("word_mask", impl, device)
     inputs, _ = draw((3, 2, 4, 9, 16), torch.float32, device)
     index = torch.tensor([4, 1, -1], device=device)
     features = torch.ones(3, 9, 5, device=device)
@@ -327,12 +327,12 @@ def test_errors_name_the_argument(argument, value, error, message):
 
 
 def test_an_implementation_that_cannot_run_says_why(monkeypatch):
-    broken = backend.Implementation("broken", {}, lambda device, dtype, width: "it needs a moon")
-    monkeypatch.setitem(backend._OPERATORS["word_mask"], "broken", broken)
+    broken = registry.Implementation("broken", {}, lambda device, dtype, width: "it needs a moon")
+    monkeypatch.setitem(registry._OPERATORS["word_mask"], "broken", broken)
     inputs, word_index = draw((1, 1, 2, 3, 4), torch.float32, "cpu")
     with pytest.raises(ValueError, match="impl: word_mask cannot run 'broken' here: it needs a moon"):
         word_gradcam(*inputs, word_index, impl="broken")
-    assert backend.describe()["word_mask"]["cpu"] != "broken"
+    assert registry.describe()["word_mask"]["cpu"] != "broken"
 
 
 def test_autocast_casts_like_attention():

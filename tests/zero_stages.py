@@ -7,19 +7,22 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from softmask_fast import engine, loop, train
-from softmask_fast.config import parse_arguments
+from softmask_fast import train
+from softmask_fast.options import parse_arguments
+from softmask_fast.training import deepspeed_engine
+from softmask_fast.training import launch as launching
 
 config, launch = parse_arguments(sys.argv[1:])
-engine.start_distributed(launch)
+launching.start_distributed(launch)
 root = Path(config.train.output_dir)
-stop = loop.StopRequest()
+stop = launching.StopRequest()
 for case in os.environ["CASES"].split(","):
     stage, *options = case.split("+")
     config, _ = parse_arguments(sys.argv[1:] + [text for name in options for text in (f"--{name}", "true")])
     config.train.output_dir = str(root / case)
-    deepspeed_config = engine.read_deepspeed_config(launch.deepspeed, engine.with_precision(config.train))
+    train_config = deepspeed_engine.with_precision(config.train)
+    deepspeed_config = deepspeed_engine.read_deepspeed_config(launch.deepspeed, train_config)
     # no parameter is small enough to stay whole on every rank under stage 3
     deepspeed_config["zero_optimization"] = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
-    assert train.pretrain(config, deepspeed_config, engine.output_directory(config), stop)
+    assert train.pretrain(config, deepspeed_config, launching.output_directory(config), stop)
     dist.barrier()

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from softmask_fast.ops import FocalITCLoss, focal_itc_loss
-from softmask_fast.ops.checks import check_number
-from softmask_fast.ops.focal_itc.arguments import check_gamma
-from softmask_fast.ops.focal_itc.distributed import world_size as ranks_here
+from softmask_fast.ops.checks import check_gamma, check_number
+from softmask_fast.ops.collectives import world_size as ranks_here
 
 
 class FocalClipLoss(nn.Module):

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
+from softmask_fast.data.types import BadSample
+
 MAX_PIXELS = 89_478_485  # PIL's own limit against decompression bombs
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: a JPEG with further pictures behind it, as phones write it
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-
-
-class BadSample(ValueError):
-    """A sample that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)

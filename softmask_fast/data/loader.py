@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from softmask_fast.data.captions import CaptionSource, Sample
-from softmask_fast.data.distort import DistortionConfig, DistortionPipeline, draw_parameters
-from softmask_fast.data.download import UnreachableFile
-from softmask_fast.data.images import MAX_PIXELS, BadSample, ImageFacts, check_image, convert_image
-from softmask_fast.data.order import KeyedOrder, local_ranks
-from softmask_fast.data.randomness import keyed_generator
+from softmask_fast.data.augment import AugmentConfig, draw_parameters
+from softmask_fast.data.dali_pipeline import DaliPipeline
+from softmask_fast.data.images import MAX_PIXELS, ImageFacts, check_image, convert_image
+from softmask_fast.data.remote.download import UnreachableFile
+from softmask_fast.data.sampler import HashSampler, local_ranks
+from softmask_fast.data.seeding import keyed_generator
 from softmask_fast.data.text_masking import TextMasker
+from softmask_fast.data.types import BadSample, Batch, CaptionSource, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -33,22 +34,6 @@ BatchType = TypeVar("BatchType")
 
 class BadDataError(RuntimeError):
     """More samples cannot be used than `max_bad_fraction` allows."""
-
-
-@dataclass
-class Batch:
-    """One batch, all tensors on the loader's device. L is the length of the longest caption in the batch."""
-
-    pixels: torch.Tensor  # (B, 3, size, size) float32, normalised
-    input_ids: torch.Tensor  # (B, L) int64, the clean caption: [CLS] ... [SEP] [PAD]
-    masked_ids: torch.Tensor  # (B, L) int64, the caption after masking
-    attention_mask: torch.Tensor  # (B, L) bool, True = token
-    mlm_positions: torch.Tensor  # (P,) int64, flat positions in (B * L) of the masked tokens
-    mlm_labels: torch.Tensor  # (P,) int64, the original ids there
-    word_index: torch.Tensor  # (B,) int64, token position of one random word
-    ids: torch.Tensor  # (B,) int64, identity of the image
-    keys: list[str]
-    token_count: int | None = None  # of attention_mask, so that nobody has to ask the device for it
 
 
 @dataclass
@@ -86,8 +71,8 @@ class _Selection:
 class SampleLoader(Generic[BatchType]):
     """Endless iterator over batches of this rank; a subclass says what a batch is, by `_choose` and `_collate`.
 
-    Every epoch has its own order over the whole source, dealt to the ranks (data/order.py). A bad sample is skipped and
-    the next one takes its place; a batch may reach over the end of an epoch. Images are read and checked by threads
+    Every epoch has its own order over the whole source, dealt to the ranks (data/sampler.py). A bad sample is skipped
+    and the next one takes its place; a batch may reach over the end of an epoch. Images are read and checked by threads
     ahead of time, and DALI works on the next batch while the caller trains on this one.
     """
 
@@ -98,7 +83,7 @@ class SampleLoader(Generic[BatchType]):
         *,
         batch_size: int,
         image_size: int,
-        distortions: DistortionConfig,
+        augment: AugmentConfig,
         max_tokens: int,
         seed: int,
         rank: int = 0,
@@ -124,7 +109,7 @@ class SampleLoader(Generic[BatchType]):
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {max_bad_fraction}")
         self.source, self.tokenizer, self.batch_size, self.image_size = source, tokenizer, batch_size, image_size
-        self.distortions, self.max_tokens, self.seed = distortions, max_tokens, seed
+        self.augment, self.max_tokens, self.seed = augment, max_tokens, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.max_bad_fraction, self.max_pixels = max_bad_fraction, max_pixels
         self.num_threads = default_threads() if num_threads is None else num_threads
@@ -132,7 +117,7 @@ class SampleLoader(Generic[BatchType]):
         self.bad: dict[str, str] = {}  # key -> reason, in the order in which they were met
 
         self._share = len(range(rank, len(source), world_size))  # samples of this rank in one epoch
-        self._order = getattr(source, "order", None) or KeyedOrder(source.keys)
+        self._order = getattr(source, "order", None) or HashSampler(source.keys)
         facts = [("width", np.int32), ("height", np.int32), ("convert", bool)]
         self._facts = np.zeros((len(source), images_per_sample), facts)
         self._special = tokenizer("")["input_ids"]  # [CLS], and [SEP] where the tokenizer puts one
@@ -216,7 +201,7 @@ class SampleLoader(Generic[BatchType]):
         if len(states) == self.world_size:
             return states[self.rank]
         places = [(state["epoch"], state["position"]) for state in states]
-        epoch, position, twice = self._order.hand_over(places, self.rank, self.world_size)
+        epoch, position, twice = self._order.reshard(places, self.rank, self.world_size)
         if self.rank == 0:
             logger.warning(
                 "the data position is of %d ranks, now there are %d: going on in epoch %d, where about %d of %d "
@@ -257,11 +242,11 @@ class SampleLoader(Generic[BatchType]):
         self._visits.clear()
         self._scheduled: _Selection | None = None
         self._failure: BadDataError | UnreachableFile | None = None
-        self._pipeline = DistortionPipeline(
+        self._pipeline = DaliPipeline(
             image_size=self.image_size,
             batch_size=self._facts.shape[1] * self.batch_size,
             encoded=self.source.encoded,
-            arguments=self.distortions.arguments(),
+            arguments=self.augment.arguments(),
             device=self.device,
             num_threads=self.num_threads,
         )
@@ -269,7 +254,7 @@ class SampleLoader(Generic[BatchType]):
     def _walk(self, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
         """(epoch, position, index) of this rank's samples, without end."""
         while True:
-            order = self._order.places(self.seed, epoch, self.rank, self.world_size, position)
+            order = self._order.indices(self.seed, epoch, self.rank, self.world_size, position)
             for place, index in enumerate(order, position):
                 yield epoch, place, index
             epoch, position = epoch + 1, 0
@@ -293,7 +278,7 @@ class SampleLoader(Generic[BatchType]):
             images.append(convert_image(image) if facts.convert else image)
             generator = keyed_generator(self.seed, epoch, key, "image", *[number] * (number > 0))
             parameters.append(
-                draw_parameters(self.distortions, generator, facts.width, facts.height, self.image_size)
+                draw_parameters(self.augment, generator, facts.width, facts.height, self.image_size)
             )
         content = self._choose(sample, epoch)
         return _Prepared(index, key, epoch, images, parameters, content, sample.skipped_captions)
@@ -382,7 +367,7 @@ class SampleLoader(Generic[BatchType]):
         """An image that PIL decodes and DALI does not ended the batch: marks it as bad and goes back to try again."""
         found = {}
         for sample in selection.samples:
-            single = DistortionPipeline(
+            single = DaliPipeline(
                 image_size=self.image_size,
                 batch_size=len(sample.images),
                 encoded=self.source.encoded,

@@ -98,8 +98,8 @@ def attention_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> s
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that `name` stands for. Raises ValueError that says why it cannot run."""
-    if obstacle := attention_obstacle(name, device, dtype):
-        raise ValueError(f"attention: {name!r} cannot run here: {obstacle}")
+    if unavailable_reason := attention_obstacle(name, device, dtype):
+        raise ValueError(f"attention: {name!r} cannot run here: {unavailable_reason}")
     if name != "auto":
         return name
     return "padded" if attention_obstacle("varlen", device, dtype) else "varlen"

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask_fast.config import ObjectiveConfig
-from softmask_fast.data.loader import Batch
+from softmask_fast.data.types import Batch
 from softmask_fast.model.fusion import KeyValue
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import FocalITCStats, word_soft_mask
-from softmask_fast.ops.focal_itc.distributed import exchange, take_rows, world_size
+from softmask_fast.ops.collectives import exchange, take_rows, world_size
 
 MATCHED, NOT_MATCHED, NOT_SCORED = 1, 0, -100
 

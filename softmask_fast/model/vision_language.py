@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from softmask_fast.config import ModelConfig
 from softmask_fast.model.fusion import FusionEncoder, KeyValue
 from softmask_fast.model.packing import Packing
-from softmask_fast.model.text import MaskedLanguageHead, TextEncoder, initial_std, load_bert
-from softmask_fast.model.vision import VisionEncoder, load_vision_weights
+from softmask_fast.model.text import MaskedLanguageHead, TextEncoder, initial_std
+from softmask_fast.model.vision import VisionEncoder
 from softmask_fast.ops import word_gradcam
 
 TEMPERATURE_RANGE = (0.001, 0.5)
@@ -39,8 +39,8 @@ class VisionLanguageModel(nn.Module):
         self.language_head = MaskedLanguageHead(config, self.text.word_embeddings)
         self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))  # DeepSpeed takes no 0-dim parameter
         for module in (self.fusion, self.image_projection, self.text_projection, self.match_head):
-            module.apply(_initialise)
-        _initialise(self.language_head.transform.dense)
+            module.apply(_initialize)
+        _initialize(self.language_head.transform.dense)
         hold_key_biases(self)
 
     def set_execution(self, attention: str = "auto", checkpointing: bool = False, compile: bool = False) -> None:
@@ -155,33 +155,6 @@ def clamped(parameter: Tensor, low: float, high: float) -> Tensor:
     return inside
 
 
-def load_pretrained(model: VisionLanguageModel) -> None:
-    """Fill the model with the weights that its configuration names; 'random' leaves that part as it is.
-
-    Raises ValueError that says what to do when weights cannot be had or do not fit.
-    """
-    config = model.config
-    if config.model_weights:
-        from softmask_fast.model.checkpoints import load_weights
-
-        load_weights(model, config.model_weights)
-        return
-    load_vision_weights(model.vision, config)
-    if config.text_weights == "random":
-        return
-    bert = load_bert(config)
-    layers = bert.bert.encoder.layer
-    model.text.bert.embeddings.load_state_dict(bert.bert.embeddings.state_dict())
-    for ours, theirs in zip(model.text.bert.encoder.layer, layers[: config.text_layers], strict=True):
-        ours.load_state_dict(theirs.state_dict())
-    fusion_weights = layers[config.text_layers : config.text_layers + config.fusion_layers]
-    for ours, theirs in zip(model.fusion.layers, fusion_weights, strict=True):
-        for part in ("attention", "intermediate", "output"):
-            getattr(ours, part).load_state_dict(getattr(theirs, part).state_dict())
-    model.language_head.transform.load_state_dict(bert.cls.predictions.transform.state_dict())
-    model.language_head.decoder.bias.data.copy_(bert.cls.predictions.decoder.bias)
-
-
 def hold_key_biases(module: nn.Module) -> None:
     """A key bias adds one number to all logits of a query, which softmax ignores: its gradient is rounding noise, of
     which Adam would make steps of full size. Here it is zero."""
@@ -197,7 +170,7 @@ def _without_key_part(gradient: Tensor) -> Tensor:
     return torch.cat([query, torch.zeros_like(key), value])
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=initial_std(module.in_features))
         if module.bias is not None:

@@ -37,15 +37,15 @@ def cuda_missing() -> str | None:
     return None
 
 
-def cpu_obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """The obstacle of the operators in csrc/cpu."""
+def cpu_unavailable_reason(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """The unavailable_reason of the operators in csrc/cpu."""
     if device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {device}"
     return _dtype_obstacle(dtype) or missing()
 
 
-def cuda_obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """The obstacle of the operators in csrc/cuda, with heads of up to 128 elements."""
+def cuda_unavailable_reason(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """The unavailable_reason of the operators in csrc/cuda, with heads of up to 128 elements."""
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it runs on an NVIDIA GPU, the tensors are on {device}"
     if width > 128:

@@ -12,10 +12,10 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def obstacle(
+def unavailable_reason(
     device: torch.device, dtype: torch.dtype, width: int, largest: int = 128, what: str = "heads"
 ) -> str | None:
-    """The obstacle of the Triton implementations, which take ``what`` of up to ``largest`` elements."""
+    """The unavailable_reason of the Triton implementations, which take ``what`` of up to ``largest`` elements."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type != "cuda" and not INTERPRETED:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
-from softmask_fast.tasks.examples import EntryFormat, choice_field, one_image
-from softmask_fast.tasks.task import ClassifierModel
+from softmask_fast.tasks.base import ClassifierModel
+from softmask_fast.tasks.datasets import EntryFormat, choice_field, one_image
 
 CLASSES = ("contradiction", "neutral", "entailment")
 

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softmask_fast.data.loader import Batch
+from softmask_fast.data.types import Batch
 from softmask_fast.model.fusion import FusionEncoder
 from softmask_fast.model.text import initial_std
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
-from softmask_fast.tasks.examples import EntryFormat, choice_field, text_field
-from softmask_fast.tasks.task import ClassifierModel, TaskModel, first_tokens
+from softmask_fast.tasks.base import ClassifierModel, TaskModel, first_tokens
+from softmask_fast.tasks.datasets import EntryFormat, choice_field, text_field
 
 LABELS = ("False", "True")
 LEFT, RIGHT, NEITHER = range(3)

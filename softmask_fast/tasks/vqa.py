@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertLMHeadModel
 
+from softmask_fast.evaluation.vqa_accuracy import FEWEST_ANNOTATORS, vqa_accuracy
 from softmask_fast.model.text import bert_config
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
-from softmask_fast.tasks.examples import EntryFormat, Example, TaskBatch, one_image
-from softmask_fast.tasks.task import TaskModel
-from softmask_fast.tasks.vqa_accuracy import FEWEST_ANNOTATORS, vqa_accuracy
+from softmask_fast.tasks.base import TaskModel
+from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch, one_image
 
 logger = logging.getLogger(__name__)
 

@@ -8,23 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softmask_fast.ops import backend, triton_support
-from softmask_fast.ops.checks import check_tensor
-from softmask_fast.ops.extension import cpu_obstacle
+from softmask_fast.ops import registry, triton_support
+from softmask_fast.ops.checks import as_scalar, check_choice, check_gamma, check_integer, check_teachers, check_tensor
+from softmask_fast.ops.extension import cpu_unavailable_reason
 from softmask_fast.ops.focal_itc import cpp, operators, reference, streamed, symmetric
-from softmask_fast.ops.focal_itc.arguments import as_scalar, check_choice, check_gamma, check_integer, check_teachers
 from softmask_fast.ops.focal_itc.reference import Options, RowResult
 
 __all__ = ["FocalITCStats", "focal_itc_loss"]
 
 _TRITON = "softmask_fast.ops.focal_itc.triton_launch"
-backend.register(
+registry.register(
     "focal_itc",
     operators.streaming(
         "triton",
-        backend.lazily(_TRITON, "Forward"),
-        backend.lazily(_TRITON, "backward"),
-        obstacle=functools.partial(triton_support.obstacle, largest=1024, what="features"),
+        registry.lazily(_TRITON, "Forward"),
+        registry.lazily(_TRITON, "backward"),
+        unavailable_reason=functools.partial(triton_support.unavailable_reason, largest=1024, what="features"),
         automatic_on=("cuda",),
     ),
     operators.streaming(
@@ -32,11 +31,11 @@ backend.register(
         cpp.Forward,
         cpp.backward,
         symmetric=(cpp.symmetric_forward, cpp.symmetric_backward),
-        obstacle=cpu_obstacle,
+        unavailable_reason=cpu_unavailable_reason,
         automatic_on=("cpu",),
     ),
     operators.streaming("streamed", streamed.Forward, streamed.backward),
-    backend.Implementation("reference", {"direction": reference.focal_itc_direction}),
+    registry.Implementation("reference", {"direction": reference.focal_itc_direction}),
 )
 
 

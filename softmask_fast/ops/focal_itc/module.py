@@ -7,10 +7,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softmask_fast.ops.checks import check_tensor
+from softmask_fast.ops.checks import as_scalar, check_choice, check_gamma, check_integer, check_teachers, check_tensor
+from softmask_fast.ops.collectives import JoinedBatch, exchange, world_size
 from softmask_fast.ops.focal_itc import FocalITCStats, focal_itc_loss, statistics
-from softmask_fast.ops.focal_itc.arguments import as_scalar, check_choice, check_gamma, check_integer, check_teachers
-from softmask_fast.ops.focal_itc.distributed import JoinedBatch, exchange, world_size
 from softmask_fast.ops.focal_itc.reference import Options
 from softmask_fast.ops.focal_itc.ring import ring_rows
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softmask_fast.ops import backend
+from softmask_fast.ops import registry
 from softmask_fast.ops.focal_itc.positives import PositiveLists, positive_lists
 from softmask_fast.ops.focal_itc.reference import SECOND_DERIVATIVE, Options, RowResult, check_every_row_has_positive
 
@@ -103,16 +103,16 @@ class BlockwiseForward:
 
 def streaming(
     name: str, forward: type[BlockwiseForward], backward, symmetric=None, **keywords
-) -> backend.Implementation:
+) -> registry.Implementation:
     """An ``Implementation`` made of the two parts that stream, and where it has them of those of symmetric.py."""
     parts = {"forward": forward, "backward": backward}
     if symmetric is not None:
         parts["symmetric_forward"], parts["symmetric_backward"] = symmetric
-    return backend.Implementation(name, parts, **keywords)
+    return registry.Implementation(name, parts, **keywords)
 
 
-def resolve(impl: str | None, rows: Tensor) -> backend.Implementation:
-    return backend.resolve("focal_itc", impl, rows.device, rows.dtype, rows.shape[1])
+def resolve(impl: str | None, rows: Tensor) -> registry.Implementation:
+    return registry.resolve("focal_itc", impl, rows.device, rows.dtype, rows.shape[1])
 
 
 @torch.library.impl("softmask_fast::focal_itc", "CompositeExplicitAutograd")
@@ -124,7 +124,7 @@ def _forward(rows, keys, temperature, teacher_rows, ids, key_ids, *options_and_i
 
 
 def stream_forward(
-    run: backend.Implementation,
+    run: registry.Implementation,
     rows: Tensor,
     keys: Tensor,
     temperature: Tensor,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from softmask_fast.ops.collectives import JoinedBatch
 from softmask_fast.ops.focal_itc import operators
-from softmask_fast.ops.focal_itc.distributed import JoinedBatch
 from softmask_fast.ops.focal_itc.reference import Options, RowResult
 
 

@@ -8,25 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softmask_fast.ops import backend, triton_support
-from softmask_fast.ops.autocast import cast_for_autocast
-from softmask_fast.ops.checks import check_has_tokens, check_index_range, check_number, check_tensor
-from softmask_fast.ops.extension import cpu_obstacle
+from softmask_fast.ops import registry, triton_support
+from softmask_fast.ops.checks import cast_for_autocast, check_has_tokens, check_index_range, check_number, check_tensor
+from softmask_fast.ops.extension import cpu_unavailable_reason
 from softmask_fast.ops.soft_masked_attention import cpp, reference
 
 _TRITON = "softmask_fast.ops.soft_masked_attention.triton_launch"
-backend.register(
+registry.register(
     "soft_masked_attention",
-    backend.Implementation(
+    registry.Implementation(
         "triton",
-        {name: backend.lazily(_TRITON, name) for name in ("forward", "backward")},
-        triton_support.obstacle,
+        {name: registry.lazily(_TRITON, name) for name in ("forward", "backward")},
+        triton_support.unavailable_reason,
         automatic_on=("cuda",),
     ),
-    backend.Implementation(
-        "cpp", {"forward": cpp.forward, "backward": cpp.backward}, cpu_obstacle, automatic_on=("cpu",)
+    registry.Implementation(
+        "cpp", {"forward": cpp.forward, "backward": cpp.backward}, cpu_unavailable_reason, automatic_on=("cpu",)
     ),
-    backend.Implementation("reference", {"forward": reference.forward, "backward": reference.backward}),
+    registry.Implementation("reference", {"forward": reference.forward, "backward": reference.backward}),
 )
 
 
@@ -113,7 +112,7 @@ torch.library.define(
 def _forward(query, key, value, keep, image_index, value_bias, key_mask, scale, impl=None):
     if image_index is not None:
         check_index_range("image_index", image_index, key.shape[0])
-    run = backend.resolve("soft_masked_attention", impl, query.device, query.dtype, query.shape[3])["forward"]
+    run = registry.resolve("soft_masked_attention", impl, query.device, query.dtype, query.shape[3])["forward"]
     return run(query, key, value, keep, image_index, value_bias, key_mask, scale)
 
 
@@ -122,7 +121,7 @@ def _backward(
     grad_output, query, key, value, keep, image_index, value_bias, key_mask, output, statistics, scale,
     query_gradient, key_value_gradient, keep_gradient, impl=None,
 ):  # fmt: skip
-    run = backend.resolve("soft_masked_attention", impl, query.device, query.dtype, query.shape[3])["backward"]
+    run = registry.resolve("soft_masked_attention", impl, query.device, query.dtype, query.shape[3])["backward"]
     return run(
         grad_output, query, key, value, keep, image_index, value_bias, key_mask, output, statistics, scale,
         query_gradient, key_value_gradient, keep_gradient,

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softmask_fast.ops.autocast import without_autocast
+from softmask_fast.ops.checks import without_autocast
 from softmask_fast.ops.word_mask.reference import compute_dtype
 
 

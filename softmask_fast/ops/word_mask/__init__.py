@@ -8,31 +8,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softmask_fast.ops import backend, triton_support
-from softmask_fast.ops.autocast import cast_for_autocast
-from softmask_fast.ops.checks import FLOAT_DTYPES, check_has_tokens, check_index_range, check_number, check_tensor
-from softmask_fast.ops.extension import cpu_obstacle, cuda_obstacle
+from softmask_fast.ops import registry, triton_support
+from softmask_fast.ops.checks import (
+    FLOAT_DTYPES,
+    cast_for_autocast,
+    check_has_tokens,
+    check_index_range,
+    check_number,
+    check_tensor,
+)
+from softmask_fast.ops.extension import cpu_unavailable_reason, cuda_unavailable_reason
 from softmask_fast.ops.word_mask import cpp, reference
 
 _TRITON = "softmask_fast.ops.word_mask.triton_launch"
 _COMPILED = {"word_gradcam": cpp.word_gradcam, "word_soft_mask": cpp.word_soft_mask}
-backend.register(
+registry.register(
     "word_mask",
-    backend.Implementation(
+    registry.Implementation(
         "triton",
-        {name: backend.lazily(_TRITON, name) for name in ("word_gradcam", "word_soft_mask")},
-        triton_support.obstacle,
+        {name: registry.lazily(_TRITON, name) for name in ("word_gradcam", "word_soft_mask")},
+        triton_support.unavailable_reason,
         automatic_on=("cuda",),
     ),
-    backend.Implementation("cpp", _COMPILED, cpu_obstacle, automatic_on=("cpu",)),
-    backend.Implementation(
+    registry.Implementation("cpp", _COMPILED, cpu_unavailable_reason, automatic_on=("cpu",)),
+    registry.Implementation(
         "reference",
         {"word_gradcam": reference.word_gradcam, "word_soft_mask": reference.word_soft_mask},
     ),
     # Behind the reference, which runs everywhere, so only impl="cuda" chooses it: no GPU has timed it yet. Once
     # benchmarks/bench_word_mask.py shows it faster than "triton" at N = 257, 577 and 1,025, it belongs in front of
     # "triton" with automatic_on=("cuda",).
-    backend.Implementation("cuda", _COMPILED, cuda_obstacle, automatic_on=("cuda",)),
+    registry.Implementation("cuda", _COMPILED, cuda_unavailable_reason, automatic_on=("cuda",)),
 )
 
 
@@ -163,14 +169,14 @@ torch.library.define(
 def _word_gradcam(query, key, value, grad_output, word_index, key_mask, scale, impl=None):
     if word_index is not None:
         check_index_range("word_index", word_index, query.shape[2])
-    run = backend.resolve("word_mask", impl, query.device, query.dtype, query.shape[3])["word_gradcam"]
+    run = registry.resolve("word_mask", impl, query.device, query.dtype, query.shape[3])["word_gradcam"]
     return run(query, key, value, grad_output, word_index, key_mask, scale)
 
 
 @torch.library.impl("softmask_fast::word_soft_mask", "CompositeExplicitAutograd")
 def _word_soft_mask(query, key, value, grad_output, word_index, features, prefix_tokens, key_mask, scale, impl=None):
     check_index_range("word_index", word_index, query.shape[2])
-    run = backend.resolve("word_mask", impl, query.device, query.dtype, query.shape[3])["word_soft_mask"]
+    run = registry.resolve("word_mask", impl, query.device, query.dtype, query.shape[3])["word_soft_mask"]
     return run(query, key, value, grad_output, word_index, features, prefix_tokens, key_mask, scale)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softmask_fast.ops.autocast import without_autocast
+from softmask_fast.ops.checks import without_autocast
 
 # A map whose spread is below this fraction of its maximum is constant: what is left is rounding, which min-max
 # normalisation would blow up to a full mask. Every implementation uses this number.

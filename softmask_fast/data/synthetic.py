@@ -1,0 +1,289 @@
+"""`shapes`: scenes of colored shapes in relations, drawn on the fly, with captions and the exact box of every object.
+
+The embedded default data: needs no download, and grounding has a ground truth. Captions speak of left and right, so
+train on it with the horizontal flip switched off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from softmask_fast.data.seeding import image_ids, keyed_generator
+from softmask_fast.data.types import Phrase, Sample
+
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (50, 80, 220),
+    "yellow": (240, 215, 50),
+    "orange": (245, 140, 30),
+    "purple": (140, 60, 180),
+    "pink": (245, 150, 190),
+    "cyan": (60, 205, 215),
+    "black": (20, 20, 20),
+    "white": (250, 250, 250),
+}
+SIZES = {"small": 0.11, "large": 0.16}  # half the width of an object, as a fraction of the image's
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+NAMES = ("full", "color")  # of objects: "small red circle", or "red object", which is learned sooner
+DEFAULT_SCENES = {"train": 65_536, "val": 4096}
+VALIDATION_PARTS = (1, 4)  # one in four contents (objects and relation) is kept for validation
+_MARGIN = 0.01  # between objects, as a fraction of the width
+_SUPERSAMPLING = 2  # drawn larger and averaged, for smooth edges
+
+
+def _regular(points: int, radii: Sequence[float], turn: float = 0.0) -> list[tuple[float, float]]:
+    angles = [2 * math.pi * (i / points) - math.pi / 2 + turn for i in range(points)]
+    return [(radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a)) for i, a in enumerate(angles)]
+
+
+def _heart() -> list[tuple[float, float]]:
+    steps = [2 * math.pi * i / 32 for i in range(32)]
+    x = [16 * math.sin(t) ** 3 for t in steps]
+    y = [13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t) for t in steps]
+    return [(a / 17, -(b + 2.5) / 15) for a, b in zip(x, y, strict=True)]
+
+
+_T = 1 / 3
+# outlines within [-1, 1] squared, y downwards
+OUTLINES = {
+    "circle": _regular(48, (1.0,)),
+    "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+    "triangle": [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)],
+    "star": _regular(10, (1.0, 0.42)),
+    "cross": [(-_T, -1), (_T, -1), (_T, -_T), (1, -_T), (1, _T), (_T, _T), (_T, 1), (-_T, 1), (-_T, _T), (-1, _T),
+              (-1, -_T), (-_T, -_T)],
+    "heart": _heart(),
+    "ring": _regular(48, (1.0,)),
+}  # fmt: skip
+_RING_HOLE = 0.55
+# x1 y1 x2 y2 of each outline
+_EXTENTS = {
+    shape: (min(x for x, _ in points), min(y for _, y in points), max(x for x, _ in points), max(y for _, y in points))
+    for shape, points in OUTLINES.items()
+}
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object; centre and half width as fractions of the image's width."""
+
+    size: str
+    color: str
+    shape: str
+    x: float
+    y: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.size} {self.color} {self.shape}"
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """x1 y1 x2 y2 of the outline, fractions of width and height."""
+        half = SIZES[self.size]
+        x1, y1, x2, y2 = _EXTENTS[self.shape]
+        return (self.x + half * x1, self.y + half * y1, self.x + half * x2, self.y + half * y2)
+
+
+def relation(first: SceneObject, second: SceneObject) -> str:
+    """Where `first` is, seen from `second`: along the axis on which they are further apart."""
+    dx, dy = first.x - second.x, first.y - second.y
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+class ShapesSource:
+    """Scenes numbered from 0; each depends on (seed, split, number, objects) alone.
+
+    No content (which objects, in which relation) occurs both in "train" and in another split.
+    """
+
+    encoded = False
+
+    def __init__(
+        self,
+        *,
+        num: int | None = None,
+        objects: tuple[int, int] = (2, 2),
+        colors: int = len(COLORS),
+        names: str = "full",
+        split: str = "train",
+        seed: int = 0,
+        image_size: int = 64,
+    ):
+        """objects: the smallest and largest number of objects in a scene; colors: of how many colors they are, the
+        fewer the sooner it is learned; names: how they are called, see NAMES (a scene's objects then differ in it);
+        image_size: width and height in pixels."""
+        num = DEFAULT_SCENES.get(split, DEFAULT_SCENES["val"]) if num is None else num
+        if num < 1:
+            raise ValueError(f"shapes: num must be at least 1, got {num}")
+        if not 2 <= objects[0] <= objects[1] <= 3:
+            raise ValueError(f"shapes: objects must be 2, 3 or 2-3, got {objects[0]}-{objects[1]}")
+        if names not in NAMES:
+            raise ValueError(f"shapes: names must be {' or '.join(NAMES)}, got {names!r}")
+        fewest = 2 if names == "full" else objects[1] + 1  # so that a scene can lack one
+        if not fewest <= colors <= len(COLORS):
+            raise ValueError(f"shapes: colors must be {fewest} to {len(COLORS)}, got {colors}")
+        if image_size < 16:
+            raise ValueError(f"shapes: image_size must be at least 16, got {image_size}")
+        self.num, self.objects, self.colors, self.names = num, objects, colors, names
+        self.split, self.seed, self.image_size = split, seed, image_size
+        self.keys = [f"shapes-{split}-{seed}-{index:06d}" for index in range(num)]
+        self.image_ids = image_ids(self.keys)
+
+    @classmethod
+    def from_options(cls, options: str, *, split: str, seed: int, image_size: int) -> ShapesSource:
+        """From "num=4096,objects=2-3,colors=10,names=full" (each may be left out)."""
+        values: dict = {}
+        for option in filter(None, options.split(",")):
+            name, _, value = option.partition("=")
+            low, _, high = value.partition("-")
+            try:
+                if name in ("num", "colors"):
+                    values[name] = int(value)
+                elif name == "names":
+                    values[name] = value
+                elif name == "objects":
+                    values["objects"] = (int(low), int(high or low))
+                else:
+                    raise ValueError(name)
+            except ValueError:
+                raise ValueError(
+                    f"shapes: cannot read option {option!r}; expected num=65536, objects=2-3, colors=10 or names=full"
+                ) from None
+        return cls(**values, split=split, seed=seed, image_size=image_size)
+
+    def __len__(self) -> int:
+        return self.num
+
+    def scene(self, index: int) -> list[SceneObject]:
+        """The objects of one scene, in the order in which its captions name them."""
+        generator = keyed_generator(self.seed, self.split, self.objects, index, "scene")
+        while True:
+            count = int(generator.integers(self.objects[0], self.objects[1] + 1))
+            scene = _draw_scene(generator, count, self.colors)
+            if scene is None or len({self.name(thing) for thing in scene}) < count:
+                continue
+            if _is_validation(scene) == (self.split != "train"):
+                return scene
+
+    def name(self, thing: SceneObject) -> str:
+        """What the captions call an object."""
+        return thing.name if self.names == "full" else f"{thing.color} object"
+
+    def draw(self, index: int, scene: Sequence[SceneObject]) -> np.ndarray:
+        """The picture of one scene, with the background of that number: (image_size, image_size, 3) uint8."""
+        return _paint(scene, self.image_size, keyed_generator(self.seed, self.split, index, "background"))
+
+    def read(self, index: int) -> Sample:
+        if not 0 <= index < self.num:
+            raise IndexError(f"shapes: index {index} is outside [0, {self.num})")
+        scene = self.scene(index)
+        described = describe(scene, self.name)
+        return Sample(
+            self.keys[index],
+            self.draw(index, scene),
+            [caption for caption, _ in described],
+            [phrase for _, phrases in described for phrase in phrases],
+        )
+
+
+def describe(
+    scene: Sequence[SceneObject], name: Callable[[SceneObject], str] = lambda thing: thing.name
+) -> list[tuple[str, list[Phrase]]]:
+    """Captions of a scene, each naming every object, with the phrases for the objects; the boxes of all objects are a
+    phrase's proposals."""
+    texts: list[list[str | SceneObject]] = [
+        _chain(scene, "{}"),
+        _chain(scene[::-1], "{}"),
+        ["there is", *_chain(scene, "that is {}")],
+        ["the picture shows", *_chain(scene[::-1], "placed {}")],
+    ]
+    return [_caption(parts, name) for parts in texts]
+
+
+def _chain(scene: Sequence[SceneObject], link: str) -> list[str | SceneObject]:
+    """[A, "left of", B], and with three objects [A, "left of", B, "which is above", C]."""
+    parts: list[str | SceneObject] = [scene[0]]
+    for i, (first, second) in enumerate(zip(scene, scene[1:], strict=False)):
+        parts += [("which is " if i else "") + link.format(relation(first, second)), second]
+    return parts
+
+
+def _caption(
+    parts: Sequence[str | SceneObject], name: Callable[[SceneObject], str]
+) -> tuple[str, list[Phrase]]:
+    words: list[str] = []
+    places: list[tuple[SceneObject, int, int]] = []  # object, its first word, number of words
+    for part in parts:
+        text = f"a {name(part)}" if isinstance(part, SceneObject) else part
+        if isinstance(part, SceneObject):
+            places.append((part, len(words), len(text.split())))
+        words += text.split()
+    caption, boxes = " ".join(words), [thing.box for thing, _, _ in places]
+    return caption, [
+        Phrase(caption, " ".join(words[first : first + n]), first, n, [thing.box], boxes) for thing, first, n in places
+    ]
+
+
+def _draw_scene(generator: np.random.Generator, count: int, palette: int) -> list[SceneObject] | None:
+    """One random scene, or None when its objects overlap, look the same or stand in no clear relation."""
+    sizes, colors, shapes = list(SIZES), list(COLORS)[:palette], list(OUTLINES)
+    kinds = generator.integers((len(sizes), len(colors), len(shapes)), size=(count, 3))
+    places = generator.random((count, 2))
+    scene = []
+    for (size, color, shape), place in zip(kinds, places, strict=True):
+        half = SIZES[sizes[size]]
+        x, y = half + place * (1 - 2 * half)
+        scene.append(SceneObject(sizes[size], colors[color], shapes[shape], float(x), float(y)))
+    if len({(thing.color, thing.shape) for thing in scene}) < count:
+        return None
+    for i, first in enumerate(scene):
+        for second in scene[:i]:
+            apart = max(abs(first.x - second.x), abs(first.y - second.y))
+            if apart < SIZES[first.size] + SIZES[second.size] + _MARGIN:
+                return None
+    for first, second in zip(scene, scene[1:], strict=False):
+        dx, dy = abs(first.x - second.x), abs(first.y - second.y)
+        if max(dx, dy) < 1.5 * min(dx, dy):  # diagonal: neither "left of" nor "above" would be plain
+            return None
+    return scene
+
+
+def _is_validation(scene: Sequence[SceneObject]) -> bool:
+    """Whether the content, however it is worded, belongs to validation."""
+    wording = min(
+        " ".join(part.name if isinstance(part, SceneObject) else part for part in _chain(order, "{}"))
+        for order in (scene, scene[::-1])
+    )
+    digest = hashlib.blake2b(wording.encode(), digest_size=8).digest()
+    chosen, of = VALIDATION_PARTS
+    return int.from_bytes(digest, "little") % of < chosen
+
+
+def _paint(scene: Sequence[SceneObject], image_size: int, generator: np.random.Generator) -> np.ndarray:
+    """(image_size, image_size, 3) uint8."""
+    size = image_size * _SUPERSAMPLING
+    grey = int(generator.integers(90, 180))
+    background = tuple(int(c) for c in np.clip(grey + generator.integers(-15, 16, size=3), 0, 255))
+    canvas = Image.new("RGB", (size, size), background)
+    draw = ImageDraw.Draw(canvas)
+    for thing in scene:
+        half, x, y = SIZES[thing.size] * size, thing.x * size, thing.y * size
+        draw.polygon([(x + half * a, y + half * b) for a, b in OUTLINES[thing.shape]], fill=COLORS[thing.color])
+        if thing.shape == "ring":
+            hole = half * _RING_HOLE
+            draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=background)
+    pixels = np.asarray(canvas.reduce(_SUPERSAMPLING))
+    strongest = np.uint8(2 ** int(generator.integers(0, 5)) - 1)  # 0, 1, 3, ... 15
+    noise = np.frombuffer(generator.bytes(pixels.size), np.uint8).reshape(pixels.shape) & strongest
+    # brightened by at most what 255 leaves room for
+    return pixels + np.minimum(noise, 255 - pixels)

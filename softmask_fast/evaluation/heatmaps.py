@@ -1,0 +1,261 @@
+"""Pictures: word heat maps over images, and the curves of a run. Each file appears whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image, ImageOps
+
+from softmask_fast.data.images import check_image, convert_image
+from softmask_fast.data.types import Phrase, Sample
+from softmask_fast.evaluation.boxes import Box, grounding_score
+from softmask_fast.evaluation.common import eval_mode, image_pixels, tokenize, usable_samples
+from softmask_fast.evaluation.grounding import phrase_maps
+from softmask_fast.evaluation.plots import save_figure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from softmask_fast.data.types import CaptionSource
+    from softmask_fast.model.vision_language import VisionLanguageModel
+
+COLORS = "inferno"
+GRAY, GREEN, RED = "#666666", "#1a7f37", "#c62828"
+SHOWN_SIDE = 384  # pixels of the longer side of an image inside a figure
+
+
+def explain(
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerFast,
+    image: bytes | np.ndarray,
+    text: str,
+    out: str | Path,
+    *,
+    layer: int | None = None,
+) -> dict[str, Any]:
+    """Draw one heat map for each word of a text over an image, and return what the figure shows as numbers.
+
+    image: an encoded file, or (H, W, 3) uint8. layer: fusion layer of the maps, default the soft masks' layer.
+    Returns the model's probability that image and text match, and of each word its strength (largest relevance, 1 for
+    the strongest word) and its peak (x, y of the largest patch's centre, as fractions). Raises ValueError for a text
+    without words and an unreadable image.
+    """
+    words = text.split()
+    if not words:
+        raise ValueError("text: expected at least one word, got none")
+    shown = decode_image(image)
+    phrases = [Phrase(caption=text, text=w, first_word=i, n_words=1, boxes=[]) for i, w in enumerate(words)]
+    sample = Sample(key="image", image=image, captions=[text], phrases=phrases)
+    with eval_mode(model):
+        [maps], [spans] = phrase_maps(model, tokenizer, [(sample, text, phrases)], layer=layer)
+        tokens = tokenize(model, tokenizer, [text])
+        with torch.inference_mode():
+            logits = model.match_logits(image_pixels(model, [sample]), tokens.input_ids, tokens.attention_mask)
+    matched = logits.float().softmax(dim=-1)[0, 1].item()
+    seen = [i for i, span in enumerate(spans) if span]
+    if not seen:
+        raise ValueError(f"text: the tokenizer finds no token in {text!r}")
+    strongest = max(float(maps[i].max()) for i in seen)
+
+    rows = math.ceil((len(seen) + 1) / 5)
+    columns = math.ceil((len(seen) + 1) / rows)
+    height, width = shown.shape[:2]
+    panel = 2.3
+    size = columns * panel, rows * (panel * height / width + 0.5) + 0.9
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.suptitle("\n".join(textwrap.wrap(text, 26 * columns)), fontsize=13, fontweight="bold")
+    _show(axes.flat[0], shown, "image", f"match {100 * matched:.0f} %")
+    report = []
+    for ax, i in zip(axes.flat[1:], seen, strict=False):
+        strength = float(maps[i].max()) / strongest if strongest > 0 else 0.0
+        # A weak word's map is mostly noise: it is drawn fainter, so that the eye goes to the words that count.
+        _show(ax, overlay(shown, maps[i], opacity=strength**0.35), words[i], f"strength {100 * strength:.0f} %")
+        report.append({"word": words[i], "strength": strength, "peak": peak(maps[i])})
+    for ax in axes.flat[len(seen) + 1 :]:
+        ax.set_axis_off()
+    _color_bar(figure, axes)
+    left_out = [word for word, span in zip(words, spans, strict=True) if not span]
+    if left_out:
+        limit = f"no map, beyond {model.config.max_tokens} tokens or without a token: {' '.join(left_out)}"
+        figure.supxlabel("\n".join(textwrap.wrap(limit, 34 * columns)), fontsize=9, color=GRAY)
+    save_figure(figure, out)
+    return {"text": text, "matched": matched, "words": report, "left_out": left_out}
+
+
+def heatmap_page(
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerFast,
+    source: CaptionSource,
+    out: str | Path,
+    *,
+    images: int = 6,
+    words: int = 4,
+    layer: int | None = None,
+) -> None:
+    """A page of `images` rows: a photograph with its caption, then heat maps of up to `words` of its phrases.
+
+    The images are spread evenly over the source; one that cannot be read gives way to the next. Boxes are drawn, and a
+    cross marks the largest patch, green inside a box and red outside. A source without phrases gets the longest words
+    of the captions instead, without boxes.
+    Raises ValueError for an empty source.
+    """
+    if images < 1 or words < 1:
+        raise ValueError(f"images, words: expected at least 1, got {images} and {words}")
+    if len(source) == 0:
+        raise ValueError("source: expected at least one sample, got none")
+    queries = _choose_queries(source, images, words)
+    with eval_mode(model):
+        maps, spans = phrase_maps(model, tokenizer, queries, layer=layer)
+
+    panel = 2.1
+    columns = 1 + max(len(phrases) for _, _, phrases in queries)
+    shown = [decode_image(sample.image) for sample, _, _ in queries]
+    captions = ["\n".join(textwrap.wrap(caption, 30)) for _, caption, _ in queries]
+    heights = [  # inches: the image, its caption, and a note below it
+        panel * min(picture.shape[0] / picture.shape[1], 1.4) + 0.15 * max(2, caption.count("\n") + 1) + 0.2
+        for picture, caption in zip(shown, captions, strict=True)
+    ]
+    figure = Figure(figsize=(columns * panel, sum(heights) + 0.6), layout="constrained")
+    axes = figure.subplots(len(queries), columns, squeeze=False, height_ratios=heights)
+    for row, (picture, caption, (_, _, phrases), heats, tokens) in enumerate(
+        zip(shown, captions, queries, maps, spans, strict=True)
+    ):
+        _show(axes[row, 0], picture, "")
+        axes[row, 0].set_title(caption, fontsize=8, loc="left")
+        for ax, phrase, heat, token in zip(axes[row, 1:], phrases, heats, tokens, strict=False):
+            if not token:
+                _show(ax, picture, phrase.text, "beyond the token limit")
+                continue
+            _show(ax, overlay(picture, heat), phrase.text)
+            if phrase.boxes:
+                _draw_boxes(ax, picture, heat, phrase.boxes)
+        for ax in axes[row, 1 + len(phrases) :]:
+            ax.set_axis_off()
+    _color_bar(figure, axes)
+    save_figure(figure, out)
+
+
+def decode_image(image: bytes | np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 upright, made smaller where its longer side exceeds what a figure shows."""
+    facts = check_image(image)
+    if isinstance(image, np.ndarray):
+        picture = Image.fromarray(image)
+    else:
+        encoded = convert_image(image) if facts.convert else image
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+    scale = SHOWN_SIDE / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    return np.asarray(picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
+
+
+def overlay(picture: np.ndarray, heat: np.ndarray, opacity: float = 1.0) -> np.ndarray:
+    """The picture (H, W, 3) uint8 under a heat map (rows, cols), bicubically enlarged -> (H, W, 3) float in [0, 1].
+
+    The map is scaled from its own smallest to its own largest patch, as training scales the soft masks; the picture is
+    dimmed where the word looks away from and colored where it looks. A flat map leaves the dimmed picture.
+    opacity: of the color, in [0, 1].
+    """
+    height, width = picture.shape[:2]
+    values = torch.from_numpy(np.ascontiguousarray(heat, dtype=np.float32))[None, None]
+    values = F.interpolate(values, (height, width), mode="bicubic", align_corners=False)[0, 0].numpy()
+    low, high = float(heat.min()), float(heat.max())
+    values = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
+    grey = picture.astype(np.float32).mean(axis=2, keepdims=True)
+    dimmed = (0.5 * picture + 0.5 * grey) / 255 * 0.65
+    color = matplotlib.colormaps[COLORS](values)[..., :3]
+    share = (0.85 * opacity * values**0.7)[..., None]
+    return dimmed * (1 - share) + color * share
+
+
+def peak(heat: np.ndarray) -> tuple[float, float]:
+    """The centre (x, y) of the largest patch as fractions of the image; the first one where several are equal."""
+    row, column = np.unravel_index(int(heat.argmax()), heat.shape)
+    return (float(column) + 0.5) / heat.shape[1], (float(row) + 0.5) / heat.shape[0]
+
+
+def _choose_queries(source: CaptionSource, images: int, words: int) -> list[tuple[Sample, str, list[Phrase]]]:
+    """Samples spread evenly over the source, those with boxes first, each with one caption and its phrases."""
+    count = len(source)
+    stride = max(1, count // images)
+    spread = [index for offset in range(stride) for index in range(offset, count, stride)][: 4 * images]
+    skipped: dict[str, str] = {}
+    with_boxes, without = [], []
+    for _, sample in usable_samples(source, spread, skipped):
+        by_caption: dict[str, list[Phrase]] = {}
+        for phrase in sample.phrases:
+            if phrase.boxes:
+                by_caption.setdefault(phrase.caption, []).append(phrase)
+        if by_caption:
+            caption = max(by_caption, key=lambda text: len(by_caption[text]))
+            with_boxes.append((sample, caption, _distinct(by_caption[caption])[:words]))
+        else:
+            caption = sample.captions[0]
+            parts = caption.split()
+            by_length = sorted(range(len(parts)), key=lambda i: -len(parts[i]))
+            longest = sorted(by_length[:words])
+            phrases = [Phrase(caption, parts[i], i, 1, []) for i in longest]
+            without.append((sample, caption, phrases))
+        if len(with_boxes) == images:
+            break
+    chosen = (with_boxes + without)[:images]
+    if not chosen:
+        first = next(iter(skipped.items()))
+        raise ValueError(f"source: none of {len(spread)} samples looked at can be used, the first: {first}")
+    return chosen
+
+
+def _distinct(phrases: Sequence[Phrase]) -> list[Phrase]:
+    return list({(phrase.first_word, phrase.n_words): phrase for phrase in phrases}.values())
+
+
+def _draw_boxes(ax: Axes, picture: np.ndarray, heat: np.ndarray, boxes: Sequence[Box]) -> None:
+    height, width = picture.shape[:2]
+    for x1, y1, x2, y2 in boxes:
+        corner, size = (x1 * width - 0.5, y1 * height - 0.5), ((x2 - x1) * width, (y2 - y1) * height)
+        ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=1.8))
+    score = grounding_score(heat, boxes)
+    if score.flat:
+        return
+    x, y = peak(heat)
+    color = GREEN if score.hit == 1 else RED
+    ax.plot(x * width, y * height, marker="X", markersize=9, color=color, markeredgecolor="white")
+
+
+def _show(ax: Axes, picture: np.ndarray, title: str, note: str = "") -> None:
+    ax.imshow(picture)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    if title:
+        ax.set_title("\n".join(textwrap.wrap(title, 24)), fontsize=11)
+    if note:
+        ax.set_xlabel(note, fontsize=8, color=GRAY, labelpad=2)
+
+
+def _color_bar(figure: Figure, axes: np.ndarray) -> None:
+    width, height = figure.get_size_inches()
+    bar = figure.colorbar(
+        ScalarMappable(cmap=COLORS),
+        ax=axes,
+        location="bottom",
+        shrink=min(1.0, 4.5 / width),
+        aspect=45,
+        pad=0.05 / height,
+    )
+    bar.set_label("relevance, from each word's weakest patch (0) to its strongest (1)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)

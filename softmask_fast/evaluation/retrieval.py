@@ -1,0 +1,245 @@
+"""Retrieval without fine-tuning: recall@k in both directions, by ITC and after ITM has re-ranked the best ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from softmask_fast.evaluation.common import (
+    batches,
+    eval_mode,
+    format_table,
+    image_pixels,
+    sample_count,
+    share_of_rank,
+    tokenize,
+    usable_samples,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from softmask_fast.data.types import CaptionSource, Sample
+    from softmask_fast.model.vision_language import VisionLanguageModel
+
+RECALL_AT = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class RetrievalReport:
+    """Recalls as fractions; `itm` is None without re-ranking. Directions: text_to_image and image_to_text."""
+
+    images: int
+    captions: int
+    skipped: dict[str, str]  # samples that could not be used: key -> reason
+    truncated_captions: int  # longer than the model's max_tokens, and cut
+    reranked: int  # candidates of each query that ITM re-ranked (all of a smaller gallery)
+    itc: dict[str, dict[str, float]]  # direction -> {"recall@1": ...}
+    itm: dict[str, dict[str, float]] | None
+    chance: dict[str, dict[str, float]]  # what a random order reaches
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"task": "retrieval"} | asdict(self)
+
+    def table(self) -> str:
+        rows = [("ITC", self.itc), ("chance", self.chance)]
+        if self.itm is not None:
+            rows.insert(1, (f"ITM on the best {self.reranked}", self.itm))
+        header = ["recall in %"] + [f"@{k}" for k in RECALL_AT]
+        body = [
+            [f"{way.replace('_', ' ')}, {name}"] + [f"{100 * recalls[way][f'recall@{k}']:.1f}" for k in RECALL_AT]
+            for way in ("text_to_image", "image_to_text")
+            for name, recalls in rows
+        ]
+        title = f"Retrieval among {self.images} images and {self.captions} captions"
+        notes = {"samples skipped": len(self.skipped), "captions too long and cut": self.truncated_captions}
+        return format_table(title, notes, header, body)
+
+
+def evaluate_retrieval(
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerFast,
+    source: CaptionSource,
+    *,
+    captions: Literal["first", "all"] = "first",
+    rerank: int = 16,
+    batch_size: int = 64,
+    limit: int | None = None,
+    progress: bool = False,
+) -> RetrievalReport:
+    """Recall@1, 5 and 10 of text-to-image and image-to-text retrieval.
+
+    captions: "first" takes the first caption of each image, "all" every one; then each caption is a query of its own
+    and an image's query succeeds when any of its captions is among the first k (the protocol of COCO and Flickr30k).
+    rerank: candidates of each query that ITM puts into a new order, at least 10; 0 leaves ITM out.
+    limit: take the first `limit` samples of the source. Samples that cannot be read are skipped and reported.
+
+    The tokens of all images and captions are kept on the model's device: (images + captions) * tokens * width numbers.
+    Where a process group is up, each rank re-ranks its share and all return the same report: a collective.
+
+    Raises ValueError for a source without a usable sample and for options out of range.
+    """
+    if captions not in ("first", "all"):
+        raise ValueError(f"captions: expected 'first' or 'all', got {captions!r}")
+    if rerank != 0 and rerank < max(RECALL_AT):
+        raise ValueError(f"rerank: expected 0, or at least {max(RECALL_AT)} for recall@{max(RECALL_AT)}, got {rerank}")
+    count = sample_count(source, batch_size, limit)
+
+    with eval_mode(model), torch.inference_mode():
+        images, texts = _encode_source(model, tokenizer, source, count, batch_size, captions, progress)
+        image_of_text = texts.image_index
+        similarity = texts.features.float() @ images.features.float().T  # (T, I)
+        itc = _both_recalls(similarity, similarity, image_of_text)
+        itm = None
+        if rerank:
+            best_images = _top_k_mask(similarity, min(rerank, similarity.shape[1]))
+            best_texts = _top_k_mask(similarity.T, min(rerank, similarity.shape[0])).T
+            scores = _matching_scores(model, images, texts, best_images | best_texts, batch_size, progress)
+            itm = _both_recalls(
+                scores.masked_fill(~best_images, -torch.inf), scores.masked_fill(~best_texts, -torch.inf), image_of_text
+            )
+    return RetrievalReport(
+        images=len(images.features),
+        captions=len(image_of_text),
+        skipped=texts.skipped,
+        truncated_captions=texts.truncated,
+        reranked=rerank,
+        itc=itc,
+        itm=itm,
+        chance=_chance(image_of_text, len(images.features)),
+    )
+
+
+def ranks_of_best(scores: Tensor, correct: Tensor) -> Tensor:
+    """(Q,) int64: how many wrong items stand before the best correct one, 0 = found first.
+
+    scores (Q, G) of Q queries over G gallery items, correct (Q, G) bool with at least one True in a row. A wrong item
+    with the same score as the correct one counts as standing before it, so that equal scores for all gain nothing.
+    """
+    best = scores.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)  # (Q, 1)
+    return ((scores >= best) & ~correct).sum(dim=1)
+
+
+def recall_at_k(ranks: Tensor) -> dict[str, float]:
+    """The share of queries whose rank (0 = first) is below k, for k = 1, 5, 10."""
+    return {f"recall@{k}": (ranks < k).double().mean().item() for k in RECALL_AT}
+
+
+@dataclass
+class _Images:
+    tokens: Tensor  # (I, N, Cv)
+    features: Tensor  # (I, d)
+
+
+@dataclass
+class _Texts:
+    tokens: Tensor  # (T, L, C)
+    features: Tensor  # (T, d)
+    attention_mask: Tensor  # (T, L) bool
+    image_index: Tensor  # (T,) int64
+    truncated: int
+    skipped: dict[str, str]
+
+
+def _encode_source(
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerFast,
+    source: CaptionSource,
+    count: int,
+    batch_size: int,
+    captions: str,
+    progress: bool,
+) -> tuple[_Images, _Texts]:
+    numbers: dict[int, int] = {}  # image id -> its place in the gallery: lists may name an image once per caption
+    captions_of: list[list[str]] = []
+    skipped: dict[str, str] = {}
+
+    def gallery() -> Iterator[Sample]:
+        for index, sample in usable_samples(source, range(count), skipped):
+            number = numbers.setdefault(int(source.image_ids[index]), len(numbers))
+            if number == len(captions_of):
+                captions_of.append(list(sample.captions))
+                yield sample
+            else:
+                captions_of[number] += sample.captions
+
+    image_tokens, image_features = [], []
+    samples = tqdm(gallery(), desc="images", unit="image", disable=not progress)
+    for batch in batches(samples, batch_size):
+        tokens, features = model.encode_image(image_pixels(model, batch))
+        image_tokens.append(tokens)
+        image_features.append(features)
+    if not captions_of:
+        raise ValueError(f"source: none of {count} samples can be used, the first: {next(iter(skipped.items()))}")
+
+    taken = slice(1 if captions == "first" else None)
+    texts = [caption for own in captions_of for caption in own[taken]]
+    owners = [number for number, own in enumerate(captions_of) for _ in own[taken]]
+    text = tokenize(model, tokenizer, texts)
+    pieces = [
+        model.encode_text(ids, mask)
+        for ids, mask in zip(text.input_ids.split(batch_size), text.attention_mask.split(batch_size), strict=True)
+    ]
+    return _Images(torch.cat(image_tokens), torch.cat(image_features)), _Texts(
+        tokens=torch.cat([tokens for tokens, _ in pieces]),
+        features=torch.cat([features for _, features in pieces]),
+        attention_mask=text.attention_mask,
+        image_index=torch.tensor(owners, device=text.input_ids.device),
+        truncated=text.truncated,
+        skipped=skipped,
+    )
+
+
+def _matching_scores(
+    model: VisionLanguageModel, images: _Images, texts: _Texts, pairs: Tensor, batch_size: int, progress: bool
+) -> Tensor:
+    """(T, I) float32: the log-odds of "matched" where pairs (T, I) is True, -inf elsewhere. A collective."""
+    # Sorted by image: the pairs of a batch then share few images, whose keys and values are computed once.
+    image_index, text_index = pairs.T.nonzero(as_tuple=True)
+    scores = torch.full(pairs.shape, -torch.inf, device=pairs.device)
+    chunks = list(zip(image_index.split(4 * batch_size), text_index.split(4 * batch_size), strict=True))
+    share = [chunks[number] for number in share_of_rank(len(chunks))]
+    for image_of_pair, text_of_pair in tqdm(share, desc="pairs", unit="batch", disable=not progress):
+        unique, local = image_of_pair.unique_consecutive(return_inverse=True)
+        mask = texts.attention_mask[text_of_pair]
+        length = int(mask.sum(dim=1).max())  # captions are padded on the right
+        logits = model.match_tokens(
+            images.tokens[unique], texts.tokens[text_of_pair, :length], mask[:, :length], image_index=local
+        )
+        scores[text_of_pair, image_of_pair] = (logits[:, 1] - logits[:, 0]).float()
+    if dist.is_initialized():
+        dist.all_reduce(scores, dist.ReduceOp.MAX)
+    return scores
+
+
+def _both_recalls(by_text: Tensor, by_image: Tensor, image_of_text: Tensor) -> dict[str, dict[str, float]]:
+    """by_text, by_image (T, I): the scores that rank the images of a text and the texts of an image."""
+    correct = image_of_text[:, None] == torch.arange(by_text.shape[1], device=by_text.device)  # (T, I)
+    return {
+        "text_to_image": recall_at_k(ranks_of_best(by_text, correct)),
+        "image_to_text": recall_at_k(ranks_of_best(by_image.T, correct.T)),
+    }
+
+
+def _top_k_mask(scores: Tensor, k: int) -> Tensor:
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(1, scores.topk(k, dim=1).indices, True)
+
+
+def _chance(image_of_text: Tensor, images: int) -> dict[str, dict[str, float]]:
+    texts = len(image_of_text)
+    own = torch.bincount(image_of_text, minlength=images).double()  # (I,) captions of each image
+    text_to_image, image_to_text = {}, {}
+    for k in RECALL_AT:
+        text_to_image[f"recall@{k}"] = min(1.0, k / images)
+        miss = torch.ones_like(own)  # none of the first k texts is the image's own, drawing without replacement
+        for drawn in range(min(k, texts)):
+            miss *= (texts - own - drawn).clamp(min=0) / (texts - drawn)
+        image_to_text[f"recall@{k}"] = 1.0 - miss.mean().item()
+    return {"text_to_image": text_to_image, "image_to_text": image_to_text}

@@ -1,0 +1,100 @@
+"""Models on disk: a folder with safetensors weights, their configuration and the tokeniser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from softmask_fast.config import ModelConfig
+from softmask_fast.model.state import load_own_state, own_state, save_state
+from softmask_fast.model.vision_language import VisionLanguageModel
+
+WEIGHTS, CONFIG, TOKENIZER, TASK = "model.safetensors", "config.json", "tokenizer", "task.json"
+
+
+def save_model(
+    model: nn.Module, tokenizer, directory: str | Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model folder, whole or not at all; an existing one is replaced.
+
+    model: a VisionLanguageModel, or a model fine-tuned for a task, whose `task_record` goes into task.json.
+    state: the weights, by default the model's own (under ZeRO-3 these are empty and the gathered ones are given here).
+    """
+    directory = Path(directory)
+    temporary = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_state(own_state(model) if state is None else state, temporary / WEIGHTS)
+    (temporary / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+    if not isinstance(model, VisionLanguageModel):
+        (temporary / TASK).write_text(json.dumps(model.task_record, indent=2) + "\n")
+    tokenizer.save_pretrained(temporary / TOKENIZER)
+    if directory.exists():
+        shutil.rmtree(directory)
+    os.replace(temporary, directory)
+
+
+def load_model(directory: str | Path, device: str | torch.device = "cpu"):
+    """Read a model folder -> (VisionLanguageModel in eval mode, its tokeniser).
+
+    Raises ValueError that names what is missing or does not fit.
+    """
+    from softmask_fast.data.tokenizer import load_tokenizer
+
+    model = VisionLanguageModel(_config_without_task(directory))
+    load_own_state(model, read_weights(directory))
+    return model.to(device).eval(), load_tokenizer(str(Path(directory) / TOKENIZER))
+
+
+def read_model_folder(directory: str | Path) -> tuple[ModelConfig, dict | None]:
+    """The configuration in a model folder, and the record of the task that the model is fine-tuned for.
+
+    Raises ValueError that names what is missing or unknown.
+    """
+    directory = Path(directory)
+    absent = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (directory / name).exists()]
+    if absent:
+        raise ValueError(
+            f"model: expected a folder with {WEIGHTS}, {CONFIG} and {TOKENIZER}/; {directory} lacks {absent}"
+        )
+    options = _read_json(directory / CONFIG)
+    unknown = sorted(options.keys() - {f.name for f in fields(ModelConfig)})
+    if unknown:
+        raise ValueError(f"model: {directory / CONFIG} has unknown options {unknown}")
+    # where this model's own weights came from is no matter here
+    options |= {"vision_weights": "random", "text_weights": "random", "model_weights": None}
+    task = _read_json(directory / TASK) if (directory / TASK).exists() else None
+    return ModelConfig(**options), task
+
+
+def read_weights(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors in a model folder. Raises ValueError when they cannot be read."""
+    path = Path(directory) / WEIGHTS
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"model: {path} cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"model: {path} is not valid JSON: {error}") from error
+
+
+def _config_without_task(directory: str | Path) -> ModelConfig:
+    config, task = read_model_folder(directory)
+    if task is not None:
+        raise ValueError(f"model: expected a model without a task's head, {directory} is fine-tuned for {task['task']}")
+    return config
+
+

@@ -1,0 +1,40 @@
+"""The tensors of a module, in memory and as safetensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def save_state(state: dict[str, Tensor], path: str | Path) -> None:
+    """Write tensors as safetensors, whole or not at all: to a temporary file, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters and persistent buffers, shared ones once (safetensors stores each tensor once)."""
+    names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in names}
+
+
+def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """The inverse of `own_state`. Raises ValueError when a tensor is missing, left over, or of another size."""
+    mine = own_state(module)
+    missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+    sizes = [
+        f"{name} has size {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in mine.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if missing or unexpected or sizes:
+        raise ValueError(f"weights: missing {missing}, unexpected {unexpected}, {'; '.join(sizes) or 'sizes agree'}")
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])

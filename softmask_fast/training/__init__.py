@@ -1,0 +1,1 @@
+"""The trainer and its parts: launch, DeepSpeed engine, checkpoints, schedules, metrics, periodic evaluation."""

@@ -1,0 +1,129 @@
+"""Checkpoints of a run, whole or not at all, and the full weights under every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from softmask_fast.model.export import save_model
+from softmask_fast.model.momentum import MomentumCopy
+from softmask_fast.model.state import load_own_state, own_state, save_state
+from softmask_fast.training.ranks import run_on_all_ranks
+
+TRAINING_STATE, TEACHER, MODEL = "training_state.json", "teacher.safetensors", "model"
+
+
+def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole fp32 tensor) of every parameter, under every ZeRO stage. A collective: all ranks iterate."""
+    for name, parameter in module.named_parameters():
+        sharded = hasattr(parameter, "ds_id")
+        if sharded or parameter.dtype != torch.float32:  # else the parameter itself is the optimiser's fp32 weight
+            yield name, safe_get_full_fp32_param(parameter)
+        else:
+            yield name, parameter.detach()
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """`own_state` of the module with whole fp32 parameters, on the CPU. A collective: all ranks call it."""
+    state = {name: weight.cpu() for name, weight in full_weights(module)}
+    return {name: state.get(name, tensor) for name, tensor in own_state(module).items()}
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    return sorted(path for path in directory.glob("step-????????") if (path / TRAINING_STATE).is_file())
+
+
+def save_checkpoint(
+    directory: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    teacher: MomentumCopy,
+    tokenizer,
+    state: dict[str, Any],
+    loader_state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write directory/step-<state["step"]>, whole or not at all, and keep the newest `keep`. All ranks call it.
+
+    It holds DeepSpeed's shards, the momentum copy with its queues, the model as a folder that `load_model` reads, and a
+    JSON with the step and the position of every rank's data.
+    """
+    final = directory / f"step-{state['step']:08d}"
+    partial = directory / f"partial-{final.name}"
+    if engine.global_rank == 0:
+        for unfinished in directory.glob("partial-*"):  # of a run that was killed while writing
+            shutil.rmtree(unfinished)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(directory), tag=partial.name, save_latest=False)
+    weights = full_state(engine.module.model)
+    loader_states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(loader_states, loader_state)
+    if engine.global_rank == 0:
+        save_state(own_state(teacher), partial / TEACHER)
+        save_model(engine.module.model, tokenizer, partial / MODEL, weights)
+        text = json.dumps(state | {"world_size": dist.get_world_size(), "loaders": loader_states})
+        (partial / TRAINING_STATE).write_text(text)
+    dist.barrier()  # every rank has written its part
+    if engine.global_rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in checkpoints(directory)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumCopy) -> dict[str, Any]:
+    """Restore engine and momentum copy; returns the saved state, with the data positions of all its ranks in "loaders".
+
+    Written by another number of ranks, the shards of ZeRO go through DeepSpeed's universal format, once, in a folder of
+    their own. All ranks call it.
+    """
+    state = json.loads((path / TRAINING_STATE).read_text())
+    source, universal = path, None
+    if state["world_size"] != dist.get_world_size() and engine.zero_optimization():
+        source = universal = path.with_name(f"universal-{path.name}")
+        run_on_all_ranks(lambda: dist.get_rank() or to_universal(path, universal))
+    engine._config.load_universal_checkpoint = universal is not None
+    groups = engine.optimizer.param_groups
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    loaded, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
+    engine._config.load_universal_checkpoint = False
+    if loaded is None:
+        raise ValueError(f"resume: {path} holds no DeepSpeed checkpoint")
+    if universal:  # under ZeRO-3 all groups now have the first one's weight decay, and share one counter of steps
+        for group, own in zip(groups, settings, strict=True):
+            group.update(own)
+        for moments in engine.optimizer.optimizer.state.values():
+            if isinstance(moments.get("step"), Tensor):
+                moments["step"] = moments["step"].clone()
+        dist.barrier()  # every rank has read
+        if engine.global_rank == 0:
+            shutil.rmtree(universal)
+    load_own_state(teacher, load_file(path / TEACHER))
+    return state
+
+
+def to_universal(path: Path, target: Path) -> None:
+    """Write a checkpoint in DeepSpeed's universal format, which any number of ranks can load."""
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed while converting
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(path), "--output_folder", str(target)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (target.parent / "latest_universal").unlink(missing_ok=True)  # its path to the newest; ours is the name
+    if done.returncode:
+        raise ValueError(f"resume: {path} could not be converted for another number of ranks:\n{done.stdout[-2000:]}")

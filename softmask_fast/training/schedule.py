@@ -1,0 +1,31 @@
+"""What changes from step to step: learning rate, share of soft targets, seed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from softmask_fast.config import MomentumConfig, TrainConfig
+
+
+def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from learning_rate to final_learning_rate at the last step."""
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, steps - train.warmup_steps)
+    swing = (train.learning_rate - train.final_learning_rate) / 2
+    return train.final_learning_rate + swing * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def distillation_share(step: int, steps_per_epoch: int, momentum: MomentumConfig) -> float:
+    """alpha, ramped up linearly (ALBEF: over the first epoch)."""
+    ramp = momentum.distill_ramp_steps if momentum.distill_ramp_steps is not None else steps_per_epoch
+    return momentum.distill_alpha * min(1.0, step / max(1, ramp))
+
+
+def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """One number per (run, step, micro step, rank), well apart from its neighbours."""
+    mixed = torch.Generator().manual_seed(seed)
+    base = int(torch.randint(2**31, (), generator=mixed))
+    return (base + 1_000_003 * step + 10_007 * micro_step + rank) % 2**31

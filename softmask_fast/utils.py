@@ -1,0 +1,35 @@
+"""Files that are written whole or not at all: under another name first, then renamed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file, if there is one. UTF-8."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Indented, with a line break at the end."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+PACKAGES = ("softmask_fast", "torch", "triton", "transformers", "timm", "deepspeed", "nvidia-dali-cuda130", "xformers")
+
+
+def installed_versions() -> dict[str, str]:
+    """Python and the packages above -> version, or "not installed"."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
