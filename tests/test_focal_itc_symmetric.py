@@ -60,7 +60,8 @@ def test_any_number_of_pairs(impl, size):
 
 def test_any_subset_of_gradients(impl):
     def gradients(chosen):
-        values = [*(x.to(device_of(impl), copy=True) for x in inputs(20, 20, 24, torch.float32)[:2]), torch.tensor(0.1)]
+        values = [*inputs(20, 20, 24, torch.float32)[:2], torch.tensor(0.1)]
+        values = [value.to(device_of(impl), copy=True) for value in values]
         leaves = [values[i].requires_grad_() for i in chosen]
         return torch.autograd.grad(focal_itc_loss(*values[:2], temperature=values[2], impl=impl), leaves)
 

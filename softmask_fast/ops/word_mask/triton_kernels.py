@@ -70,13 +70,18 @@ def word_map(
         weights = tl.exp(logits - maximum)
         total = tl.sum(weights, 0)
         inverse = tl.where(total == 0, 0.0, 1.0 / (total * H))
-        own_logits = tl.load(p_logits + o_head + own, mask=m_own, other=float("-inf"))
-        own_gradients = tl.load(p_gradients + o_head + own, mask=m_own, other=0.0)
         # comparisons are false for NaN, so that a NaN stays: tl.maximum would drop it
-        cam_own += tl.exp(own_logits - maximum) * inverse * tl.where(own_gradients < 0, 0.0, own_gradients)
         if NORMALISE:
             gradients = tl.load(p_gradients + o_head + every, mask=m_every, other=0.0)
             cam_every += weights * inverse * tl.where(gradients < 0, 0.0, gradients)
+        else:
+            own_logits = tl.load(p_logits + o_head + own, mask=m_own, other=float("-inf"))
+            own_gradients = tl.load(p_gradients + o_head + own, mask=m_own, other=0.0)
+            cam_own += tl.exp(own_logits - maximum) * inverse * tl.where(own_gradients < 0, 0.0, own_gradients)
+    if NORMALISE:
+        # Taken from the map that has the minimum and maximum: computed again, on a GPU the compiler rounds it otherwise
+        # (fused multiply-add), and keep leaves [0, 1] by a few 1e-8.
+        cam_own = tl.gather(cam_every, tl.minimum(own, BLOCK_ALL - 1), 0)
     patch = m_own & (own >= prefix)
     result = cam_own
     if HAS_MASK:
