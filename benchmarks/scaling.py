@@ -181,7 +181,7 @@ def seconds_of_an_order(samples: int = 4_000_000) -> float:
     order = HashSampler([])
     order._hashes = np.random.default_rng(0).integers(0, 2**64, samples, dtype=np.uint64)
     start = time.process_time()
-    next(order.places(0, 1, 0, 8))
+    next(order.indices(0, 1, 0, 8))
     return (time.process_time() - start) / samples
 
 
@@ -190,7 +190,7 @@ def seconds_of_a_windowed_order(samples: int, ranks: int) -> float:
     shards = int(samples / PER_SHARD)
     order = WindowedSampler([f"{i:06d}" for i in range(shards)], [PER_SHARD] * shards, 8)
     start = time.process_time()
-    next(order.places(0, 1, 0, ranks))
+    next(order.indices(0, 1, 0, ranks))
     return time.process_time() - start
 
 
