@@ -167,12 +167,8 @@ def _geometric_matrix(name: str, amount: float) -> np.ndarray:
     if name == "rotate":
         angle = math.radians(30 * amount)
         matrix[:2, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-    elif name == "shear_x":
-        matrix[0, 1] = 0.3 * amount
-    elif name == "shear_y":
-        matrix[1, 0] = 0.3 * amount
-    elif name == "translate_x":
-        matrix[0, 2] = 0.2 * amount  # a tenth of the width
-    elif name == "translate_y":
-        matrix[1, 2] = 0.2 * amount
+    else:  # translations by up to a tenth of the width
+        row = 0 if name.endswith("_x") else 1
+        column, scale = (1 - row, 0.3) if name.startswith("shear") else (2, 0.2)
+        matrix[row, column] = scale * amount
     return matrix

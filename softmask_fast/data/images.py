@@ -32,14 +32,10 @@ class ImageFacts:
 
 
 def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> ImageFacts:
-    """Decodes an image in full to find out whether and how it can be used.
+    """Decodes an image (an encoded file, or (H, W, 3) uint8) in full to find out how it can be used.
 
-    Args:
-        image: An encoded file, or (H, W, 3) uint8.
-        max_pixels: Largest width times height. PIL also rejects more than twice its `Image.MAX_IMAGE_PIXELS`.
-
-    Raises:
-        BadSample: If the image is empty, damaged, truncated, too large or of an unsupported format.
+    Raises BadSample if it is empty, damaged, truncated, of an unsupported format, or larger than `max_pixels` (width
+    times height; PIL also rejects more than twice its `Image.MAX_IMAGE_PIXELS`).
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:

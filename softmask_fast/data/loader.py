@@ -73,10 +73,8 @@ class SampleLoader(Generic[BatchType]):
 
     Every epoch has its own order over the whole source, dealt to the ranks (see `data.sampler`). A bad sample is
     skipped and replaced by the next one; a batch may span the end of an epoch. Threads read and check images ahead of
-    time, and DALI works on the next batch while the caller trains on this one.
-
-    Attributes:
-        bad: The bad samples so far: key -> reason.
+    time, and DALI works on the next batch while the caller trains on this one. `bad` holds the bad samples so far, key
+    -> reason.
     """
 
     def __init__(
@@ -99,23 +97,17 @@ class SampleLoader(Generic[BatchType]):
     ):
         """
         Args:
-            source: The samples.
-            tokenizer: A BERT-style tokenizer.
             batch_size: Samples per batch of this rank.
             image_size: Side of the square pixels.
-            augment: Augmentation of the images.
             max_tokens: Longest caption, including its special tokens; longer ones are cut.
-            seed: Seed of the order, the augmentation and the masks.
-            rank: This rank.
-            world_size: The number of ranks.
+            seed: Of the order, the augmentation and the masks.
             device: Where DALI works and batches are returned.
             max_bad_fraction: Largest fraction of bad samples among those visited.
             max_pixels: Largest image, width times height.
             num_threads: Threads that check images, and as many again for DALI; default: `default_threads()`.
-            images_per_sample: Images of every sample.
 
         Raises:
-            UsageError: If an argument is out of range.
+            UsageError: If an option is out of range.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
@@ -428,20 +420,9 @@ class PretrainingLoader(SampleLoader[Batch]):
     """Batches of images and captions, with masked words."""
 
     def __init__(
-        self,
-        source: CaptionSource,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        mask_probability: float = 0.15,
-        **options: Any,
+        self, source: CaptionSource, tokenizer: PreTrainedTokenizerFast, *, mask_probability: float = 0.15, **options
     ):
-        """
-        Args:
-            source: The samples.
-            tokenizer: A BERT-style tokenizer.
-            mask_probability: Fraction of the word pieces that are masked.
-            **options: Those of `SampleLoader`.
-        """
+        """mask_probability: fraction of the word pieces that are masked; options: those of `SampleLoader`."""
         self._masker = TextMasker(tokenizer, mask_probability)
         super().__init__(source, tokenizer, **options)
 

@@ -28,19 +28,10 @@ def distinct_keys(names: Sequence[str]) -> list[str]:
 
 
 def usable_captions(raw: Any, what: str) -> tuple[list[str], int]:
-    """Keeps the captions that contain a letter or digit.
+    """The captions in `raw` (a string or a list) that contain a letter or digit, and how many do not.
 
-    Lone surrogates, which JSON can hold but no tokenizer accepts, become "?".
-
-    Args:
-        raw: A string or a list of strings.
-        what: What `raw` is called in errors.
-
-    Returns:
-        The usable captions and the number of dropped ones.
-
-    Raises:
-        BadSample: If `raw` has another type or no caption is left.
+    Lone surrogates, which JSON can hold but no tokenizer accepts, become "?". Raises BadSample, naming `what`, if `raw`
+    has another type or no caption is left.
     """
     entries = [raw] if isinstance(raw, str) else raw
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):

@@ -11,6 +11,7 @@ import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -164,17 +165,13 @@ def _write_shards(
     parts = [entries[first : first + plan.shard_size] for first in range(0, len(entries), plan.shard_size)]
     workers = min(workers or len(os.sched_getaffinity(0)), len(parts))
     arguments = range(len(parts)), parts, repeat(plan), repeat(out), repeat(work)
-    with tqdm(total=len(entries), unit="image", disable=not progress) as bar:
-        if workers == 1:
-            for number, summary in enumerate(map(_write_shard, *arguments)):
-                bar.update(len(parts[number]))
-                yield summary
-            return
-        # spawn: a fork would copy the locks of other threads
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for number, summary in enumerate(pool.map(_write_shard, *arguments)):
-                bar.update(len(parts[number]))
-                yield summary
+    with tqdm(total=len(entries), unit="image", disable=not progress) as bar, ExitStack() as stack:
+        run = map
+        if workers > 1:  # spawn: a fork would copy the locks of other threads
+            run = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))).map
+        for part, summary in zip(parts, run(_write_shard, *arguments), strict=True):
+            bar.update(len(part))
+            yield summary
 
 
 def _write_shard(number: int, entries: list[TableEntry], plan: Plan, out: Path, work: Path) -> dict[str, Any]:

@@ -18,8 +18,7 @@ Piece = list[tuple[int, int, int]]  # ranges of consecutive samples: shard, firs
 class HashSampler:
     """Permutes the whole source by a hash of each key and deals the samples to the ranks one by one.
 
-    Attributes:
-        fingerprint: Differs when the order does.
+    `fingerprint` differs when the order does.
     """
 
     def __init__(self, keys: Sequence[str]):
@@ -41,12 +40,10 @@ class HashSampler:
 
         Args:
             positions: (epoch, visits in it) at which each rank of the previous run stopped, in rank order.
-            rank: This rank.
-            world_size: The number of ranks now.
+            rank: This rank, of `world_size` now.
 
         Returns:
-            The epoch, this rank's visits in it so far, and about how many samples of the epoch all ranks together will
-            visit twice.
+            The epoch, this rank's position in it, and about how many samples of it all ranks together will visit twice.
         """
         total, before = len(self._hashes), len(positions)
         ahead = [
@@ -69,10 +66,8 @@ class WindowedSampler:
     rank's k-th piece is visited at "time" k + window * u, where u in [0, 1) is a hash of (seed, epoch, shard, number in
     it). So at any time a rank reads from window + 1 pieces, and needs one more piece for each that it has finished.
 
-    It needs only the names and sample counts of the shards, and memory for one window.
-
-    Attributes:
-        fingerprint: Differs when the order does.
+    It needs only the names and sample counts of the shards, and memory for one window. `fingerprint` differs when the
+    order does.
     """
 
     def __init__(
@@ -84,14 +79,7 @@ class WindowedSampler:
         ahead: int = 0,
         announce: Callable[[list[int]], None] = lambda shards: None,
     ):
-        """
-        Args:
-            names: Names of the shards.
-            counts: Number of samples in each shard.
-            window: How many pieces are mixed.
-            ahead: How many pieces are announced before they are needed.
-            announce: Called with the shards that are needed next.
-        """
+        """names, counts: of the shards; announce: called with the shards of the `ahead` pieces that come next."""
         self._hashes = hash_names(names)
         self._counts = np.asarray(counts, np.int64)
         self._starts = np.cumsum(self._counts) - self._counts

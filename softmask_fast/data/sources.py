@@ -34,17 +34,11 @@ def open_source(
     """Opens `data` and lists its samples.
 
     Args:
-        data: One of
-
-            - `"shapes"` or `"shapes:num=4096,objects=3"`: scenes drawn on the fly;
-            - WebDataset shards: a tar file, a brace pattern (`"cc3m-{000..331}.tar"`), a glob pattern or a folder of
-              tar files;
-            - ALBEF's JSON lists, `[{"image": path, "caption": str or list}]`;
-            - several shards and lists, as a Python list or separated by commas;
-            - shards by URL (`https://`, `s3://`, `gs://`, ...), also as patterns; not mixed with local paths.
-        split: `"train"` or `"val"`; for shapes only.
-        seed: Seed of the scenes; for shapes only.
-        image_size: Side of the drawn images in pixels; for shapes only.
+        data: `"shapes"` or `"shapes:num=4096,objects=3"`, drawn on the fly; WebDataset shards, as a tar file, a brace
+            pattern (`"cc3m-{000..331}.tar"`), a glob pattern or a folder; ALBEF's JSON lists,
+            `[{"image": path, "caption": str or list}]`; several of these as a list or separated by commas; or shards by
+            URL (`https://`, `s3://`, `gs://`, ...), also as patterns, but not mixed with local paths.
+        split: `"train"` or `"val"`; for shapes only, like `seed` and `image_size` (pixels).
         remote: How shards by URL are cached and mixed.
         image_root: Folder of relative image paths in JSON lists; default: the folder of the list.
 

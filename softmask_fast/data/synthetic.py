@@ -125,12 +125,7 @@ class ShapesSource:
             objects: Smallest and largest number of objects in a scene, 2 or 3.
             colors: How many colors there are; fewer are learned sooner.
             names: How captions call the objects, one of `NAMES`; the names within a scene differ.
-            split: "train", or any other name for validation.
-            seed: Seed of the scenes.
             image_size: Width and height in pixels.
-
-        Raises:
-            UsageError: If an option is out of range.
         """
         num = DEFAULT_SCENES.get(split, DEFAULT_SCENES["val"]) if num is None else num
         if num < 1:
@@ -151,10 +146,7 @@ class ShapesSource:
 
     @classmethod
     def from_options(cls, options: str, *, split: str, seed: int, image_size: int) -> ShapesSource:
-        """From "num=4096,objects=2-3,colors=10,names=full", all optional; the spelling "colour" is accepted.
-
-        Raises UsageError for an unknown option or a value out of range.
-        """
+        """From "num=4096,objects=2-3,colors=10,names=full", all optional; "colour" is accepted for "color"."""
         values: dict[str, Any] = {}
         for option in filter(None, options.split(",")):
             name, _, value = option.replace("colour", "color").partition("=")
@@ -200,7 +192,7 @@ class ShapesSource:
         if not 0 <= index < self.num:
             raise IndexError(f"shapes: index {index} is outside [0, {self.num})")
         scene = self.scene(index)
-        described = describe(scene, self.name)
+        described = _describe(scene, self.name)
         return Sample(
             self.keys[index],
             self.draw(index, scene),
@@ -209,13 +201,8 @@ class ShapesSource:
         )
 
 
-def describe(
-    scene: Sequence[SceneObject], name: Callable[[SceneObject], str] = lambda thing: thing.name
-) -> list[tuple[str, list[Phrase]]]:
-    """The captions of a scene, each with the phrases that name its objects.
-
-    Every caption names every object; the boxes of all objects are the proposals of each phrase.
-    """
+def _describe(scene: Sequence[SceneObject], name: Callable[[SceneObject], str]) -> list[tuple[str, list[Phrase]]]:
+    """Captions that name every object, with their phrases; a phrase's proposals are the boxes of all objects."""
     texts: list[list[str | SceneObject]] = [
         _chain(scene, "{}"),
         _chain(scene[::-1], "{}"),
@@ -233,9 +220,7 @@ def _chain(scene: Sequence[SceneObject], link: str) -> list[str | SceneObject]:
     return parts
 
 
-def _caption(
-    parts: Sequence[str | SceneObject], name: Callable[[SceneObject], str]
-) -> tuple[str, list[Phrase]]:
+def _caption(parts: Sequence[str | SceneObject], name: Callable[[SceneObject], str]) -> tuple[str, list[Phrase]]:
     """A caption and its phrases."""
     words: list[str] = []
     spans: list[tuple[SceneObject, int, int]] = []  # object, its first word, number of words

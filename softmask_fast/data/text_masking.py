@@ -42,14 +42,10 @@ class TextMasker:
         ]
 
     def mask(self, ids: np.ndarray, generator: np.random.Generator) -> MaskedCaption:
-        """Masks one caption and draws its word.
+        """Masks one caption, ids (L,) int64 with special tokens and without padding, and draws its word.
 
         Each word piece is chosen with `mask_probability`, but at least one unless the probability is 0. The word is one
         that was not chosen, if possible; in a caption without a known word it is the first token after [CLS].
-
-        Args:
-            ids: (L,) int64, with special tokens and without padding.
-            generator: The random numbers.
         """
         candidates = np.flatnonzero(~self._special[ids])
         chosen = candidates[generator.random(len(candidates)) < self.mask_probability]

@@ -36,17 +36,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> PreTrainedTokenizerFast:
-    """Trains a lowercase BERT WordPiece tokenizer.
+    """Trains a lowercase BERT WordPiece tokenizer of at most `vocab_size` entries, special tokens included.
 
-    Deterministic: the same captions, in any order, give the same vocabulary. Only the `MAX_LETTERS` most frequent
-    characters are kept; others become [UNK].
-
-    Args:
-        captions: The texts to train on.
-        vocab_size: Largest number of entries, special tokens included.
-
-    Raises:
-        UsageError: If the captions contain no word, or their letters do not fit into the vocabulary.
+    Deterministic: the same captions, in any order, give the same vocabulary. Characters beyond the `MAX_LETTERS` most
+    frequent become [UNK]. Raises UsageError if there is no word or the letters do not fit into the vocabulary.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True)
     texts = [normalizer.normalize_str(caption) for caption in captions]

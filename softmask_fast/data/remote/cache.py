@@ -21,32 +21,21 @@ class ShardCache:
     """Downloads shards on demand and evicts the least recently used ones to make room.
 
     Files are downloaded under a temporary name, which states their full size, and renamed when complete. So shards and
-    downloads of all processes together never exceed the limit.
+    downloads of all processes together never exceed the limit. The folder must be on a local disk: locks are unreliable
+    on NFS.
     """
 
     def __init__(self, folder: Path, limit: int, downloader: Downloader):
-        """
-        Args:
-            folder: On a local disk, as locks on NFS are unreliable.
-            limit: Size of the cache in bytes.
-            downloader: What downloads the shards.
-        """
+        """limit: in bytes."""
         self.limit = limit
         self._folder, self._downloader = folder, downloader
         for name in ("shards", "locks", "indexes"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
     def open(self, url: str, size: int, sha256: str | None = None) -> FileIO:
-        """Opens a shard, downloading it if needed. It may be evicted at any time, but an open file stays readable.
+        """Opens a shard of `size` bytes, downloading it if needed. An open file stays readable when it is evicted.
 
-        Args:
-            url: The shard.
-            size: Its size in bytes.
-            sha256: Its hash, if known.
-
-        Raises:
-            UnreachableFile: If the download fails.
-            UsageError: If the shard is larger than the cache.
+        Raises UnreachableFile if the download fails, UsageError if the shard is larger than the cache.
         """
         path = self._folder / "shards" / self._name(url)
         while True:

@@ -31,20 +31,14 @@ class Downloader:
     """Downloads files, retrying transient failures with pauses that double. Thread-safe."""
 
     def __init__(self, tries: int = 5, timeout: float = 60.0):
-        """
-        Args:
-            tries: Attempts per file.
-            timeout: Seconds without data after which an attempt fails.
-        """
+        """tries: attempts per file; timeout: seconds without data after which an attempt fails."""
         self._tries, self._timeout = tries, timeout
 
     def size(self, url: str) -> int:
         """The size in bytes. Raises UnreachableFile."""
         info = self._retry(url, lambda progress: self._call(url, "info", progress))
         if not isinstance(info.get("size"), int):
-            raise _unreachable(
-                url, "the server does not report the file's size; upload an index next to it (softmask-fast index)"
-            )
+            raise _unreachable(url, "the server does not report the file's size; upload an index (softmask-fast index)")
         return info["size"]
 
     def read(self, url: str) -> bytes | None:
@@ -57,17 +51,7 @@ class Downloader:
             raise
 
     def fetch(self, url: str, path: Path, size: int, sha256: str | None = None) -> None:
-        """Downloads a file to `path`.
-
-        Args:
-            url: The file.
-            path: Where to write it.
-            size: Its expected size in bytes.
-            sha256: Its expected hash, if known.
-
-        Raises:
-            UnreachableFile: If all attempts fail; a wrong size or hash is a failure.
-        """
+        """Downloads a file to `path`. Raises UnreachableFile if all attempts fail or give another size or hash."""
 
         def attempt(progress: _Progress) -> None:
             progress.limit = size

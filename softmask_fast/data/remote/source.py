@@ -51,11 +51,7 @@ class RemoteShardSource:
     encoded = True
 
     def __init__(self, urls: Sequence[str], options: RemoteOptions | None = None):
-        """
-        Raises:
-            UsageError: If shards are damaged or the cache is too small.
-            UnreachableFile: If an index or shard cannot be downloaded.
-        """
+        """Raises UsageError for damaged shards or a small cache, UnreachableFile if a download fails."""
         self._options = options = options or RemoteOptions()
         self._urls = list(urls)
         self._names = [name.removesuffix(".tar") for name in relative_names([_absolute_path(url) for url in urls])]
