@@ -166,7 +166,7 @@ def test_phrases_and_other_columns(images, tmp_path):
     assert [reason.split(":")[0] for _, _, reason in done.bad] == [
         'malformed "phrases"',
         "column 'texts' must be a string or a list of strings, got '[7]'",
-        "image cannot be read",
+        "image does not exist",
     ]
     source = open_source(str(tmp_path / "out"))
     assert source.read(0).phrases[0].boxes == [(0.0, 0.0, 0.5, 1.0)] and source.read(0).captions == ["a dog", "two"]

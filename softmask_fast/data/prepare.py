@@ -214,11 +214,11 @@ def _sample(entry: TableEntry, plan: Plan) -> tuple[str, bytes, bytes, int]:
     path = os.path.normpath(os.path.join(plan.images, entry.image))
     if not path.startswith(os.path.join(plan.images, "")):  # the table is not trusted
         raise BadSample(f"image lies outside of {plan.images}")
+    if not os.path.isfile(path):
+        raise BadSample("image does not exist")
     try:
-        if not os.path.isfile(path):
-            raise BadSample("image does not exist")
         image = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: no valid path, e.g. with a null byte
+    except OSError as error:
         raise BadSample(f"image cannot be read: {error}") from error
     facts = check_image(image)
     if plan.short_side is not None and min(facts.width, facts.height) > plan.short_side:
