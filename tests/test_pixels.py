@@ -3,18 +3,20 @@
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from shard_files import encode
+from small_models import small_model, small_tokenizer
 
+from softmask_fast.data import pixels
 from softmask_fast.data.images import MEAN, STD
 from softmask_fast.data.pixels import evaluation_pixels
 from softmask_fast.data.synthetic import ShapesSource
 from softmask_fast.data.types import BadSample
+from softmask_fast.model.export import save_model
 
 SIZE = 32
 IMAGE = ShapesSource(num=1, image_size=SIZE).read(0).image
@@ -92,22 +94,27 @@ def test_files_are_decoded_as_pil_does(impl):
         assert (from_file - from_array).abs().max() <= (0 if kind == "PNG" else 0.05)
 
 
-def test_evaluation_runs_without_dali():
-    """In a new process that cannot import DALI: the pixels are PIL's, and a model is evaluated on them."""
-    code = """
+@pytest.mark.parametrize("task", ["retrieval", "grounding"])
+def test_evaluation_runs_without_dali(task, tmp_path):
+    """In a new process that cannot import DALI."""
+    tokenizer = small_tokenizer()
+    save_model(small_model(tokenizer), tokenizer, tmp_path / "model")
+    command = ["evaluate", "--model", str(tmp_path / "model"), "--data", "shapes:num=12", "--task", task]
+    code = f"""
 import sys
 sys.modules["nvidia.dali"] = None
-import torch
-from small_models import small_model, small_tokenizer
-from softmask_fast.data.pixels import evaluation_pixels
-from softmask_fast.data.sources import open_source
-from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
-source, tokenizer = open_source("shapes:num=6", split="val", image_size=48), small_tokenizer()
-images = [source.read(i).image for i in range(6)]
-assert torch.equal(evaluation_pixels(images, 32), evaluation_pixels(images, 32, impl="pil"))
-for evaluate in (evaluate_retrieval, evaluate_grounding):
-    print(evaluate(small_model(tokenizer).eval(), tokenizer, source, batch_size=4).table())
+from softmask_fast.cli import main
+sys.exit(main({command!r}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "recall" in done.stdout.lower() and "pointing" in done.stdout.lower(), done.stdout
+    assert task in done.stdout.lower()
+
+
+def test_without_dali_pil_is_the_default(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    pixels._default_impl.cache_clear()
+    try:
+        assert torch.equal(evaluation_pixels([IMAGE], 20), evaluation_pixels([IMAGE], 20, impl="pil"))
+    finally:
+        pixels._default_impl.cache_clear()

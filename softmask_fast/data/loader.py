@@ -9,20 +9,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.data.augment import AugmentConfig, draw_parameters
-from softmask_fast.data.dali_pipeline import DaliPipeline
 from softmask_fast.data.images import MAX_PIXELS, ImageFacts, check_image, convert_image
 from softmask_fast.data.sampler import HashSampler, WindowedSampler, local_ranks
 from softmask_fast.data.seeding import keyed_generator
 from softmask_fast.data.text_masking import TextMasker
 from softmask_fast.data.types import BadSample, Batch, CaptionSource, Sample, UnreachableFile
 from softmask_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from softmask_fast.data.dali_pipeline import DaliPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -247,13 +249,14 @@ class SampleLoader(Generic[BatchType]):
         self._visits.clear()
         self._scheduled: _Selection | None = None
         self._failure: BadDataError | UnreachableFile | None = None
-        self._pipeline = DaliPipeline(
-            image_size=self.image_size,
-            batch_size=self._facts.shape[1] * self.batch_size,
-            encoded=self.source.encoded,
-            arguments=self.augment.arguments(),
-            device=self.device,
-            num_threads=self.num_threads,
+        images = self._facts.shape[1] * self.batch_size
+        self._pipeline = self._new_pipeline(images, arguments=self.augment.arguments(), num_threads=self.num_threads)
+
+    def _new_pipeline(self, images: int, **options: Any) -> DaliPipeline:
+        from softmask_fast.data.dali_pipeline import DaliPipeline  # evaluation imports this module, maybe without DALI
+
+        return DaliPipeline(
+            image_size=self.image_size, batch_size=images, encoded=self.source.encoded, device=self.device, **options
         )
 
     def _visit_stream(self, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
@@ -371,12 +374,7 @@ class SampleLoader(Generic[BatchType]):
         """Marks the images that failed in DALI, though not in PIL, as bad and goes back to retry the batch."""
         undecodable = {}
         for sample in selection.samples:
-            single = DaliPipeline(
-                image_size=self.image_size,
-                batch_size=len(sample.images),
-                encoded=self.source.encoded,
-                device=self.device,
-            )
+            single = self._new_pipeline(len(sample.images))
             single.schedule(sample.images)
             try:
                 single.result()
