@@ -241,9 +241,9 @@ def _explain(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     """Decode every image of a table and write the good ones as WebDataset shards, each with an index; the bad ones are
     listed. Called again, an interrupted run goes on."""
-    from softmask_fast.data.prepare import prepare
+    from softmask_fast.data.prepare import make_shards
 
-    done = prepare(
+    done = make_shards(
         options.pairs,
         options.images,
         options.out,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gloo_ranks import results_of_ranks
 
-from softmask_fast.data.dali_pipeline import evaluation_pixels
+from softmask_fast.data.pixels import evaluation_pixels
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.data.types import BadSample, Phrase, Sample

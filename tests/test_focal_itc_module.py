@@ -247,7 +247,7 @@ def test_gradients_under_ddp_are_those_of_the_joined_batch(ranks, gather):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_ring_holds_nothing_of_the_size_of_the_joined_batch(ranks, impl):
-    """The largest tensor, in units of a rank's features: image and text run_on_all_ranks, or the whole joined batch."""
+    """The largest tensor, in units of a rank's features: image and text together, or the whole joined batch."""
     for results in ranks:
         assert results["memory"][f"ring {impl}"] <= 2 < RANKS <= results["memory"][f"with_grad {impl}"]
 

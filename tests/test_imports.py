@@ -84,7 +84,7 @@ def test_every_room_has_its_place():
         ("softmask_fast.model.export", ("nvidia.dali", "deepspeed", "matplotlib")),
         ("softmask_fast.evaluation", ("nvidia.dali", "deepspeed", "matplotlib")),
         ("softmask_fast.evaluation.heatmaps", ("nvidia.dali", "deepspeed")),
-        ("softmask_fast.tasks.recipes", ("deepspeed",)),
+        ("softmask_fast.tasks.recipes", ("nvidia.dali", "deepspeed")),
     ],
 )
 def test_what_is_light_stays_light(module, absent):

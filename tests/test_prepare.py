@@ -12,9 +12,10 @@ from shard_files import encode
 
 from softmask_fast.cli import main
 from softmask_fast.data import prepare as prepare_module
-from softmask_fast.data.prepare import prepare, read_table
+from softmask_fast.data.prepare import make_shards, read_table
 from softmask_fast.data.shards import read_index
 from softmask_fast.data.sources import open_source
+from softmask_fast.errors import UsageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
 IMAGES = {
@@ -34,7 +35,7 @@ GOOD = {
 REASONS = {
     (3, "cut.jpg"): "cannot be decoded", (6, ""): "no image in column 'image'",
     (7, "../secret.jpg"): "lies outside", (8, "e.gif"): "GIF is not supported",
-    (9, "d.jpg"): "no usable caption", (10, "missing.jpg"): "not there",
+    (9, "d.jpg"): "no usable caption", (10, "missing.jpg"): "does not exist",
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
 def test_good_pairs_become_shards_and_bad_ones_are_listed(kind, images, tmp_path):
-    done = prepare(write_table(tmp_path / f"pairs.{kind}"), images, tmp_path / "out", shard_size=3, workers=1)
+    done = make_shards(write_table(tmp_path / f"pairs.{kind}"), images, tmp_path / "out", shard_size=3, workers=1)
     assert (done.listed, done.samples, done.shards, done.skipped_captions) == (10, 4, 3, 1)
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
         f"shard-00000{number}.tar" for number in (0, 1, 3)  # all of the third are bad
@@ -91,7 +92,7 @@ def test_good_pairs_become_shards_and_bad_ones_are_listed(kind, images, tmp_path
 
 
 def test_the_indexes_beside_the_shards_are_theirs(images, tmp_path):
-    prepare(write_table(tmp_path / "pairs.csv"), images, tmp_path / "out", shard_size=3, workers=1)
+    make_shards(write_table(tmp_path / "pairs.csv"), images, tmp_path / "out", shard_size=3, workers=1)
     for shard in (tmp_path / "out").glob("*.tar"):
         content = shard.read_bytes()
         for name, members in read_index(shard.with_name(shard.name + ".index.jsonl")):
@@ -115,7 +116,7 @@ def test_larger_images_are_made_smaller_upright_and_opaque(images, tmp_path):
     (images / "small.jpg").write_bytes(encode(PIXELS[:16]))
     names = ["a.jpg", "rotated.jpg", "alpha.png", "grey.jpg", "small.jpg"]
     (tmp_path / "pairs.json").write_text(json.dumps([{"image": name, "caption": "a dog"} for name in names]))
-    prepare(tmp_path / "pairs.json", images, tmp_path / "out", short_side=16, workers=1)
+    make_shards(tmp_path / "pairs.json", images, tmp_path / "out", short_side=16, workers=1)
     source = open_source(str(tmp_path / "out"))
     pictures = [Image.open(io.BytesIO(source.read(i).image)) for i in range(5)]
     assert [picture.size for picture in pictures] == [(24, 16), (16, 24), (24, 16), (24, 16), (36, 16)]
@@ -128,9 +129,9 @@ def test_larger_images_are_made_smaller_upright_and_opaque(images, tmp_path):
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypatch):
     table = write_table(tmp_path / "pairs.csv")
-    prepare(table, images, tmp_path / "whole", shard_size=2, workers=2)
-    with pytest.raises(ValueError, match="whole is prepared already"):
-        prepare(table, images, tmp_path / "whole", shard_size=2)
+    make_shards(table, images, tmp_path / "whole", shard_size=2, workers=2)
+    with pytest.raises(UsageError, match="whole is prepared already"):
+        make_shards(table, images, tmp_path / "whole", shard_size=2)
     made, sample = [], prepare_module._sample
 
     def interrupted(entry, plan):
@@ -141,11 +142,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
 
     monkeypatch.setattr(prepare_module, "_sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare(table, images, tmp_path / "out", shard_size=2, workers=1)
+        make_shards(table, images, tmp_path / "out", shard_size=2, workers=1)
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
-    with pytest.raises(ValueError, match="begun with shard_size 2, now it is 3"):
-        prepare(table, images, tmp_path / "out", shard_size=3, workers=1)
-    prepare(table, images, tmp_path / "out", shard_size=2, workers=1)
+    with pytest.raises(UsageError, match="begun with shard_size 2, now it is 3"):
+        make_shards(table, images, tmp_path / "out", shard_size=3, workers=1)
+    make_shards(table, images, tmp_path / "out", shard_size=2, workers=1)
     assert made[6:] == made[4:5] + [entry.image for entry in read_table(table, "image", "caption")][5:]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -161,11 +162,11 @@ def test_phrases_and_other_columns(images, tmp_path):
     ]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     columns = {"image_column": "file", "caption_column": "texts"}
-    done = prepare(tmp_path / "pairs.json", images, tmp_path / "out", workers=1, **columns)
+    done = make_shards(tmp_path / "pairs.json", images, tmp_path / "out", workers=1, **columns)
     assert [reason.split(":")[0] for _, _, reason in done.bad] == [
         'malformed "phrases"',
         "column 'texts' must be a string or a list of strings, got '[7]'",
-        "image cannot be read",
+        "image does not exist",
     ]
     source = open_source(str(tmp_path / "out"))
     assert source.read(0).phrases[0].boxes == [(0.0, 0.0, 0.5, 1.0)] and source.read(0).captions == ["a dog", "two"]
@@ -188,7 +189,7 @@ def test_commands(images, tmp_path, capsys):
 @pytest.mark.parametrize(
     "table, content, options, message",
     [
-        ("pairs.csv", "image,text\na.jpg,x\n", {}, "no column 'caption'; there are 'image', 'text'"),
+        ("pairs.csv", "image,text\na.jpg,x\n", {}, "no column 'caption'; the columns are 'image', 'text'"),
         ("pairs.csv", "", {}, "no column 'image'"),
         ("pairs.csv", "image,caption\n", {}, "lists no images"),
         ("pairs.csv", 'image,caption\na.jpg,"open\n', {}, "cannot be read"),
@@ -199,7 +200,7 @@ def test_commands(images, tmp_path, capsys):
         ("pairs.xlsx", "", {}, "expected a table"),
         ("pairs.csv", "image,caption\na.jpg,x\n", {"shard_size": 0}, "shard_size: expected at least 1, got 0"),
         ("pairs.csv", "image,caption\na.jpg,x\n", {"short_side": 3}, "short_side: expected at least 16, got 3"),
-        ("pairs.csv", "image,caption\na.jpg,x\n", {"images": "nowhere"}, "images: expected a folder, nowhere"),
+        ("pairs.csv", "image,caption\na.jpg,x\n", {"images": "nowhere"}, "images: expected a folder, got nowhere"),
         ("pairs.csv", "image,caption\na.jpg,x\n", {"out": "images"}, "expected a new or empty folder"),
         ("pairs.csv", "image,caption\na.jpg,x\n", {"caption_column": "image"}, "caption_column: expected another"),
     ],
@@ -213,8 +214,8 @@ def test_mistakes_are_named_before_anything_is_written(images, tmp_path, table, 
         arguments["out"] = tmp_path / options["out"]
     rest = {name: value for name, value in options.items() if name not in arguments}
     before = sorted(os.listdir(tmp_path)), sorted(os.listdir(images))
-    with pytest.raises(ValueError, match=message):
-        prepare(tmp_path / table, arguments["images"], arguments["out"], **rest)
+    with pytest.raises(UsageError, match=message):
+        make_shards(tmp_path / table, arguments["images"], arguments["out"], **rest)
     assert (sorted(os.listdir(tmp_path)), sorted(os.listdir(images))) == before
 
 

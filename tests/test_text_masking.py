@@ -6,6 +6,7 @@ import pytest
 from softmask_fast.data.seeding import keyed_generator
 from softmask_fast.data.text_masking import TextMasker
 from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.errors import UsageError
 
 TEXT = "a red circle left of a small blue square, unbelievable !"
 TOKENIZER = train_tokenizer([TEXT.replace("unbelievable", "un able ! v")] * 3, 150)
@@ -71,5 +72,5 @@ def test_short_captions(probability):
 
 
 def test_a_wrong_probability_is_named():
-    with pytest.raises(ValueError, match="mask_probability"):
+    with pytest.raises(UsageError, match="mask_probability"):
         TextMasker(TOKENIZER, 1.5)

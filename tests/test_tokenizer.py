@@ -1,4 +1,4 @@
-"""Tokenisers: trained deterministically, kept in a folder, and a clear error when there is none."""
+"""Tokenizers: trained deterministically, kept in a folder, and a clear error when there is none."""
 
 import random
 import subprocess
@@ -8,6 +8,7 @@ import huggingface_hub.constants
 import pytest
 
 from softmask_fast.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+from softmask_fast.errors import UsageError
 
 CAPTIONS = [
     "a red circle left of a small blue square",
@@ -49,11 +50,11 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path):
 
 def test_errors_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="(?s)no-such-owner/no-such.*save_pretrained.*leave the name empty"):
+    with pytest.raises(UsageError, match="(?s)no-such-owner/no-such.*save_pretrained.*leave the name empty"):
         load_tokenizer("no-such-owner/no-such")
-    with pytest.raises(ValueError, match="cannot load"):
+    with pytest.raises(UsageError, match="cannot load"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(ValueError, match="no word"):
+    with pytest.raises(UsageError, match="no word"):
         train_tokenizer(["", "  "])
-    with pytest.raises(ValueError, match="vocab_size must be at least"):
+    with pytest.raises(UsageError, match="vocab_size: expected at least"):
         train_tokenizer(CAPTIONS, 10)

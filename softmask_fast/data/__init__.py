@@ -1,1 +1,1 @@
-"""Images and captions: sources, distortions (DALI), masking, tokeniser, and the loader that joins them."""
+"""Images and captions: sources, augmentation (DALI), masking, tokenizer, and the loader that joins them."""

@@ -1,7 +1,7 @@
-"""Checks an image before DALI sees it: one file that DALI cannot decode would cost the whole batch.
+"""Checks images before they are decoded in batches: one file that DALI cannot decode would cost its whole batch.
 
-What DALI decodes exactly as stored (RGB and grey JPEG, PNG, WebP) passes through untouched. What differs between
-decoders (CMYK, palettes, alpha, 16 bits, rotation flags outside JPEG) is converted here by PIL, for all devices alike.
+Files that all decoders read alike (RGB and gray JPEG, PNG, WebP) pass through untouched. The others (CMYK, palettes,
+alpha, 16 bits, EXIF rotation outside JPEG) are converted by PIL, so that every device sees the same pixels.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from PIL import Image, ImageOps
 
 from softmask_fast.data.types import BadSample
 
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # normalization of CLIP and ALBEF, for pixels in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 89_478_485  # PIL's own limit against decompression bombs
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: a JPEG with further pictures behind it, as phones write it
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: a JPEG followed by further pictures, as phones write it
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What was found when an image was checked."""
+    """What checking an image found."""
 
     width: int  # pixels, after the EXIF rotation
     height: int
-    convert: bool  # True: DALI gets a copy converted by PIL
+    convert: bool  # True: decode the output of `convert_image` instead
 
 
 def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> ImageFacts:
-    """Decodes `image` (an encoded file, or (H, W, 3) uint8) in full.
+    """Decodes an image (an encoded file, or (H, W, 3) uint8) in full to find out how it can be used.
 
-    Raises BadSample for everything that cannot be trained on: empty, damaged, truncated, unsupported or over-large.
-    PIL itself refuses images of more than twice its `Image.MAX_IMAGE_PIXELS`, whatever `max_pixels` says.
+    Raises BadSample if it is empty, damaged, truncated, of an unsupported format, or larger than `max_pixels` (width
+    times height; PIL also rejects more than twice its `Image.MAX_IMAGE_PIXELS`).
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -48,7 +50,7 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
             width, height = picture.size
             _check_size(width, height, max_pixels)
             if picture.format not in FORMATS:
-                raise BadSample(f"image format {picture.format} is not supported (JPEG, PNG and WebP are)")
+                raise BadSample(f"image format {picture.format} is not supported (only JPEG, PNG and WebP)")
             is_jpeg = picture.format in ("JPEG", "MPO")
             if not is_jpeg and getattr(picture, "is_animated", False):
                 raise BadSample(f"image is an animated {picture.format}")
@@ -59,7 +61,7 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(f"image is too large: {error}") from error
-    # damaged bytes make PIL's decoders raise nearly anything (OSError, SyntaxError, struct.error, zlib.error, ...)
+    # on damaged bytes PIL's decoders raise nearly anything (OSError, SyntaxError, struct.error, zlib.error, ...)
     except Exception as error:
         raise BadSample(f"image cannot be decoded: {error}") from error
     if orientation in _TRANSPOSED:
@@ -68,20 +70,26 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
 
 
 def image_size(image: bytes | np.ndarray) -> tuple[int, int]:
-    """Width and height in pixels, upright. Raises BadSample for an image that cannot be used."""
+    """Width and height in pixels, after the EXIF rotation. Raises BadSample if the image cannot be used."""
     facts = check_image(image)
     return facts.width, facts.height
 
 
-def convert_image(image: bytes) -> bytes:
-    """The image as an upright RGB PNG without alpha."""
+def decode_image(image: bytes | np.ndarray) -> Image.Image:
+    """The image, upright, as RGB without alpha."""
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
     with Image.open(io.BytesIO(image)) as picture:
         upright = ImageOps.exif_transpose(picture)
         if upright.mode.startswith("I"):  # 16 bits: PIL would clip instead of scale
             upright = Image.fromarray((np.asarray(upright, np.uint32) >> 8).astype(np.uint8))
-        rgb = upright.convert("RGB")
+        return upright.convert("RGB")
+
+
+def convert_image(image: bytes) -> bytes:
+    """The image as an upright RGB PNG without alpha."""
     buffer = io.BytesIO()
-    rgb.save(buffer, "PNG", compress_level=1)
+    decode_image(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

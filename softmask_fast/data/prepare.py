@@ -1,4 +1,4 @@
-"""Makes checked WebDataset shards of a folder of images and a table of captions; writes indexes of shards."""
+"""Turns a folder of images and a table of captions into checked WebDataset shards; indexes existing shards."""
 
 from __future__ import annotations
 
@@ -11,50 +11,63 @@ import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from softmask_fast.data.images import check_image, convert_image
-from softmask_fast.data.remote.download import file_sha256
-from softmask_fast.data.shards import SUFFIX, write_index
+from softmask_fast.data.parsing import parse_phrases, usable_captions
+from softmask_fast.data.shards import INDEX_SUFFIX, write_index
 from softmask_fast.data.sources import expand_names, expand_paths
-from softmask_fast.data.types import BadSample, parse_phrases, usable_captions
+from softmask_fast.data.types import BadSample
+from softmask_fast.errors import UsageError
+from softmask_fast.utils import file_sha256, write_json, write_text
 
-JPEG_QUALITY = 95  # of images that are made smaller; the others keep their bytes
+JPEG_QUALITY = 95  # of downsized images; the others keep their bytes
+TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides the shards; a run that was interrupted goes on only with the same plan."""
+    """What determines the shards; an interrupted run can only be continued with the same plan."""
 
     pairs_sha256: str
     images: str  # absolute folder
-    shard_size: int  # images that are listed for a shard; the bad ones among them leave it smaller
+    shard_size: int  # listed images per shard; bad ones make a shard smaller
     short_side: int | None  # pixels
     image_column: str
     caption_column: str
 
 
 @dataclass
-class Prepared:
-    """What came of it."""
+class ShardsReport:
+    """What `make_shards` wrote and what it dropped."""
 
-    listed: int  # images
+    listed: int  # images in the table
     samples: int
     shards: int
-    skipped_captions: int  # without a word, beside good ones
+    skipped_captions: int  # without a word, of images that have others
     bad: list[tuple[int, str, str]]  # row, image, reason
 
 
-def prepare(
+@dataclass
+class TableEntry:
+    """An image of the table with the captions of all its rows, unchecked."""
+
+    row: int  # of its first mention, counted from 1 without the header
+    image: str
+    captions: list[Any] = field(default_factory=list)
+    phrases: list[Any] = field(default_factory=list)
+
+
+def make_shards(
     pairs: Path,
     images: Path,
     out: Path,
@@ -65,144 +78,151 @@ def prepare(
     caption_column: str = "caption",
     workers: int | None = None,
     progress: bool = False,
-) -> Prepared:
-    """Decodes every listed image and writes the good ones to out/shard-000000.tar, ... with an index beside each.
+) -> ShardsReport:
+    """Decodes every listed image and writes the good ones to out/shard-000000.tar, ..., each with an index.
 
-    Rows of one image become one sample with several captions. Bad images and captions are listed in out/bad.csv, the
-    figures in out/prepared.json, which is written last. The shards are a function of the arguments alone (not of
-    `workers`, default: all cores). A run that was interrupted goes on when it is called again.
-    Raises ValueError or OSError for what the caller can put right, before anything is written.
+    Rows of one image become one sample with several captions. Bad images are listed in out/bad.csv, the counts in
+    out/prepared.json, which is written last. The same input gives the same bytes. Calling it again continues an
+    interrupted run.
+
+    Args:
+        pairs: The table, in one of `TABLE_FORMATS`.
+        images: Folder of the image paths in the table.
+        out: Folder of the shards, new or empty.
+        shard_size: Listed images per shard.
+        short_side: Images with a longer short side, in pixels, become JPEGs of that size.
+        image_column: Name of the column of image paths.
+        caption_column: Name of the column of captions.
+        workers: Number of processes; default: all cores.
+        progress: Show a progress bar.
+
+    Raises:
+        UsageError: If an argument, the table or a folder is wrong; nothing has been written then.
     """
     for name, value, least in (("shard_size", shard_size, 1), ("short_side", short_side, 16), ("workers", workers, 1)):
         if value is not None and value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+            raise UsageError(f"{name}: expected at least {least}, got {value}")
     if not images.is_dir():
-        raise ValueError(f"images: expected a folder, {images} is none")
+        raise UsageError(f"images: expected a folder, got {images}")
     if image_column == caption_column:
-        raise ValueError(f"caption_column: expected another column than image_column, got {caption_column!r}")
+        raise UsageError(f"caption_column: expected another column than image_column, got {caption_column!r}")
     entries = read_table(pairs, image_column, caption_column)
     plan = Plan(file_sha256(pairs), os.path.abspath(images), shard_size, short_side, image_column, caption_column)
     work = _start(out, plan)
     try:
         with FileLock(work / "lock").acquire(blocking=False):
-            done = list(_make_shards(entries, plan, out, work, workers, progress))
-            report = Prepared(
+            shards = list(_write_shards(entries, plan, out, work, workers, progress))
+            report = ShardsReport(
                 listed=len(entries),
-                samples=sum(part["samples"] for part in done),
-                shards=sum(part["samples"] > 0 for part in done),
-                skipped_captions=sum(part["skipped_captions"] for part in done),
-                bad=[tuple(row) for part in done for row in part["bad"]],
+                samples=sum(shard["samples"] for shard in shards),
+                shards=sum(shard["samples"] > 0 for shard in shards),
+                skipped_captions=sum(shard["skipped_captions"] for shard in shards),
+                bad=[tuple(row) for shard in shards for row in shard["bad"]],
             )
-            with _written(out / "bad.csv") as file:
-                csv.writer(file, lineterminator="\n").writerows([("row", "image", "reason"), *report.bad])
-            figures = asdict(report) | {"bad": len(report.bad), "plan": asdict(plan)}
-            with _written(out / "prepared.json") as file:
-                file.write(json.dumps(figures, indent=2) + "\n")
+            table = io.StringIO()
+            csv.writer(table, lineterminator="\n").writerows([("row", "image", "reason"), *report.bad])
+            # a name may contain a lone surrogate
+            write_text(out / "bad.csv", table.getvalue().encode("utf-8", "backslashreplace").decode("utf-8"))
+            write_json(out / "prepared.json", asdict(report) | {"bad": len(report.bad), "plan": asdict(plan)})
     except Timeout:
-        raise ValueError(f"out: another process is preparing {out}") from None
+        raise UsageError(f"out: another process is preparing {out}") from None
     shutil.rmtree(work)
     return report
 
 
 def write_indexes(data: str | Sequence[str], progress: bool = False) -> int:
-    """Writes `<shard>.index.jsonl` beside local shards; returns how many. Raises ValueError for what is no shard."""
+    """Writes `<shard>.index.jsonl` next to each local shard; returns how many. Raises UsageError for damaged shards."""
     paths = expand_paths(expand_names(data))
     if wrong := [path for path in paths if path.suffix != ".tar"]:
-        raise ValueError(f"shards: expected .tar files, got {wrong[0]}")
+        raise UsageError(f"shards: expected .tar files, got {wrong[0]}")
     for path in tqdm(paths, unit="shard", disable=not progress):
-        write_index(path, path.with_name(path.name + SUFFIX))
+        write_index(path, path.with_name(path.name + INDEX_SUFFIX))
     return len(paths)
 
 
 def _start(out: Path, plan: Plan) -> Path:
-    """The folder of what is done so far, new or that of the run to go on with."""
+    """The folder of unfinished work: a new one, or that of the run to continue."""
     work = out / "unfinished"
     if (out / "prepared.json").exists():
-        raise ValueError(f"out: {out} is prepared already; choose another folder, or remove this one")
+        raise UsageError(f"out: {out} is prepared already; choose another folder, or remove this one")
     if (work / "plan.json").exists():
         begun = json.loads((work / "plan.json").read_text())
         for name, value in asdict(plan).items():
             if begun[name] != value:
-                raise ValueError(f"out: {out} was begun with {name} {begun[name]!r}, now it is {value!r}")
+                raise UsageError(f"out: {out} was begun with {name} {begun[name]!r}, now it is {value!r}")
         return work
     if out.exists() and any(path != work for path in out.iterdir()):
-        raise ValueError(f"out: expected a new or empty folder, {out} holds files")
+        raise UsageError(f"out: expected a new or empty folder, {out} holds files")
     work.mkdir(parents=True, exist_ok=True)
-    with _written(work / "plan.json") as file:
-        file.write(json.dumps(asdict(plan), indent=2) + "\n")
+    write_json(work / "plan.json", asdict(plan))
     return work
 
 
-def _make_shards(
-    entries: list[Entry], plan: Plan, out: Path, work: Path, workers: int | None, progress: bool
+def _write_shards(
+    entries: list[TableEntry], plan: Plan, out: Path, work: Path, workers: int | None, progress: bool
 ) -> Iterator[dict[str, Any]]:
-    """What is known of every shard, in order; made in several processes."""
+    """Writes all shards in several processes; yields the summary of each, in order."""
     parts = [entries[first : first + plan.shard_size] for first in range(0, len(entries), plan.shard_size)]
     workers = min(workers or len(os.sched_getaffinity(0)), len(parts))
     arguments = range(len(parts)), parts, repeat(plan), repeat(out), repeat(work)
-    with tqdm(total=len(entries), unit="image", disable=not progress) as bar:
-        if workers == 1:
-            for number, part in enumerate(map(_make_shard, *arguments)):
-                bar.update(len(parts[number]))
-                yield part
-            return
-        # spawn: a fork would copy the locks of other threads
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for number, part in enumerate(pool.map(_make_shard, *arguments)):
-                bar.update(len(parts[number]))
-                yield part
+    with tqdm(total=len(entries), unit="image", disable=not progress) as bar, ExitStack() as stack:
+        run = map
+        if workers > 1:  # spawn: a fork would copy the locks of other threads
+            run = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))).map
+        for part, summary in zip(parts, run(_write_shard, *arguments), strict=True):
+            bar.update(len(part))
+            yield summary
 
 
-def _make_shard(number: int, entries: list[Entry], plan: Plan, out: Path, work: Path) -> dict[str, Any]:
-    """Writes one shard and its index, unless an earlier run has; its note in `work` comes last."""
-    shard, note = out / f"shard-{number:06d}.tar", work / f"shard-{number:06d}.json"
-    if note.exists():
-        return json.loads(note.read_text())
+def _write_shard(number: int, entries: list[TableEntry], plan: Plan, out: Path, work: Path) -> dict[str, Any]:
+    """Writes one shard and its index, then its summary in `work`; skips what an earlier run has finished."""
+    shard, done = out / f"shard-{number:06d}.tar", work / f"shard-{number:06d}.json"
+    if done.exists():
+        return json.loads(done.read_text())
     partial = work / shard.name
     bad: list[tuple[int, str, str]] = []
     samples = skipped_captions = 0
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for place, entry in enumerate(entries, number * plan.shard_size):
+        for index, entry in enumerate(entries, number * plan.shard_size):
             try:
                 extension, image, text, skipped = _sample(entry, plan)
             except BadSample as error:
                 bad.append((entry.row, entry.image, str(error)))
                 continue
-            for name, content in ((f"{place:09d}.{extension}", image), (f"{place:09d}.json", text)):
-                member = tarfile.TarInfo(name)  # no times, no owners: the same input gives the same bytes
+            for name, content in ((f"{index:09d}.{extension}", image), (f"{index:09d}.json", text)):
+                member = tarfile.TarInfo(name)  # without times and owners: the same input gives the same bytes
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
             samples += 1
             skipped_captions += skipped
     if samples:
         os.replace(partial, shard)
-        write_index(shard, shard.with_name(shard.name + SUFFIX))
+        write_index(shard, shard.with_name(shard.name + INDEX_SUFFIX))
     else:
         partial.unlink()
-    result = {"samples": samples, "skipped_captions": skipped_captions, "bad": bad}
-    with _written(note) as file:
-        file.write(json.dumps(result))
-    return result
+    summary = {"samples": samples, "skipped_captions": skipped_captions, "bad": bad}
+    write_text(done, json.dumps(summary))
+    return summary
 
 
-def _sample(entry: Entry, plan: Plan) -> tuple[str, bytes, bytes, int]:
-    """Extension, image and JSON of a sample, and how many captions were left out. Raises BadSample."""
+def _sample(entry: TableEntry, plan: Plan) -> tuple[str, bytes, bytes, int]:
+    """Extension, image and JSON of a sample, and how many captions were dropped. Raises BadSample."""
     if not entry.image:
         raise BadSample(f"no image in column {plan.image_column!r}")
     captions, skipped = usable_captions(entry.captions, f"column {plan.caption_column!r}")
     parse_phrases(entry.phrases)
     path = os.path.normpath(os.path.join(plan.images, entry.image))
-    if not path.startswith(os.path.join(plan.images, "")):  # a table from elsewhere may name any file
+    if not path.startswith(os.path.join(plan.images, "")):  # the table is not trusted
         raise BadSample(f"image lies outside of {plan.images}")
+    if not os.path.isfile(path):
+        raise BadSample("image does not exist")
     try:
-        if not os.path.isfile(path):
-            raise BadSample("image is not there")
         image = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+    except OSError as error:
         raise BadSample(f"image cannot be read: {error}") from error
     facts = check_image(image)
     if plan.short_side is not None and min(facts.width, facts.height) > plan.short_side:
-        extension, image = "jpg", _smaller(convert_image(image) if facts.convert else image, plan.short_side)
+        extension, image = "jpg", _downsize(convert_image(image) if facts.convert else image, plan.short_side)
     else:
         with Image.open(io.BytesIO(image)) as picture:
             extension = _EXTENSIONS[picture.format]
@@ -210,8 +230,8 @@ def _sample(entry: Entry, plan: Plan) -> tuple[str, bytes, bytes, int]:
     return extension, image, json.dumps(text).encode("ascii"), skipped
 
 
-def _smaller(image: bytes, short_side: int) -> bytes:
-    """The upright image as a JPEG with this short side."""
+def _downsize(image: bytes, short_side: int) -> bytes:
+    """The upright image as a JPEG with this short side, in pixels."""
     with Image.open(io.BytesIO(image)) as picture:
         upright = ImageOps.exif_transpose(picture)
     scale = short_side / min(upright.size)
@@ -221,50 +241,32 @@ def _smaller(image: bytes, short_side: int) -> bytes:
     return buffer.getvalue()
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[TextIO]:
-    """A text file that appears whole, or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        yield file
-    os.replace(temporary, path)
+def read_table(path: Path, image_column: str, caption_column: str) -> list[TableEntry]:
+    """The images in the order of their first mention. A caption may be a string or a list of strings.
 
-
-KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-
-
-@dataclass
-class Entry:
-    """An image as it is listed, with the captions of all its rows; nothing is checked yet."""
-
-    row: int  # of its first mention, from 1, a header not counted
-    image: str
-    captions: list[Any] = field(default_factory=list)
-    phrases: list[Any] = field(default_factory=list)
-
-
-def read_table(path: Path, image_column: str, caption_column: str) -> list[Entry]:
-    """The images in the order of their first mention. A caption may be a text or a list of texts.
-
-    Raises ValueError when the table cannot be read or has not these columns, ModuleNotFoundError for parquet without
-    pyarrow.
+    Raises:
+        UsageError: If the table cannot be read or lacks one of the columns.
+        ModuleNotFoundError: For parquet without pyarrow.
     """
-    if path.suffix not in KINDS:
-        raise ValueError(f"pairs: expected a table ({', '.join(KINDS)}), got {path}")
-    entries: dict[str, Entry] = {}
+    if path.suffix not in TABLE_FORMATS:
+        raise UsageError(f"pairs: expected a table ({', '.join(TABLE_FORMATS)}), got {path}")
+    entries: dict[str, TableEntry] = {}
     for number, row in enumerate(_rows(path, (image_column, caption_column)), 1):
         if not isinstance(row, dict):
-            raise ValueError(f"pairs: {path}: row {number} must be an object, got {str(row)[:60]!r}")
-        # JSON and JSON lines have no header: a row without an image is listed as bad later
+            raise UsageError(f"pairs: {path}: row {number} must be an object, got {str(row)[:60]!r}")
+        # JSON has no header: a row without an image is reported as bad later
         image = row.get(image_column)
         name = image if isinstance(image, str) else "" if image is None else str(image)[:200]
-        entry = entries.setdefault(name or f"\0{number}", Entry(number, name))
+        entry = entries.setdefault(name or f"\0{number}", TableEntry(number, name))
         captions = row.get(caption_column)
-        entry.captions += captions if isinstance(captions, list) else [] if captions is None else [captions]
+        if isinstance(captions, list):
+            entry.captions += captions
+        elif captions is not None:
+            entry.captions.append(captions)
         phrases = row.get("phrases") or []
         entry.phrases += phrases if isinstance(phrases, list) else [phrases]
     if not entries:
-        raise ValueError(f"pairs: {path} lists no images")
+        raise UsageError(f"pairs: {path} lists no images")
     return list(entries.values())
 
 
@@ -288,7 +290,7 @@ def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Any]:
                 _check_columns(reader.fieldnames or [], columns)
                 yield from reader
     except (ValueError, csv.Error, RecursionError) as error:
-        raise ValueError(f"pairs: {path} cannot be read: {error}") from error
+        raise UsageError(f"pairs: {path} cannot be read: {error}") from error
 
 
 def _parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
@@ -297,7 +299,7 @@ def _parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict[str, An
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"pairs: {path}: reading parquet needs pyarrow (pip install pyarrow); or give a CSV or JSON table",
+            f"pairs: {path}: reading parquet needs pyarrow (pip install pyarrow); or use a CSV or JSON table",
             name="pyarrow",
         ) from error
     try:
@@ -307,9 +309,9 @@ def _parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict[str, An
             for batch in file.iter_batches(columns=wanted):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
-        raise ValueError(f"pairs: {path} cannot be read: {error}") from error
+        raise UsageError(f"pairs: {path} cannot be read: {error}") from error
 
 
-def _check_columns(there: Iterable[str], wanted: Iterable[str]) -> None:
-    if missing := [name for name in wanted if name not in there]:
-        raise ValueError(f"no column {missing[0]!r}; there are {', '.join(map(repr, there))}")
+def _check_columns(columns: Sequence[str], wanted: Iterable[str]) -> None:
+    if missing := [name for name in wanted if name not in columns]:
+        raise ValueError(f"no column {missing[0]!r}; the columns are {', '.join(map(repr, columns))}")

@@ -7,82 +7,91 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
-from softmask_fast.data.remote.download import file_sha256
+from softmask_fast.data.parsing import distinct_keys, parse_phrases, relative_names, usable_captions
 from softmask_fast.data.seeding import image_ids
-from softmask_fast.data.types import (
-    BadSample,
-    Phrase,
-    Sample,
-    distinct_keys,
-    parse_phrases,
-    relative_names,
-    usable_captions,
-)
-from softmask_fast.utils import write_text
+from softmask_fast.data.types import BadSample, Phrase, Sample
+from softmask_fast.errors import UsageError
+from softmask_fast.utils import file_sha256, write_text
 
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CAPTION_EXTENSIONS = ("json", "txt")
-# recognised only so that the sample is named as bad, with this as the reason
+# recognized only to report the sample as bad, with this as the reason
 UNSUPPORTED_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "heic", "jp2", "svg")
 
+INDEX_FORMAT = "softmask_fast shard index, version 1"
+INDEX_SUFFIX = ".index.jsonl"
 
-@dataclass
-class Entry:
-    """One sample: where its members lie in the shard."""
+Members = dict[str, tuple[int, int]]  # extension -> offset and size in bytes within the shard
 
-    shard: str
+
+class ShardEntry(NamedTuple):
+    """One sample of a shard."""
+
     name: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension -> offset, size in bytes
+    members: Members
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """The first line of an index: what is known of a shard before its samples are listed."""
+
+    samples: int
+    bytes: int
+    sha256: str
 
 
 class ShardSource:
-    """Samples of tar files: `name.jpg` (.jpeg, .png, .webp) beside `name.json` or `name.txt`.
+    """Samples of tar files: `name.jpg` (.jpeg, .png, .webp) next to `name.json` or `name.txt`.
 
     JSON: {"captions": [...]} or {"caption": "..."}, optionally "phrases"; text: one caption per line. Keys are
-    "shard/name", the shard as seen from the folder of them all, with "#2" behind the second of the same.
+    "shard/name", with the shard's path relative to the common folder of all shards; repeated keys get "#2", "#3", ...
     """
 
     encoded = True
 
     def __init__(self, shards: Sequence[Path]):
-        self._entries = [entry for shard in shards for entry in index_shard(shard)]
-        if not self._entries:
-            raise ValueError(f"data: no samples in {len(shards)} shards, the first is {shards[0]}")
-        paths = [os.path.abspath(shard) for shard in shards]
-        names = dict(zip(map(str, shards), relative_names(paths), strict=True))
-        self.keys = distinct_keys(
-            [f"{names[entry.shard].removesuffix('.tar')}/{entry.name}" for entry in self._entries]
-        )
+        """Raises UsageError if a shard is damaged or there are no samples."""
+        self._entries: list[tuple[Path, Members]] = []
+        keys = []
+        for shard, name in zip(shards, relative_names([os.path.abspath(shard) for shard in shards]), strict=True):
+            for entry in index_shard(shard):
+                self._entries.append((shard, entry.members))
+                keys.append(f"{name.removesuffix('.tar')}/{entry.name}")
+        if not keys:
+            raise UsageError(f"data: no samples in {len(shards)} shards, the first is {shards[0]}")
+        self.keys = distinct_keys(keys)
         self.image_ids = image_ids(self.keys)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def read(self, index: int) -> Sample:
-        entry = self._entries[index]
+        shard, members = self._entries[index]
         try:
-            with FileIO(entry.shard) as file:
-                return read_sample(self.keys[index], entry.members, file)
+            with FileIO(shard) as file:
+                return read_sample(self.keys[index], members, file)
         except OSError as error:
             raise BadSample(f"shard cannot be read: {error}") from error
 
 
-def read_sample(key: str, members: dict[str, tuple[int, int]], shard: FileIO) -> Sample:
-    """members: extension -> offset, size in bytes. Raises BadSample when the sample cannot be used."""
+def read_sample(key: str, members: Members, shard: FileIO) -> Sample:
+    """Reads one sample of an open shard. Raises BadSample if it cannot be used."""
     image = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
     if image is None:
-        raise BadSample(f"no .jpg, .jpeg, .png or .webp file; there is {', '.join(members)}")
+        raise BadSample(f"no .jpg, .jpeg, .png or .webp file, only {', '.join(members)}")
     captions, skipped, phrases = _read_captions(members, shard)
     return Sample(key, _read_member(members, image, shard), captions, phrases, skipped)
 
 
-def _read_captions(members: dict[str, tuple[int, int]], shard: FileIO) -> tuple[list[str], int, list[Phrase]]:
+def _read_captions(members: Members, shard: FileIO) -> tuple[list[str], int, list[Phrase]]:
+    """The captions, how many were dropped, and the phrases."""
     if "json" in members:
         try:
             content = json.loads(_read_member(members, "json", shard))
@@ -106,7 +115,7 @@ def _read_captions(members: dict[str, tuple[int, int]], shard: FileIO) -> tuple[
     return captions, skipped, []
 
 
-def _read_member(members: dict[str, tuple[int, int]], extension: str, shard: FileIO) -> bytes:
+def _read_member(members: Members, extension: str, shard: FileIO) -> bytes:
     offset, size = members[extension]
     content = os.pread(shard.fileno(), size, offset)
     if len(content) < size:
@@ -114,10 +123,10 @@ def _read_member(members: dict[str, tuple[int, int]], extension: str, shard: Fil
     return content
 
 
-def index_shard(shard: Path) -> Iterator[Entry]:
-    """The samples of one tar file, in its order. Raises ValueError when it is no tar file or is damaged."""
+def index_shard(shard: Path) -> Iterator[ShardEntry]:
+    """The samples of one tar file, in file order. Raises UsageError if it is damaged or no tar file."""
     entry, others = None, 0
-    for member in _members(shard):
+    for member in _tar_members(shard):
         folder, _, file_name = member.name.removeprefix("./").rpartition("/")
         stem, _, extension = file_name.partition(".")
         name, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
@@ -128,26 +137,26 @@ def index_shard(shard: Path) -> Iterator[Entry]:
         if entry is None or entry.name != name or extension in entry.members:
             if entry is not None:
                 yield entry
-            entry = Entry(str(shard), name)
+            entry = ShardEntry(name, {})
         entry.members[extension] = (member.offset_data, member.size)
     if entry is not None:
         yield entry
     if others:
-        logger.info("%s: %d members are neither images nor captions", shard, others)
+        logger.info("%s: ignored %d files that are neither images nor captions", shard, others)
 
 
-def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
+def _tar_members(shard: Path) -> Iterator[tarfile.TarInfo]:
     size = os.path.getsize(shard)
     try:
         with tarfile.open(shard, "r:", encoding="utf-8", errors="backslashreplace") as archive:
             try:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # tarfile keeps all it has seen
+                    archive.members.clear()  # tarfile keeps all members it has seen
                     yield member
             except tarfile.ReadError:
                 if archive.offset <= size:
                     raise
-                # reading that one file fails, which makes its sample a bad one
+                # reading the last file will fail and make its sample a bad one
                 logger.warning("%s is cut off inside its last file, at byte %d", shard, size)
                 return
             # tarfile stops silently at a header it cannot read
@@ -156,74 +165,59 @@ def _members(shard: Path) -> Iterator[tarfile.TarInfo]:
             if block.strip(b"\0"):
                 raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset} of {size}")
     except tarfile.ReadError as error:
-        raise ValueError(f"data: {shard} is not a readable tar file (uncompressed): {error}") from error
+        raise UsageError(f"data: {shard} is not a readable tar file (uncompressed): {error}") from error
 
 
-FORMAT = "softmask_fast shard index, version 1"
-
-
-SUFFIX = ".index.jsonl"
-
-
-@dataclass(frozen=True)
-class IndexHead:
-    """What is known of a shard before its samples are listed."""
-
-    samples: int
-    bytes: int
-    sha256: str
-
-
-def write_index(shard: Path, path: Path) -> IndexHead:
-    """Indexes a local shard; the file at `path` appears whole. Raises ValueError when the shard is damaged."""
-    entries = [(entry.name, entry.members) for entry in index_shard(shard)]
-    head = IndexHead(len(entries), os.path.getsize(shard), file_sha256(shard))
-    lines = [json.dumps({"format": FORMAT, **vars(head)})]
+def write_index(shard: Path, path: Path) -> IndexHeader:
+    """Indexes a local shard and writes the index atomically. Raises UsageError if the shard is damaged."""
+    entries = list(index_shard(shard))
+    header = IndexHeader(len(entries), os.path.getsize(shard), file_sha256(shard))
+    lines = [json.dumps({"format": INDEX_FORMAT, **asdict(header)})]
     lines += [json.dumps(entry, separators=(",", ":")) for entry in entries]
     write_text(path, "\n".join(lines) + "\n")
-    return head
+    return header
 
 
-def read_head(path: Path) -> IndexHead:
-    """The first line alone. Raises ValueError when it is not that of an index."""
+def read_header(path: Path) -> IndexHeader:
+    """Reads only the first line of an index. Raises UsageError if it is no index."""
     with open(path, "rb") as file:
-        return parse_head(file.readline(10_000), str(path))
+        return _parse_header(file.readline(10_000), str(path))
 
 
-def read_index(path: Path) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """Name and members (extension -> offset, size) of every sample. Raises ValueError when the file is malformed."""
+def read_index(path: Path) -> list[ShardEntry]:
+    """The samples that an index lists. Raises UsageError if it is malformed."""
     return parse_index(path.read_bytes().splitlines(), str(path))
 
 
-def parse_head(line: bytes, where: str) -> IndexHead:
-    try:
-        content = json.loads(line)
-        if content["format"] == FORMAT and _sizes([content["samples"], content["bytes"]]):
-            return IndexHead(content["samples"], content["bytes"], str(content["sha256"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise ValueError(f"data: {where} is no shard index ({FORMAT}); write it anew (softmask-fast index)")
-
-
-def parse_index(lines: list[bytes], where: str) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """As `read_index`. A stranger may have written it: all offsets are seen to lie within the shard."""
-    head = parse_head(lines[0] if lines else b"", where)
+def parse_index(lines: Sequence[bytes], name: str) -> list[ShardEntry]:
+    """Like `read_index`, from lines. The index is not trusted: all offsets are checked to lie within the shard."""
+    header = _parse_header(lines[0] if lines else b"", name)
     entries = []
     for number, line in enumerate(lines[1:], 2):
         try:
-            name, members = json.loads(line)
-            good = isinstance(name, str) and bool(members)
+            sample, members = json.loads(line)
+            good = isinstance(sample, str) and bool(members)
             for offset, size in members.values():
-                good = good and _sizes([offset, size]) and offset + size <= head.bytes
+                good = good and _are_sizes([offset, size]) and offset + size <= header.bytes
         except (ValueError, TypeError, AttributeError, RecursionError):
             good = False
         if not good:
-            raise ValueError(f"data: {where}: line {number} is malformed: {line[:100]!r}")
-        entries.append((name, {extension: (offset, size) for extension, (offset, size) in members.items()}))
-    if len(entries) != head.samples:
-        raise ValueError(f"data: {where} lists {len(entries)} samples, its first line says {head.samples}")
+            raise UsageError(f"data: {name}: line {number} is malformed: {line[:100]!r}")
+        entries.append(ShardEntry(sample, {extension: tuple(span) for extension, span in members.items()}))
+    if len(entries) != header.samples:
+        raise UsageError(f"data: {name} lists {len(entries)} samples, but its first line says {header.samples}")
     return entries
 
 
-def _sizes(values: Iterable[object]) -> bool:
+def _parse_header(line: bytes, name: str) -> IndexHeader:
+    try:
+        content = json.loads(line)
+        if content["format"] == INDEX_FORMAT and _are_sizes([content["samples"], content["bytes"]]):
+            return IndexHeader(content["samples"], content["bytes"], str(content["sha256"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UsageError(f"data: {name} is not a shard index ({INDEX_FORMAT}); write it again with softmask-fast index")
+
+
+def _are_sizes(values: Iterable[object]) -> bool:
     return all(type(value) is int and value >= 0 for value in values)

@@ -1,7 +1,6 @@
-"""`shapes`: scenes of colored shapes in relations, drawn on the fly, with captions and the exact box of every object.
+"""`shapes`, the built-in data: scenes of colored shapes in relations, with captions and the exact box of every object.
 
-The embedded default data: needs no download, and grounding has a ground truth. Captions speak of left and right, so
-train on it with the horizontal flip switched off.
+Scenes are drawn on the fly; nothing is downloaded. Captions say left and right, so train without the horizontal flip.
 """
 
 from __future__ import annotations
@@ -10,12 +9,14 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from softmask_fast.data.seeding import image_ids, keyed_generator
 from softmask_fast.data.types import Phrase, Sample
+from softmask_fast.errors import UsageError
 
 COLORS = {
     "red": (220, 40, 40),
@@ -30,10 +31,9 @@ COLORS = {
     "white": (250, 250, 250),
 }
 SIZES = {"small": 0.11, "large": 0.16}  # half the width of an object, as a fraction of the image's
-INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NAMES = ("full", "color")  # of objects: "small red circle", or "red object", which is learned sooner
 DEFAULT_SCENES = {"train": 65_536, "val": 4096}
-VALIDATION_PARTS = (1, 4)  # one in four contents (objects and relation) is kept for validation
+VALIDATION_PARTS = (1, 4)  # one in four contents (objects and relations) is kept for validation
 _MARGIN = 0.01  # between objects, as a fraction of the width
 _SUPERSAMPLING = 2  # drawn larger and averaged, for smooth edges
 
@@ -72,12 +72,12 @@ _EXTENTS = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object; centre and half width as fractions of the image's width."""
+    """One object of a scene."""
 
     size: str
     color: str
     shape: str
-    x: float
+    x: float  # of the center, as fractions of the image's width and height
     y: float
 
     @property
@@ -86,14 +86,14 @@ class SceneObject:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """x1 y1 x2 y2 of the outline, fractions of width and height."""
+        """x1, y1, x2, y2 of the outline, as fractions of the image's width and height."""
         half = SIZES[self.size]
         x1, y1, x2, y2 = _EXTENTS[self.shape]
         return (self.x + half * x1, self.y + half * y1, self.x + half * x2, self.y + half * y2)
 
 
 def relation(first: SceneObject, second: SceneObject) -> str:
-    """Where `first` is, seen from `second`: along the axis on which they are further apart."""
+    """Where `first` is relative to `second`, along the axis on which they are further apart."""
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -101,7 +101,7 @@ def relation(first: SceneObject, second: SceneObject) -> str:
 
 
 class ShapesSource:
-    """Scenes numbered from 0; each depends on (seed, split, number, objects) alone.
+    """Numbered scenes, each determined by the seed, the split, its number and the options.
 
     No content (which objects, in which relation) occurs both in "train" and in another split.
     """
@@ -119,21 +119,26 @@ class ShapesSource:
         seed: int = 0,
         image_size: int = 64,
     ):
-        """objects: the smallest and largest number of objects in a scene; colors: of how many colors they are, the
-        fewer the sooner it is learned; names: how they are called, see NAMES (a scene's objects then differ in it);
-        image_size: width and height in pixels."""
+        """
+        Args:
+            num: Number of scenes; default: `DEFAULT_SCENES`.
+            objects: Smallest and largest number of objects in a scene, 2 or 3.
+            colors: How many colors there are; fewer are learned sooner.
+            names: How captions call the objects, one of `NAMES`; the names within a scene differ.
+            image_size: Width and height in pixels.
+        """
         num = DEFAULT_SCENES.get(split, DEFAULT_SCENES["val"]) if num is None else num
         if num < 1:
-            raise ValueError(f"shapes: num must be at least 1, got {num}")
+            raise UsageError(f"shapes: num must be at least 1, got {num}")
         if not 2 <= objects[0] <= objects[1] <= 3:
-            raise ValueError(f"shapes: objects must be 2, 3 or 2-3, got {objects[0]}-{objects[1]}")
+            raise UsageError(f"shapes: objects must be 2, 3 or 2-3, got {objects[0]}-{objects[1]}")
         if names not in NAMES:
-            raise ValueError(f"shapes: names must be {' or '.join(NAMES)}, got {names!r}")
+            raise UsageError(f"shapes: names must be {' or '.join(NAMES)}, got {names!r}")
         fewest = 2 if names == "full" else objects[1] + 1  # so that a scene can lack one
         if not fewest <= colors <= len(COLORS):
-            raise ValueError(f"shapes: colors must be {fewest} to {len(COLORS)}, got {colors}")
+            raise UsageError(f"shapes: colors must be {fewest} to {len(COLORS)}, got {colors}")
         if image_size < 16:
-            raise ValueError(f"shapes: image_size must be at least 16, got {image_size}")
+            raise UsageError(f"shapes: image_size must be at least 16, got {image_size}")
         self.num, self.objects, self.colors, self.names = num, objects, colors, names
         self.split, self.seed, self.image_size = split, seed, image_size
         self.keys = [f"shapes-{split}-{seed}-{index:06d}" for index in range(num)]
@@ -141,10 +146,10 @@ class ShapesSource:
 
     @classmethod
     def from_options(cls, options: str, *, split: str, seed: int, image_size: int) -> ShapesSource:
-        """From "num=4096,objects=2-3,colors=10,names=full" (each may be left out)."""
-        values: dict = {}
+        """From "num=4096,objects=2-3,colors=10,names=full", all optional; "colour" is accepted for "color"."""
+        values: dict[str, Any] = {}
         for option in filter(None, options.split(",")):
-            name, _, value = option.partition("=")
+            name, _, value = option.replace("colour", "color").partition("=")
             low, _, high = value.partition("-")
             try:
                 if name in ("num", "colors"):
@@ -156,7 +161,7 @@ class ShapesSource:
                 else:
                     raise ValueError(name)
             except ValueError:
-                raise ValueError(
+                raise UsageError(
                     f"shapes: cannot read option {option!r}; expected num=65536, objects=2-3, colors=10 or names=full"
                 ) from None
         return cls(**values, split=split, seed=seed, image_size=image_size)
@@ -165,7 +170,7 @@ class ShapesSource:
         return self.num
 
     def scene(self, index: int) -> list[SceneObject]:
-        """The objects of one scene, in the order in which its captions name them."""
+        """The objects of one scene, in the order in which the first caption names them."""
         generator = keyed_generator(self.seed, self.split, self.objects, index, "scene")
         while True:
             count = int(generator.integers(self.objects[0], self.objects[1] + 1))
@@ -180,14 +185,14 @@ class ShapesSource:
         return thing.name if self.names == "full" else f"{thing.color} object"
 
     def draw(self, index: int, scene: Sequence[SceneObject]) -> np.ndarray:
-        """The picture of one scene, with the background of that number: (image_size, image_size, 3) uint8."""
+        """Draws a scene on the background of that number: (image_size, image_size, 3) uint8."""
         return _paint(scene, self.image_size, keyed_generator(self.seed, self.split, index, "background"))
 
     def read(self, index: int) -> Sample:
         if not 0 <= index < self.num:
             raise IndexError(f"shapes: index {index} is outside [0, {self.num})")
         scene = self.scene(index)
-        described = describe(scene, self.name)
+        described = _describe(scene, self.name)
         return Sample(
             self.keys[index],
             self.draw(index, scene),
@@ -196,11 +201,8 @@ class ShapesSource:
         )
 
 
-def describe(
-    scene: Sequence[SceneObject], name: Callable[[SceneObject], str] = lambda thing: thing.name
-) -> list[tuple[str, list[Phrase]]]:
-    """Captions of a scene, each naming every object, with the phrases for the objects; the boxes of all objects are a
-    phrase's proposals."""
+def _describe(scene: Sequence[SceneObject], name: Callable[[SceneObject], str]) -> list[tuple[str, list[Phrase]]]:
+    """Captions that name every object, with their phrases; a phrase's proposals are the boxes of all objects."""
     texts: list[list[str | SceneObject]] = [
         _chain(scene, "{}"),
         _chain(scene[::-1], "{}"),
@@ -218,31 +220,30 @@ def _chain(scene: Sequence[SceneObject], link: str) -> list[str | SceneObject]:
     return parts
 
 
-def _caption(
-    parts: Sequence[str | SceneObject], name: Callable[[SceneObject], str]
-) -> tuple[str, list[Phrase]]:
+def _caption(parts: Sequence[str | SceneObject], name: Callable[[SceneObject], str]) -> tuple[str, list[Phrase]]:
+    """A caption and its phrases."""
     words: list[str] = []
-    places: list[tuple[SceneObject, int, int]] = []  # object, its first word, number of words
+    spans: list[tuple[SceneObject, int, int]] = []  # object, its first word, number of words
     for part in parts:
         text = f"a {name(part)}" if isinstance(part, SceneObject) else part
         if isinstance(part, SceneObject):
-            places.append((part, len(words), len(text.split())))
+            spans.append((part, len(words), len(text.split())))
         words += text.split()
-    caption, boxes = " ".join(words), [thing.box for thing, _, _ in places]
+    caption, boxes = " ".join(words), [thing.box for thing, _, _ in spans]
     return caption, [
-        Phrase(caption, " ".join(words[first : first + n]), first, n, [thing.box], boxes) for thing, first, n in places
+        Phrase(caption, " ".join(words[first : first + n]), first, n, [thing.box], boxes) for thing, first, n in spans
     ]
 
 
 def _draw_scene(generator: np.random.Generator, count: int, palette: int) -> list[SceneObject] | None:
-    """One random scene, or None when its objects overlap, look the same or stand in no clear relation."""
+    """One random scene, or None if objects overlap, look alike or are in no clear relation."""
     sizes, colors, shapes = list(SIZES), list(COLORS)[:palette], list(OUTLINES)
     kinds = generator.integers((len(sizes), len(colors), len(shapes)), size=(count, 3))
-    places = generator.random((count, 2))
+    positions = generator.random((count, 2))
     scene = []
-    for (size, color, shape), place in zip(kinds, places, strict=True):
+    for (size, color, shape), position in zip(kinds, positions, strict=True):
         half = SIZES[sizes[size]]
-        x, y = half + place * (1 - 2 * half)
+        x, y = half + position * (1 - 2 * half)
         scene.append(SceneObject(sizes[size], colors[color], shapes[shape], float(x), float(y)))
     if len({(thing.color, thing.shape) for thing in scene}) < count:
         return None
@@ -253,13 +254,13 @@ def _draw_scene(generator: np.random.Generator, count: int, palette: int) -> lis
                 return None
     for first, second in zip(scene, scene[1:], strict=False):
         dx, dy = abs(first.x - second.x), abs(first.y - second.y)
-        if max(dx, dy) < 1.5 * min(dx, dy):  # diagonal: neither "left of" nor "above" would be plain
+        if max(dx, dy) < 1.5 * min(dx, dy):  # diagonal: neither clearly "left of" nor "above"
             return None
     return scene
 
 
 def _is_validation(scene: Sequence[SceneObject]) -> bool:
-    """Whether the content, however it is worded, belongs to validation."""
+    """Whether the content, however worded, belongs to validation."""
     wording = min(
         " ".join(part.name if isinstance(part, SceneObject) else part for part in _chain(order, "{}"))
         for order in (scene, scene[::-1])
@@ -272,8 +273,8 @@ def _is_validation(scene: Sequence[SceneObject]) -> bool:
 def _paint(scene: Sequence[SceneObject], image_size: int, generator: np.random.Generator) -> np.ndarray:
     """(image_size, image_size, 3) uint8."""
     size = image_size * _SUPERSAMPLING
-    grey = int(generator.integers(90, 180))
-    background = tuple(int(c) for c in np.clip(grey + generator.integers(-15, 16, size=3), 0, 255))
+    gray = int(generator.integers(90, 180))
+    background = tuple(int(c) for c in np.clip(gray + generator.integers(-15, 16, size=3), 0, 255))
     canvas = Image.new("RGB", (size, size), background)
     draw = ImageDraw.Draw(canvas)
     for thing in scene:
@@ -285,5 +286,5 @@ def _paint(scene: Sequence[SceneObject], image_size: int, generator: np.random.G
     pixels = np.asarray(canvas.reduce(_SUPERSAMPLING))
     strongest = np.uint8(2 ** int(generator.integers(0, 5)) - 1)  # 0, 1, 3, ... 15
     noise = np.frombuffer(generator.bytes(pixels.size), np.uint8).reshape(pixels.shape) & strongest
-    # brightened by at most what 255 leaves room for
+    # without exceeding 255
     return pixels + np.minimum(noise, 255 - pixels)

@@ -1,4 +1,4 @@
-"""BERT's masking of word pieces, and the choice of the word that drives the soft mask."""
+"""BERT's masking of word pieces, and the random word that drives the soft mask."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from softmask_fast.errors import UsageError
+
 REPLACE_BY_MASK = 0.8  # BERT: 80 % [MASK], 10 % a random word piece, 10 % unchanged
 REPLACE_BY_RANDOM = 0.1
 
 
 @dataclass(frozen=True)
 class MaskedCaption:
-    """One caption after masking; positions count tokens from [CLS] = 0."""
+    """One caption after masking. Positions count tokens from [CLS] = 0."""
 
     ids: np.ndarray  # (L,) int64
     positions: np.ndarray  # (P,) int64, ascending: the word pieces to predict
@@ -22,11 +24,11 @@ class MaskedCaption:
 
 
 class TextMasker:
-    """Masks the captions of one tokeniser."""
+    """Masks captions that are tokenized by `tokenizer`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, mask_probability: float = 0.15):
         if not 0 <= mask_probability <= 1:
-            raise ValueError(f"mask_probability must be in [0, 1], got {mask_probability}")
+            raise UsageError(f"mask_probability: expected in [0, 1], got {mask_probability}")
         self.mask_probability = mask_probability
         self._mask_id = tokenizer.mask_token_id
         pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -34,17 +36,16 @@ class TextMasker:
         special[tokenizer.all_special_ids] = True
         self._special = special  # (V,) bool
         self._ordinary_ids = np.flatnonzero(~special)
-        # punctuation is masked like any word piece, but it is no word that an image could show
+        # punctuation may be masked, but is not a word that an image can show
         self._word_start = ~special & [
             not piece.startswith("##") and any(letter.isalnum() for letter in piece) for piece in pieces
         ]
 
     def mask(self, ids: np.ndarray, generator: np.random.Generator) -> MaskedCaption:
-        """Masks one caption, ids (L,) int64 with its special tokens and without padding.
+        """Masks one caption, ids (L,) int64 with special tokens and without padding, and draws its word.
 
-        Each word piece is chosen with `mask_probability`, at least one where there is any (none when the probability is
-        0). The word is one that was not chosen, where there is one; in a caption without a known word it is the first
-        token behind [CLS].
+        Each word piece is chosen with `mask_probability`, but at least one unless the probability is 0. The word is one
+        that was not chosen, if possible; in a caption without a known word it is the first token after [CLS].
         """
         candidates = np.flatnonzero(~self._special[ids])
         chosen = candidates[generator.random(len(candidates)) < self.mask_probability]

@@ -1,4 +1,4 @@
-"""BERT WordPiece tokenisers: loaded from a folder or the hub, or trained on the captions at hand."""
+"""BERT WordPiece tokenizers: loaded from a folder or the hub, or trained on captions."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from softmask_fast.errors import UsageError
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4 in a trained vocabulary
 MAX_LETTERS = 1000
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """Loads a tokeniser from a local folder, or by its name on the Hugging Face hub.
+    """Loads a tokenizer from a local folder, or by its name on the Hugging Face hub.
 
-    Raises ValueError when it cannot be had or is no BERT-style tokeniser.
+    Raises UsageError if it cannot be loaded or is no BERT-style tokenizer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, use_fast=True)
     except (OSError, ValueError, KeyError) as error:
-        where = (
-            "the local folder" if Path(name_or_path).is_dir() else "neither a local folder nor on the hub from here:"
-        )
-        raise ValueError(
-            f"tokenizer: cannot load {name_or_path!r} ({where} {name_or_path}). Give a folder written by "
-            f"save_pretrained() (with tokenizer.json), download one where there is a network (hf download "
-            f"google-bert/bert-base-uncased), or leave the name empty to train one on the captions. Reason: {error}"
+        where = "a local folder" if Path(name_or_path).is_dir() else "no local folder, and not found on the hub"
+        raise UsageError(
+            f"tokenizer: cannot load {name_or_path!r} ({where}). Pass a folder written by save_pretrained() (with "
+            f"tokenizer.json), download one on a machine with a network (hf download google-bert/bert-base-uncased), "
+            f"or leave the name empty to train one on the captions. Reason: {error}"
         ) from error
     missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
     if missing or not tokenizer.is_fast:
-        raise ValueError(f"tokenizer: {name_or_path!r} is no fast BERT WordPiece tokeniser (it lacks {missing})")
+        raise UsageError(f"tokenizer: {name_or_path!r} is no fast BERT WordPiece tokenizer (it lacks {missing})")
     return tokenizer
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> PreTrainedTokenizerFast:
-    """Learns a lower-case BERT WordPiece vocabulary of at most `vocab_size` entries, special tokens included.
+    """Trains a lowercase BERT WordPiece tokenizer of at most `vocab_size` entries, special tokens included.
 
     Deterministic: the same captions, in any order, give the same vocabulary. Characters beyond the `MAX_LETTERS` most
-    frequent become [UNK]. Raises ValueError when there is no word, or no room for the letters.
+    frequent become [UNK]. Raises UsageError if there is no word or the letters do not fit into the vocabulary.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True)
     texts = [normalizer.normalize_str(caption) for caption in captions]
     counts = Counter("".join(char for text in texts for char in text if not char.isspace()))
     if not counts:
-        raise ValueError("captions: there is no word to train a tokenizer on")
+        raise UsageError("captions: contain no word to train a tokenizer on")
     letters = sorted(sorted(counts, key=lambda char: (-counts[char], char))[:MAX_LETTERS])
-    # The trainer numbers "##x" in the order of a hash map and breaks ties by number: named beforehand, they stay put.
+    # the trainer would number "##x" in the order of a hash map and break ties by number; listing them fixes their ids
     fixed = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
     if vocab_size < len(fixed):
-        raise ValueError(f"vocab_size must be at least {len(fixed)} for the {len(letters)} letters, got {vocab_size}")
+        raise UsageError(f"vocab_size: expected at least {len(fixed)} for {len(letters)} letters, got {vocab_size}")
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(

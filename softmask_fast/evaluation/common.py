@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from softmask_fast.data.dali_pipeline import evaluation_pixels
 from softmask_fast.data.images import check_image
+from softmask_fast.data.pixels import evaluation_pixels
 from softmask_fast.data.types import BadSample
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ import torch
 
 from softmask_fast.data.images import image_size
 from softmask_fast.data.loader import SampleLoader
+from softmask_fast.data.parsing import distinct_keys, relative_names
 from softmask_fast.data.seeding import image_ids
 from softmask_fast.data.sources import expand_names, expand_paths
-from softmask_fast.data.types import BadSample, Phrase, Sample, distinct_keys, relative_names
+from softmask_fast.data.types import BadSample, Phrase, Sample
 from softmask_fast.tasks.synthetic import ShapesTask
 
 

@@ -1,1 +1,1 @@
-"""Shards by URL: what to download, the downloads, their cache on disk, and the source that reads them."""
+"""Shards by URL: options, downloads, their cache on disk, and the source that reads them."""

@@ -1,4 +1,4 @@
-"""A folder of downloaded shards, bounded in size, shared by all processes of a machine."""
+"""A size-limited folder of downloaded shards, shared by all processes of a machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from softmask_fast.data.remote.download import Downloader, without_query
+from softmask_fast.errors import UsageError
 
-_FULL_PAUSE = 0.1  # seconds; until others' downloads, which hold all the room, are done
+_FULL_PAUSE = 0.1  # seconds between checks while other downloads occupy all the space
 
 
 class ShardCache:
-    """Files are downloaded under another name and renamed when whole; the least recently used ones make room.
+    """Downloads shards on demand and evicts the least recently used ones to make room.
 
-    What is being downloaded counts with its full size from the start (its name says it), so files and downloads of all
-    processes together never exceed the limit. `folder` must be on a local disk: NFS locks are not to be relied on.
+    Files are downloaded under a temporary name, which states their full size, and renamed when complete. So shards and
+    downloads of all processes together never exceed the limit. The folder must be on a local disk: locks are unreliable
+    on NFS.
     """
 
     def __init__(self, folder: Path, limit: int, downloader: Downloader):
@@ -31,30 +33,30 @@ class ShardCache:
             (folder / name).mkdir(parents=True, exist_ok=True)
 
     def open(self, url: str, size: int, sha256: str | None = None) -> FileIO:
-        """The shard, downloaded where it is not here; read it soon, it may be evicted (an open file stays readable).
+        """Opens a shard of `size` bytes, downloading it if needed. An open file stays readable when it is evicted.
 
-        Raises UnreachableFile, and ValueError when it can never fit.
+        Raises UnreachableFile if the download fails, UsageError if the shard is larger than the cache.
         """
         path = self._folder / "shards" / self._name(url)
         while True:
-            if not self._is_here(path, size):
+            if not self._is_cached(path, size):
                 self._download(url, path, size, sha256)
             try:
                 return FileIO(path)
             except FileNotFoundError:
-                continue  # evicted in between
+                continue  # evicted in the meantime
 
     def index_path(self, url: str) -> Path:
-        """Where the index of a shard is kept."""
+        """Path of the cached index of a shard."""
         return self._folder / "indexes" / f"{self._name(url)}.index.jsonl"
 
     def lock(self, name: str) -> FileLock:
-        """Excludes all other threads and processes."""
+        """A lock between all threads and processes of the machine."""
         return FileLock(self._folder / "locks" / f"{name}.lock")
 
     def _download(self, url: str, path: Path, size: int, sha256: str | None) -> None:
         with self.lock(path.name):
-            if self._is_here(path, size):  # another thread or process was faster
+            if self._is_cached(path, size):  # downloaded by another thread or process
                 return
             partial = self._reserve(url, path, size)
             try:
@@ -65,17 +67,17 @@ class ShardCache:
                 partial.unlink(missing_ok=True)
 
     def _reserve(self, url: str, path: Path, size: int) -> Path:
-        """An empty file whose name reserves room for `size` bytes."""
+        """Makes room and creates an empty file whose name reserves `size` bytes."""
         if size > self.limit:
-            raise ValueError(
+            raise UsageError(
                 f"cache_gigabytes: expected {size / 1e9:.3g} or more for {without_query(url)}, got {self.limit / 1e9:g}"
             )
         while True:
             with self._space():
                 reserved = sum(self._reserved(path))
-                whole = sorted(self._whole_files())
-                used = reserved + sum(n for _, n, _ in whole)
-                for _, n, oldest in whole:
+                shards = sorted(self._shards())
+                used = reserved + sum(n for _, n, _ in shards)
+                for _, n, oldest in shards:
                     if used + size <= self.limit:
                         break
                     Path(oldest).unlink(missing_ok=True)
@@ -87,11 +89,11 @@ class ShardCache:
             time.sleep(_FULL_PAUSE)
 
     def _reserved(self, own: Path) -> list[int]:
-        """The sizes of all downloads that are under way; what a killed process left is removed."""
+        """The sizes of all running downloads; removes what killed processes left."""
         sizes = []
         for partial in (self._folder / "shards").glob("*.partial"):
             name, size, _ = partial.name.rsplit(".", 2)
-            if name == own.name:  # we hold its lock, so no one writes it
+            if name == own.name:  # left by a killed process: we hold the lock
                 partial.unlink(missing_ok=True)
                 continue
             try:
@@ -101,17 +103,17 @@ class ShardCache:
                 sizes.append(int(size))
         return sizes
 
-    def _whole_files(self) -> list[tuple[int, int, str]]:
-        """(time of last use, bytes, path) of every shard that is here."""
+    def _shards(self) -> list[tuple[int, int, str]]:
+        """(time of last use in ns, size in bytes, path) of every cached shard."""
         with os.scandir(self._folder / "shards") as entries:
             files = [(entry.stat(), entry.path) for entry in entries if not entry.name.endswith(".partial")]
         return [(stat.st_mtime_ns, stat.st_size, path) for stat, path in files]
 
-    def _is_here(self, path: Path, size: int) -> bool:
-        """Also notes that the shard is in use."""
+    def _is_cached(self, path: Path, size: int) -> bool:
+        """Whether the shard is cached; marks it as used."""
         try:
             os.utime(path)
-            return path.stat().st_size == size  # not so after a power cut, or when the shard was replaced
+            return path.stat().st_size == size  # differs after a power failure, or if the shard was replaced
         except FileNotFoundError:
             return False
 

@@ -1,4 +1,4 @@
-"""The windowed order: every sample once, equal shares, shards as wholes, a function of names and numbers alone."""
+"""Samplers: every sample once, equally many per rank, shards as wholes, determined by names and counts alone."""
 
 import numpy as np
 import pytest
@@ -11,29 +11,29 @@ TOTAL = sum(COUNTS)
 SHARD = np.repeat(np.arange(len(COUNTS)), COUNTS)
 
 
-def places(rank=0, world_size=1, *, seed=3, epoch=0, start=0, window=3, **options):
+def indices(rank=0, world_size=1, *, seed=3, epoch=0, start=0, window=3, **options):
     return list(WindowedSampler(NAMES, COUNTS, window, **options).indices(seed, epoch, rank, world_size, start))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 12, 30])
 @pytest.mark.parametrize("window", [1, 3, 50])
 def test_every_sample_once_and_equal_shares(world_size, window):
-    ranks = [places(rank, world_size, window=window) for rank in range(world_size)]
+    ranks = [indices(rank, world_size, window=window) for rank in range(world_size)]
     assert sorted(index for rank in ranks for index in rank) == list(range(TOTAL))
     assert [len(rank) for rank in ranks] == [len(range(rank, TOTAL, world_size)) for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("start", [1, 20, 41, 53])
 def test_starting_late_gives_the_same_rest(start):
-    assert places(1, 2, start=start) == places(1, 2)[start:]
+    assert indices(1, 2, start=start) == indices(1, 2)[start:]
     keyed = HashSampler([str(i) for i in range(TOTAL)])
     assert list(keyed.indices(3, 0, 1, 2, start)) == list(keyed.indices(3, 0, 1, 2))[start:]
 
 
 def test_seed_epoch_and_window_change_the_order():
-    assert places() == places()
+    assert indices() == indices()
     for other in ({"seed": 4}, {"epoch": 1}, {"window": 2}):
-        assert places(**other) != places()
+        assert indices(**other) != indices()
     prints = {WindowedSampler(NAMES, COUNTS, window).fingerprint for window in (1, 2)}
     assert len(prints) == 2 and WindowedSampler(NAMES, COUNTS[::-1], 1).fingerprint not in prints
 

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from softmask_fast.data.sources import open_source
-from softmask_fast.data.synthetic import COLORS, INVERSE, OUTLINES, SIZES, ShapesSource, relation
+from softmask_fast.data.synthetic import COLORS, OUTLINES, SIZES, ShapesSource, relation
+from softmask_fast.errors import UsageError
+
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def test_a_scene_depends_on_its_names_alone():
@@ -80,10 +83,13 @@ def test_options_and_their_errors():
     source = open_source("shapes:num=30,objects=2-3")
     assert {len(source.scene(i)) for i in range(30)} == {2, 3}
     assert len(set(source.keys)) == len(set(source.image_ids.tolist())) == 30
+    for option in ("colors=4", "colours=4", "colors=4,names=color", "colours=4,names=colour"):
+        source = open_source(f"shapes:num=30,{option}")
+        assert (source.colors, source.names) == (4, "color" if "names" in option else "full")
     for options in ("shapes:nmu=3", "shapes:num=many", "shapes:num=0", "shapes:objects=4", "shapes:objects=3-2"):
-        with pytest.raises(ValueError, match="shapes"):
+        with pytest.raises(UsageError, match="shapes"):
             open_source(options)
-    with pytest.raises(ValueError, match="image_size"):
+    with pytest.raises(UsageError, match="image_size"):
         ShapesSource(image_size=8)
     with pytest.raises(IndexError, match="outside"):
         source.read(30)

@@ -13,6 +13,7 @@ from shard_files import encode, scene_files, write_shard, write_tar
 from softmask_fast.data.images import check_image, convert_image
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.types import BadSample
+from softmask_fast.errors import UsageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 JPEG = encode(PIXELS)
@@ -121,17 +122,17 @@ def test_what_is_missing_or_damaged_is_an_error_with_its_name(tmp_path):
     (tmp_path / "folder").mkdir()
     shards, lists = ["text", "empty", "cut", "garbled", "none"], ["broken", "object", "nothing", "wrong"]
     for name in [f"{name}.tar" for name in shards] + [f"{name}.json" for name in lists] + ["file.txt"]:
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(UsageError, match=name):
             open_source(str(tmp_path / name))
     for name in ("absent-{0..2}.tar", "folder", "x*.tar"):
-        with pytest.raises(FileNotFoundError, match=name.split("{")[0].replace("*", ".")):
+        with pytest.raises(UsageError, match=name.split("{")[0].replace("*", ".")):
             open_source(str(tmp_path / name))
-    with pytest.raises(ValueError, match="good.tar is local"):
+    with pytest.raises(UsageError, match="good.tar is local"):
         open_source(f"s3://bucket/a.tar,{good}")
-    with pytest.raises(ValueError, match="pipe"):
+    with pytest.raises(UsageError, match="pipe"):
         open_source("pipe:cat a.tar")
     for data in ("", [], "a-{0..2.tar"):
-        with pytest.raises(ValueError, match="data"):
+        with pytest.raises(UsageError, match="data"):
             open_source(data)
 
 
