@@ -283,7 +283,7 @@ def test_what_finds_no_place_is_said(albef, tmp_path, caplog):
 def test_a_fine_tuned_checkpoint_lacks_the_language_head_alone(albef, tmp_path, caplog):
     torch.save(fine_tuned(albef), tmp_path / "refcoco.pth")  # the state dict itself, as this one was released
     model = load_albef(tmp_path / "refcoco.pth")
-    assert "left at random: text_encoder.cls.predictions." in caplog.text and "itm_head" not in caplog.text
+    assert "initialized at random: text_encoder.cls.predictions." in caplog.text and "itm_head" not in caplog.text
     inputs = pairs()
     ours, theirs = our_answers(model, *inputs), albef.answers(*inputs)
     for what in theirs.keys() - {"MLM logits", "text tokens", "Grad-CAM 0", "Grad-CAM 1", "Grad-CAM 2"}:
@@ -299,7 +299,7 @@ def test_the_way_back_is_exact(albef, checkpoint, tmp_path):
         if teacher is not None:
             for parameter in teacher.model.parameters():
                 parameter.data.mul_(0.5)
-            teacher.contrast.enqueue(*torch.randn(2, 4, EMBED), torch.arange(4))
+            teacher.queue.enqueue(*torch.randn(2, 4, EMBED), torch.arange(4))
         save_albef(model, tmp_path / "ours.pth", teacher)
         state = torch.load(tmp_path / "ours.pth", weights_only=True)["model"]
         for name, expected in albef.state_dict().items():
@@ -317,7 +317,7 @@ def test_the_way_back_is_exact(albef, checkpoint, tmp_path):
     for what, expected in albef.answers(*inputs).items():
         torch.testing.assert_close(other.answers(*inputs)[what], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.vision_proj_m.weight, 0.5 * albef.vision_proj.weight)
-    assert torch.equal(other.image_queue[:, :4].T, teacher.contrast.image_queue[:4]) and other.queue_ptr.tolist() == [4]
+    assert torch.equal(other.image_queue[:, :4].T, teacher.queue.image_queue[:4]) and other.queue_ptr.tolist() == [4]
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
