@@ -102,7 +102,7 @@ def test_bad_arguments_are_named():
     image, text = features(4)
     for arguments, message in (
         (dict(use_horovod=True), "use_horovod: expected False"),
-        (dict(rank=2, world_size=2), "rank: expected one from 0 to world_size - 1 = 1, got 2"),
+        (dict(rank=2, world_size=2), "rank: expected a number from 0 to world_size - 1 = 1, got 2"),
         (dict(gamma=-1), "gamma: expected a number of at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
