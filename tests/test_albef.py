@@ -323,7 +323,7 @@ def test_the_way_back_is_exact(albef, checkpoint, tmp_path):
 
 def test_another_image_encoder_is_not_albefs():
     config = make_config("tiny", vocab_size=50, image_size=32, vision_model="vit_small_patch14_reg4_dinov2").model
-    with pytest.raises(ValueError, match="model: expected an image encoder as ALBEF's.*5 prefix tokens.*reg_token"):
+    with pytest.raises(ValueError, match="model: expected ALBEF's image encoder.*5 prefix tokens.*reg_token"):
         albef_state(VisionLanguageModel(config))
 
 
@@ -335,7 +335,7 @@ def changed(albef, drop=None, **tensors):
 
 
 def test_what_does_not_fit_is_named(albef, tmp_path):
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(ValueError, match="not a file"):
         load_albef(tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("no checkpoint")
     with pytest.raises(ValueError, match="text.pth.*cannot be read"):

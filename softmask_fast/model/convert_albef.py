@@ -67,15 +67,10 @@ _VIT = re.compile(
 
 @dataclass(frozen=True)
 class AlbefReport:
-    """What was not converted, by the names in the checkpoint.
+    """What was not converted, by the names in the checkpoint."""
 
-    Attributes:
-        unplaced: tensors of the checkpoint that the model does not have.
-        absent: parameters of heads that the checkpoint lacks; they keep their random initialization.
-    """
-
-    unplaced: list[str]
-    absent: list[str]
+    unplaced: list[str]  # tensors that the model does not have
+    absent: list[str]  # parameters of heads that the checkpoint lacks; they keep their random initialization
 
     def __str__(self) -> str:
         kinds = {
@@ -99,13 +94,10 @@ class AlbefReport:
 def load_albef(
     path: str | Path, *, image_size: int | None = None, head_width: int = 64, complete: bool = False
 ) -> VisionLanguageModel:
-    """Reads an ALBEF checkpoint, pretrained or fine-tuned.
-
-    Unused tensors and missing heads are logged as a warning; `load_albef_state` returns them. Only tensors and plain
-    containers are unpickled.
+    """Reads an ALBEF checkpoint, pretrained or fine-tuned; only tensors and plain containers are unpickled.
 
     Args:
-        path: of the .pth file.
+        path: of the .pth file. What cannot be converted is logged as a warning; `load_albef_state` returns it.
         image_size: side of the input in pixels; default: the checkpoint's. Position embeddings are interpolated as
             ALBEF does.
         head_width: width of an attention head, the only size that no tensor shows.
@@ -167,17 +159,11 @@ def load_albef_state(
 
 
 def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = None) -> dict[str, Tensor]:
-    """The state dict of ALBEF's pretraining model with our weights.
+    """The state dict of ALBEF's pretraining model with our weights; its tensors share memory with the model's.
 
-    Key biases of the cross-attention are zero.
-
-    Args:
-        model: its tensors are shared, not copied.
-        teacher: adds its momentum copy and queue, as ALBEF's strict loading needs. Without one the momentum copy is the
-            model itself, as ALBEF initializes it, and there are no queues.
-
-    Raises:
-        UsageError: for an image encoder that ALBEF's code does not have.
+    The teacher adds its momentum copy and queue, as ALBEF's strict loading needs. Without one the momentum copy is the
+    model itself, as ALBEF initializes it, and there are no queues. Key biases of the cross-attention are zero.
+    Raises UsageError for an image encoder that ALBEF's code does not have.
     """
     state = _own_part(model)
     momentum = state if teacher is None else _own_part(teacher.model)
@@ -313,16 +299,7 @@ def _positive(temperature: Tensor, name: str) -> Tensor:
 
 
 def resample_positions(positions: Tensor, grid_size: tuple[int, int], prefix: int = 1) -> Tensor:
-    """Bicubic interpolation of position embeddings to another grid, as in ALBEF's code.
-
-    Args:
-        positions: (1, prefix + n * n, Cv).
-        grid_size: rows and columns of the new grid.
-        prefix: number of tokens before the patches, whose embeddings stay.
-
-    Returns:
-        (1, prefix + rows * columns, Cv).
-    """
+    """Position embeddings (1, prefix + n * n, Cv) for another grid, bicubic as in ALBEF's code; the prefix stays."""
     side = math.isqrt(positions.shape[1] - prefix)
     if (side, side) == tuple(grid_size):
         return positions

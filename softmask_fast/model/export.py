@@ -32,8 +32,7 @@ def save_model(
 
     Args:
         model: a VisionLanguageModel, or a model fine-tuned for a task, whose `task_record` goes into task.json.
-        tokenizer: of the model.
-        directory: the folder.
+        tokenizer, directory: of the model.
         state: the weights; default: the model's own. Under ZeRO-3 these are empty: pass the gathered ones.
     """
     directory = Path(directory)
@@ -53,14 +52,10 @@ def save_model(
 def load_model(
     directory: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-    """Reads a model folder of pretraining (of a fine-tuned model: `softmask_fast.tasks.recipes.load_task_model`).
-
-    Args:
-        directory: the folder, for example runs/tiny-1/model.
-        device: of the model.
+    """Reads a model folder that pretraining wrote.
 
     Returns:
-        The model in eval mode, float32, and its tokenizer.
+        The model in eval mode, float32, on the device, and its tokenizer.
 
     Raises:
         UsageError: naming what is missing or does not fit.
@@ -75,8 +70,7 @@ def load_model(
 def read_model_folder(directory: str | Path) -> tuple[ModelConfig, dict | None]:
     """The configuration in a model folder, and the task record if the model is fine-tuned for a task.
 
-    Raises:
-        UsageError: naming what is missing or unknown.
+    Raises UsageError naming what is missing or unknown.
     """
     directory = Path(directory)
     absent = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (directory / name).exists()]

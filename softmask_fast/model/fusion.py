@@ -47,9 +47,8 @@ class CrossAttention(nn.Module):
         return self.split_heads(self.key(image_tokens)), self.split_heads(self.value(image_tokens))
 
     def biased(self, value: Tensor) -> Tensor:
-        """value (B, H, N, D) -> value with its bias.
+        """value (B, H, N, D) with its bias. A Grad-CAM needs it: dS/dA is dS/dO times the whole value.
 
-        A Grad-CAM needs it: dS/dA is dS/dO times the whole value, and the bias shifts which image tokens are above 0.
         It is computed as attention to a single token of value zero, because ZeRO-3 only gathers a parameter in its
         module's forward.
         """
@@ -78,10 +77,8 @@ class FusionLayer(nn.Module):
     def query(
         self, text: Tensor, packing: Packing, attention: str, read: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """text (T, C) -> text after self-attention (T, C) and its cross-attention queries (T, C).
-
-        With read (R,), rows of text, both are (R, C): of these rows only.
-        """
+        """text (T, C) -> text after self-attention and its cross-attention queries, both (T, C), or (R, C) of the rows
+        read (R,)."""
         attended = attend(self.attention.self, text, packing, attention)
         if read is not None:
             attended, text = attended.index_select(0, read), text.index_select(0, read)
@@ -120,9 +117,7 @@ class FusionLayer(nn.Module):
 class FusionEncoder(nn.Module):
     """The last layers of a BERT, with cross-attention to the image tokens.
 
-    Attributes:
-        attention: self-attention, "auto", "padded", "varlen" or "xformers" (see packing.py).
-        checkpointing: recompute the layers in the backward pass.
+    Attributes: attention ("auto", "padded", "varlen" or "xformers", see packing.py), checkpointing.
     """
 
     def __init__(self, config: ModelConfig, image_width: int):
@@ -144,19 +139,10 @@ class FusionEncoder(nn.Module):
         positions: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """The fused tokens.
+        """text (S, L, C), attention_mask (S, L) bool and its packing -> fused tokens (S, L, C), 0 at padding.
 
-        Args:
-            text: (S, L, C).
-            attention_mask: (S, L) bool, True = token.
-            keys_values: those of B images in every layer, from `keys_values`.
-            image_index: (S,) int64, the image that each sequence attends to; None: image i for sequence i.
-            keep: (S, N) float32, the soft mask of each sequence's image; None: whole images.
-            positions: (R,) int64, the tokens to compute, counted in S * L; None: all.
-            packing: of the mask, if the caller has it.
-
-        Returns:
-            (S, L, C), 0 at padding; with `positions` (R, C).
+        Sequence i attends to the image image_index[i], (S,) int64, by default to image i, soft-masked by keep (S, N)
+        float32. With positions (R,) int64 among the S * L tokens only these are computed: (R, C).
         """
         packing = Packing.of(attention_mask) if packing is None else packing
         text = packing.pack(text)
@@ -178,21 +164,11 @@ class FusionEncoder(nn.Module):
         score: Callable[[Tensor], Tensor],
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The inputs of `word_gradcam` and `word_soft_mask` from one layer, for image i and text i.
+        """Inputs of `word_gradcam` and `word_soft_mask` from one layer: query, key, value and the gradient of the score
+        with respect to the attention output, all detached, (B, H, L, D) or (B, H, N, D).
 
-        The layers up to that one run without a graph, the later ones on a detached leaf.
-
-        Args:
-            text: (B, L, C).
-            attention_mask: (B, L) bool, True = token.
-            keys_values: of the B images, from `keys_values`.
-            layer: 0 is the first.
-            score: from the encoder's output at [CLS] (B, C) to one number per pair (B,).
-            packing: of the mask, if the caller has it.
-
-        Returns:
-            Query (B, H, L, D), key and value (B, H, N, D), and the gradient of the score with respect to the attention
-            output (B, H, L, D), all detached.
+        text (B, L, C), attention_mask (B, L) bool; score: from the encoder's output at [CLS] (B, C) to one number per
+        pair (B,). The layers up to that one run without a graph, the later ones on a detached leaf.
         """
         packing = Packing.of(attention_mask) if packing is None else packing
         keys_values = [(key.detach(), value.detach()) for key, value in keys_values]

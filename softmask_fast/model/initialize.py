@@ -23,12 +23,7 @@ ALBEF_TOKENIZER = "google-bert/bert-base-uncased"
 def weights_config(path: str | Path, option: str = "model_weights") -> ModelConfig:
     """The configuration of a model that starts from a model folder or an ALBEF checkpoint.
 
-    Args:
-        path: of either.
-        option: what error messages call it.
-
-    Raises:
-        UsageError: if it is neither.
+    Raises UsageError, which names the option that the path came from, if it is neither.
     """
     path = Path(path)
     if path.is_dir():
@@ -43,15 +38,8 @@ def weights_config(path: str | Path, option: str = "model_weights") -> ModelConf
 
 
 def weights_tokenizer(path: str | Path, named: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model that starts from a model folder or an ALBEF checkpoint.
-
-    Args:
-        path: of either.
-        named: a tokenizer folder or hub name; None: the folder's own, or ALBEF's from the hub.
-
-    Raises:
-        UsageError: if it cannot be loaded.
-    """
+    """The tokenizer of a model that starts from `path`: the named one, else the model folder's, else ALBEF's from the
+    hub. Raises UsageError if it cannot be loaded."""
     from softmask_fast.data.tokenizer import load_tokenizer
 
     if Path(path).is_dir():
@@ -62,16 +50,11 @@ def weights_tokenizer(path: str | Path, named: str | None) -> PreTrainedTokenize
 def load_weights(
     model: VisionLanguageModel, path: str | Path, option: str = "model_weights", *, complete: bool = True
 ) -> None:
-    """Loads the weights of a model folder or an ALBEF checkpoint into a model.
+    """Loads a model folder or an ALBEF checkpoint into a model, image position embeddings resampled to its grid.
 
-    Args:
-        model: its image position embeddings are resampled to its grid.
-        path: of the folder or checkpoint.
-        option: what error messages call the path.
-        complete: refuse an ALBEF checkpoint that lacks heads; else they stay random, and the log names them.
-
-    Raises:
-        UsageError: if a tensor is missing, unexpected, or of another size.
+    complete: refuse an ALBEF checkpoint that lacks heads; else they stay random, and the log names them.
+    Raises UsageError, which names the option that the path came from, if a tensor is missing, unexpected, or of another
+    size.
     """
     if Path(path).is_dir():
         pretrained_config(path)
@@ -97,8 +80,7 @@ def fill_model(model: VisionLanguageModel, state: dict[str, Tensor]) -> None:
 def load_pretrained(model: VisionLanguageModel) -> None:
     """Loads the weights that the model's configuration names; 'random' leaves that part as it is.
 
-    Raises:
-        UsageError: if weights cannot be loaded or do not fit, with what to do.
+    Raises UsageError if weights cannot be loaded or do not fit.
     """
     config = model.config
     if config.model_weights:

@@ -27,12 +27,7 @@ class StepSettings:
 
 
 class MomentumCopy(nn.Module):
-    """An exponential moving average of a model; every rank holds the same one.
-
-    Args:
-        model: what to copy.
-        momentum: weight in [0, 1] of the average in an update.
-    """
+    """An exponential moving average of a model with decay `momentum`; every rank holds the same one."""
 
     def __init__(self, model: nn.Module, momentum: float):
         super().__init__()
@@ -47,14 +42,7 @@ class MomentumCopy(nn.Module):
 
     @torch.no_grad()
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Moves the average towards the model.
-
-        Args:
-            weights: (name, full fp32 tensor) of all parameters of the model.
-
-        Raises:
-            ValueError: if parameters are missing.
-        """
+        """Moves the average towards the weights, (name, full fp32 tensor) of all parameters of the model."""
         averages = dict(self.model.named_parameters())
         pairs = [(averages.pop(name), weight) for name, weight in weights]
         if averages:
@@ -64,13 +52,7 @@ class MomentumCopy(nn.Module):
 
 
 class MomentumTeacher(MomentumCopy):
-    """The momentum copy of a vision-language model, and the queue of its features; every rank holds the same ones.
-
-    Args:
-        model: what to copy.
-        objectives: `momentum` and `queue_size`.
-        seed: of the queue's initial content.
-    """
+    """The momentum copy of a vision-language model and the queue of its features, whose first content has the seed."""
 
     def __init__(self, model: VisionLanguageModel, objectives: MomentumConfig, seed: int = 0):
         super().__init__(model, objectives.momentum)

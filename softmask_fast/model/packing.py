@@ -44,12 +44,7 @@ class Packing:
 
     @classmethod
     def of(cls, mask: Tensor, fewest: int = 0, most: int | None = None) -> Packing:
-        """The packing of a mask.
-
-        Args:
-            mask: (S, L) bool, True = token.
-            fewest, most: bounds on the number of tokens, for a GPU mask or a fake tensor; `most=None`: S * L.
-        """
+        """mask (S, L) bool; fewest, most: bounds on its number of tokens, which only matter on a GPU."""
         length = mask.shape[1]
         if mask.device.type == "cpu" and not is_fake(mask):
             positions = mask.flatten().nonzero()[:, 0]
@@ -106,11 +101,7 @@ def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype) -> s
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolves "auto".
-
-    Raises:
-        UsageError: if the implementation cannot run here, with the reason.
-    """
+    """Resolves "auto". Raises UsageError if the implementation cannot run here."""
     if reason := unavailable_reason(name, device, dtype):
         raise UsageError(f"attention: {name!r} cannot run here: {reason}")
     if name != "auto":

@@ -30,22 +30,9 @@ MATCHED, NOT_MATCHED, NOT_SCORED = 1, 0, -100  # labels of ITM
 class TeacherOutputs:
     """What the momentum copy makes of a batch, without a graph."""
 
-    image_tokens: Tensor  # (B, N, Cv)
-    text_tokens: Tensor  # (B, L, C), of the text that MLM sees
     image_features: Tensor  # (B, d) unit
-    text_features: Tensor  # (B, d) unit, of the text that ITC sees
-
-
-@dataclass
-class Negatives:
-    """The negative image of each text and the negative text of each image, and the images that sequences attend to."""
-
-    images: Tensor  # (B or 2 B, N, Cv): this rank's, then those fetched from other ranks
-    image_index: Tensor  # (B,) int64, the row of `images` for each text
-    image_target: Tensor  # (B,) int64 label: NOT_SCORED for a text without a negative image
-    texts: Tensor  # (B, L, C)
-    mask: Tensor  # (B, L) bool
-    text_target: Tensor  # (B,) int64 label: NOT_SCORED for an image without a negative text
+    text_features: Tensor  # (B, d) unit
+    words: Tensor | None  # (P, V) probabilities of the masked words; None: no soft targets for MLM
 
 
 @dataclass
@@ -62,13 +49,7 @@ class Sequences:
 
 
 class PretrainingStep(nn.Module):
-    """The objectives around a model; this is the module that DeepSpeed owns.
-
-    Args:
-        model: the student.
-        objectives: which losses, and how.
-        bf16: run under bfloat16 autocast.
-    """
+    """The objectives around a model, under bfloat16 autocast with `bf16`; this is the module that DeepSpeed owns."""
 
     def __init__(self, model: VisionLanguageModel, objectives: ObjectiveConfig, bf16: bool = False):
         super().__init__()
@@ -80,19 +61,12 @@ class PretrainingStep(nn.Module):
     def forward(
         self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch; a collective if there are several ranks.
-
-        In training mode the batch's momentum features enter the teacher's queue.
-
-        Args:
-            batch: this rank's pairs.
-            teacher: the momentum copy.
-            settings: of this step; the seed is that of the negatives.
+        """The loss of this rank's batch; a collective. In training mode the teacher's features enter its queue.
 
         Returns:
-            The loss and the detached metrics, all float32 scalars: "loss"; "itc", "itm" and "mlm" as far as they have
-            a weight; "temperature"; "itc_image_accuracy", "itc_text_accuracy", "itm_accuracy" and "mlm_accuracy", from
-            0 to 1; "soft_mask_mean", the fraction of the patches' signal that the soft masks remove.
+            The loss and the detached metrics, all float32 scalars: "loss"; "itc", "itm" and "mlm" if they have a
+            weight; "temperature"; "itc_image_accuracy", "itc_text_accuracy", "itm_accuracy" and "mlm_accuracy", from 0
+            to 1; "soft_mask_mean", the fraction of the patches that the soft masks remove.
         """
         with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
             return self._losses(batch, teacher, settings)
@@ -112,7 +86,7 @@ class PretrainingStep(nn.Module):
         text_ids = batch.masked_ids if objectives.masked_captions else batch.input_ids
         image_tokens, image_features = model.encode_image(batch.pixels)
         text_tokens, text_features = model.encode_text(text_ids, mask, packing)
-        teacher_out = self._encode_with_teacher(batch, teacher, packing)
+        teacher_out = self._encode_with_teacher(batch, teacher, packing, settings.alpha)
 
         # Contrast
         itc, stats = self._contrast(batch, image_features, text_features, teacher_out, teacher, settings)
@@ -122,26 +96,19 @@ class PretrainingStep(nn.Module):
         if not (objectives.itm_weight or objectives.mlm_weight):
             return self._total(losses, metrics)
 
-        # Choose hard negatives
-        pairs = torch.arange(len(mask), device=mask.device)
-        images, matched = image_tokens, None
-        if objectives.itm_weight:
-            matched = torch.full_like(pairs, MATCHED)
-            negatives = self._negatives(stats, image_tokens, text_tokens, mask)
-            images = negatives.images
-
         # Collect the sequences. All attend to one of the images, whose keys and values are computed once.
-        keys_values = model.fusion.keys_values(images)
+        pairs = torch.arange(len(mask), device=mask.device)
+        matched = torch.full_like(pairs, MATCHED) if objectives.itm_weight else None
         true_pairs = Sequences(text_tokens, mask, pairs, target=matched, token_count=count)
-        sequences = [true_pairs]
+        sequences, images = [true_pairs], image_tokens
         if objectives.itm_weight:
-            wrong_image = replace(true_pairs, image_index=negatives.image_index, target=negatives.image_target)
-            wrong_text = Sequences(negatives.texts, negatives.mask, pairs, target=negatives.text_target)
+            images, wrong_image, wrong_text = self._negatives(stats, image_tokens, true_pairs)
             sequences += [wrong_image, wrong_text]
-            if objectives.soft_mask:
-                keep = self._soft_mask(batch, text_tokens, keys_values, packing)
-                sequences.append(replace(true_pairs, keep=keep))
-                metrics["soft_mask_mean"] = 1 - keep[:, model.prefix_tokens :].mean()
+        keys_values = model.fusion.keys_values(images)
+        if objectives.itm_weight and objectives.soft_mask:
+            keep = self._soft_mask(batch, text_tokens, keys_values, packing)
+            sequences.append(replace(true_pairs, keep=keep))
+            metrics["soft_mask_mean"] = 1 - keep[:, model.prefix_tokens :].mean()
         if objectives.mlm_weight and objectives.masked_captions:
             true_pairs.words = batch.mlm_positions
         elif objectives.mlm_weight:
@@ -154,7 +121,7 @@ class PretrainingStep(nn.Module):
             losses["itm"], metrics["itm_accuracy"] = self._match(sequences, first_tokens)
         if objectives.mlm_weight:
             losses["mlm"], metrics["mlm_accuracy"] = self._predict_words(
-                batch, masked_words, teacher_out, teacher, settings.alpha, packing
+                masked_words, batch.mlm_labels, teacher_out, settings.alpha
             )
         return self._total(losses, metrics)
 
@@ -164,23 +131,25 @@ class PretrainingStep(nn.Module):
         return loss, {name: value.detach().float() for name, value in metrics.items()}
 
     @torch.no_grad()
-    def _encode_with_teacher(self, batch: Batch, teacher: MomentumTeacher, packing: Packing) -> TeacherOutputs:
-        mask = batch.attention_mask
-        image_tokens, image_features = teacher.model.encode_image(batch.pixels)
-        text_tokens, text_features = teacher.model.encode_text(batch.masked_ids, mask, packing)
+    def _encode_with_teacher(
+        self, batch: Batch, teacher: MomentumTeacher, packing: Packing, alpha: float
+    ) -> TeacherOutputs:
+        model, mask, positions = teacher.model, batch.attention_mask, batch.mlm_positions
+        image_tokens, image_features = model.encode_image(batch.pixels)
+        masked_tokens, text_features = model.encode_text(batch.masked_ids, mask, packing)
         if not self.objectives.masked_captions:
-            _, text_features = teacher.model.encode_text(batch.input_ids, mask, packing)
-        return TeacherOutputs(image_tokens, text_tokens, image_features, text_features)
+            _, text_features = model.encode_text(batch.input_ids, mask, packing)
+        words = None
+        if alpha > 0 and self.objectives.mlm_weight:
+            keys_values = model.fusion.keys_values(image_tokens)
+            hidden = model.fusion(masked_tokens, mask, keys_values, positions=positions, packing=packing)
+            words = model.language_head(hidden).float().softmax(-1)
+        return TeacherOutputs(image_features, text_features, words)
 
     def _contrast(
-        self,
-        batch: Batch,
-        image_features: Tensor,
-        text_features: Tensor,
-        teacher_out: TeacherOutputs,
-        teacher: MomentumTeacher,
-        settings: StepSettings,
-    ) -> tuple[Tensor, FocalITCStats]:
+        self, batch: Batch, image_features: Tensor, text_features: Tensor, teacher_out: TeacherOutputs,
+        teacher: MomentumTeacher, settings: StepSettings,
+    ) -> tuple[Tensor, FocalITCStats]:  # fmt: skip
         """Focal ITC against the batches of all ranks and the queue, and a negative for each row."""
         itc, stats, newest = self.itc(
             image_features,
@@ -204,21 +173,25 @@ class PretrainingStep(nn.Module):
             stats = stats._replace(image_hard_negative=image, text_hard_negative=text)
         return itc, stats
 
-    def _negatives(self, stats: FocalITCStats, image_tokens: Tensor, text_tokens: Tensor, mask: Tensor) -> Negatives:
-        """The negatives that the contrast chose. Those of other ranks are fetched, and their gradients sent back."""
+    def _negatives(
+        self, stats: FocalITCStats, image_tokens: Tensor, pairs: Sequences
+    ) -> tuple[Tensor, Sequences, Sequences]:
+        """All images to attend to (B or 2 B, N, Cv), the texts with their negative images, the images with their
+        negative texts. What other ranks own is fetched from there, and its gradient sent back."""
         # -1 for a row without a negative: the whole batch shows its image, or its probabilities are not finite
         chosen = stats.text_hard_negative, stats.image_hard_negative
         image_target, text_target = (torch.where(rows < 0, NOT_SCORED, NOT_MATCHED) for rows in chosen)
+        text, mask = pairs.text, pairs.mask
         if self.objectives.gathered_negatives and world_size() > 1:
             other_image, other_text = (rows.clamp(min=0) for rows in chosen)
             images = torch.cat([image_tokens, take_rows(image_tokens, other_image)])
-            image_index = torch.arange(len(mask), len(images), device=mask.device)
-            texts, text_mask = take_rows(text_tokens, other_text), take_rows(mask.byte(), other_text).bool()
+            other_image = torch.arange(len(mask), len(images), device=mask.device)
+            text, mask = take_rows(text, other_text), take_rows(mask.byte(), other_text).bool()
         else:
-            first_row = _first_row(len(mask))
-            image_index, other_text = ((rows - first_row).clamp(min=0) for rows in chosen)
-            images, texts, text_mask = image_tokens, text_tokens[other_text], mask[other_text]
-        return Negatives(images, image_index, image_target, texts, text_mask, text_target)
+            other_image, other_text = ((rows - _first_row(len(mask))).clamp(min=0) for rows in chosen)
+            images, text, mask = image_tokens, text[other_text], mask[other_text]
+        wrong_image = replace(pairs, image_index=other_image, target=image_target)
+        return images, wrong_image, Sequences(text, mask, pairs.image_index, target=text_target)
 
     @torch.no_grad()
     def _soft_mask(self, batch: Batch, text_tokens: Tensor, keys_values: list[KeyValue], packing: Packing) -> Tensor:
@@ -267,43 +240,19 @@ class PretrainingStep(nn.Module):
         return loss, (logits.argmax(-1) == target).float().sum() / (target != NOT_SCORED).sum()
 
     def _predict_words(
-        self,
-        batch: Batch,
-        masked_words: Tensor,
-        teacher_out: TeacherOutputs,
-        teacher: MomentumTeacher,
-        alpha: float,
-        packing: Packing,
+        self, masked_words: Tensor, labels: Tensor, teacher_out: TeacherOutputs, alpha: float
     ) -> tuple[Tensor, Tensor]:
         """MLM of the fused masked words (P, C), with the teacher's predictions as soft targets: loss and accuracy."""
         logits = self.model.language_head(masked_words).float()
-        loss = F.cross_entropy(logits, batch.mlm_labels)
-        accuracy = (logits.argmax(-1) == batch.mlm_labels).float().mean()
-        if alpha > 0:
-            with torch.no_grad():
-                keys_values = teacher.model.fusion.keys_values(teacher_out.image_tokens)
-                hidden = teacher.model.fusion(
-                    teacher_out.text_tokens,
-                    batch.attention_mask,
-                    keys_values,
-                    positions=batch.mlm_positions,
-                    packing=packing,
-                )
-                soft_target = teacher.model.language_head(hidden).float().softmax(-1)
-            loss = (1 - alpha) * loss + alpha * F.cross_entropy(logits, soft_target)
-        return loss, accuracy
+        loss = F.cross_entropy(logits, labels)
+        if teacher_out.words is not None:
+            loss = (1 - alpha) * loss + alpha * F.cross_entropy(logits, teacher_out.words)
+        return loss, (logits.argmax(-1) == labels).float().mean()
 
 
 def draw_any_other(ids: Tensor, generator: torch.Generator) -> Tensor:
-    """For each row one of this rank's rows with another id, each equally likely.
-
-    Args:
-        ids: (B,) int64 image ids.
-        generator: of the draws, on the device of `ids`.
-
-    Returns:
-        (B,) int64 numbers of rows in the joined batch of all ranks; -1 if all rows have the same id.
-    """
+    """Image ids (B,) int64 -> for each row one of this rank's rows with another id, each equally likely, as its number
+    in the joined batch of all ranks (B,) int64; -1 if all ids are equal."""
     others = (ids[:, None] != ids).float()
     found = others.any(dim=1)
     drawn = torch.multinomial(torch.where(found[:, None], others, 1.0), 1, generator=generator)[:, 0]

@@ -44,28 +44,19 @@ class ReferenceStep(nn.Module):
         self.bf16 = bf16
 
     def forward(
-        self,
-        batch: Batch,
-        teacher: MomentumTeacher,
-        settings: StepSettings,
+        self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings,
         negatives: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The loss of a batch and the losses it is the weighted sum of; the momentum features enter the queue.
 
-        Args:
-            batch, teacher, settings: as for `PretrainingStep`, without the seed.
-            negatives: the other image of each text and the other text of each image, (B,) int64 each; None: drawn from
-                the contrastive softmax, with torch's generator.
+        negatives: the other image of each text and the other text of each image, (B,) int64 each; None: drawn from the
+        contrastive softmax, with torch's generator.
         """
         with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
             return self._losses(batch, teacher, settings, negatives)
 
     def _losses(
-        self,
-        batch: Batch,
-        teacher: MomentumTeacher,
-        settings: StepSettings,
-        negatives: tuple[Tensor, Tensor] | None,
+        self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings, negatives: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         model, objectives, alpha = self.model, self.objectives, settings.alpha
         longest = model.config.max_tokens

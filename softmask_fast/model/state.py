@@ -30,13 +30,14 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """The inverse of `own_state`; names of older files are translated.
+    """The inverse of `own_state`, also for names of older files.
 
-    Raises:
-        UsageError: if a tensor is missing, unexpected, or of another size.
+    Raises UsageError if a tensor is missing, unexpected, or of another size.
     """
     mine = own_state(module)
-    state = {_current_name(name, mine): tensor for name, tensor in state.items()}
+    for old, new in _RENAMED.items():
+        renamed = {name: name.replace(old, new, 1) for name in state if name.startswith(old)}
+        state = {renamed.get(name, name): tensor for name, tensor in state.items()}
     missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
     sizes = [
         f"{name} has size {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
@@ -48,10 +49,3 @@ def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(state[name])
-
-
-def _current_name(name: str, known: dict[str, Tensor]) -> str:
-    for old, new in _RENAMED.items():
-        if name.startswith(old) and new + name.removeprefix(old) in known:
-            return new + name.removeprefix(old)
-    return name

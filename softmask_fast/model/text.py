@@ -56,9 +56,7 @@ def run_layer(layer: Callable[..., Tensor], *arguments: object, checkpointing: b
 class TextEncoder(nn.Module):
     """The embeddings and first `text_layers` layers of a BERT.
 
-    Attributes:
-        attention: self-attention, "auto", "padded", "varlen" or "xformers" (see packing.py).
-        checkpointing: recompute the layers in the backward pass.
+    Attributes: attention ("auto", "padded", "varlen" or "xformers", see packing.py), checkpointing.
     """
 
     def __init__(self, config: ModelConfig):
@@ -100,11 +98,7 @@ class MaskedLanguageHead(nn.Module):
 
 
 def load_bert(config: ModelConfig) -> BertForMaskedLM:
-    """The pretrained BERT named by `text_weights`.
-
-    Raises:
-        UsageError: if it cannot be loaded or its sizes differ from the configuration, with what to do.
-    """
+    """The pretrained BERT named by `text_weights`. Raises UsageError if it cannot be loaded or has other sizes."""
     try:
         bert = BertForMaskedLM.from_pretrained(config.text_weights)
     except (OSError, ValueError) as error:

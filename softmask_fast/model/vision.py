@@ -16,10 +16,8 @@ from softmask_fast.errors import UsageError
 class VisionEncoder(nn.Module):
     """A timm vision transformer without its head.
 
-    Attributes:
-        width: Cv, the width of the image tokens.
-        grid_size: rows and columns of patches.
-        prefix_tokens: number of tokens before the patches; the first one is [CLS].
+    Attributes: width (Cv), grid_size (rows and columns of patches), prefix_tokens (number of tokens before the patches,
+    the first one is [CLS]).
     """
 
     def __init__(self, config: ModelConfig):
@@ -49,11 +47,8 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def _place_patches(self) -> None:
-        """Initializes the learned position embeddings with 2-d sines and cosines.
-
-        At timm's standard deviation of 0.02 the pixels drown them, and a model from scratch is slow to learn where
-        things are.
-        """
+        """Initializes the learned position embeddings with 2-d sines and cosines: at timm's 0.02 the pixels drown them,
+        and a model from scratch is slow to learn where things are."""
         positions = build_sincos2d_pos_embed(list(self.grid_size), dim=self.width)
         self.vit.pos_embed[:, -len(positions) :] = positions
 
@@ -69,8 +64,7 @@ class VisionEncoder(nn.Module):
 def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
     """Loads timm's pretrained weights or those of a file; position embeddings are resampled to the encoder's grid.
 
-    Raises:
-        UsageError: if the weights cannot be loaded or do not fit, with what to do.
+    Raises UsageError if they cannot be loaded or do not fit.
     """
     if config.vision_weights == "random":
         return
@@ -91,9 +85,7 @@ def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
     try:
         missing, unexpected = encoder.vit.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise UsageError(
-            f"vision_weights: {config.vision_weights!r} does not fit the image encoder: {error}"
-        ) from error
+        raise UsageError(f"vision_weights: {config.vision_weights!r} does not fit the encoder: {error}") from error
     if missing or unexpected:
         raise UsageError(
             f"vision_weights: {config.vision_weights!r} does not fit {config.vision_model!r}: missing {missing}, "

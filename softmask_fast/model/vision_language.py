@@ -53,10 +53,8 @@ class VisionLanguageModel(nn.Module):
     def set_execution(self, attention: str = "auto", checkpointing: bool = False, compile: bool = False) -> None:
         """How the layers run; results stay the same up to rounding.
 
-        Args:
-            attention: self-attention of the text, see packing.py.
-            checkpointing: recompute the intermediates of every block in the backward pass.
-            compile: run the image encoder through torch.compile, compiled at its first call.
+        attention: of the text, see packing.py; checkpointing: recompute the intermediates of every block in the
+        backward pass; compile: the image encoder through torch.compile, at its first call.
         """
         for encoder in (self.text, self.fusion):
             encoder.attention, encoder.checkpointing = attention, checkpointing
@@ -94,30 +92,21 @@ class VisionLanguageModel(nn.Module):
     def match_tokens(
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, image_index: Tensor | None = None
     ) -> Tensor:
-        """Whether texts match images.
-
-        Args:
-            image_tokens: (B, N, Cv).
-            text_tokens: (S, L, C).
-            attention_mask: (S, L) bool, True = token.
-            image_index: (S,) int64, the image of each text; None: image i for text i.
-
-        Returns:
-            Logits (S, 2), [:, 1] for "matched".
-        """
+        """image_tokens (B, N, Cv), text_tokens (S, L, C), attention_mask (S, L) bool, image_index (S,) int64, the image
+        of each text (None: image i for text i) -> logits (S, 2), [:, 1] for "matched"."""
         keys_values = self.fusion.keys_values(image_tokens)
         first_tokens = torch.arange(len(text_tokens), device=text_tokens.device) * text_tokens.shape[1]
         fused = self.fusion(text_tokens, attention_mask, keys_values, image_index, positions=first_tokens)
         return self.match_head(fused)
 
     def match_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """pixels (B, 3, image_size, image_size), input_ids (B, L), attention_mask (B, L) bool -> logits (B, 2), [:, 1]
-        for "matched"."""
+        """pixels (B, 3, image_size, image_size), input_ids (B, L) int64, attention_mask (B, L) bool -> logits (B, 2),
+        [:, 1] for "matched"."""
         text_tokens, _ = self.encode_text(input_ids, attention_mask)
         return self.match_tokens(self.vision(pixels), text_tokens, attention_mask)
 
     def mlm_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The same arguments -> logits (B, L, V) over the vocabulary at every token, given the image."""
+        """Arguments as for `match_logits` -> logits (B, L, V) over the vocabulary at every token, given the image."""
         text_tokens, _ = self.encode_text(input_ids, attention_mask)
         keys_values = self.fusion.keys_values(self.vision(pixels))
         return self.language_head(self.fusion(text_tokens, attention_mask, keys_values))
@@ -150,9 +139,7 @@ class VisionLanguageModel(nn.Module):
         """Grad-CAM of "matched" over the image tokens for every token of the captions.
 
         Args:
-            pixels: (B, 3, image_size, image_size).
-            input_ids: (B, L) int64.
-            attention_mask: (B, L) bool, True = token.
+            pixels, input_ids, attention_mask: as for `match_logits`.
             layer: fusion layer, 0 is the first; default: the one whose maps are the soft masks in training.
 
         Returns:
@@ -185,11 +172,8 @@ def clamped(parameter: Tensor, low: float, high: float) -> Tensor:
 
 
 def hold_key_biases(module: nn.Module) -> None:
-    """Zeroes the gradients of key biases.
-
-    A key bias adds one number to all logits of a query, which softmax ignores. Its gradient is rounding noise, which
-    Adam would turn into steps of full size.
-    """
+    """Zeroes the gradients of key biases. Softmax ignores what they add to all logits of a query, so their gradients
+    are rounding noise, which Adam would turn into steps of full size."""
     for name, parameter in module.named_parameters():
         if name.endswith("self.key.bias"):
             parameter.register_hook(torch.zeros_like)

@@ -11,16 +11,10 @@ ROUNDING_UNITS = 4
 
 
 def errors(actual: Tensor, baseline: Tensor, truth: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Errors of a result, as the largest absolute difference from the truth.
+    """Largest error of `actual`, the allowed one (twice that of PyTorch and some rounding), and that of PyTorch.
 
-    Args:
-        actual: the result.
-        baseline: the same computation by plain PyTorch.
-        truth: the same computation in float64. All three have one size and are not empty.
-        dtype: of the inputs.
-
-    Returns:
-        The error of `actual`, the allowed one (twice that of PyTorch and some rounding), and that of PyTorch.
+    `baseline` is the same computation by plain PyTorch, `truth` in float64, all of one size and not empty. `dtype` is
+    that of the inputs.
     """
     truth = truth.double()
     error = (actual.double() - truth).abs().max().item()

@@ -32,16 +32,9 @@ def check_tensor(
 ) -> Tensor:
     """Checks a tensor argument and returns it.
 
-    Args:
-        name: of the argument.
-        value: the argument.
-        sizes: one entry per dimension, a number that it must equal, or a letter that only names it in the message.
-        dtypes: the allowed ones.
-        like: (name, tensor) of the argument whose device, and with `same_dtype` whose dtype, this one must share.
-
-    Raises:
-        TypeError: if it is not a tensor or has another dtype.
-        ValueError: for a wrong size or device.
+    `sizes` has one entry per dimension: a number that it must equal, or a letter that only names it in the message.
+    `like` is (name, tensor) of the argument whose device, and with `same_dtype` whose dtype, this one must share.
+    Raises TypeError if it is not a tensor or has another dtype, ValueError for a wrong size or device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -97,7 +90,7 @@ def check_index_range(name: str, index: Tensor, size: int) -> None:
 
 
 def check_gamma(gamma: object) -> float:
-    """Returns gamma as a float. Raises TypeError or ValueError unless it is a finite number of at least 0."""
+    """Returns gamma as a float. Raises unless it is a finite number of at least 0."""
     gamma = check_number("gamma", gamma, at_least=0)
     if not math.isfinite(gamma):
         raise ValueError(f"gamma: expected a finite number, got {gamma}")
@@ -105,10 +98,7 @@ def check_gamma(gamma: object) -> float:
 
 
 def check_teachers(image: Tensor, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float) -> float:
-    """Returns alpha as a float.
-
-    Raises TypeError or ValueError unless alpha is in [0, 1], the teachers are like `image`, and exist if alpha > 0.
-    """
+    """Returns alpha as a float. Raises unless it is in [0, 1] and the teachers are like `image`, or None at alpha 0."""
     alpha = check_number("alpha", alpha, at_least=0)
     if alpha > 1:
         raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
@@ -138,10 +128,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def as_scalar(temperature: float | Tensor, image: Tensor) -> Tensor:
-    """The temperature as a 0-dim tensor in `compute_dtype`; the graph of a tensor stays.
-
-    Raises TypeError or ValueError unless it is a positive number or a 0-dim tensor on the device of `image`.
-    """
+    """The temperature as a 0-dim tensor in the `compute_dtype` of the image; the graph of a tensor stays."""
     dtype = compute_dtype(image.dtype)
     if not isinstance(temperature, Tensor):
         value = check_number("temperature", temperature, above=0)

@@ -12,14 +12,10 @@ _FOLDER = Path(__file__).parents[1]
 
 @functools.cache
 def missing() -> str | None:
-    """Loads the extension, whose operators are then in `torch.ops.softmask_fast_cpp`.
+    """Loads the extension, with its operators in `torch.ops.softmask_fast_cpp`. Returns why it is missing, or None.
 
-    Returns:
-        Why they are missing, or None.
-
-    Raises:
-        OSError: if the file exists but does not load. It was built for another machine or another torch; running
-            several times slower instead would hide that.
+    Raises OSError if the file exists but does not load: it was built for another machine or another torch, and running
+    several times slower instead would hide that.
     """
     if not (_FOLDER / "_C.abi3.so").exists():
         return "the compiled extension was not built (it needs a C++ compiler and torch at installation, see setup.py)"

@@ -28,16 +28,13 @@ def always_available(device: torch.device, dtype: torch.dtype, width: int) -> st
 class Implementation:
     """One implementation of one operator.
 
-    Attributes:
-        functions: the parts of the operator ("forward", "backward", ...), `implementation["forward"]` for short. Each
-            operator defines its parts and their signatures.
-        automatic_on: device types on which `impl=None` may choose it; empty: all.
+    Each operator defines its parts ("forward", "backward", ...) and their signatures.
     """
 
     name: str
-    functions: dict[str, Callable]
+    functions: dict[str, Callable]  # by part; `implementation["forward"]` is one of them
     unavailable_reason: UnavailableReason = always_available
-    automatic_on: tuple[str, ...] = ()
+    automatic_on: tuple[str, ...] = ()  # device types on which `impl=None` may choose it; empty: all
 
     def __getitem__(self, part: str) -> Callable:
         return self.functions[part]
@@ -83,15 +80,9 @@ def registered(operator: str, implementation: Implementation) -> Iterator[None]:
 def resolve(
     operator: str, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 64
 ) -> Implementation:
-    """The implementation to run.
+    """The implementation to run: `impl`, or the first one that is automatic on this device and can run.
 
-    Args:
-        operator: name of the operator.
-        impl: name of the implementation; None: the first one that is automatic on this device and can run.
-        device, dtype, width: of the call.
-
-    Raises:
-        ValueError: if the implementation is unknown or cannot run here, with the reason.
+    Raises ValueError if it is unknown or cannot run here, with the reason.
     """
     known = _OPERATORS[operator]
     if impl is not None:

@@ -22,13 +22,8 @@ class Features(NamedTuple):
 class FeatureQueue(nn.Module):
     """The newest image and text features of a run, with the ids of their images (MoCo, He et al., CVPR 2020).
 
-    The buffers hold the features `image_queue` and `text_queue` (M, d), `queue_ids` (M,) int64 and `queue_position`,
-    the slot of the oldest entry. New queues hold random directions that belong to no image.
-
-    Args:
-        width: d.
-        size: number M of entries; 0 is a queue that stays empty.
-        seed: of the initial directions.
+    Its buffers are the features `image_queue` and `text_queue` (size, width), their `queue_ids` (size,) int64, and
+    `queue_position`, the slot of the oldest entry. At first they are random directions of that seed, of no image.
     """
 
     def __init__(self, width: int, size: int, seed: int = 0):
@@ -48,7 +43,7 @@ class FeatureQueue(nn.Module):
         return self.image_queue.shape[1]
 
     def extra_repr(self) -> str:
-        return f"width={self.width}, size={self.size}"
+        return f"{self.width}, {self.size}"
 
     def keys(self, like: Tensor, copy: bool = False) -> Features:
         """All entries, in the dtype of `like`; `copy`: keep them as they are now when the queue moves on."""
@@ -57,11 +52,9 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> None:
-        """Replaces the oldest entries.
+        """Replaces the oldest entries by features (B, d), B of any size, of images with these ids (B,), or of no image.
 
-        Args:
-            image, text: (B, d) features, B of any size; the same on every rank.
-            ids: (B,) int64 ids of their images; None: they belong to no image.
+        Pass the same features on every rank.
         """
         if self.size == 0:
             return

@@ -33,10 +33,10 @@ class FocalITCLoss(nn.Module):
     - `"ring"`: the result of "with_grad", but the features travel around a ring in blocks of one rank's batch, so that
       memory does not grow with the number of ranks.
 
-    Scale: a rank's loss is the sum over its rows times ranks / rows of the joined batch, which is the mean over its
-    rows where all ranks have equally many. The mean over the ranks is therefore the loss of the joined batch, and
-    gradients averaged over the ranks, as DistributedDataParallel and DeepSpeed do, are those of the joined batch on one
-    process. The averages in `FocalITCStats` have the same scale. Each rank needs at least one row.
+    Scale: a rank's loss, like the averages in `FocalITCStats`, is the sum over its rows times ranks / rows of the
+    joined batch: the mean over its rows if all ranks have equally many. So the mean over the ranks is the loss of the
+    joined batch, and gradients averaged over the ranks, as DistributedDataParallel and DeepSpeed do, are those of the
+    joined batch on one process. Each rank needs at least one row.
 
     The module's own queue, a `FeatureQueue`, is its attribute `queue` (None for `queue_size=0`) and part of its
     `state_dict`. In training mode each forward pass replaces the oldest entries by the joined batch.
@@ -121,13 +121,14 @@ class FocalITCLoss(nn.Module):
         queue = self.queue if own_queue else queue
         if queue is not None and queue.size == 0:
             queue = None
-        self._check(image, text, teacher_image, teacher_text, alpha, ids, queue)
-        check_choice("negatives", negatives, NEGATIVES)
         rows = Features(image, text, ids)
+        self._check(rows, teacher_image, teacher_text, alpha, queue)
+        check_choice("negatives", negatives, NEGATIVES)
         teacher = None if teacher_image is None else Features(teacher_image, teacher_text, ids)
         joined = self._join(rows, teacher, queue)
         ring = self.gather == "ring" and joined.world > 1
 
+        # Gather
         updates_queue = self.training and queue is not None
         newest = queued = None
         if updates_queue or self.gather == "momentum":
@@ -135,11 +136,12 @@ class FocalITCLoss(nn.Module):
         if use_queue and queue is not None:  # for a ring a copy, as its backward runs after the queue has moved on
             queued = queue.keys(image, copy=ring)
 
+        # Contrast
         keys = joined.total + (0 if queued is None else queue.size)
         ranges = {"keys": (0, keys), "batch": (0, joined.total), "rank": (joined.offset, joined.offset + joined.rows)}
         options = dict(alpha=alpha, negative_range=ranges[negatives], return_stats=return_stats, seed=seed)
         if ring:
-            loss, stats = self._contrast_in_ring(joined, rows, teacher, queued, temperature, **options)
+            loss, stats = self._ring(joined, rows, teacher, queued, as_scalar(temperature, image), **options)
         else:
             image_keys, text_keys, key_ids = self._gather_keys(joined, rows, newest, queued)
             result = focal_itc_loss(
@@ -154,6 +156,7 @@ class FocalITCLoss(nn.Module):
             if stats is not None:
                 stats = FocalITCStats(*(average * scale for average in stats[:6]), *stats[6:])
 
+        # Enqueue
         if updates_queue and own_queue:
             queue.enqueue(*newest)
         results = (loss, stats) if return_stats else (loss,)
@@ -170,49 +173,32 @@ class FocalITCLoss(nn.Module):
         elif joined.world == 1 and queued is None:
             return None, None, None
         else:
-            ids = rows.ids if newest is None else newest.ids
-            if newest is None and ids is not None:
-                ids = joined.gather(ids)
+            ids = None if rows.ids is None else joined.gather(rows.ids) if newest is None else newest.ids
             batch = Features(joined.gather_with_grad(rows.image), joined.gather_with_grad(rows.text), ids)
         if queued is None:
             return batch
         key_ids = None if batch.ids is None else torch.cat([batch.ids, queued.ids])
         return Features(torch.cat([batch.image, queued.image]), torch.cat([batch.text, queued.text]), key_ids)
 
-    def _contrast_in_ring(
-        self,
-        joined: JoinedBatch,
-        rows: Features,
-        teacher: Features | None,
-        queued: Features | None,
-        temperature: float | Tensor,
-        *,
-        alpha: float,
-        negative_range: tuple[int, int],
-        return_stats: bool,
-        seed: int,
-    ) -> tuple[Tensor, FocalITCStats | None]:
+    def _ring(
+        self, joined: JoinedBatch, rows: Features, teacher: Features | None, queued: Features | None,
+        temperature: Tensor, *, alpha: float, negative_range: tuple[int, int], return_stats: bool, seed: int,
+    ) -> tuple[Tensor, FocalITCStats | None]:  # fmt: skip
         """`focal_itc_loss` with keys that travel around the ranks."""
         check_integer("seed", seed, -(2**63), 2**63 - 1)
         shared = self.gamma, float(alpha), self.positives == "any", joined.offset, return_stats, *negative_range, seed
         options = [Options(*shared, direction) for direction in range(2)]
         teachers = (teacher.image.detach(), teacher.text.detach()) if alpha > 0 else (None, None)
-        temperature = as_scalar(temperature, rows.image)
         results = ring_rows(*rows, temperature, teachers, queued, joined, options, self.impl)
         loss = ((results[0].loss + results[1].loss) / 2).mean()
         return loss, statistics(*results) if return_stats else None
 
     def _check(
-        self,
-        image: Tensor,
-        text: Tensor,
-        teacher_image: Tensor | None,
-        teacher_text: Tensor | None,
-        alpha: float,
-        ids: Tensor | None,
+        self, rows: Features, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float,
         queue: FeatureQueue | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """All that one rank can check by itself, before anything travels."""
+        image, text, ids = rows
         check_tensor("image", image, ("B", "d" if queue is None else queue.width))
         check_tensor("text", text, tuple(image.shape), like=("image", image), same_dtype=True)
         check_teachers(image, teacher_image, teacher_text, alpha)
