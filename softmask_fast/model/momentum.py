@@ -19,11 +19,11 @@ from softmask_fast.ops import FeatureQueue
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What changes from step to step, the third argument of every training step: step(batch, teacher, settings)."""
+    """What changes from step to step."""
 
-    alpha: float  # weight in [0, 1] of the teacher's soft targets
-    seed: int  # of what is drawn in this step
-    use_queue: bool = True  # whether queued features are contrastive keys
+    alpha: float  # weight of the teacher's soft targets
+    seed: int  # of the negatives drawn in the step
+    use_queue: bool = True  # whether the queued features are contrastive keys beside those of the batch
 
 
 class MomentumCopy(nn.Module):
