@@ -267,7 +267,7 @@ def test_sizes_come_from_the_tensors(albef):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_what_finds_no_place_is_said(albef, tmp_path, caplog):
+def test_unused_tensors_are_logged(albef, tmp_path, caplog):
     state = albef.state_dict() | {"cls_head.0.weight": torch.zeros(2, 2)}
     _, report = load_albef_state(state)
     momentum = [name for name in state if name.split(".")[0].endswith("_m")]
@@ -280,7 +280,7 @@ def test_what_finds_no_place_is_said(albef, tmp_path, caplog):
     assert f"queues (3), momentum copy ({len(momentum)}), key biases" in caplog.text and "cls_head (1)" in caplog.text
 
 
-def test_a_fine_tuned_checkpoint_lacks_the_language_head_alone(albef, tmp_path, caplog):
+def test_a_fine_tuned_checkpoint_lacks_only_the_language_head(albef, tmp_path, caplog):
     torch.save(fine_tuned(albef), tmp_path / "refcoco.pth")  # the state dict itself, as this one was released
     model = load_albef(tmp_path / "refcoco.pth")
     assert "initialized at random: text_encoder.cls.predictions." in caplog.text and "itm_head" not in caplog.text

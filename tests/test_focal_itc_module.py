@@ -42,7 +42,7 @@ def unit(rows, seed, width=WIDTH):
 
 def joined_inputs(rows, step):
     """image, text, their teachers, ids of a joined batch."""
-    features = [unit(rows, 10 * step + place) for place in range(4)]
+    features = [unit(rows, 10 * step + index) for index in range(4)]
     return features, torch.randint(0, 7, (rows,), generator=torch.Generator().manual_seed(step))
 
 
@@ -215,12 +215,12 @@ def test_ranks_agree_with_one_process_on_the_joined_batch(ranks, case):
     expected_steps, expected_queue = joined_steps(*case)
     for step, expected in enumerate(expected_steps):
         got = list(zip(*(of_rank["steps"][step] for of_rank in of_ranks), strict=True))
-        for place in range(7):  # the loss, and the averages of the statistics
-            assert_equal_to(torch.stack(got[place]).mean(), expected[place], f"step {step}, metric {place}")
-        for place in (7, 8):  # hard negatives
-            assert torch.equal(torch.cat(got[place]), expected[place])
-        for place in (9, 10):  # gradients of image and text, which DDP would average
-            assert_equal_to(torch.cat(got[place]) / world, expected[place], f"step {step}, gradient {place}")
+        for index in range(7):  # the loss, and the averages of the statistics
+            assert_equal_to(torch.stack(got[index]).mean(), expected[index], f"step {step}, metric {index}")
+        for index in (7, 8):  # hard negatives
+            assert torch.equal(torch.cat(got[index]), expected[index])
+        for index in (9, 10):  # gradients of image and text, which DDP would average
+            assert_equal_to(torch.cat(got[index]) / world, expected[index], f"step {step}, gradient {index}")
         assert_equal_to(torch.stack(got[11]).mean(), expected[11], "gradient of the temperature")
     for of_rank in of_ranks:
         queue = of_rank["queue"]

@@ -92,7 +92,7 @@ def test_what_cannot_run_says_why():
 
 
 def test_bounds_on_the_number_of_tokens_need_no_waiting_and_cover_every_row():
-    """On a GPU nothing may ask for a value: a fake one raises where something does."""
+    """On a GPU no value may be read: a fake one raises then."""
     with FakeTensorMode():
         packing = make_packing("cuda", fewest=13, most=20)
         assert packing.positions.shape == (20,) and packing.boundaries.shape == (4 + 1 + 1,)
@@ -129,7 +129,7 @@ def test_compiled_and_not_compiled_agree():
 
 
 def test_a_step_reads_no_value_on_the_host_and_checkpointing_saves_memory():
-    """On tensors without data: whatever asked one for a value would raise."""
+    """On fake tensors, which raise when a value is read."""
     kept, again = (activations("tiny", 4, checkpointing) for checkpointing in (False, True))
     assert 0 < again < 0.6 * kept
 

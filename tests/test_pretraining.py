@@ -271,9 +271,9 @@ def two_batches():
     halves = []
     for rows, length in ((slice(0, 2), TOKENS), (slice(2, 4), 6)):
         texts = {n: getattr(joined, n)[rows, :length] for n in ("input_ids", "masked_ids", "attention_mask")}
-        row, place = (joined.mlm_positions[rows] // TOKENS - rows.start, joined.mlm_positions[rows] % TOKENS)
+        row, column = (joined.mlm_positions[rows] // TOKENS - rows.start, joined.mlm_positions[rows] % TOKENS)
         others = {n: getattr(joined, n)[rows] for n in ("pixels", "mlm_labels", "word_index", "ids", "keys")}
-        halves.append(replace(joined, mlm_positions=row * length + place, **texts, **others))
+        halves.append(replace(joined, mlm_positions=row * length + column, **texts, **others))
     return joined, halves
 
 
@@ -305,8 +305,8 @@ def ranks(tmp_path_factory):
 def test_two_ranks_with_gathered_negatives_are_one_process_with_the_joined_batch(ranks, gather):
     expected = run_step(two_batches()[0], gather)
     halves = [results[gather] for results in ranks]
-    for place, negatives in enumerate(expected["negatives"]):
-        assert torch.equal(torch.cat([half["negatives"][place] for half in halves]), negatives)
+    for index, negatives in enumerate(expected["negatives"]):
+        assert torch.equal(torch.cat([half["negatives"][index] for half in halves]), negatives)
         assert (negatives[:2] >= 2).any() or (negatives[2:] < 2).any()  # some live on the other rank
     for name, value in expected["metrics"].items():
         mean = (halves[0]["metrics"][name] + halves[1]["metrics"][name]) / 2

@@ -89,13 +89,13 @@ class _Ring(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Any, ...]:
         image, text, temperature, teacher_image, teacher_text, ids, *saved = ctx.saved_tensors
         queue, states = saved[:3], saved[3:]
-        joined, wants_temperature = ctx.joined, ctx.needs_input_grad[2]
-        wants = ctx.needs_input_grad[:2]  # of image and text, each as rows of one direction and keys of the other
-        grad_rows = [temperature.new_zeros(image.shape) if wanted else None for wanted in wants]
+        joined, needs_temperature = ctx.joined, ctx.needs_input_grad[2]
+        needs_grad = ctx.needs_input_grad[:2]  # of image and text, each as rows of one direction and keys of the other
+        grad_rows = [temperature.new_zeros(image.shape) if needed else None for needed in needs_grad]
         grad_temperature = torch.zeros_like(temperature)
 
         def add_gradients(
-            first_key: int, keys: tuple[Tensor, Tensor], key_ids: Tensor | None, wants_keys: bool
+            first_key: int, keys: tuple[Tensor, Tensor], key_ids: Tensor | None, needs_keys: bool
         ) -> list[Tensor]:
             """Adds the gradients of the rows and the temperature; returns those of the keys that are needed."""
             grad_keys = [None, None]
@@ -103,14 +103,14 @@ class _Ring(torch.autograd.Function):
                 column = 1 - row
                 of_rows, grad_keys[column], of_temperature = ctx.implementation["backward"](
                     grads[3 * row], rows, keys[column], temperature, teacher, ids, key_ids, states[2 * row],
-                    states[2 * row + 1], wants[row], wants_keys and wants[column], wants_temperature, ctx.options[row],
-                    first_key,
+                    states[2 * row + 1], needs_grad[row], needs_keys and needs_grad[column], needs_temperature,
+                    ctx.options[row], first_key,
                 )  # fmt: skip
-                if wants[row]:
+                if needs_grad[row]:
                     grad_rows[row] += of_rows
-                if wants_temperature:
+                if needs_temperature:
                     grad_temperature.add_(of_temperature)
-            return [joined.pad(grad_keys[i].to(temperature.dtype)) for i in range(2) if wants_keys and wants[i]]
+            return [joined.pad(grad_keys[i].to(temperature.dtype)) for i in range(2) if needs_keys and needs_grad[i]]
 
         with torch.autocast(image.device.type, enabled=False):
             arriving = None
@@ -124,6 +124,6 @@ class _Ring(torch.autograd.Function):
             own_grads = arriving() if arriving is not None else []
         results = [None, None]
         for i in range(2):
-            if wants[i]:
+            if needs_grad[i]:
                 results[i] = (grad_rows[i] + own_grads.pop(0)[: joined.rows]).to(image.dtype)
-        return *results, grad_temperature if wants_temperature else None, *[None] * 9
+        return *results, grad_temperature if needs_temperature else None, *[None] * 9
