@@ -7,20 +7,18 @@ import os
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.data.tokenizer import load_tokenizer
 from softmask_fast.errors import UsageError
 from softmask_fast.model.state import load_own_state, own_state, save_state
 from softmask_fast.model.vision_language import VisionLanguageModel
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 WEIGHTS, CONFIG, TOKENIZER, TASK = "model.safetensors", "config.json", "tokenizer", "task.json"
 
@@ -60,8 +58,6 @@ def load_model(
     Raises:
         UsageError: naming what is missing or does not fit.
     """
-    from softmask_fast.data.tokenizer import load_tokenizer
-
     model = VisionLanguageModel(pretrained_config(directory))
     load_own_state(model, read_weights(directory))
     return model.to(device).eval(), load_tokenizer(str(Path(directory) / TOKENIZER))

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.data.tokenizer import load_tokenizer
 from softmask_fast.errors import UsageError
 from softmask_fast.model.convert_albef import albef_tokenizer, load_albef, resample_positions
 from softmask_fast.model.export import TOKENIZER, pretrained_config, read_model_folder, read_weights
@@ -40,8 +41,6 @@ def weights_config(path: str | Path, option: str = "model_weights") -> ModelConf
 def weights_tokenizer(path: str | Path, named: str | None) -> PreTrainedTokenizerFast:
     """The tokenizer of a model that starts from `path`: the named one, else the model folder's, else ALBEF's from the
     hub. Raises UsageError if it cannot be loaded."""
-    from softmask_fast.data.tokenizer import load_tokenizer
-
     if Path(path).is_dir():
         return load_tokenizer(named or str(Path(path) / TOKENIZER))
     return albef_tokenizer(load_tokenizer(named or ALBEF_TOKENIZER))

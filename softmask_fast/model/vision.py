@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
@@ -97,9 +100,10 @@ def _read_state(path: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file."""
     if not Path(path).is_file():
         raise UsageError(f"vision_weights: expected 'timm', 'random' or an existing file, got {path!r}")
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UsageError(f"vision_weights: {path!r} cannot be read: {error}") from error
     return state.get("model", state)
