@@ -25,17 +25,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "FeatureQueue",
-    "FocalITCLoss",
-    "FocalITCStats",
-    "__version__",
-    "attention_output_gradient",
-    "focal_itc_loss",
-    "load_model",
-    "soft_masked_attention",
-    "word_gradcam",
-    "word_soft_mask",
-]
+    "FeatureQueue", "FocalITCLoss", "FocalITCStats", "__version__", "attention_output_gradient", "focal_itc_loss",
+    "load_model", "soft_masked_attention", "word_gradcam", "word_soft_mask",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

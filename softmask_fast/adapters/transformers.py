@@ -51,16 +51,12 @@ class WordRelevance:
         """The soft mask of one word per text; see `softmask_fast.ops.word_soft_mask`.
 
         Args:
-            score: (B,) or a scalar.
-            word_index: (B,) int64.
+            score, word_index: as for `maps`, which also says what is raised.
             features: (B, N, C), to be masked.
             prefix_tokens: number of image tokens before the patches.
 
         Returns:
             keep (B, N), how much of each image token is kept; with features (masked features (B, N, C), keep).
-
-        Raises:
-            ValueError: as for `maps`.
         """
         inputs = self._inputs(score)
         return word_soft_mask(*inputs, word_index, features, prefix_tokens=prefix_tokens, key_mask=self._key_mask())

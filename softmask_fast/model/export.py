@@ -71,9 +71,7 @@ def read_model_folder(directory: str | Path) -> tuple[ModelConfig, dict | None]:
     directory = Path(directory)
     absent = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (directory / name).exists()]
     if absent:
-        raise UsageError(
-            f"model: expected a folder with {WEIGHTS}, {CONFIG} and {TOKENIZER}/; {directory} lacks {absent}"
-        )
+        raise UsageError(f"model: expected a folder with {WEIGHTS}, {CONFIG}, {TOKENIZER}/; {directory} lacks {absent}")
     options = _read_json(directory / CONFIG)
     unknown = sorted(options.keys() - {f.name for f in fields(ModelConfig)})
     if unknown:

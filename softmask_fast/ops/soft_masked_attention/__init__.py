@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from softmask_fast.ops import registry, triton_support
-from softmask_fast.ops.checks import (
-    cast_for_autocast,
-    check_has_tokens,
-    check_index_range,
-    check_number,
-    check_tensor,
-    compute_dtype,
-)
+from softmask_fast.ops.checks import cast_for_autocast, check_has_tokens, check_index_range, check_number, check_tensor
 from softmask_fast.ops.extension import cpu_unavailable_reason
 from softmask_fast.ops.soft_masked_attention import cpp, reference
 
@@ -137,7 +130,7 @@ def _backward(
 
 @torch.library.register_fake("softmask_fast::soft_masked_attention")
 def _forward_fake(query, key, value, keep, image_index, value_bias, key_mask, scale, impl=None):
-    return torch.empty_like(query), query.new_empty((*query.shape[:3], 2), dtype=compute_dtype(query.dtype))
+    return torch.empty_like(query), query.new_empty((*query.shape[:3], 2), dtype=reference.compute_dtype(query.dtype))
 
 
 @torch.library.register_fake("softmask_fast::soft_masked_attention_backward")
@@ -173,7 +166,7 @@ def _autograd(ctx, grad_output, grad_statistics):
             wants_query, wants_key_value, wants_keep, ctx.impl,
         )  # fmt: skip
     if wants_bias:
-        d_bias = grad_output.sum((0, 2), dtype=compute_dtype(grad_output.dtype)).to(value_bias.dtype)
+        d_bias = grad_output.sum((0, 2), dtype=reference.compute_dtype(grad_output.dtype)).to(value_bias.dtype)
     return (
         d_query if wants_query else None, d_key if wants_key else None, d_value if wants_value else None,
         d_keep if wants_keep else None, None, d_bias, None, None, None,

@@ -16,7 +16,6 @@ from softmask_fast.ops.checks import (
     check_index_range,
     check_number,
     check_tensor,
-    compute_dtype,
 )
 from softmask_fast.ops.extension import cpu_unavailable_reason, cuda_unavailable_reason
 from softmask_fast.ops.word_mask import cpp, reference
@@ -186,14 +185,14 @@ def _word_gradcam_fake(query, key, value, grad_output, word_index, key_mask, sca
     batch, _, length, _ = query.shape
     tokens = key.shape[2]
     sizes = (batch, length, tokens) if word_index is None else (batch, tokens)
-    return query.new_empty(sizes, dtype=compute_dtype(query.dtype))
+    return query.new_empty(sizes, dtype=reference.compute_dtype(query.dtype))
 
 
 @torch.library.register_fake("softmask_fast::word_soft_mask")
 def _word_soft_mask_fake(
     query, key, value, grad_output, word_index, features, prefix_tokens, key_mask, scale, impl=None
 ):
-    keep = query.new_empty((query.shape[0], key.shape[2]), dtype=compute_dtype(query.dtype))
+    keep = query.new_empty((query.shape[0], key.shape[2]), dtype=reference.compute_dtype(query.dtype))
     return query.new_empty(0) if features is None else torch.empty_like(features), keep
 
 
