@@ -19,7 +19,7 @@ import torch
 from measure import Variant, extra_memory, interleaved, synchronised
 
 from softmask_fast.data.types import Batch
-from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.momentum import MomentumTeacher, StepSettings
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.pretraining_reference import ReferenceStep, update_teacher
 from softmask_fast.model.vision_language import VisionLanguageModel
@@ -27,7 +27,7 @@ from softmask_fast.options import make_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {"base": 128} if DEVICE.type == "cuda" else {"tiny": 32, "small": 32}  # preset: pairs in a batch
-ALPHA, SEED = 0.4, 5
+SETTINGS = StepSettings(alpha=0.4, seed=5)
 
 
 def make_batch(config, pairs: int, device: torch.device = DEVICE) -> Batch:
@@ -73,12 +73,12 @@ class Problem:
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
 
     def reference(self):
-        loss, _ = ReferenceStep(self.model, self.objectives, self.bf16)(self.batch, self.teacher, ALPHA)
+        loss, _ = ReferenceStep(self.model, self.objectives, self.bf16)(self.batch, self.teacher, SETTINGS)
         self._update(loss)
         update_teacher(self.teacher, self.model)
 
     def fast(self):
-        loss, _ = PretrainingStep(self.model, self.objectives, self.bf16)(self.batch, self.teacher, ALPHA, SEED)
+        loss, _ = PretrainingStep(self.model, self.objectives, self.bf16)(self.batch, self.teacher, SETTINGS)
         self._update(loss)
         self.teacher.update(self.model.named_parameters())
 
@@ -101,10 +101,10 @@ def check(problem: Problem) -> None:
     problem.model.eval()
     with torch.no_grad():
         _, fast = PretrainingStep(problem.model, problem.objectives, problem.bf16)(
-            problem.batch, copy.deepcopy(problem.teacher), ALPHA, SEED
+            problem.batch, copy.deepcopy(problem.teacher), SETTINGS
         )
     _, reference = ReferenceStep(problem.model, problem.objectives, problem.bf16)(
-        problem.batch, copy.deepcopy(problem.teacher), ALPHA
+        problem.batch, copy.deepcopy(problem.teacher), SETTINGS
     )
     problem.model.train(was_training)
     tolerance = 2e-2 if problem.bf16 else 1e-4

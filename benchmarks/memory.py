@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from unittest import mock
 
 import torch
-from bench_step import ALPHA, SEED, make_batch
+from bench_step import SETTINGS, make_batch
 from report import table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,7 +96,7 @@ def activations(preset: str, pairs: int, checkpointing: bool) -> int:
     with context:
         model.set_execution(checkpointing=checkpointing)
         with LiveBytes(model) as live:
-            loss, _ = PretrainingStep(model, config.objectives, bf16=True)(batch, teacher, ALPHA, SEED)
+            loss, _ = PretrainingStep(model, config.objectives, bf16=True)(batch, teacher, SETTINGS)
             loss.backward()
     return live.peak
 

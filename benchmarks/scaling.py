@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_step import ALPHA, SEED
+from bench_step import SETTINGS
 from measure import environment
 from memory import fake_problem, standing
 from report import table
@@ -123,7 +123,7 @@ def operations_per_pair(pairs: int = 32) -> float:
         count = FlopCount()
 
         def work():
-            loss, _ = PretrainingStep(model, config.objectives, bf16=True)(batch, teacher, ALPHA, SEED)
+            loss, _ = PretrainingStep(model, config.objectives, bf16=True)(batch, teacher, SETTINGS)
             loss.backward()
 
         count.run(work)

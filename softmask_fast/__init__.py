@@ -1,7 +1,48 @@
 """Text-driven soft masks and focal contrastive learning for vision-language pretraining (SoftMask++), fast.
 
-Importing the package loads nothing else: take the operators from `softmask_fast.ops` (torch alone), everything else
-from its own module.
+The public operators and `load_model` are here, loaded when first used: the operators need torch alone, `load_model`
+the extra `train`. `import softmask_fast` itself loads nothing else.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softmask_fast.model.export import load_model
+    from softmask_fast.ops import (
+        FeatureQueue,
+        FocalITCLoss,
+        FocalITCStats,
+        attention_output_gradient,
+        focal_itc_loss,
+        soft_masked_attention,
+        word_gradcam,
+        word_soft_mask,
+    )
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "FeatureQueue", "FocalITCLoss", "FocalITCStats", "__version__", "attention_output_gradient", "focal_itc_loss",
+    "load_model", "soft_masked_attention", "word_gradcam", "word_soft_mask",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "softmask_fast.model.export" if name == "load_model" else "softmask_fast.ops"
+    try:
+        value = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if name != "load_model":
+            raise
+        raise ImportError(f"load_model: {error}; install it with: pip install 'softmask_fast[train]'") from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))

@@ -57,8 +57,8 @@ def device_in_software(request, library, monkeypatch):
     monkeypatch.setenv("CUDA_ON_CPU_GENERATION", request.param)
     monkeypatch.setattr(cpp, "OPERATORS", library)
     functions = {"word_gradcam": cpp.word_gradcam, "word_soft_mask": cpp.word_soft_mask}
-    monkeypatch.setitem(registry._OPERATORS["word_mask"], "cuda", registry.Implementation("cuda", functions))
-    return request.param
+    with registry.registered("word_mask", registry.Implementation("cuda", functions)):
+        yield request.param
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -1,5 +1,6 @@
 """softmask-fast doctor: what it says of this machine is so, and a wrong or failing implementation ends it with 1."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -16,16 +17,17 @@ PATIENT = 300.0  # seconds, so that a busy machine runs every check
 
 
 @pytest.fixture
-def add(monkeypatch):
+def add():
     """Registers one more implementation of the word mask, made of the reference's functions."""
+    with contextlib.ExitStack() as stack:
 
-    def add(name, change):
-        reference = next(i for i in registry.implementations("word_mask") if i.name == "reference")
-        functions = {part: change(function) for part, function in reference.functions.items()}
-        made = dataclasses.replace(reference, name=name, functions=functions)
-        monkeypatch.setitem(registry._OPERATORS["word_mask"], name, made)
+        def add(name, change):
+            reference = next(i for i in registry.implementations("word_mask") if i.name == "reference")
+            functions = {part: change(function) for part, function in reference.functions.items()}
+            made = dataclasses.replace(reference, name=name, functions=functions)
+            stack.enter_context(registry.registered("word_mask", made))
 
-    return add
+        yield add
 
 
 def checks_of(impl, checks):

@@ -254,7 +254,7 @@ def test_what_a_task_lacks_is_named_before_it_trains(learned):
         (learned / "pretrained" / "model", "answers: expected a JSON list of the answers that are ranked, got none"),
         (learned / "nlvr2" / "model", "without a task's head, .* is fine-tuned for nlvr2"),
         (learned, "model: expected a folder with model.safetensors"),
-        ("no/such", "^model: expected a model folder or an ALBEF checkpoint, got 'no/such': no such"),
+        ("no/such", "^model: expected a model folder or an ALBEF checkpoint, got 'no/such', which does not exist"),
     ]:
         config, _ = parse_arguments([*given, str(model)])
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""FocalITCLoss: its queues, and on 2 and 4 ranks each gather against focal_itc_loss on the joined batch."""
+"""FocalITCLoss: its queue, and on 2 and 4 ranks each gather against focal_itc_loss on the joined batch."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from largest_tensor import LargestTensor
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from softmask_fast.ops import FocalITCLoss, focal_itc_loss
+from softmask_fast.ops import FeatureQueue, FocalITCLoss, focal_itc_loss
 from softmask_fast.ops.collectives import take_rows
 from softmask_fast.ops.focal_itc.operators import resolve
 from softmask_fast.ops.focal_itc.reference import Options
@@ -42,7 +42,7 @@ def unit(rows, seed, width=WIDTH):
 
 def joined_inputs(rows, step):
     """image, text, their teachers, ids of a joined batch."""
-    features = [unit(rows, 10 * step + place) for place in range(4)]
+    features = [unit(rows, 10 * step + index) for index in range(4)]
     return features, torch.randint(0, 7, (rows,), generator=torch.Generator().manual_seed(step))
 
 
@@ -80,7 +80,7 @@ def run_case(group, world, sizes, options, gather, impl):
         )  # fmt: skip
         loss.backward()
         results.append([loss.detach(), *stats, image.grad, text.grad, temperature.grad])
-    return {"steps": results, "queue": dict(loss_module.state_dict())}
+    return {"steps": results, "queue": dict(loss_module.queue.state_dict()) if loss_module.queue else {}}
 
 
 def error_of(function, *arguments, **keywords):
@@ -177,9 +177,8 @@ def ranks(tmp_path_factory):
 def joined_steps(world, sizes, options, gather, impl):
     """The steps of ``run_case`` by focal_itc_loss on the joined batch, with queues kept by hand."""
     options, total = OPTIONS[options], sum(SIZES[sizes][:world])
-    queue = dict(make_loss(gather, impl, **options).named_buffers())
-    queue_image, queue_text, queue_ids = (queue[x].flip(0) for x in ("image_queue", "text_queue", "queue_ids"))
     size, results = options["queue_size"], []
+    queue_image, queue_text, queue_ids = (x.flip(0) for x in FeatureQueue(WIDTH, size, seed=3).keys(torch.empty(0)))
     for step in range(STEPS):
         inputs, ids = joined_inputs(total, step)
         image, text = (x.clone().requires_grad_() for x in inputs[:2])
@@ -216,19 +215,19 @@ def test_ranks_agree_with_one_process_on_the_joined_batch(ranks, case):
     expected_steps, expected_queue = joined_steps(*case)
     for step, expected in enumerate(expected_steps):
         got = list(zip(*(of_rank["steps"][step] for of_rank in of_ranks), strict=True))
-        for place in range(7):  # the loss, and the averages of the statistics
-            assert_equal_to(torch.stack(got[place]).mean(), expected[place], f"step {step}, figure {place}")
-        for place in (7, 8):  # hard negatives
-            assert torch.equal(torch.cat(got[place]), expected[place])
-        for place in (9, 10):  # gradients of image and text, which DDP would average
-            assert_equal_to(torch.cat(got[place]) / world, expected[place], f"step {step}, gradient {place}")
+        for index in range(7):  # the loss, and the averages of the statistics
+            assert_equal_to(torch.stack(got[index]).mean(), expected[index], f"step {step}, metric {index}")
+        for index in (7, 8):  # hard negatives
+            assert torch.equal(torch.cat(got[index]), expected[index])
+        for index in (9, 10):  # gradients of image and text, which DDP would average
+            assert_equal_to(torch.cat(got[index]) / world, expected[index], f"step {step}, gradient {index}")
         assert_equal_to(torch.stack(got[11]).mean(), expected[11], "gradient of the temperature")
     for of_rank in of_ranks:
         queue = of_rank["queue"]
         assert all(torch.equal(queue[name], of_ranks[0]["queue"][name]) for name in queue)
-        order = (int(queue["queue_position"]) - 1 - torch.arange(len(queue["queue_ids"]))) % max(
-            1, len(queue["queue_ids"])
-        )
+        if not queue:
+            continue
+        order = (int(queue["queue_position"]) - 1 - torch.arange(QUEUE)) % QUEUE
         assert torch.equal(queue["image_queue"][order], expected_queue[0])
         assert torch.equal(queue["text_queue"][order], expected_queue[1])
         if OPTIONS[case[2]]["ids"]:
@@ -286,13 +285,14 @@ def test_the_queue_holds_the_newest_features_whatever_the_batch_sizes(sizes, wit
             ids=new_ids if with_ids else None,
         )  # fmt: skip
         images, texts, ids = torch.cat([images, new[0]]), torch.cat([texts, new[1]]), torch.cat([ids, new_ids])
-    order = (int(loss_module.queue_position) + torch.arange(8)) % 8
-    assert torch.equal(loss_module.image_queue[order], images[-8:])
-    assert torch.equal(loss_module.text_queue[order], texts[-8:])
+    queue = loss_module.queue
+    order = (int(queue.queue_position) + torch.arange(8)) % 8
+    assert torch.equal(queue.image_queue[order], images[-8:])
+    assert torch.equal(queue.text_queue[order], texts[-8:])
     if with_ids:
-        assert torch.equal(loss_module.queue_ids[order], ids[-8:])
+        assert torch.equal(queue.queue_ids[order], ids[-8:])
     else:
-        assert (loss_module.queue_ids < 0).all() and len(set(loss_module.queue_ids.tolist())) == 8
+        assert (queue.queue_ids < 0).all() and len(set(queue.queue_ids.tolist())) == 8
 
 
 def test_state_dict_restores_the_queue():
@@ -302,6 +302,35 @@ def test_state_dict_restores_the_queue():
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(y, x, temperature=0.1, ids=ids), second(y, x, temperature=0.1, ids=ids))
     assert all(torch.equal(a, b) for a, b in zip(first.buffers(), second.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("queue_size", [0, 8])
+def test_older_state_dicts_load(queue_size):
+    """Those from before the queue was a module, alone and as a part of another module."""
+    queue = FeatureQueue(WIDTH, queue_size, seed=5).state_dict()
+    loss_module = FocalITCLoss(WIDTH, queue_size)
+    loss_module.load_state_dict(queue)
+    assert all(torch.equal(tensor, queue[name[6:]]) for name, tensor in loss_module.state_dict().items())
+    whole = nn.Sequential(FocalITCLoss(WIDTH, queue_size))
+    whole.load_state_dict({f"0.{name}": tensor for name, tensor in queue.items()})
+    assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), loss_module.buffers(), strict=True))
+
+
+def test_a_queue_of_the_caller_is_the_same_and_updated_by_the_caller():
+    own, other = FocalITCLoss(WIDTH, 8, gather="with_grad", seed=2), FocalITCLoss(gather="with_grad")
+    queue = FeatureQueue(WIDTH, 8, seed=2)
+    for step in range(2):
+        (x, y, teacher_x, teacher_y), ids = joined_inputs(5, step)
+        options = dict(temperature=0.1, ids=ids, alpha=0.4, teacher_image=teacher_x, teacher_text=teacher_y)
+        before = [buffer.clone() for buffer in queue.buffers()]
+        loss, newest = other(x, y, queue=queue, **options)
+        assert all(torch.equal(a, b) for a, b in zip(before, queue.buffers(), strict=True))
+        queue.enqueue(*newest)
+        assert torch.equal(loss, own(x, y, **options))
+        assert all(torch.equal(a, b) for a, b in zip(own.queue.buffers(), queue.buffers(), strict=True))
+    assert other.eval()(x, y, queue=queue, return_stats=True, **options)[2] is None
+    assert other.train()(x, y, queue=FeatureQueue(WIDTH, 0), **options)[1] is None
+    assert not other.state_dict()
 
 
 def test_evaluation_leaves_the_queue_alone():
@@ -315,7 +344,7 @@ def test_without_use_queue_the_queue_gives_no_keys_but_fills():
     full, empty = FocalITCLoss(WIDTH, 8, gather="with_grad"), FocalITCLoss(gather="with_grad")
     x, y = unit(5, 0), unit(5, 1)
     assert torch.equal(full(x, y, temperature=0.1, use_queue=False), empty(x, y, temperature=0.1))
-    assert torch.equal(full.image_queue[:5], x)
+    assert torch.equal(full.queue.image_queue[:5], x)
 
 
 @pytest.mark.parametrize("with_ids", [False, True])

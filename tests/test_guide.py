@@ -131,7 +131,7 @@ def test_hard_negatives_have_the_distribution_of_the_softmax():
         counts[torch.arange(ROWS), found.text_embeds_neg] += 1
     logits = features["image_feat"].detach() @ features["text_feat_m"].T / model.temp
     expected = logits.masked_fill(IDX[:, None] == IDX, -torch.inf).softmax(1)
-    assert (counts / 300 - expected).abs().max() < 0.12  # four standard deviations of a share of a half
+    assert (counts / 300 - expected).abs().max() < 0.12  # four standard deviations of a fraction of one half
 
 
 def test_pretraining():
@@ -163,7 +163,7 @@ def test_egonce():
         return run("EgoVLPv2: any positive", verb=verb, noun=noun, **embeds).loss + 0 * model.temp
 
     def formula(model, features):
-        """Minus the log of the positives' share of the softmax, summed over the directions."""
+        """Minus the log of the fraction of the softmax that the positives have, summed over the directions."""
         cosine = F.cosine_similarity(features["text_feat"][:, None], features["image_feat"][None], dim=-1)
         positive = (verb[:, None] == verb) & (noun[:, None] == noun)
         shares = [((x / 0.05).softmax(1) * positive).sum(1) for x in (cosine, cosine.T)]

@@ -100,9 +100,9 @@ def test_vision_weights_from_a_file_are_resampled_to_the_grid(tokenizer, tmp_pat
     assert torch.equal(larger.vision.vit.blocks[0].attn.qkv.weight, model.vision.vit.blocks[0].attn.qkv.weight)
 
 
-def test_weights_that_cannot_be_had_say_what_to_do(tokenizer, tmp_path, monkeypatch):
+def test_missing_weights_say_what_to_do(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="which is no file"):
+    with pytest.raises(ValueError, match="an existing file, got"):
         load_pretrained(make_model(tokenizer, vision_weights=str(tmp_path / "none.pth")))
     with pytest.raises(ValueError, match="--text_weights DIR"):
         load_pretrained(make_model(tokenizer, text_weights=str(tmp_path / "none")))

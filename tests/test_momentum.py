@@ -1,4 +1,4 @@
-"""The momentum copy; its queues are tested in test_focal_itc_module.py."""
+"""The momentum copy and its checkpoints; the queue is tested in test_focal_itc_module.py."""
 
 import pytest
 import torch
@@ -43,17 +43,28 @@ def test_the_copy_never_trains(model):
 
 
 def test_unfilled_queue_entries_belong_to_no_image(model):
-    contrast = MomentumTeacher(model, ObjectiveConfig(queue_size=6)).contrast
-    assert (contrast.queue_ids < 0).all() and len(set(contrast.queue_ids.tolist())) == 6
-    torch.testing.assert_close(contrast.text_queue.norm(dim=-1), torch.ones(6))
+    queue = MomentumTeacher(model, ObjectiveConfig(queue_size=6)).queue
+    assert (queue.queue_ids < 0).all() and len(set(queue.queue_ids.tolist())) == 6
+    torch.testing.assert_close(queue.text_queue.norm(dim=-1), torch.ones(6))
 
 
 def test_the_queue_is_in_the_state_that_checkpoints_keep(model):
     first, second = (MomentumTeacher(model, ObjectiveConfig(queue_size=6), seed) for seed in range(2))
     new = F.normalize(torch.randn(2, 4, model.config.embed_dim), dim=-1)
-    first.contrast.enqueue(*new, torch.arange(4))
+    first.queue.enqueue(*new, torch.arange(4))
     load_own_state(second, own_state(first))
-    assert torch.equal(second.contrast.image_queue[:4], new[0]) and int(second.contrast.queue_position) == 4
+    assert torch.equal(second.queue.image_queue[:4], new[0]) and int(second.queue.queue_position) == 4
+    assert all(torch.equal(a, b) for a, b in zip(first.buffers(), second.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("queue_size", [0, 6])
+def test_checkpoints_from_before_the_queue_was_a_module_load(model, queue_size):
+    """They name its buffers "contrast.image_queue" and so on, also if it is empty."""
+    first, second = (MomentumTeacher(model, ObjectiveConfig(queue_size=queue_size), seed) for seed in range(2))
+    old = {name.replace("queue.", "contrast.", 1): tensor for name, tensor in own_state(first).items()}
+    names = {"contrast.image_queue", "contrast.text_queue", "contrast.queue_ids", "contrast.queue_position"}
+    assert {name for name in old if not name.startswith("model.")} == names
+    load_own_state(second, old)
     assert all(torch.equal(a, b) for a, b in zip(first.buffers(), second.buffers(), strict=True))
 
 

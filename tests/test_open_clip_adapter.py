@@ -43,8 +43,8 @@ def results(loss_module, image, text, scale=20.0, bias=-3.0, dtype=torch.float32
 
 
 def assert_same(ours, baseline, truth):
-    for place, name in enumerate(("loss", "image", "text", "logit_scale")):
-        assert_as_accurate(ours[place], baseline[place], truth[place], torch.float32, name)
+    for index, name in enumerate(("loss", "image", "text", "logit_scale")):
+        assert_as_accurate(ours[index], baseline[index], truth[index], torch.float32, name)
     assert ours[4] == 0  # softmax ignores a constant; ClipLoss gives rounding noise
 
 
@@ -102,7 +102,7 @@ def test_bad_arguments_are_named():
     image, text = features(4)
     for arguments, message in (
         (dict(use_horovod=True), "use_horovod: expected False"),
-        (dict(rank=2, world_size=2), "rank: expected one from 0 to world_size - 1 = 1, got 2"),
+        (dict(rank=2, world_size=2), "rank: expected a number from 0 to world_size - 1 = 1, got 2"),
         (dict(gamma=-1), "gamma: expected a number of at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -244,8 +244,8 @@ def test_two_ranks_with_gamma_are_the_joined_batch(ranks, setting):
     if local_loss and not gather_with_grad:
         return  # features count as rows alone: compared with ClipLoss above
     factor = RANKS if gather_with_grad else 1
-    for place, joined in enumerate(inputs, start=1):
-        gradient = torch.cat([rank[f"{setting}"]["focal"][place] for rank in ranks])
+    for index, joined in enumerate(inputs, start=1):
+        gradient = torch.cat([rank[f"{setting}"]["focal"][index] for rank in ranks])
         torch.testing.assert_close(gradient, factor * joined.grad)
 
 

@@ -11,6 +11,8 @@ from test_reference_step import make_batch, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from softmask_fast.config import ObjectiveConfig
+from softmask_fast.errors import UsageError
+from softmask_fast.model.momentum import StepSettings
 from softmask_fast.model.packing import Packing, choose_attention, self_attention
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.training.metrics import FlopCount
@@ -53,8 +55,8 @@ def test_packing_and_padding_are_inverse():
 def test_attention_among_the_tokens_of_a_sequence(device, name, dtype):
     try:
         choose_attention(name, device, dtype)
-    except ValueError as unavailable_reason:
-        pytest.skip(str(unavailable_reason))
+    except UsageError as error:
+        pytest.skip(str(error))
     inputs = [torch.randn(16, 2, 64, device=device).to(dtype).requires_grad_() for _ in range(3)]
     weight = torch.randn(16, 2, 64, device=device)
 
@@ -90,7 +92,7 @@ def test_what_cannot_run_says_why():
 
 
 def test_bounds_on_the_number_of_tokens_need_no_waiting_and_cover_every_row():
-    """On a GPU nothing may ask for a value: a fake one raises where something does."""
+    """On a GPU no value may be read: a fake one raises then."""
     with FakeTensorMode():
         packing = make_packing("cuda", fewest=13, most=20)
         assert packing.positions.shape == (20,) and packing.boundaries.shape == (4 + 1 + 1,)
@@ -104,10 +106,10 @@ def run_step(dropout=0.0, dtype=torch.float32, **execution):
     for network in (model, teacher.model):
         network.set_execution(**execution)
     torch.manual_seed(8)
-    loss, figures = PretrainingStep(model, ObjectiveConfig())(batch, teacher, 0.4, 11)
+    loss, metrics = PretrainingStep(model, ObjectiveConfig())(batch, teacher, StepSettings(0.4, 11))
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {name: figures[name] for name in ("itc", "itm", "mlm")} | gradients
+    return {name: metrics[name] for name in ("itc", "itm", "mlm")} | gradients
 
 
 def test_checkpointing_changes_no_bit_dropout_included():
@@ -127,7 +129,7 @@ def test_compiled_and_not_compiled_agree():
 
 
 def test_a_step_reads_no_value_on_the_host_and_checkpointing_saves_memory():
-    """On tensors without data: whatever asked one for a value would raise."""
+    """On fake tensors, which raise when a value is read."""
     kept, again = (activations("tiny", 4, checkpointing) for checkpointing in (False, True))
     assert 0 < again < 0.6 * kept
 

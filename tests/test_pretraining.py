@@ -11,12 +11,14 @@ from plain_attention import plain_attention
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.types import Batch
 from softmask_fast.model.fusion import CrossAttention
-from softmask_fast.model.momentum import MomentumTeacher
-from softmask_fast.model.pretraining import PretrainingStep
+from softmask_fast.model.momentum import MomentumTeacher, StepSettings
+from softmask_fast.model.pretraining import PretrainingStep, draw_any_other
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.ops import FeatureQueue
 from softmask_fast.options import make_config
 
-ALPHA, SEED, PAIRS, TOKENS, VOCABULARY = 0.4, 11, 4, 8, 40
+PAIRS, TOKENS, VOCABULARY = 4, 8, 40
+SETTINGS = StepSettings(alpha=0.4, seed=11)
 
 ABLATION = {  # the five configurations of the paper; the distortions of the images are the data's part
     "baseline": dict(soft_mask=False, focal_gamma=0.0, masked_captions=False),
@@ -65,29 +67,38 @@ def make_step(**objectives):
     step = PretrainingStep(model, objectives)
     torch.manual_seed(5)
     teacher = MomentumTeacher(VisionLanguageModel(config).double(), objectives).double()
-    teacher.contrast.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
+    teacher.queue.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
     return step, teacher
+
+
+def remember_negatives(step):
+    """The list of (image negatives, text negatives) of the contrast in each step to come."""
+    drawn = []
+    step.itc.register_forward_hook(
+        lambda module, inputs, output: drawn.append((output[1].image_hard_negative, output[1].text_hard_negative))
+    )
+    return drawn
 
 
 def focal_cross_entropy(logits, teacher_logits, hard_target, gamma):
     p = logits.softmax(-1)
-    target = ALPHA * teacher_logits.softmax(-1) + (1 - ALPHA) * hard_target
+    target = SETTINGS.alpha * teacher_logits.softmax(-1) + (1 - SETTINGS.alpha) * hard_target
     return -(target * (1 - p) ** gamma * p.log()).sum(-1).mean()
 
 
 def plain_losses(step, teacher, batch, other_images, other_texts, monkeypatch):
     """Every objective by its formula: own fusion passes, full maps and hooks-like autograd for the Grad-CAM."""
-    model, objectives, taught = step.model, step.objectives, teacher.model
+    model, objectives, alpha = step.model, step.objectives, SETTINGS.alpha
     mask = batch.attention_mask
     text_ids = batch.masked_ids if objectives.masked_captions else batch.input_ids
     images, image_features = model.encode_image(batch.pixels)
     texts, text_features = model.encode_text(text_ids, mask)
     with torch.no_grad():
-        taught_images, taught_image_features = taught.encode_image(batch.pixels)
-        _, taught_text_features = taught.encode_text(text_ids, mask)
-    image_keys = torch.cat([taught_image_features, teacher.contrast.image_queue])
-    text_keys = torch.cat([taught_text_features, teacher.contrast.text_queue])
-    key_ids = torch.cat([batch.ids, teacher.contrast.queue_ids])
+        _, teacher_image_features = teacher.model.encode_image(batch.pixels)
+        _, teacher_text_features = teacher.model.encode_text(text_ids, mask)
+    image_keys = torch.cat([teacher_image_features, teacher.queue.image_queue])
+    text_keys = torch.cat([teacher_text_features, teacher.queue.text_queue])
+    key_ids = torch.cat([batch.ids, teacher.queue.queue_ids])
     positive = (batch.ids[:, None] == key_ids).double()
     hard_target = positive / positive.sum(-1, keepdim=True)
     scale = 1 / model.log_temperature.exp()
@@ -96,8 +107,8 @@ def plain_losses(step, teacher, batch, other_images, other_texts, monkeypatch):
             rows @ keys.T * scale, teacher_rows @ keys.T * scale.detach(), hard_target, objectives.focal_gamma
         )
         for rows, keys, teacher_rows in (
-            (image_features, text_keys, taught_image_features),
-            (text_features, image_keys, taught_text_features),
+            (image_features, text_keys, teacher_image_features),
+            (text_features, image_keys, teacher_text_features),
         )
     )
     itm_logits = [
@@ -121,34 +132,27 @@ def plain_losses(step, teacher, batch, other_images, other_texts, monkeypatch):
     itm = F.cross_entropy(torch.cat(itm_logits), torch.tensor(labels))
     logits = model.mlm_logits(batch.pixels, batch.masked_ids, mask).flatten(0, 1)[batch.mlm_positions]
     with torch.no_grad():
-        soft = taught.mlm_logits(batch.pixels, batch.masked_ids, mask).flatten(0, 1)[batch.mlm_positions].softmax(-1)
+        soft = teacher.model.mlm_logits(batch.pixels, batch.masked_ids, mask).flatten(0, 1)[batch.mlm_positions]
     hard = F.one_hot(batch.mlm_labels, VOCABULARY)
-    mlm = -((ALPHA * soft + (1 - ALPHA) * hard) * logits.log_softmax(-1)).sum(-1).mean()
+    mlm = -((alpha * soft.softmax(-1) + (1 - alpha) * hard) * logits.log_softmax(-1)).sum(-1).mean()
     return {"itc": itc / 2, "itm": itm, "mlm": mlm}
 
 
 @pytest.mark.parametrize("name", ABLATION)
 def test_losses_and_gradients_are_those_of_the_method(name, batch, monkeypatch):
     step, teacher = make_step(**ABLATION[name])
-    drawn = {}
-    contrast = step._contrast
-
-    def remember(*arguments):
-        itc, drawn["stats"] = contrast(*arguments)
-        return itc, drawn["stats"]
-
-    monkeypatch.setattr(step, "_contrast", remember)
+    drawn = remember_negatives(step)
     before = {buffer: value.clone() for buffer, value in teacher.named_buffers()}
-    loss, figures = step(batch, teacher, ALPHA, SEED)
+    loss, metrics = step(batch, teacher, SETTINGS)
     got = torch.autograd.grad(loss, list(step.parameters()), allow_unused=True)
 
     for buffer, value in teacher.named_buffers():
         value.copy_(before[buffer])
-    others = drawn["stats"].text_hard_negative, drawn["stats"].image_hard_negative
-    assert (others[0] != torch.arange(PAIRS)).all() and (others[1] != torch.arange(PAIRS)).all()
-    expected = plain_losses(step, teacher, batch, *others, monkeypatch)
+    [(other_texts, other_images)] = drawn
+    assert (other_images != torch.arange(PAIRS)).all() and (other_texts != torch.arange(PAIRS)).all()
+    expected = plain_losses(step, teacher, batch, other_images, other_texts, monkeypatch)
     for term, value in expected.items():
-        torch.testing.assert_close(figures[term].double(), value, rtol=1e-6, atol=1e-7, check_dtype=False)
+        torch.testing.assert_close(metrics[term].double(), value, rtol=1e-6, atol=1e-7, check_dtype=False)
     want = torch.autograd.grad(sum(expected.values()), list(step.parameters()), allow_unused=True)
     for (parameter, _), ours, theirs in zip(step.named_parameters(), got, want, strict=True):
         assert (ours is None) == (theirs is None), parameter
@@ -162,42 +166,42 @@ def test_losses_and_gradients_are_those_of_the_method(name, batch, monkeypatch):
 def test_each_objective_can_be_switched_off(batch):
     for absent in ("itc", "itm", "mlm"):
         step, teacher = make_step(**{f"{absent}_weight": 0.0})
-        loss, figures = step(batch, teacher, ALPHA, SEED)
+        loss, metrics = step(batch, teacher, SETTINGS)
         present = {"itc", "itm", "mlm"} - {absent}
-        assert present == {"itc", "itm", "mlm"} & figures.keys()
-        torch.testing.assert_close(loss.double(), sum(figures[name] for name in present).double())
+        assert present == {"itc", "itm", "mlm"} & metrics.keys()
+        torch.testing.assert_close(loss.double(), sum(metrics[name] for name in present).double())
 
 
 @pytest.mark.parametrize("only", ["itc", "itm", "mlm"])
 def test_each_objective_can_stand_alone(batch, only):
     step, teacher = make_step(**{f"{name}_weight": float(name == only) for name in ("itc", "itm", "mlm")})
-    loss, figures = step(batch, teacher, ALPHA, SEED)
-    assert {"itc", "itm", "mlm"} & figures.keys() == {only}
+    loss, metrics = step(batch, teacher, SETTINGS)
+    assert {"itc", "itm", "mlm"} & metrics.keys() == {only}
     loss.backward()
     assert loss.isfinite() and any(p.grad is not None and p.grad.any() for p in step.model.parameters())
 
 
 def test_momentum_features_enter_the_queue(batch):
     step, teacher = make_step()
-    step(batch, teacher, ALPHA, SEED)
+    step(batch, teacher, SETTINGS)
     with torch.no_grad():
         _, features = teacher.model.encode_image(batch.pixels)
-    contrast = teacher.contrast
-    torch.testing.assert_close(contrast.image_queue[:PAIRS], features)
-    assert contrast.queue_ids[:PAIRS].tolist() == batch.ids.tolist() and int(contrast.queue_position) == PAIRS
+    queue = teacher.queue
+    torch.testing.assert_close(queue.image_queue[:PAIRS], features)
+    assert queue.queue_ids[:PAIRS].tolist() == batch.ids.tolist() and int(queue.queue_position) == PAIRS
+    step.eval()
+    step(batch, teacher, SETTINGS)
+    assert int(queue.queue_position) == PAIRS
 
 
 def test_before_its_warm_up_the_queue_gives_no_keys(batch):
     losses = {}
     for use_queue in (True, False):
         step, teacher = make_step()
-        losses[use_queue] = step(batch, teacher, ALPHA, SEED, use_queue)[1]["itc"]
+        losses[use_queue] = step(batch, teacher, replace(SETTINGS, use_queue=use_queue))[1]["itc"]
     step, teacher = make_step()
-    queues = teacher.contrast
-    queues.image_queue, queues.text_queue, queues.queue_ids = (
-        queue[:0] for queue in (queues.image_queue, queues.text_queue, queues.queue_ids)
-    )
-    assert torch.equal(losses[False], step(batch, teacher, ALPHA, SEED)[1]["itc"])
+    teacher.queue = FeatureQueue(teacher.queue.width, 0)
+    assert torch.equal(losses[False], step(batch, teacher, SETTINGS)[1]["itc"])
     assert losses[True] != losses[False]
 
 
@@ -205,7 +209,7 @@ def test_same_seed_same_bits(batch):
     runs = []
     for _ in range(2):
         step, teacher = make_step()
-        loss, _ = step(batch, teacher, ALPHA, SEED)
+        loss, _ = step(batch, teacher, SETTINGS)
         loss.backward()
         runs.append([loss.detach()] + [p.grad for p in step.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -221,32 +225,22 @@ def test_pairs_without_a_negative_are_not_scored_as_unmatched(batch, hard_negati
     """One image four times: only its true pairs are scored."""
     step, teacher = make_step(soft_mask=False, hard_negatives=hard_negatives)
     batch.ids = torch.tensor([7, 7, 7, 7])
-    _, figures = step(batch, teacher, ALPHA, SEED)
+    _, metrics = step(batch, teacher, SETTINGS)
     text_tokens, _ = step.model.encode_text(batch.masked_ids, batch.attention_mask)
     logits = step.model.match_tokens(step.model.vision(batch.pixels), text_tokens, batch.attention_mask)
     expected = F.cross_entropy(logits, torch.ones(PAIRS, dtype=torch.int64))
-    torch.testing.assert_close(figures["itm"].double(), expected, rtol=1e-6, atol=1e-7)
-    assert figures["itm_accuracy"] == (logits.argmax(-1) == 1).float().mean()
+    torch.testing.assert_close(metrics["itm"].double(), expected, rtol=1e-6, atol=1e-7)
+    assert metrics["itm_accuracy"] == (logits.argmax(-1) == 1).float().mean()
 
 
 def test_any_other_pair_is_a_negative_without_its_similarity(batch):
     """Rows 0 and 1 show one image: each takes one of the others; every possible one is drawn at some seed."""
     step, teacher = make_step(hard_negatives=False)
     batch.ids = torch.tensor([7, 7, 9, 5])
-    seen = [set() for _ in range(PAIRS)]
-    contrast = step._contrast
-
-    def remember(*arguments):
-        itc, stats = contrast(*arguments)
-        for column in (stats.image_hard_negative, stats.text_hard_negative):
-            for row, other in enumerate(column.tolist()):
-                seen[row].add(other)
-        return itc, stats
-
-    step._contrast = remember
+    drawn = [draw_any_other(batch.ids, torch.Generator().manual_seed(seed)).tolist() for seed in range(60)]
+    assert [set(column) for column in zip(*drawn, strict=True)] == [{2, 3}, {2, 3}, {0, 1, 3}, {0, 1, 2}]
     with torch.no_grad():
-        losses = [step(batch, teacher, ALPHA, seed)[1]["itm"].item() for seed in (*range(30), 0)]
-    assert seen == [{2, 3}, {2, 3}, {0, 1, 3}, {0, 1, 2}]
+        losses = [step(batch, teacher, StepSettings(0.4, seed))[1]["itm"].item() for seed in (*range(8), 0)]
     assert losses[0] == losses[-1] and len(set(losses)) > 1
 
 
@@ -254,13 +248,13 @@ def test_weights_that_are_not_finite_give_a_loss_that_is_not_finite(batch):
     step, teacher = make_step()
     with torch.no_grad():
         step.model.image_projection.weight.fill_(torch.nan)
-    loss, _ = step(batch, teacher, ALPHA, SEED)
+    loss, _ = step(batch, teacher, SETTINGS)
     assert not loss.isfinite()
 
 
 def test_key_biases_do_not_move(batch):
     step, teacher = make_step()
-    step(batch, teacher, ALPHA, SEED)[0].backward()
+    step(batch, teacher, SETTINGS)[0].backward()
     named = dict(step.model.named_parameters())
     held = [p.grad for name, p in named.items() if name.endswith("self.key.bias")]
     held += [p.grad.chunk(3)[1] for name, p in named.items() if name.endswith("qkv.bias")]
@@ -277,31 +271,24 @@ def two_batches():
     halves = []
     for rows, length in ((slice(0, 2), TOKENS), (slice(2, 4), 6)):
         texts = {n: getattr(joined, n)[rows, :length] for n in ("input_ids", "masked_ids", "attention_mask")}
-        row, place = (joined.mlm_positions[rows] // TOKENS - rows.start, joined.mlm_positions[rows] % TOKENS)
+        row, column = (joined.mlm_positions[rows] // TOKENS - rows.start, joined.mlm_positions[rows] % TOKENS)
         others = {n: getattr(joined, n)[rows] for n in ("pixels", "mlm_labels", "word_index", "ids", "keys")}
-        halves.append(replace(joined, mlm_positions=row * length + place, **texts, **others))
+        halves.append(replace(joined, mlm_positions=row * length + column, **texts, **others))
     return joined, halves
 
 
 def run_step(batch, gather):
-    """The loss, the gradients, the hard negatives and the queues after one step."""
+    """The metrics, the gradients, the hard negatives and the queue after one step."""
     step, teacher = make_step(itc_gather=gather, gathered_negatives=True)
-    contrast, drawn = step._contrast, []
-
-    def remember(*arguments):
-        itc, stats = contrast(*arguments)
-        drawn.extend([stats.image_hard_negative, stats.text_hard_negative])
-        return itc, stats
-
-    step._contrast = remember
-    loss, figures = step(batch, teacher, ALPHA, SEED)
+    drawn = remember_negatives(step)
+    loss, metrics = step(batch, teacher, SETTINGS)
     loss.backward()
     gradients = {name: p.grad for name, p in step.named_parameters() if p.grad is not None}
     return {
-        "figures": figures,
+        "metrics": metrics,
         "gradients": gradients,
-        "negatives": drawn,
-        "queues": dict(teacher.contrast.state_dict()),
+        "negatives": list(drawn[0]),
+        "queue": dict(teacher.queue.state_dict()),
     }
 
 
@@ -318,16 +305,16 @@ def ranks(tmp_path_factory):
 def test_two_ranks_with_gathered_negatives_are_one_process_with_the_joined_batch(ranks, gather):
     expected = run_step(two_batches()[0], gather)
     halves = [results[gather] for results in ranks]
-    for place, negatives in enumerate(expected["negatives"]):
-        assert torch.equal(torch.cat([half["negatives"][place] for half in halves]), negatives)
+    for index, negatives in enumerate(expected["negatives"]):
+        assert torch.equal(torch.cat([half["negatives"][index] for half in halves]), negatives)
         assert (negatives[:2] >= 2).any() or (negatives[2:] < 2).any()  # some live on the other rank
-    for name, value in expected["figures"].items():
-        mean = (halves[0]["figures"][name] + halves[1]["figures"][name]) / 2
+    for name, value in expected["metrics"].items():
+        mean = (halves[0]["metrics"][name] + halves[1]["metrics"][name]) / 2
         torch.testing.assert_close(mean, value, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     for name, value in expected["gradients"].items():
         mean = (halves[0]["gradients"][name] + halves[1]["gradients"][name]) / 2
         scale = value.abs().max().item()
         torch.testing.assert_close(mean, value, rtol=0, atol=1e-6 * scale + 1e-9, msg=lambda m, n=name: f"{n}: {m}")
     for half in halves:
-        for name, value in expected["queues"].items():
-            torch.testing.assert_close(half["queues"][name], value)
+        for name, value in expected["queue"].items():
+            torch.testing.assert_close(half["queue"][name], value)

@@ -12,8 +12,8 @@ from compare import assert_as_accurate
 
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.types import Batch
-from softmask_fast.model.momentum import MomentumTeacher
-from softmask_fast.model.pretraining import PretrainingStep, _Sequences
+from softmask_fast.model.momentum import MomentumTeacher, StepSettings
+from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.pretraining_reference import ReferenceStep, draw, update_teacher
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.options import make_config
@@ -58,7 +58,7 @@ def make_model(gamma: float = 2.0, queue_size: int = QUEUE, **changes):
         VisionLanguageModel(model.config), ObjectiveConfig(queue_size=queue_size, momentum=0.9, focal_gamma=gamma)
     )
     if queue_size:
-        teacher.contrast.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
+        teacher.queue.queue_ids[2] = 9  # an older picture of the batch's third image: one more positive
     return model, teacher
 
 
@@ -68,30 +68,22 @@ def in_float64(model, teacher, batch):
     return copy.deepcopy(model).double(), copy.deepcopy(teacher).double(), wide
 
 
-def run(step, *arguments, **options):
+def run(step, *arguments):
     """The losses by name and the gradients by parameter."""
-    loss, figures = step(*arguments, **options)
+    loss, metrics = step(*arguments)
     parameters = dict(step.model.named_parameters())
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    losses = {name: figures[name] for name in ("itc", "itm", "mlm")} | {"loss": loss.detach()}
+    losses = {name: metrics[name] for name in ("itc", "itm", "mlm")} | {"loss": loss.detach()}
     return losses | dict(zip(parameters, gradients, strict=True))
 
 
-def run_fast(model, teacher, batch, objectives, alpha, **options):
+def run_fast(model, teacher, batch, objectives, settings):
     """The fast step's results, and the negatives it drew: (images, texts)."""
-    drawn = {}
-    add = _Sequences.add
-
-    def remember(self, name, text, mask, image_index, *others, **options):
-        drawn[name] = text, image_index
-        add(self, name, text, mask, image_index, *others, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Sequences, "add", remember)
-        results = run(PretrainingStep(model, objectives), batch, copy.deepcopy(teacher), alpha, 11, **options)
-    texts, others = drawn["matched"][0], drawn["other text"][0]
-    other_text = torch.tensor([next(i for i, text in enumerate(texts) if torch.equal(text, other)) for other in others])
-    return results, (drawn["other image"][1], other_text)
+    step, drawn = PretrainingStep(model, objectives), []
+    step.itc.register_forward_hook(lambda module, inputs, output: drawn.append(output[1]))
+    results = run(step, batch, copy.deepcopy(teacher), settings)
+    [stats] = drawn
+    return results, (stats.text_hard_negative, stats.image_hard_negative)
 
 
 SETTINGS = list(itertools.product((True, False), (0.0, 2.0), (True, False), (0.0, 0.4), (True, False)))
@@ -104,11 +96,12 @@ def test_the_fast_step_is_the_reference_step(soft_mask, gamma, masked_captions, 
     )
     model, teacher = make_model(gamma)
     batch = make_batch()
-    fast, negatives = run_fast(model, teacher, batch, objectives, alpha, use_queue=use_queue)
+    settings = StepSettings(alpha, 11, use_queue)
+    fast, negatives = run_fast(model, teacher, batch, objectives, settings)
     wide_model, wide_teacher, wide_batch = in_float64(model, teacher, batch)
 
     def reference(model, teacher, batch):
-        return run(ReferenceStep(model, objectives), batch, teacher, alpha, use_queue, negatives)
+        return run(ReferenceStep(model, objectives), batch, teacher, settings, negatives)
 
     truth = reference(wide_model, wide_teacher, wide_batch)
     baseline = reference(model, copy.deepcopy(teacher), batch)
@@ -128,10 +121,10 @@ def test_it_draws_other_pairs_in_proportion_to_their_probability():
     positive = torch.zeros(2000, 5)
     positive[:, 0] = 1
     drawn = draw(logits, positive)
-    share = torch.bincount(drawn, minlength=5)[:5] / 2000
+    fraction = torch.bincount(drawn, minlength=5)[:5] / 2000
     weight = logits[0].softmax(0) + 1e-4
     weight[0] = 0
-    torch.testing.assert_close(share, weight / weight.sum(), rtol=0, atol=0.04)
+    torch.testing.assert_close(fraction, weight / weight.sum(), rtol=0, atol=0.04)
 
 
 def test_both_averages_move_alike():

@@ -326,13 +326,15 @@ def test_errors_name_the_argument(argument, value, error, message):
         word_soft_mask(**(arguments | {argument: value}))
 
 
-def test_an_implementation_that_cannot_run_says_why(monkeypatch):
+def test_an_implementation_that_cannot_run_says_why():
     broken = registry.Implementation("broken", {}, lambda device, dtype, width: "it needs a moon")
-    monkeypatch.setitem(registry._OPERATORS["word_mask"], "broken", broken)
     inputs, word_index = draw((1, 1, 2, 3, 4), torch.float32, "cpu")
-    with pytest.raises(ValueError, match="impl: word_mask cannot run 'broken' here: it needs a moon"):
-        word_gradcam(*inputs, word_index, impl="broken")
-    assert registry.describe()["word_mask"]["cpu"] != "broken"
+    before = registry.implementations("word_mask")
+    with registry.registered("word_mask", broken):
+        with pytest.raises(ValueError, match="impl: word_mask cannot run 'broken' here: it needs a moon"):
+            word_gradcam(*inputs, word_index, impl="broken")
+        assert registry.describe()["word_mask"]["cpu"] != "broken"
+    assert registry.implementations("word_mask") == before
 
 
 def test_autocast_casts_like_attention():

@@ -1,12 +1,12 @@
-"""ALBEF's checkpoints (Li et al., NeurIPS 2021): their weights in our model, and ours in a file that their code loads.
+"""Converts ALBEF's checkpoints (Li et al., NeurIPS 2021) to our model, and our model to a checkpoint for their code.
 
-The models are the same function; four things are stored differently:
+Both models compute the same function. They store four things differently:
 
-- the upper layers of ALBEF's text encoder, those with cross-attention, are our fusion encoder;
-- the cross-attention's keys have a bias there. It adds one number to all logits of a query, which softmax ignores: it
-  is left out here, and zero on the way back;
-- the bias of its values stands apart here, as (heads, head width);
-- `temp` is the temperature itself, here its logarithm is the parameter.
+- The upper layers of ALBEF's text encoder, those with cross-attention, are our fusion encoder.
+- Their cross-attention has a key bias. It adds one number to all logits of a query, which softmax ignores: we drop it,
+  and export zeros.
+- Our value bias is a parameter of its own, of size (heads, head width).
+- Their `temp` is the temperature, our parameter its logarithm.
 
 Fine-tuned checkpoints name the text encoder without `.bert` and lack the heads that their task does not use.
 """
@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.errors import UsageError
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.vision_language import VisionLanguageModel
 
@@ -41,8 +42,8 @@ BERT, FINE_TUNED_BERT = "text_encoder.bert.", "text_encoder."
 WORDS, POSITION_IDS = "embeddings.word_embeddings.weight", "embeddings.position_ids"
 DECODER = "text_encoder.cls.predictions."
 QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
-MOMENTUM = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")  # the parts with a momentum copy, "..._m"
-HEADS = ("vision_proj.", "text_proj.", "itm_head.", DECODER, "temp")  # what a fine-tuned checkpoint may lack
+MOMENTUM = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")  # parts with a momentum copy, "..._m"
+HEADS = ("vision_proj.", "text_proj.", "itm_head.", DECODER, "temp")  # a fine-tuned checkpoint may lack them
 
 _PREFIXES = {
     "vision.vit.": "visual_encoder.",
@@ -66,14 +67,10 @@ _VIT = re.compile(
 
 @dataclass(frozen=True)
 class AlbefReport:
-    """What did not go from a checkpoint into the model, by the names in the checkpoint.
+    """What was not converted, by the names in the checkpoint."""
 
-    unplaced: tensors that the model has no place for. absent: parameters of heads that the checkpoint lacks; they are
-    as a new model starts them, random.
-    """
-
-    unplaced: list[str]
-    absent: list[str]
+    unplaced: list[str]  # tensors that the model does not have
+    absent: list[str]  # parameters of heads that the checkpoint lacks; they keep their random initialization
 
     def __str__(self) -> str:
         kinds = {
@@ -84,39 +81,47 @@ class AlbefReport:
             ],
         }
         others = Counter(name.split(".")[0] for name in sorted(set(self.unplaced).difference(*kinds.values())))
-        told = [f"{kind} ({len(names)})" for kind, names in kinds.items() if names]
-        told += [f"{part} ({count})" for part, count in others.items()]
-        lines = [f"tensors without a place in the model: {', '.join(told)}"] if told else []
+        groups = [f"{kind} ({len(names)})" for kind, names in kinds.items() if names]
+        groups += [f"{part} ({count})" for part, count in others.items()]
+        messages = []
+        if groups:
+            messages.append(f"unused tensors: {', '.join(groups)}")
         if self.absent:
-            lines.append(f"not in the checkpoint and left at random: {', '.join(self.absent)}")
-        return "; ".join(lines) or "every tensor has its place"
+            messages.append(f"missing, initialized at random: {', '.join(self.absent)}")
+        return "; ".join(messages) or "all tensors were converted"
 
 
 def load_albef(
     path: str | Path, *, image_size: int | None = None, head_width: int = 64, complete: bool = False
 ) -> VisionLanguageModel:
-    """Read an ALBEF checkpoint (.pth; pretrained or fine-tuned) -> the model, in eval mode, float32, on the CPU.
+    """Reads an ALBEF checkpoint, pretrained or fine-tuned; only tensors and plain containers are unpickled.
 
-    image_size: side of the input in pixels, default the checkpoint's; position embeddings are interpolated as ALBEF
-    does. head_width: width of an attention head, the one size that no tensor shows. complete: a checkpoint that lacks
-    heads is an error.
-    What has no place in the model, and which heads the checkpoint lacks, is logged as a warning; `load_albef_state`
-    returns it. Nothing is unpickled but tensors and plain containers. Raises ValueError for a file that is no
-    checkpoint, for missing tensors and for sizes that do not fit.
+    Args:
+        path: of the .pth file. What cannot be converted is logged as a warning; `load_albef_state` returns it.
+        image_size: side of the input in pixels; default: the checkpoint's. Position embeddings are interpolated as
+            ALBEF does.
+        head_width: width of an attention head, the only size that no tensor shows.
+        complete: refuse a checkpoint that lacks heads.
+
+    Returns:
+        The model in eval mode, float32, on the CPU.
+
+    Raises:
+        UsageError: if the file is not a checkpoint, tensors are missing, or sizes do not fit.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"path: expected an ALBEF checkpoint, got {str(path)!r}, which is no file")
-    try:  # mapped into memory where the format allows it: the optimiser's state, twice the weights, is never read
+        raise UsageError(f"path: expected an ALBEF checkpoint, got {str(path)!r}, which is not a file")
+    try:  # memory-mapped if the format allows it: the optimizer state, twice the weights, is never read
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"path: {str(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
+        raise UsageError(f"path: {str(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"path: expected a state dict, alone or under 'model', in {str(path)!r}")
+        raise UsageError(f"path: expected a state dict, alone or under 'model', in {str(path)!r}")
     model, report = load_albef_state(state, image_size=image_size, head_width=head_width)
     if complete and report.absent:
-        raise ValueError(f"path: expected a checkpoint with all heads, {str(path)!r} lacks {', '.join(report.absent)}")
+        raise UsageError(f"path: expected a checkpoint with all heads, {str(path)!r} lacks {', '.join(report.absent)}")
     if report.unplaced or report.absent:
         logger.warning("%s: %s", path, report)
     return model
@@ -125,7 +130,7 @@ def load_albef(
 def load_albef_state(
     state: Mapping[str, Tensor], *, image_size: int | None = None, head_width: int = 64
 ) -> tuple[VisionLanguageModel, AlbefReport]:
-    """`load_albef` for a state dict at hand; it is not changed. Returns the model and what could not be placed."""
+    """`load_albef` for a state dict in memory, which stays as it is. Also returns what was not converted."""
     bert = BERT if BERT + WORDS in state else FINE_TUNED_BERT
     config = _infer_config(state, bert, image_size, head_width)
     left = dict(state)
@@ -147,7 +152,7 @@ def load_albef_state(
                 parameter = parameter.view(-1)
                 value = value.reshape(-1)
             if value.shape != parameter.shape:
-                raise ValueError(f"state: {theirs} has size {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+                raise UsageError(f"state: {theirs} has size {tuple(value.shape)}, expected {tuple(parameter.shape)}")
             parameter.copy_(value)
     _check_absent(absent, left, state)
     return model, AlbefReport(unplaced=sorted(left), absent=absent)
@@ -156,9 +161,9 @@ def load_albef_state(
 def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = None) -> dict[str, Tensor]:
     """The state dict of ALBEF's pretraining model with our weights; its tensors share memory with the model's.
 
-    With a teacher its momentum copy and queues are included, and ALBEF's strict loading finds every name. Without one
-    the momentum copies are the model itself, as ALBEF starts them, and there are no queues. Key biases of the
-    cross-attention are zero. Raises ValueError for an image encoder that ALBEF's code does not have.
+    The teacher adds its momentum copy and queue, as ALBEF's strict loading needs. Without one the momentum copy is the
+    model itself, as ALBEF initializes it, and there are no queues. Key biases of the cross-attention are zero.
+    Raises UsageError for an image encoder that ALBEF's code does not have.
     """
     state = _own_part(model)
     momentum = state if teacher is None else _own_part(teacher.model)
@@ -167,14 +172,14 @@ def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = No
         if part in MOMENTUM:
             state[f"{part}_m.{rest}"] = tensor
     if teacher is not None:
-        queues = teacher.contrast
-        state["image_queue"], state["text_queue"] = queues.image_queue.T, queues.text_queue.T  # (d, M)
-        state["queue_ptr"] = queues.queue_position.reshape(1)
+        queue = teacher.queue
+        state["image_queue"], state["text_queue"] = queue.image_queue.T, queue.text_queue.T  # (d, M)
+        state["queue_ptr"] = queue.queue_position.reshape(1)
     return state
 
 
 def save_albef(model: VisionLanguageModel, path: str | Path, teacher: MomentumTeacher | None = None) -> None:
-    """Write `albef_state` under 'model', as ALBEF's scripts read it: whole or not at all."""
+    """Writes `albef_state` under 'model', where ALBEF's scripts look for it, atomically."""
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
     torch.save({"model": albef_state(model, teacher)}, temporary)
@@ -182,7 +187,7 @@ def save_albef(model: VisionLanguageModel, path: str | Path, teacher: MomentumTe
 
 
 def albef_tokenizer(bert_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """BERT's tokeniser as ALBEF uses it: [CLS] and the words, no [SEP] after them. The given one stays as it is."""
+    """BERT's tokenizer as ALBEF uses it, without [SEP] after the words; a copy."""
     backend = copy.deepcopy(bert_tokenizer.backend_tokenizer)
     first = [("[CLS]", bert_tokenizer.cls_token_id)]
     backend.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=first)
@@ -190,14 +195,14 @@ def albef_tokenizer(bert_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeni
 
 
 def albef_name(name: str, text_layers: int, bert: str = BERT) -> str:
-    """The name in ALBEF's state dict of our parameter `name`: our fusion layer 0 is their layer `text_layers`."""
+    """Our name of a parameter -> its name in ALBEF's state dict. Our fusion layer 0 is their layer `text_layers`."""
     if fused := re.fullmatch(r"fusion\.layers\.(\d+)\.(.+)", name):
         return f"{bert}encoder.layer.{text_layers + int(fused[1])}.{_renamed(fused[2], _FUSION_PREFIXES)}"
     return _renamed(name, {"text.bert.": bert} | _PREFIXES)
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:
-    """The name with the first prefix that fits exchanged."""
+    """The name with the first matching prefix replaced."""
     for ours, theirs in prefixes.items():
         if name.startswith(ours):
             return theirs + name[len(ours) :]
@@ -205,33 +210,33 @@ def _renamed(name: str, prefixes: dict[str, str]) -> str:
 
 
 def _infer_config(state: Mapping[str, Tensor], bert: str, image_size: int | None, head_width: int) -> ModelConfig:
-    """Every size of the model, from the tensors."""
+    """All sizes of the model, from the tensors."""
 
     def size(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state or state[name].dim() != dimensions:
-            came = f"size {tuple(state[name].shape)}" if name in state else "no such tensor"
-            raise ValueError(f"state: expected {name} of {dimensions} dimensions, got {came}")
+            got = f"size {tuple(state[name].shape)}" if name in state else "no such tensor"
+            raise UsageError(f"state: expected {name} of {dimensions} dimensions, got {got}")
         return tuple(state[name].shape)
 
     def heads(width: int, name: str) -> int:
         if head_width < 1 or width % head_width:
-            raise ValueError(f"head_width: expected a divisor of {width}, the width of {name}, got {head_width}")
+            raise UsageError(f"head_width: expected a divisor of {width}, the width of {name}, got {head_width}")
         return width // head_width
 
     _, tokens, vision_width = size("visual_encoder.pos_embed", 3)
     patch = size("visual_encoder.patch_embed.proj.weight", 4)[-1]
     grid = math.isqrt(tokens - 1)
     if grid * grid != tokens - 1:
-        raise ValueError(f"state: expected positions of [CLS] and a square of patches, got {tokens} of them")
+        raise UsageError(f"state: expected positions of [CLS] and a square of patches, got {tokens} of them")
     image_size = grid * patch if image_size is None else image_size
     if image_size < patch or image_size % patch:
-        raise ValueError(f"image_size: expected a multiple of the patches' side, {patch}, got {image_size}")
+        raise UsageError(f"image_size: expected a multiple of the patches' side, {patch}, got {image_size}")
 
     vocab_size, text_width = size(bert + WORDS, 2)
     layers = _layers(state, bert + r"encoder\.layer\.(\d+)\.")
     fused = _layers(state, bert + r"encoder\.layer\.(\d+)\.crossattention\.")
     if not fused or not 0 < min(fused) or fused != set(range(min(fused), max(layers) + 1)):
-        raise ValueError(
+        raise UsageError(
             f"state: expected cross-attention in the upper layers of {bert}encoder and not below, found it in "
             f"{sorted(fused)} of {len(layers)}"
         )
@@ -260,42 +265,41 @@ def _infer_config(state: Mapping[str, Tensor], bert: str, image_size: int | None
 
 
 def _layers(state: Mapping[str, Tensor], pattern: str) -> set[int]:
-    """The layers' numbers in the names that begin with the pattern."""
+    """The layer numbers in names that start with the pattern."""
     return {int(found[1]) for name in state if (found := re.match(pattern, name))}
 
 
 def _take_copies(state: dict[str, Tensor], bert: str) -> None:
-    """Remove what repeats another tensor: the MLM decoder's matrix and bias, and the numbers of the positions.
+    """Removes copies: the MLM decoder's matrix and bias, and the position ids.
 
-    Raises ValueError when a tied tensor differs from its twin: neither ALBEF's code nor this model has two of them.
+    Raises UsageError if tied tensors differ: in ALBEF's code and in this model they are one tensor.
     """
     for twin, original in ((DECODER + "decoder.weight", bert + WORDS), (DECODER + "decoder.bias", DECODER + "bias")):
         if twin in state and original in state:
             if not torch.equal(state[twin], state[original]):
-                raise ValueError(f"state: expected {twin} equal to {original}, to which it is tied; they differ")
+                raise UsageError(f"state: expected {twin} equal to {original}, to which it is tied")
             del state[twin]
-    numbers = state.get(bert + POSITION_IDS)
-    if numbers is not None and torch.equal(numbers.flatten(), torch.arange(numbers.numel())):
+    ids = state.get(bert + POSITION_IDS)
+    if ids is not None and torch.equal(ids.flatten(), torch.arange(ids.numel())):
         del state[bert + POSITION_IDS]
 
 
 def _check_absent(absent: list[str], left: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """A head may be absent as a whole; anything else that is missing is an error."""
-    lacking = [head for head in HEADS if not any(name.startswith(head) for name in state)]
-    missing = [name for name in absent if not name.startswith(tuple(lacking))]
+    """Raises UsageError if tensors are missing, except for complete heads."""
+    absent_heads = tuple(head for head in HEADS if not any(name.startswith(head) for name in state))
+    missing = [name for name in absent if not name.startswith(absent_heads)]
     if missing:
-        raise ValueError(f"state: missing {missing}; without a place in the model are {sorted(left)}")
+        raise UsageError(f"state: missing {missing}; unused are {sorted(left)}")
 
 
 def _positive(temperature: Tensor, name: str) -> Tensor:
     if not (temperature > 0).all():
-        raise ValueError(f"state: expected {name} above 0, got {temperature.tolist()}")
+        raise UsageError(f"state: expected {name} above 0, got {temperature.tolist()}")
     return temperature
 
 
 def resample_positions(positions: Tensor, grid_size: tuple[int, int], prefix: int = 1) -> Tensor:
-    """Position embeddings (1, prefix + n * n, Cv) for another grid, the prefix tokens' unchanged: bicubic, as ALBEF's
-    code does."""
+    """Position embeddings (1, prefix + n * n, Cv) for another grid, bicubic as in ALBEF's code; the prefix stays."""
     side = math.isqrt(positions.shape[1] - prefix)
     if (side, side) == tuple(grid_size):
         return positions
@@ -305,13 +309,13 @@ def resample_positions(positions: Tensor, grid_size: tuple[int, int], prefix: in
 
 
 def _own_part(model: VisionLanguageModel) -> dict[str, Tensor]:
-    """ALBEF's state dict without momentum copies and queues."""
+    """ALBEF's state dict without momentum copy and queues."""
     vit = model.vision.vit.state_dict()
     other = sorted(name for name in vit if not _VIT.fullmatch(name))
     rows, columns = model.grid_size
     if other or model.prefix_tokens != 1 or rows != columns or vit["pos_embed"].shape[1] != 1 + rows * columns:
-        raise ValueError(
-            "model: expected an image encoder as ALBEF's, with [CLS], a square of patches and a position for each, got "
+        raise UsageError(
+            "model: expected ALBEF's image encoder, with [CLS], a square of patches and a position for each, got "
             f"{model.config.vision_model!r} with {model.prefix_tokens} prefix tokens, a grid of {model.grid_size}, and "
             f"parameters {other} beyond ALBEF's"
         )

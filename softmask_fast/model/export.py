@@ -1,4 +1,4 @@
-"""Models on disk: a folder with safetensors weights, their configuration and the tokeniser."""
+"""Models on disk: a folder with safetensors weights, their configuration and the tokenizer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.data.tokenizer import load_tokenizer
+from softmask_fast.errors import UsageError
 from softmask_fast.model.state import load_own_state, own_state, save_state
 from softmask_fast.model.vision_language import VisionLanguageModel
 
@@ -21,12 +24,14 @@ WEIGHTS, CONFIG, TOKENIZER, TASK = "model.safetensors", "config.json", "tokenize
 
 
 def save_model(
-    model: nn.Module, tokenizer, directory: str | Path, state: dict[str, Tensor] | None = None
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, directory: str | Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """Write a model folder, whole or not at all; an existing one is replaced.
+    """Writes a model folder atomically; an existing one is replaced.
 
-    model: a VisionLanguageModel, or a model fine-tuned for a task, whose `task_record` goes into task.json.
-    state: the weights, by default the model's own (under ZeRO-3 these are empty and the gathered ones are given here).
+    Args:
+        model: a VisionLanguageModel, or a model fine-tuned for a task, whose `task_record` goes into task.json.
+        tokenizer, directory: of the model.
+        state: the weights; default: the model's own. Under ZeRO-3 these are empty: pass the gathered ones.
     """
     directory = Path(directory)
     temporary = directory.with_name(directory.name + ".partial")
@@ -42,59 +47,60 @@ def save_model(
     os.replace(temporary, directory)
 
 
-def load_model(directory: str | Path, device: str | torch.device = "cpu"):
-    """Read a model folder -> (VisionLanguageModel in eval mode, its tokeniser).
+def load_model(
+    directory: str | Path, device: str | torch.device = "cpu"
+) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
+    """Reads a model folder that pretraining wrote.
 
-    Raises ValueError that names what is missing or does not fit.
+    Returns:
+        The model in eval mode, float32, on the device, and its tokenizer.
+
+    Raises:
+        UsageError: naming what is missing or does not fit.
     """
-    from softmask_fast.data.tokenizer import load_tokenizer
-
-    model = VisionLanguageModel(_config_without_task(directory))
+    model = VisionLanguageModel(pretrained_config(directory))
     load_own_state(model, read_weights(directory))
     return model.to(device).eval(), load_tokenizer(str(Path(directory) / TOKENIZER))
 
 
 def read_model_folder(directory: str | Path) -> tuple[ModelConfig, dict | None]:
-    """The configuration in a model folder, and the record of the task that the model is fine-tuned for.
+    """The configuration in a model folder, and the task record if the model is fine-tuned for a task.
 
-    Raises ValueError that names what is missing or unknown.
+    Raises UsageError naming what is missing or unknown.
     """
     directory = Path(directory)
     absent = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (directory / name).exists()]
     if absent:
-        raise ValueError(
-            f"model: expected a folder with {WEIGHTS}, {CONFIG} and {TOKENIZER}/; {directory} lacks {absent}"
-        )
+        raise UsageError(f"model: expected a folder with {WEIGHTS}, {CONFIG}, {TOKENIZER}/; {directory} lacks {absent}")
     options = _read_json(directory / CONFIG)
     unknown = sorted(options.keys() - {f.name for f in fields(ModelConfig)})
     if unknown:
-        raise ValueError(f"model: {directory / CONFIG} has unknown options {unknown}")
-    # where this model's own weights came from is no matter here
+        raise UsageError(f"model: {directory / CONFIG} has unknown options {unknown}")
+    # the weights are in the folder, wherever training started from
     options |= {"vision_weights": "random", "text_weights": "random", "model_weights": None}
     task = _read_json(directory / TASK) if (directory / TASK).exists() else None
     return ModelConfig(**options), task
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors in a model folder. Raises ValueError when they cannot be read."""
+    """The tensors in a model folder. Raises UsageError if they cannot be read."""
     path = Path(directory) / WEIGHTS
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"model: {path} cannot be read: {error}") from error
+        raise UsageError(f"model: {path} cannot be read: {error}") from error
 
 
 def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"model: {path} is not valid JSON: {error}") from error
+        raise UsageError(f"model: {path} is not valid JSON: {error}") from error
 
 
-def _config_without_task(directory: str | Path) -> ModelConfig:
+def pretrained_config(directory: str | Path) -> ModelConfig:
+    """The configuration in a model folder of pretraining. Raises UsageError for a fine-tuned model."""
     config, task = read_model_folder(directory)
     if task is not None:
-        raise ValueError(f"model: expected a model without a task's head, {directory} is fine-tuned for {task['task']}")
+        raise UsageError(f"model: expected a model without a task's head, {directory} is fine-tuned for {task['task']}")
     return config
-
-

@@ -1,15 +1,14 @@
 """Fusion encoder: BERT layers that also attend to the image.
 
-Four properties make it cheap (and exact):
+Four properties make it cheap, without approximation:
 
-- the keys and values of each image are computed once per layer and serve every sequence that looks at that image
-  (`image_index` says which one);
-- a soft mask commutes with their projections, so a masked image is the same keys and values with a factor `keep` per
-  token inside the attention;
-- the Grad-CAM of a layer needs the graph from that layer's attention output onwards only;
-- of the last layer's output few tokens are read ([CLS] for matching, the masked words for MLM): it computes no others.
+- Keys and values of each image are computed once per layer for all sequences that attend to it (`image_index`).
+- A soft mask commutes with their projections: a masked image has the same keys and values, scaled by one factor `keep`
+  per token inside the attention.
+- The Grad-CAM of a layer only needs the graph from that layer's attention output onwards.
+- The last layer only computes the tokens that are read: [CLS] for matching, the masked words for MLM.
 
-A key bias would add the same number to all logits of a query, which softmax ignores: there is none.
+There is no key bias: it would add the same number to all logits of a query, which softmax ignores.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(image_width, width, bias=False)
         self.value = nn.Linear(image_width, width, bias=False)
-        self.value_bias = nn.Parameter(torch.zeros(heads, width // heads))  # apart: a soft mask scales X W alone
+        self.value_bias = nn.Parameter(torch.zeros(heads, width // heads))  # separate: a soft mask scales X W only
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, H, T, D)."""
@@ -48,11 +47,10 @@ class CrossAttention(nn.Module):
         return self.split_heads(self.key(image_tokens)), self.split_heads(self.value(image_tokens))
 
     def biased(self, value: Tensor) -> Tensor:
-        """value (B, H, N, D) with its bias, as a Grad-CAM needs it: dS/dA is dS/dO times the whole value, and what the
-        bias adds, the same for every image token, decides which of them are above zero.
+        """value (B, H, N, D) with its bias. A Grad-CAM needs it: dS/dA is dS/dO times the whole value.
 
-        The bias is read as the attention to a single token of value zero: only in a module's forward is a parameter
-        whole under ZeRO-3.
+        It is computed as attention to a single token of value zero, because ZeRO-3 only gathers a parameter in its
+        module's forward.
         """
         token = value[:, :, :1]
         return value + self(token, (token, torch.zeros_like(token)), None, None)
@@ -65,7 +63,7 @@ class CrossAttention(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each with BERT's residual and norm; on packed tokens."""
+    """Self-attention, cross-attention and feed-forward on packed tokens, each with BERT's residual and norm."""
 
     def __init__(self, config: ModelConfig, image_width: int):
         super().__init__()
@@ -76,9 +74,11 @@ class FusionLayer(nn.Module):
         self.intermediate = BertIntermediate(bert)
         self.output = BertOutput(bert)
 
-    def query(self, text: Tensor, packing: Packing, attention: str, read: Tensor | None = None):
-        """text (T, C) -> text after self-attention (T, C) and its cross-attention queries (T, C); with `read`, rows of
-        text (R,), both (R, C), of these rows alone."""
+    def query(
+        self, text: Tensor, packing: Packing, attention: str, read: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """text (T, C) -> text after self-attention and its cross-attention queries, both (T, C), or (R, C) of the rows
+        read (R,)."""
         attended = attend(self.attention.self, text, packing, attention)
         if read is not None:
             attended, text = attended.index_select(0, read), text.index_select(0, read)
@@ -94,6 +94,7 @@ class FusionLayer(nn.Module):
         self, text: Tensor, packing: Packing, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None,
         attention: str,
     ) -> Tensor:  # fmt: skip
+        """text (T, C) -> the layer's output (T, C); the rest as in `CrossAttention.forward`."""
         text, query = self.query(text, packing, attention)
         attended = self.cross_attention(
             self.cross_attention.split_heads(packing.pad(query)), key_value, image_index, keep
@@ -102,11 +103,11 @@ class FusionLayer(nn.Module):
 
     def read(
         self, text: Tensor, packing: Packing, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None,
-        attention: str, places: Tensor,
+        attention: str, positions: Tensor,
     ) -> Tensor:  # fmt: skip
-        """The output of some tokens alone, of all that the layer computes: places (R,) among the S * L -> (R, C)."""
-        text, query = self.query(text, packing, attention, packing.rows_of(places))
-        sequence = places // packing.mask.shape[1]
+        """`forward` for some tokens only: positions (R,) among the S * L tokens -> (R, C)."""
+        text, query = self.query(text, packing, attention, packing.rows_of(positions))
+        sequence = positions // packing.mask.shape[1]
         image_index = sequence if image_index is None else image_index[sequence]
         keep = None if keep is None else keep[sequence]
         attended = self.cross_attention(self.cross_attention.split_heads(query[:, None]), key_value, image_index, keep)
@@ -135,25 +136,24 @@ class FusionEncoder(nn.Module):
         keys_values: list[KeyValue],
         image_index: Tensor | None = None,
         keep: Tensor | None = None,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """text (S, L, C), attention_mask (S, L) bool, image_index (S,) int64 or None (then S == B: sequence i looks at
-        image i), keep (S, N) float32 or None, packing: of that mask -> (S, L, C), 0 at padding.
+        """text (S, L, C), attention_mask (S, L) bool and its packing -> fused tokens (S, L, C), 0 at padding.
 
-        places (R,) int64: the tokens, counted in S * L, whose output is wanted -> (R, C). The last layer then computes
-        no others.
+        Sequence i attends to the image image_index[i], (S,) int64, by default to image i, soft-masked by keep (S, N)
+        float32. With positions (R,) int64 among the S * L tokens only these are computed: (R, C).
         """
         packing = Packing.of(attention_mask) if packing is None else packing
         text = packing.pack(text)
         inputs = (image_index, keep, self.attention)
-        whole = self.layers if places is None else self.layers[:-1]
+        whole = self.layers if positions is None else self.layers[:-1]
         for layer, key_value in zip(whole, keys_values, strict=False):
             text = run_layer(layer, text, packing, key_value, *inputs, checkpointing=self.checkpointing)
-        if places is None:
+        if positions is None:
             return packing.pad(text)
         last = self.layers[-1].read
-        return run_layer(last, text, packing, keys_values[-1], *inputs, places, checkpointing=self.checkpointing)
+        return run_layer(last, text, packing, keys_values[-1], *inputs, positions, checkpointing=self.checkpointing)
 
     def relevance_inputs(
         self,
@@ -164,11 +164,11 @@ class FusionEncoder(nn.Module):
         score: Callable[[Tensor], Tensor],
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `word_gradcam` and `word_soft_mask` need of one layer: query, key, value and the gradient of the score
+        """Inputs of `word_gradcam` and `word_soft_mask` from one layer: query, key, value and the gradient of the score
         with respect to the attention output, all detached, (B, H, L, D) or (B, H, N, D).
 
-        text (B, L, C), attention_mask (B, L) bool; score: a function from the encoder's output at [CLS] (B, C) to (B,),
-        one number per pair. The layers up to `layer` run without a graph, the later ones on a detached leaf.
+        text (B, L, C), attention_mask (B, L) bool; score: from the encoder's output at [CLS] (B, C) to one number per
+        pair (B,). The layers up to that one run without a graph, the later ones on a detached leaf.
         """
         packing = Packing.of(attention_mask) if packing is None else packing
         keys_values = [(key.detach(), value.detach()) for key, value in keys_values]

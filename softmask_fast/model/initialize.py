@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.data.tokenizer import load_tokenizer
+from softmask_fast.errors import UsageError
 from softmask_fast.model.convert_albef import albef_tokenizer, load_albef, resample_positions
-from softmask_fast.model.export import TOKENIZER, _config_without_task, read_model_folder, read_weights
+from softmask_fast.model.export import TOKENIZER, pretrained_config, read_model_folder, read_weights
 from softmask_fast.model.state import load_own_state, own_state
 from softmask_fast.model.text import load_bert
 from softmask_fast.model.vision import load_vision_weights
@@ -19,9 +22,9 @@ ALBEF_TOKENIZER = "google-bert/bert-base-uncased"
 
 
 def weights_config(path: str | Path, option: str = "model_weights") -> ModelConfig:
-    """The configuration of a model that starts from `path`: a model folder, or an ALBEF checkpoint.
+    """The configuration of a model that starts from a model folder or an ALBEF checkpoint.
 
-    Raises ValueError, which names the option that the path came by, when it is neither.
+    Raises UsageError, which names the option that the path came from, if it is neither.
     """
     path = Path(path)
     if path.is_dir():
@@ -29,17 +32,15 @@ def weights_config(path: str | Path, option: str = "model_weights") -> ModelConf
     elif path.is_file():
         config = load_albef(path).config
     else:
-        raise ValueError(f"{option}: expected a model folder or an ALBEF checkpoint, got {str(path)!r}: no such")
+        raise UsageError(
+            f"{option}: expected a model folder or an ALBEF checkpoint, got {str(path)!r}, which does not exist"
+        )
     return replace(config, model_weights=str(path))
 
 
-def weights_tokenizer(path: str | Path, named: str | None):
-    """The tokeniser of a model that starts from `path`: the named one, else a folder's own, else ALBEF's, from the hub.
-
-    Raises ValueError when it cannot be had.
-    """
-    from softmask_fast.data.tokenizer import load_tokenizer
-
+def weights_tokenizer(path: str | Path, named: str | None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model that starts from `path`: the named one, else the model folder's, else ALBEF's from the
+    hub. Raises UsageError if it cannot be loaded."""
     if Path(path).is_dir():
         return load_tokenizer(named or str(Path(path) / TOKENIZER))
     return albef_tokenizer(load_tokenizer(named or ALBEF_TOKENIZER))
@@ -48,26 +49,25 @@ def weights_tokenizer(path: str | Path, named: str | None):
 def load_weights(
     model: VisionLanguageModel, path: str | Path, option: str = "model_weights", *, complete: bool = True
 ) -> None:
-    """Fill a model with the weights of a model folder or an ALBEF checkpoint; position embeddings of the image are
-    resampled to its grid.
+    """Loads a model folder or an ALBEF checkpoint into a model, image position embeddings resampled to its grid.
 
-    complete: an ALBEF checkpoint that lacks heads is an error; else they are new, and the log names them.
-    Raises ValueError, which names the option that the path came by, when a tensor is missing, left over, or of another
+    complete: refuse an ALBEF checkpoint that lacks heads; else they stay random, and the log names them.
+    Raises UsageError, which names the option that the path came from, if a tensor is missing, unexpected, or of another
     size.
     """
     if Path(path).is_dir():
-        _config_without_task(path)
+        pretrained_config(path)
         state = read_weights(path)
     else:
         state = own_state(load_albef(path, complete=complete))
     try:
         fill_model(model, state)
-    except ValueError as error:
-        raise ValueError(f"{option}: {path} does not fit the model's options: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{option}: {path} does not fit the model's options: {error}") from error
 
 
 def fill_model(model: VisionLanguageModel, state: dict[str, Tensor]) -> None:
-    """`load_own_state` of a model whose image grid may be another one: its position embeddings are resampled."""
+    """`load_own_state`, with the image position embeddings resampled to the model's grid."""
     name = "vision.vit.pos_embed"
     if name in state:
         rows, columns = model.grid_size
@@ -77,13 +77,12 @@ def fill_model(model: VisionLanguageModel, state: dict[str, Tensor]) -> None:
 
 
 def load_pretrained(model: VisionLanguageModel) -> None:
-    """Fill the model with the weights that its configuration names; 'random' leaves that part as it is.
+    """Loads the weights that the model's configuration names; 'random' leaves that part as it is.
 
-    Raises ValueError that says what to do when weights cannot be had or do not fit.
+    Raises UsageError if weights cannot be loaded or do not fit.
     """
     config = model.config
     if config.model_weights:
-
         load_weights(model, config.model_weights)
         return
     load_vision_weights(model.vision, config)

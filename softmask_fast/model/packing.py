@@ -1,15 +1,15 @@
-"""Captions without padding: the tokens of all sequences row after row, and self-attention among those of a sequence.
+"""Captions without padding: the tokens of all sequences in one list of rows, and self-attention within each sequence.
 
-Embeddings, projections, norms and feed-forward work on (T, C) rows of tokens alone, T being about half of S * L for
-captions of real lengths. Self-attention has three implementations:
+Embeddings, projections, norms and feed-forward run on (T, C) rows of real tokens; for captions T is about half of
+S * L. Self-attention has three implementations:
 
-- "padded": queries, keys and values are padded for `scaled_dot_product_attention` with a mask; any device, any dtype;
-- "varlen": packed, PyTorch's `torch.nn.attention.varlen` (FlashAttention); GPU, half precision;
-- "xformers": packed, `memory_efficient_attention` with a `BlockDiagonalMask`; GPU. Its mask is made of lengths on the
-  host, for which it waits where only the device knows them.
+- "padded": pads queries, keys and values for `scaled_dot_product_attention` with a mask; any device, any dtype.
+- "varlen": packed, PyTorch's `torch.nn.attention.varlen` (FlashAttention); GPU, half precision.
+- "xformers": packed, `memory_efficient_attention` with a `BlockDiagonalMask`; GPU. Its mask needs the lengths on the
+  host, which waits for the device to compute them.
 
-"auto" is "varlen" where it can run, else "padded". Cross-attention takes padded queries (`Packing.pad`): its cost is in
-the image's keys and values, and a padded query changes no other row.
+"auto" is "varlen" where it runs, else "padded". Cross-attention takes padded queries (`Packing.pad`): its cost lies in
+the image's keys and values, and a padded query affects no other row.
 """
 
 from __future__ import annotations
@@ -17,36 +17,41 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from softmask_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of S padded sequences of length L lie in T rows.
+    """Where the tokens of S padded sequences of length L are in T rows.
 
-    T is the number of tokens where the host can know it. A GPU is not waited for: T is then an upper bound, and the
-    rows behind the last token are padding, in sequences of their own that nobody reads.
+    On the CPU T is the number of tokens. On a GPU the host does not wait for that number: T is an upper bound, and the
+    rows after the last token are padding, in extra sequences that nobody reads.
     """
 
     mask: Tensor  # (S, L) bool, True = token
-    positions: Tensor  # (T,) int64, place of each row among the S * L padded ones
+    positions: Tensor  # (T,) int64, position of each row among the S * L padded ones
     boundaries: Tensor  # (S + spare + 1,) int32, sequence i is rows boundaries[i] ... boundaries[i + 1] - 1
 
     @classmethod
     def of(cls, mask: Tensor, fewest: int = 0, most: int | None = None) -> Packing:
-        """mask (S, L) bool; fewest, most: what the caller knows of the number of tokens, for where it cannot be read
-        without waiting (a GPU) or at all (a tensor without data)."""
+        """mask (S, L) bool; fewest, most: bounds on its number of tokens, which only matter on a GPU."""
         length = mask.shape[1]
         if mask.device.type == "cpu" and not is_fake(mask):
             positions = mask.flatten().nonzero()[:, 0]
             fewest = most = len(positions)
         else:
             most = mask.numel() if most is None else min(most, mask.numel())
-            positions = (~mask.flatten()).to(torch.uint8).argsort(stable=True)[:most]  # tokens first, in their order
+            positions = (~mask.flatten()).to(torch.uint8).argsort(stable=True)[:most]  # tokens first, in order
         ends = F.pad(mask.sum(1).cumsum(0), (1, 0))
         spare = torch.arange(1, math.ceil((most - fewest) / length) + 1, device=mask.device) * length
         ends = torch.cat([ends, (ends[-1:] + spare).clamp(max=most)])
@@ -61,23 +66,22 @@ class Packing:
         padded = rows.new_zeros(self.mask.numel(), *rows.shape[1:]).index_copy(0, self.positions, rows)
         return padded.unflatten(0, self.mask.shape)
 
-    def rows_of(self, places: Tensor) -> Tensor:
-        """Rows of tokens, given by their places among the S * L padded ones: (R,) int64 -> (R,) int64."""
-        rows = torch.arange(len(self.positions), device=places.device)
-        return torch.zeros(self.mask.numel(), dtype=torch.int64, device=places.device).index_copy(
-            0, self.positions, rows
-        )[places]
+    def rows_of(self, positions: Tensor) -> Tensor:
+        """Positions of tokens among the S * L padded ones (R,) int64 -> their rows (R,) int64."""
+        rows = torch.arange(len(self.positions), device=positions.device)
+        row_of = torch.zeros(self.mask.numel(), dtype=torch.int64, device=positions.device)
+        return row_of.index_copy(0, self.positions, rows)[positions]
 
     @functools.cached_property
-    def block_diagonal(self):
-        """The mask of xformers."""
+    def block_diagonal(self) -> BlockDiagonalMask:
+        """The mask for xformers."""
         from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
         return BlockDiagonalMask.from_seqlens(self.boundaries.diff().tolist(), device=self.mask.device)
 
 
-def attention_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why self-attention `name` cannot run on a device in a dtype; None where it can."""
+def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why self-attention `name` cannot run with this device and dtype; None if it can."""
     if name not in ("auto", *_IMPLEMENTATIONS):
         return f"expected 'auto' or one of {sorted(_IMPLEMENTATIONS)}"
     if name in ("auto", "padded"):
@@ -85,7 +89,7 @@ def attention_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> s
     if device.type != "cuda":
         return f"it has no kernel for {device.type} tensors, only for GPUs"
     if name == "varlen" and dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, got {dtype} (--bf16 true)"
+        return f"it takes bfloat16 and float16, got {dtype} (use --bf16 true)"
     if name == "varlen" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
     if name == "xformers":
@@ -97,16 +101,16 @@ def attention_obstacle(name: str, device: torch.device, dtype: torch.dtype) -> s
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that `name` stands for. Raises ValueError that says why it cannot run."""
-    if unavailable_reason := attention_obstacle(name, device, dtype):
-        raise ValueError(f"attention: {name!r} cannot run here: {unavailable_reason}")
+    """Resolves "auto". Raises UsageError if the implementation cannot run here."""
+    if reason := unavailable_reason(name, device, dtype):
+        raise UsageError(f"attention: {name!r} cannot run here: {reason}")
     if name != "auto":
         return name
-    return "padded" if attention_obstacle("varlen", device, dtype) else "varlen"
+    return "padded" if unavailable_reason("varlen", device, dtype) else "varlen"
 
 
 def self_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, name: str = "auto") -> Tensor:
-    """Attention among the tokens of each sequence: query, key, value (T, H, D) -> (T, H, D)."""
+    """Attention within each sequence: query, key, value (T, H, D) -> (T, H, D)."""
     return _IMPLEMENTATIONS[choose_attention(name, query.device, query.dtype)](query, key, value, packing)
 
 

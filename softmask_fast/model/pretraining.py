@@ -1,7 +1,8 @@
 """One pretraining step, batch -> losses: the method of SoftMask++ (Park & Han, CVPR 2023).
 
-Read `_losses` from top to bottom: encode, contrast (ITC), choose hard negatives, make the text-driven soft mask, fuse
-all sequences in one batch, match (ITM), predict the masked words (MLM).
+Read `PretrainingStep._losses` from top to bottom: encode, contrast (ITC), choose hard negatives, make the text-driven
+soft mask, fuse all sequences in one batch, match (ITM), predict the masked words (MLM). `pretraining_reference.py` is
+the same step in plain PyTorch, the oracle of this one.
 """
 
 from __future__ import annotations
@@ -16,171 +17,185 @@ from torch import Tensor, nn
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.types import Batch
 from softmask_fast.model.fusion import KeyValue
-from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.momentum import MomentumTeacher, StepSettings
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.ops import FocalITCStats, word_soft_mask
+from softmask_fast.ops import FocalITCLoss, FocalITCStats, word_soft_mask
 from softmask_fast.ops.collectives import exchange, take_rows, world_size
 
-MATCHED, NOT_MATCHED, NOT_SCORED = 1, 0, -100
+MATCHED, NOT_MATCHED, NOT_SCORED = 1, 0, -100  # labels of ITM
 
 
 @dataclass
 class TeacherOutputs:
-    """What the momentum copy says of a batch, without graph."""
+    """What the momentum copy makes of a batch, without a graph."""
 
-    image_tokens: Tensor  # (B, N, Cv)
-    text_tokens: Tensor  # (B, L, C), of the text that MLM sees
     image_features: Tensor  # (B, d) unit
-    text_features: Tensor  # (B, d) unit, of the text that ITC sees
+    text_features: Tensor  # (B, d) unit
+    words: Tensor | None  # (P, V) probabilities of the masked words; None: no soft targets for MLM
+
+
+@dataclass
+class Sequences:
+    """S texts for the fusion encoder, each with the image that it attends to, and what is read of the result."""
+
+    text: Tensor  # (S, L, C)
+    mask: Tensor  # (S, L) bool, True = token
+    image_index: Tensor  # (S,) int64
+    keep: Tensor | None = None  # (S, N) soft mask of the image; None: whole images
+    target: Tensor | None = None  # (S,) int64 label that [CLS] is matched against; None: no ITM
+    words: Tensor | None = None  # (P,) int64 positions, among the S * L tokens, of words to predict; None: no MLM
+    token_count: int | None = None  # tokens in `mask`, if the host knows it
 
 
 class PretrainingStep(nn.Module):
-    """The objectives around a model; this is the module that DeepSpeed owns."""
+    """The objectives around a model, under bfloat16 autocast with `bf16`; this is the module that DeepSpeed owns."""
 
     def __init__(self, model: VisionLanguageModel, objectives: ObjectiveConfig, bf16: bool = False):
         super().__init__()
         self.model = model
         self.objectives = objectives
         self.bf16 = bf16
+        self.itc = FocalITCLoss(gamma=objectives.focal_gamma, gather=objectives.itc_gather)
 
     def forward(
-        self, batch: Batch, teacher: MomentumTeacher, alpha: float, seed: int, use_queue: bool = True
+        self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its detached figures.
+        """The loss of this rank's batch; a collective. In training mode the teacher's features enter its queue.
 
-        alpha: share of the teacher's soft targets in this step; seed: of the hard negatives drawn in this step;
-        use_queue: whether the queued features are contrastive keys beside those of the batch.
-        Adds the batch's momentum features to the teacher's queues.
+        Returns:
+            The loss and the detached metrics, all float32 scalars: "loss"; "itc", "itm" and "mlm" if they have a
+            weight; "temperature"; "itc_image_accuracy", "itc_text_accuracy", "itm_accuracy" and "mlm_accuracy", from 0
+            to 1; "soft_mask_mean", the fraction of the patches that the soft masks remove.
         """
         with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._losses(batch, teacher, alpha, seed, use_queue)
+            return self._losses(batch, teacher, settings)
 
-    def _losses(self, batch: Batch, teacher: MomentumTeacher, alpha: float, seed: int, use_queue: bool):
+    def _losses(
+        self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         model, objectives = self.model, self.objectives
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         if objectives.gathered_negatives:
             batch = _padded(batch, int(exchange([batch.input_ids.shape[1]]).max()))
-        mask = batch.attention_mask
+        mask, count = batch.attention_mask, batch.token_count
+        packing = Packing.of(mask, count or 0, count)
+
+        # Encode
         text_ids = batch.masked_ids if objectives.masked_captions else batch.input_ids
-
-        packing = Packing.of(mask, batch.token_count or 0, batch.token_count)
-
         image_tokens, image_features = model.encode_image(batch.pixels)
         text_tokens, text_features = model.encode_text(text_ids, mask, packing)
-        taught = self._teach(batch, teacher, packing)
+        teacher_out = self._encode_with_teacher(batch, teacher, packing, settings.alpha)
 
-        losses: dict[str, Tensor] = {}
-        figures: dict[str, Tensor] = {}
-        itc, stats = self._contrast(batch, image_features, text_features, taught, teacher, alpha, seed, use_queue)
+        # Contrast
+        itc, stats = self._contrast(batch, image_features, text_features, teacher_out, teacher, settings)
         if objectives.itc_weight:
             losses["itc"] = itc
-            figures["itc_image_accuracy"], figures["itc_text_accuracy"] = stats.image_accuracy, stats.text_accuracy
+            metrics["itc_image_accuracy"], metrics["itc_text_accuracy"] = stats.image_accuracy, stats.text_accuracy
         if not (objectives.itm_weight or objectives.mlm_weight):
-            return self._total(losses, figures)
+            return self._total(losses, metrics)
 
+        # Collect the sequences. All attend to one of the images, whose keys and values are computed once.
         pairs = torch.arange(len(mask), device=mask.device)
-        images = image_tokens
+        matched = torch.full_like(pairs, MATCHED) if objectives.itm_weight else None
+        true_pairs = Sequences(text_tokens, mask, pairs, target=matched, token_count=count)
+        sequences, images = [true_pairs], image_tokens
         if objectives.itm_weight:
-            # -1 where a row has no negative: the whole batch shows its image, or its probabilities are not finite
-            negatives = {"other image": stats.text_hard_negative, "other text": stats.image_hard_negative}
-            images, other_image, other_text, other_mask = self._others(negatives, image_tokens, text_tokens, mask)
-
-        # Every sequence below looks at one of these images, whose keys and values are computed once.
+            images, wrong_image, wrong_text = self._negatives(stats, image_tokens, true_pairs)
+            sequences += [wrong_image, wrong_text]
         keys_values = model.fusion.keys_values(images)
-        sequences = _Sequences(image_tokens.shape[1], batch.token_count)
-        sequences.add("matched", text_tokens, mask, pairs)
-        if objectives.itm_weight:
-            sequences.add("other image", text_tokens, mask, other_image)
-            sequences.add("other text", other_text, other_mask, pairs, same_texts=False)
-            if objectives.soft_mask:
-                keep = self._soft_mask(batch, text_tokens, keys_values, packing)
-                sequences.add("soft-masked", text_tokens, mask, pairs, keep)
-                figures["soft_mask_mean"] = 1 - keep[:, model.prefix_tokens :].mean()
-        language_rows = "matched"
-        if objectives.mlm_weight and not objectives.masked_captions:
-            language_rows = "masked words"
-            sequences.add(language_rows, model.encode_text(batch.masked_ids, mask, packing)[0], mask, pairs)
+        if objectives.itm_weight and objectives.soft_mask:
+            keep = self._soft_mask(batch, text_tokens, keys_values, packing)
+            sequences.append(replace(true_pairs, keep=keep))
+            metrics["soft_mask_mean"] = 1 - keep[:, model.prefix_tokens :].mean()
+        if objectives.mlm_weight and objectives.masked_captions:
+            true_pairs.words = batch.mlm_positions
+        elif objectives.mlm_weight:
+            masked_text, _ = model.encode_text(batch.masked_ids, mask, packing)
+            sequences.append(Sequences(masked_text, mask, pairs, words=batch.mlm_positions, token_count=count))
 
-        # Of the fused sequences [CLS] is read to match, and the masked words to predict them.
-        scored = ["matched", "other image", "other text"] + ["soft-masked"] * objectives.soft_mask
-        scored *= bool(objectives.itm_weight)
-        first_tokens = [sequences.places(name, pairs * mask.shape[1]) for name in scored]
-        masked_words = [sequences.places(language_rows, batch.mlm_positions)] * bool(objectives.mlm_weight)
-        fused = self._fuse(sequences, keys_values, first_tokens + masked_words)
+        # Fuse, match, predict the masked words
+        first_tokens, masked_words = self._fuse(sequences, keys_values)
         if objectives.itm_weight:
-            logits = model.match_head(torch.cat(fused[: len(scored)]))
-            matched = torch.full_like(pairs, MATCHED)
-            target = torch.cat(
-                [
-                    torch.where(negatives[name] < 0, NOT_SCORED, NOT_MATCHED) if name in negatives else matched
-                    for name in scored
-                ]
-            )
-            losses["itm"] = F.cross_entropy(logits.float(), target, ignore_index=NOT_SCORED)
-            figures["itm_accuracy"] = (logits.argmax(-1) == target).float().sum() / (target != NOT_SCORED).sum()
+            losses["itm"], metrics["itm_accuracy"] = self._match(sequences, first_tokens)
         if objectives.mlm_weight:
-            losses["mlm"], figures["mlm_accuracy"] = self._predict_words(
-                batch, fused[-1], taught, teacher, alpha, packing
+            losses["mlm"], metrics["mlm_accuracy"] = self._predict_words(
+                masked_words, batch.mlm_labels, teacher_out, settings.alpha
             )
+        return self._total(losses, metrics)
 
-        return self._total(losses, figures)
-
-    def _total(self, losses: dict[str, Tensor], figures: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _total(self, losses: dict[str, Tensor], metrics: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss = sum(getattr(self.objectives, f"{name}_weight") * value for name, value in losses.items())
-        figures |= {"loss": loss, **losses, "temperature": self.model.temperature}
-        return loss, {name: value.detach().float() for name, value in figures.items()}
+        metrics |= {"loss": loss, **losses, "temperature": self.model.temperature}
+        return loss, {name: value.detach().float() for name, value in metrics.items()}
 
     @torch.no_grad()
-    def _teach(self, batch: Batch, teacher: MomentumTeacher, packing: Packing) -> TeacherOutputs:
-        mask = batch.attention_mask
-        image_tokens, image_features = teacher.model.encode_image(batch.pixels)
-        text_tokens, text_features = teacher.model.encode_text(batch.masked_ids, mask, packing)
+    def _encode_with_teacher(
+        self, batch: Batch, teacher: MomentumTeacher, packing: Packing, alpha: float
+    ) -> TeacherOutputs:
+        model, mask, positions = teacher.model, batch.attention_mask, batch.mlm_positions
+        image_tokens, image_features = model.encode_image(batch.pixels)
+        masked_tokens, text_features = model.encode_text(batch.masked_ids, mask, packing)
         if not self.objectives.masked_captions:
-            _, text_features = teacher.model.encode_text(batch.input_ids, mask, packing)
-        return TeacherOutputs(image_tokens, text_tokens, image_features, text_features)
+            _, text_features = model.encode_text(batch.input_ids, mask, packing)
+        words = None
+        if alpha > 0 and self.objectives.mlm_weight:
+            keys_values = model.fusion.keys_values(image_tokens)
+            hidden = model.fusion(masked_tokens, mask, keys_values, positions=positions, packing=packing)
+            words = model.language_head(hidden).float().softmax(-1)
+        return TeacherOutputs(image_features, text_features, words)
 
     def _contrast(
-        self, batch, image_features, text_features, taught: TeacherOutputs, teacher, alpha, seed, use_queue
-    ) -> tuple[Tensor, FocalITCStats]:
-        """Focal ITC against the batches of all ranks and the queues, and a negative of each row."""
-        itc, stats = teacher.contrast(
+        self, batch: Batch, image_features: Tensor, text_features: Tensor, teacher_out: TeacherOutputs,
+        teacher: MomentumTeacher, settings: StepSettings,
+    ) -> tuple[Tensor, FocalITCStats]:  # fmt: skip
+        """Focal ITC against the batches of all ranks and the queue, and a negative for each row."""
+        itc, stats, newest = self.itc(
             image_features,
             text_features,
             temperature=self.model.temperature,
-            teacher_image=taught.image_features,
-            teacher_text=taught.text_features,
-            alpha=alpha,
+            teacher_image=teacher_out.image_features,
+            teacher_text=teacher_out.text_features,
+            alpha=settings.alpha,
             ids=batch.ids,
-            use_queue=use_queue,
+            queue=teacher.queue,
+            use_queue=settings.use_queue,
             return_stats=True,
             negatives="batch" if self.objectives.gathered_negatives else "rank",
-            seed=seed,
+            seed=settings.seed,
         )
+        if newest is not None:
+            teacher.queue.enqueue(*newest)
         if not self.objectives.hard_negatives:
-            generator = torch.Generator(batch.ids.device).manual_seed(seed)
-            image, text = (_any_other(batch.ids, generator) for _ in range(2))
+            generator = torch.Generator(batch.ids.device).manual_seed(settings.seed)
+            image, text = (draw_any_other(batch.ids, generator) for _ in range(2))
             stats = stats._replace(image_hard_negative=image, text_hard_negative=text)
         return itc, stats
 
-    def _others(
-        self, negatives: dict[str, Tensor], image_tokens: Tensor, text_tokens: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The images to look at, which of them is each text's negative, and each image's negative text with its mask.
-
-        Those of other ranks are fetched from there, and their gradients go back.
-        """
+    def _negatives(
+        self, stats: FocalITCStats, image_tokens: Tensor, pairs: Sequences
+    ) -> tuple[Tensor, Sequences, Sequences]:
+        """All images to attend to (B or 2 B, N, Cv), the texts with their negative images, the images with their
+        negative texts. What other ranks own is fetched from there, and its gradient sent back."""
+        # -1 for a row without a negative: the whole batch shows its image, or its probabilities are not finite
+        chosen = stats.text_hard_negative, stats.image_hard_negative
+        image_target, text_target = (torch.where(rows < 0, NOT_SCORED, NOT_MATCHED) for rows in chosen)
+        text, mask = pairs.text, pairs.mask
         if self.objectives.gathered_negatives and world_size() > 1:
-            other_image, other_text = (column.clamp(min=0) for column in negatives.values())
+            other_image, other_text = (rows.clamp(min=0) for rows in chosen)
             images = torch.cat([image_tokens, take_rows(image_tokens, other_image)])
-            place = torch.arange(len(mask), len(images), device=mask.device)
-            return images, place, take_rows(text_tokens, other_text), take_rows(mask.byte(), other_text).bool()
-        offset = _row_offset(len(mask))
-        other_image, other_text = ((column - offset).clamp(min=0) for column in negatives.values())
-        return image_tokens, other_image, text_tokens[other_text], mask[other_text]
+            other_image = torch.arange(len(mask), len(images), device=mask.device)
+            text, mask = take_rows(text, other_text), take_rows(mask.byte(), other_text).bool()
+        else:
+            other_image, other_text = ((rows - _first_row(len(mask))).clamp(min=0) for rows in chosen)
+            images, text, mask = image_tokens, text[other_text], mask[other_text]
+        wrong_image = replace(pairs, image_index=other_image, target=image_target)
+        return images, wrong_image, Sequences(text, mask, pairs.image_index, target=text_target)
 
     @torch.no_grad()
     def _soft_mask(self, batch: Batch, text_tokens: Tensor, keys_values: list[KeyValue], packing: Packing) -> Tensor:
-        """What the masked image keeps (B, N): one minus the word's normalised Grad-CAM over the patches."""
+        """What is kept of each image token (B, N): 1 minus the word's Grad-CAM, normalized over the patches."""
         layer = self.model.config.soft_mask_layer
         keys_values = [(key[: len(text_tokens)], value[: len(text_tokens)]) for key, value in keys_values]
         query, key, value, gradient = self.model.relevance_inputs(
@@ -188,80 +203,60 @@ class PretrainingStep(nn.Module):
         )
         return word_soft_mask(query, key, value, gradient, batch.word_index, prefix_tokens=self.model.prefix_tokens)
 
-    def _fuse(self, sequences: _Sequences, keys_values: list[KeyValue], places: list[Tensor]) -> list[Tensor]:
-        """The fused tokens at each of the places, (R, C) for places (R,)."""
-        text, mask, image_index, keep = sequences.joined()
-        packing = Packing.of(mask, *sequences.token_bounds)
-        fused = self.model.fusion(text, mask, keys_values, image_index, keep, torch.cat(places), packing)
-        return list(fused.split([len(part) for part in places]))
+    def _fuse(self, sequences: list[Sequences], keys_values: list[KeyValue]) -> tuple[Tensor, Tensor]:
+        """All sequences through the fusion encoder in one batch.
+
+        Returns fused [CLS] tokens of those with a target (M, C), and fused words (P, C).
+        """
+        text, mask, image_index = (
+            torch.cat([getattr(part, name) for part in sequences]) for name in ("text", "mask", "image_index")
+        )
+        keep = None
+        if any(part.keep is not None for part in sequences):
+            keep = text.new_ones(len(text), keys_values[0][0].shape[2], dtype=torch.float32)
+        first_tokens, words = [], []  # positions among the tokens of all sequences
+        fewest_tokens = most_tokens = start = 0
+        for part in sequences:
+            rows, length = part.mask.shape
+            if part.keep is not None:
+                keep[start : start + rows] = part.keep
+            if part.target is not None:
+                first_tokens.append(torch.arange(start, start + rows, device=mask.device) * length)
+            if part.words is not None:
+                words.append(start * length + part.words)
+            fewest_tokens += part.token_count or 0
+            most_tokens += part.mask.numel() if part.token_count is None else part.token_count
+            start += rows
+        packing = Packing.of(mask, fewest_tokens, most_tokens)
+        positions = torch.cat(first_tokens + words)
+        fused = self.model.fusion(text, mask, keys_values, image_index, keep, positions, packing)
+        return fused.split([sum(map(len, first_tokens)), sum(map(len, words))])
+
+    def _match(self, sequences: list[Sequences], first_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """ITM of the fused [CLS] tokens (M, C): loss and accuracy."""
+        logits = self.model.match_head(first_tokens)
+        target = torch.cat([part.target for part in sequences if part.target is not None])
+        loss = F.cross_entropy(logits.float(), target, ignore_index=NOT_SCORED)
+        return loss, (logits.argmax(-1) == target).float().sum() / (target != NOT_SCORED).sum()
 
     def _predict_words(
-        self,
-        batch: Batch,
-        hidden: Tensor,
-        taught: TeacherOutputs,
-        teacher: MomentumTeacher,
-        alpha: float,
-        packing: Packing,
+        self, masked_words: Tensor, labels: Tensor, teacher_out: TeacherOutputs, alpha: float
     ) -> tuple[Tensor, Tensor]:
-        """MLM at the masked positions alone, hidden (P, C), with the teacher's predictions as soft targets."""
-        logits = self.model.language_head(hidden).float()
-        loss = F.cross_entropy(logits, batch.mlm_labels)
-        accuracy = (logits.argmax(-1) == batch.mlm_labels).float().mean()
-        if alpha > 0:
-            with torch.no_grad():
-                keys_values = teacher.model.fusion.keys_values(taught.image_tokens)
-                taught_hidden = teacher.model.fusion(
-                    taught.text_tokens, batch.attention_mask, keys_values, places=batch.mlm_positions, packing=packing
-                )
-                soft_target = teacher.model.language_head(taught_hidden).float().softmax(-1)
-            loss = (1 - alpha) * loss + alpha * F.cross_entropy(logits, soft_target)
-        return loss, accuracy
+        """MLM of the fused masked words (P, C), with the teacher's predictions as soft targets: loss and accuracy."""
+        logits = self.model.language_head(masked_words).float()
+        loss = F.cross_entropy(logits, labels)
+        if teacher_out.words is not None:
+            loss = (1 - alpha) * loss + alpha * F.cross_entropy(logits, teacher_out.words)
+        return loss, (logits.argmax(-1) == labels).float().mean()
 
 
-class _Sequences:
-    """The text sequences of a step, joined into one batch for the fusion encoder."""
-
-    def __init__(self, image_tokens: int, token_count: int | None):
-        """token_count: of the batch's captions, where the host knows it."""
-        self.image_tokens, self.token_count = image_tokens, token_count
-        self.token_bounds = (0, 0)  # fewest and most tokens of all sequences
-        self.rows: dict[str, slice] = {}  # of each kind in the joined batch
-        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-        self.count = 0
-
-    def add(
-        self,
-        name: str,
-        text: Tensor,
-        mask: Tensor,
-        image_index: Tensor,
-        keep: Tensor | None = None,
-        same_texts: bool = True,
-    ) -> None:
-        """text (S, L, C), mask (S, L) bool, image_index (S,), keep (S, N) or None for an unmasked image; same_texts:
-        whether they are the batch's captions, each once."""
-        self.rows[name] = slice(self.count, self.count + len(text))
-        self.count += len(text)
-        self.parts.append((text, mask, image_index, keep))
-        known = self.token_count if same_texts else None
-        fewest, most = self.token_bounds
-        self.token_bounds = fewest + (known or 0), most + (mask.numel() if known is None else known)
-
-    def places(self, name: str, positions: Tensor) -> Tensor:
-        """Positions in the (S * L) tokens of one kind -> in those of the joined batch."""
-        return positions + self.rows[name].start * self.parts[0][1].shape[1]
-
-    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """text, mask, image_index and keep of all sequences."""
-        text, mask, image_index = (torch.cat([part[i] for part in self.parts]) for i in range(3))
-        keep = None
-        if any(part[3] is not None for part in self.parts):
-            keep = text.new_ones(self.count, self.image_tokens, dtype=torch.float32)
-            for rows, part in zip(self.rows.values(), self.parts, strict=True):
-                if part[3] is not None:
-                    keep[rows] = part[3]
-        return text, mask, image_index, keep
+def draw_any_other(ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Image ids (B,) int64 -> for each row one of this rank's rows with another id, each equally likely, as its number
+    in the joined batch of all ranks (B,) int64; -1 if all ids are equal."""
+    others = (ids[:, None] != ids).float()
+    found = others.any(dim=1)
+    drawn = torch.multinomial(torch.where(found[:, None], others, 1.0), 1, generator=generator)[:, 0]
+    return torch.where(found, drawn + _first_row(len(ids)), -1)
 
 
 def _padded(batch: Batch, length: int) -> Batch:
@@ -272,15 +267,6 @@ def _padded(batch: Batch, length: int) -> Batch:
     return replace(batch, mlm_positions=positions, **{n: F.pad(x, (0, length - present)) for n, x in texts.items()})
 
 
-def _any_other(ids: Tensor, generator: torch.Generator) -> Tensor:
-    """ids (B,) of images -> (B,) the number, among the gathered rows, of one of this rank's rows with another id, each
-    as likely; -1 where there is none."""
-    others = (ids[:, None] != ids).float()
-    found = others.any(dim=1)
-    drawn = torch.multinomial(torch.where(found[:, None], others, 1.0), 1, generator=generator)[:, 0]
-    return torch.where(found, drawn + _row_offset(len(ids)), -1)
-
-
-def _row_offset(rows: int) -> int:
-    """Where this rank's rows begin among the gathered ones."""
+def _first_row(rows: int) -> int:
+    """The number in the joined batch of this rank's first row."""
     return dist.get_rank() * rows if dist.is_initialized() else 0

@@ -1,21 +1,22 @@
-"""The pretraining step the way ALBEF runs it: the oracle of the fast step's numbers and the baseline of its speed.
+"""The definition of the pretraining step, in plain PyTorch as ALBEF (Li et al., NeurIPS 2021) runs it.
 
-It owns no weights: it runs a `VisionLanguageModel` (and its momentum copy) as they are, so that losses and gradients of
-both steps can be compared parameter by parameter. What it does as ALBEF (Li et al., NeurIPS 2021) does:
+It is to `pretraining.py` what each operator's `reference.py` is to its kernels: the oracle of the numbers and the
+baseline of the speed. It owns no weights but runs a `VisionLanguageModel` and its momentum copy, so that losses and
+gradients of both steps can be compared parameter by parameter. As in ALBEF:
 
-- captions padded to the longest length allowed;
-- fusion passes of their own for the true pairs, the negatives, the soft-masked pairs and MLM, each of which projects
-  the keys and values of its images again, in every layer; MLM encodes its text again, in model and momentum copy;
-- cross-attention as softmax of a full (S, H, L, N) map, which the Grad-CAM reads and differentiates in the graph of the
-  positive pass, retained for the loss;
-- soft-masked image features written out, then projected like any others;
-- MLM logits at every position, the unmasked ones ignored by the loss;
-- contrastive logits as one full matrix; hard negatives drawn row by row;
-- the momentum copy updated parameter by parameter.
+- Captions are padded to the longest length allowed.
+- The true pairs, the negatives, the soft-masked pairs and MLM have a fusion pass each, which projects the keys and
+  values of its images again in every layer. MLM encodes its text again, in model and momentum copy.
+- Cross-attention is the softmax of a full (S, H, L, N) map. The Grad-CAM reads it and differentiates it in the graph of
+  the positive pass, which is retained for the loss.
+- Soft-masked image features are written out, then projected like any others.
+- MLM computes logits at every position, and the loss ignores the unmasked ones.
+- Contrastive logits are one full matrix; hard negatives are drawn row by row.
+- The momentum copy is updated parameter by parameter.
 
-Three things are kinder than ALBEF: self-attention and the image encoder run on PyTorch's fused attention as in the fast
-step, and the Grad-CAM asks autograd for the gradient of the map alone, not a whole backward pass. The Grad-CAM sees the
-dropout of the positive pass; with dropout off both steps compute the same numbers.
+Two things are faster than in ALBEF: self-attention and the image encoder use PyTorch's fused attention as in the fast
+step, and the Grad-CAM asks autograd for the gradient of the map only, not for a whole backward pass. The Grad-CAM sees
+the dropout of the positive pass; without dropout both steps compute the same numbers.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from torch import Tensor, nn
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.types import Batch
 from softmask_fast.model.fusion import FusionLayer
-from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.momentum import MomentumTeacher, StepSettings
 from softmask_fast.model.vision_language import VisionLanguageModel
 
-IGNORED = -100  # label of a position whose word is not to be predicted
+IGNORED = -100  # label of positions without a word to predict
 
 
 class ReferenceStep(nn.Module):
-    """The objectives around a model; one process, no gathering over ranks."""
+    """The objectives around a model, for one process; the arguments are those of `PretrainingStep`."""
 
     def __init__(self, model: VisionLanguageModel, objectives: ObjectiveConfig, bf16: bool = False):
         super().__init__()
@@ -43,23 +44,21 @@ class ReferenceStep(nn.Module):
         self.bf16 = bf16
 
     def forward(
-        self,
-        batch: Batch,
-        teacher: MomentumTeacher,
-        alpha: float,
-        use_queue: bool = True,
+        self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings,
         negatives: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and the losses it is the weighted sum of; the momentum features enter the queues.
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """The loss of a batch and the losses it is the weighted sum of; the momentum features enter the queue.
 
         negatives: the other image of each text and the other text of each image, (B,) int64 each; None: drawn from the
         contrastive softmax, with torch's generator.
         """
         with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._losses(batch, teacher, alpha, use_queue, negatives)
+            return self._losses(batch, teacher, settings, negatives)
 
-    def _losses(self, batch: Batch, teacher: MomentumTeacher, alpha: float, use_queue: bool, negatives):
-        model, taught, objectives = self.model, teacher.model, self.objectives
+    def _losses(
+        self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings, negatives: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        model, objectives, alpha = self.model, self.objectives, settings.alpha
         longest = model.config.max_tokens
         mask = pad(batch.attention_mask, longest)
         masked_ids = pad(batch.masked_ids, longest)
@@ -68,23 +67,25 @@ class ReferenceStep(nn.Module):
         images, image_features = model.encode_image(batch.pixels)
         texts, text_features = model.encode_text(text_ids, mask)
         with torch.no_grad():
-            taught_images, taught_image_features = taught.encode_image(batch.pixels)
-            _, taught_text_features = taught.encode_text(text_ids, mask)
+            teacher_images, teacher_image_features = teacher.model.encode_image(batch.pixels)
+            _, teacher_text_features = teacher.model.encode_text(text_ids, mask)
 
         # contrast
-        queued = slice(None) if use_queue else slice(0)
-        image_keys = torch.cat([taught_image_features, teacher.contrast.image_queue[queued].to(taught_image_features)])
-        text_keys = torch.cat([taught_text_features, teacher.contrast.text_queue[queued].to(taught_text_features)])
-        positive = (batch.ids[:, None] == torch.cat([batch.ids, teacher.contrast.queue_ids[queued]])).float()
+        image_keys, text_keys, key_ids = teacher_image_features, teacher_text_features, batch.ids
+        if settings.use_queue:
+            queued = teacher.queue.keys(image_keys)
+            image_keys, text_keys = torch.cat([image_keys, queued.image]), torch.cat([text_keys, queued.text])
+            key_ids = torch.cat([key_ids, queued.ids])
+        positive = (batch.ids[:, None] == key_ids).float()
         target = positive / positive.sum(1, keepdim=True)
         image_logits = image_features @ text_keys.T / model.temperature
         text_logits = text_features @ image_keys.T / model.temperature
         with torch.no_grad():
-            taught_image_logits = taught_image_features @ text_keys.T / model.temperature
-            taught_text_logits = taught_text_features @ image_keys.T / model.temperature
+            teacher_image_logits = teacher_image_features @ text_keys.T / model.temperature
+            teacher_text_logits = teacher_text_features @ image_keys.T / model.temperature
         itc = (
-            focal_cross_entropy(image_logits, taught_image_logits, target, alpha, objectives.focal_gamma)
-            + focal_cross_entropy(text_logits, taught_text_logits, target, alpha, objectives.focal_gamma)
+            focal_cross_entropy(image_logits, teacher_image_logits, target, alpha, objectives.focal_gamma)
+            + focal_cross_entropy(text_logits, teacher_text_logits, target, alpha, objectives.focal_gamma)
         ) / 2
 
         # match
@@ -113,20 +114,20 @@ class ReferenceStep(nn.Module):
         labels = pad(labels, longest, IGNORED)
         logits = predict_words(model, masked_ids, mask, images).float()
         with torch.no_grad():
-            soft_target = predict_words(taught, masked_ids, mask, taught_images).float().softmax(-1)
+            soft_target = predict_words(teacher.model, masked_ids, mask, teacher_images).float().softmax(-1)
         hard = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         soft = -(soft_target * logits.log_softmax(-1)).sum(-1)[labels != IGNORED].mean()
         mlm = (1 - alpha) * hard + alpha * soft
 
-        teacher.contrast.enqueue(taught_image_features, taught_text_features, batch.ids)
+        teacher.queue.enqueue(teacher_image_features, teacher_text_features, batch.ids)
         losses = {"itc": itc, "itm": itm, "mlm": mlm}
         losses = {name: loss for name, loss in losses.items() if getattr(objectives, f"{name}_weight")}
         total = sum(getattr(objectives, f"{name}_weight") * loss for name, loss in losses.items())
         return total, {name: loss.detach() for name, loss in losses.items()}
 
     def soft_mask(self, images: Tensor, matched: Tensor, attention: Tensor, word_index: Tensor) -> Tensor:
-        """images (B, N, Cv) times one minus the Grad-CAM of a word: attention (B, H, L, N) times its positive gradient,
-        the mean over heads, normalised over the patches."""
+        """images (B, N, Cv) times 1 minus the Grad-CAM of a word: attention (B, H, L, N) times its positive gradient,
+        averaged over heads, normalized over the patches."""
         score = self.model.matched_score(matched[:, 0]).sum()
         (gradient,) = torch.autograd.grad(score, attention, retain_graph=True)
         cam = (attention.detach() * gradient.clamp(min=0)).mean(1)
@@ -149,9 +150,11 @@ def pad(tokens: Tensor, length: int, value: float = 0) -> Tensor:
     return F.pad(tokens, (0, length - tokens.shape[1]), value=value)
 
 
-def focal_cross_entropy(logits: Tensor, taught: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Cross-entropy of rows with soft targets, each term weighted by (1 - p)^gamma; logits, taught, target (B, M)."""
-    target = alpha * taught.softmax(1) + (1 - alpha) * target
+def focal_cross_entropy(
+    logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float, gamma: float
+) -> Tensor:
+    """Cross-entropy of rows with soft targets, each term weighted by (1 - p)^gamma; all tensors (B, M)."""
+    target = alpha * teacher_logits.softmax(1) + (1 - alpha) * target
     log_p = logits.log_softmax(1)
     return -(target * (1 - log_p.exp()) ** gamma * log_p).sum(1).mean()
 
@@ -175,6 +178,7 @@ def fuse(model: VisionLanguageModel, texts: Tensor, mask: Tensor, images: Tensor
 
 
 def fusion_layer(layer: FusionLayer, text: Tensor, mask: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer of `fuse`: fused tokens (S, L, C) and the attention map (S, H, L, N)."""
     cross = layer.cross_attention
     text = layer.attention(text, mask[:, None, None, :])[0]
     query, key, value = (
@@ -188,5 +192,5 @@ def fusion_layer(layer: FusionLayer, text: Tensor, mask: Tensor, images: Tensor)
 
 
 def predict_words(model: VisionLanguageModel, masked_ids: Tensor, mask: Tensor, images: Tensor) -> Tensor:
-    """The vocabulary's logits (B, L, V) at every position."""
+    """Logits over the vocabulary (B, L, V) at every position."""
     return model.language_head(fuse(model, model.text(masked_ids, mask), mask, images)[0])

@@ -9,9 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from softmask_fast.errors import UsageError
+
+# Prefixes in older files -> those of today's modules.
+_RENAMED = {"contrast.": "queue."}  # the teacher's queue once belonged to its loss
+
 
 def save_state(state: dict[str, Tensor], path: str | Path) -> None:
-    """Write tensors as safetensors, whole or not at all: to a temporary file, then renamed."""
+    """Writes tensors as safetensors, atomically: to a temporary file, then renamed."""
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
@@ -25,8 +30,14 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """The inverse of `own_state`. Raises ValueError when a tensor is missing, left over, or of another size."""
+    """The inverse of `own_state`, also for names of older files.
+
+    Raises UsageError if a tensor is missing, unexpected, or of another size.
+    """
     mine = own_state(module)
+    for old, new in _RENAMED.items():
+        renamed = {name: name.replace(old, new, 1) for name in state if name.startswith(old)}
+        state = {renamed.get(name, name): tensor for name, tensor in state.items()}
     missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
     sizes = [
         f"{name} has size {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
@@ -34,7 +45,7 @@ def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
         if name in state and state[name].shape != tensor.shape
     ]
     if missing or unexpected or sizes:
-        raise ValueError(f"weights: missing {missing}, unexpected {unexpected}, {'; '.join(sizes) or 'sizes agree'}")
+        raise UsageError(f"weights: missing {missing}, unexpected {unexpected}, {'; '.join(sizes) or 'sizes agree'}")
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(state[name])

@@ -12,16 +12,17 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from transformers.models.bert.modeling_bert import BertLayer, BertPredictionHeadTransform, BertSelfAttention
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.errors import UsageError
 from softmask_fast.model.packing import Packing, self_attention
 
 
 def initial_std(width: int) -> float:
-    """BERT's 0.02 at its width of 768, scaled so that layers of any width start with the same share of the signal."""
+    """BERT's 0.02 at its width of 768, scaled so that layers of any width keep the same fraction of the signal."""
     return 0.02 * math.sqrt(768 / width)
 
 
 def bert_config(config: ModelConfig, layers: int) -> BertConfig:
-    """A BERT of our width. Attention probabilities have no dropout: fused attention does not offer it."""
+    """A BERT of our sizes, without dropout on attention probabilities, which fused attention does not offer."""
     return BertConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.text_width,
@@ -37,7 +38,7 @@ def bert_config(config: ModelConfig, layers: int) -> BertConfig:
 
 
 def attend(projections: BertSelfAttention, text: Tensor, packing: Packing, attention: str) -> Tensor:
-    """BERT's self-attention, up to its output projection, on packed tokens: text (T, C) -> (T, C)."""
+    """BERT's self-attention on packed tokens, without its output projection: text (T, C) -> (T, C)."""
     heads = (projections.num_attention_heads, projections.attention_head_size)
     query, key, value = (
         project(text).unflatten(-1, heads) for project in (projections.query, projections.key, projections.value)
@@ -45,16 +46,15 @@ def attend(projections: BertSelfAttention, text: Tensor, packing: Packing, atten
     return self_attention(query, key, value, packing, attention).flatten(1)
 
 
-def run_layer(layer: Callable, *arguments, checkpointing: bool):
-    """A layer's output; with checkpointing its insides are not kept for the backward pass but computed again there,
-    with the same dropout."""
+def run_layer(layer: Callable[..., Tensor], *arguments: object, checkpointing: bool) -> Tensor:
+    """A layer's output; with checkpointing the backward pass recomputes its intermediates, with the same dropout."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(layer, *arguments, use_reentrant=False)
     return layer(*arguments)
 
 
 class TextEncoder(nn.Module):
-    """The first `text_layers` layers of a BERT, embeddings included.
+    """The embeddings and first `text_layers` layers of a BERT.
 
     Attributes: attention ("auto", "padded", "varlen" or "xformers", see packing.py), checkpointing.
     """
@@ -69,10 +69,10 @@ class TextEncoder(nn.Module):
         return self.bert.embeddings.word_embeddings
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None) -> Tensor:
-        """input_ids (B, L) int64, attention_mask (B, L) bool, packing: of that mask -> tokens (B, L, C), padding 0."""
+        """input_ids (B, L) int64, attention_mask (B, L) bool and its packing -> tokens (B, L, C), 0 at padding."""
         packing = Packing.of(attention_mask) if packing is None else packing
-        places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        text = self.bert.embeddings(packing.pack(input_ids)[None], position_ids=packing.pack(places)[None])[0]
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        text = self.bert.embeddings(packing.pack(input_ids)[None], position_ids=packing.pack(positions)[None])[0]
         for layer in self.bert.encoder.layer:
             text = run_layer(self._layer, layer, text, packing, checkpointing=self.checkpointing)
         return packing.pad(text)
@@ -84,7 +84,7 @@ class TextEncoder(nn.Module):
 
 
 class MaskedLanguageHead(nn.Module):
-    """BERT's head over the vocabulary; its matrix is the one of the word embeddings."""
+    """BERT's head over the vocabulary; its matrix is tied to the word embeddings."""
 
     def __init__(self, config: ModelConfig, word_embeddings: nn.Embedding):
         super().__init__()
@@ -98,16 +98,13 @@ class MaskedLanguageHead(nn.Module):
 
 
 def load_bert(config: ModelConfig) -> BertForMaskedLM:
-    """The pretrained BERT that `text_weights` names.
-
-    Raises ValueError that says what to do when it cannot be had or has other sizes than the configuration.
-    """
+    """The pretrained BERT named by `text_weights`. Raises UsageError if it cannot be loaded or has other sizes."""
     try:
         bert = BertForMaskedLM.from_pretrained(config.text_weights)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UsageError(
             f"text_weights: {config.text_weights!r} cannot be loaded ({error}). Give a local folder with a BERT "
-            "(--text_weights DIR), or start without weights (--text_weights random)."
+            "(--text_weights DIR), or start from random weights (--text_weights random)."
         ) from error
     found, ours = bert.config, bert_config(config, config.text_layers)
     sizes = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings")
@@ -117,5 +114,5 @@ def load_bert(config: ModelConfig) -> BertForMaskedLM:
         wrong["num_hidden_layers"] = (found.num_hidden_layers, config.text_layers + config.fusion_layers)
     if wrong:
         sizes = ", ".join(f"{name} is {got}, expected {want}" for name, (got, want) in wrong.items())
-        raise ValueError(f"text_weights: {config.text_weights!r} does not fit the configuration: {sizes}")
+        raise UsageError(f"text_weights: {config.text_weights!r} does not fit the configuration: {sizes}")
     return bert

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.errors import UsageError
 
 
 class VisionEncoder(nn.Module):
     """A timm vision transformer without its head.
 
-    Attributes: width (Cv), grid_size (rows, columns of patches), prefix_tokens (leading tokens that are no patches; the
-    first of them is [CLS]).
+    Attributes: width (Cv), grid_size (rows and columns of patches), prefix_tokens (number of tokens before the patches,
+    the first one is [CLS]).
     """
 
     def __init__(self, config: ModelConfig):
@@ -38,7 +42,7 @@ class VisionEncoder(nn.Module):
             **{name: size for name, size in sizes.items() if size is not None},
         )
         if self.vit.num_prefix_tokens < 1:
-            raise ValueError(f"vision_model: expected a transformer with a [CLS] token, got {config.vision_model!r}")
+            raise UsageError(f"vision_model: expected a transformer with a [CLS] token, got {config.vision_model!r}")
         self.width: int = self.vit.embed_dim
         self.grid_size: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.prefix_tokens: int = self.vit.num_prefix_tokens
@@ -46,24 +50,24 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def _place_patches(self) -> None:
-        """Start the learned position embeddings from 2-d sines and cosines: at timm's 0.02 the pixels drown them,
-        and a model from scratch takes long to see where anything is."""
-        places = build_sincos2d_pos_embed(list(self.grid_size), dim=self.width)
-        self.vit.pos_embed[:, -len(places) :] = places
+        """Initializes the learned position embeddings with 2-d sines and cosines: at timm's 0.02 the pixels drown them,
+        and a model from scratch is slow to learn where things are."""
+        positions = build_sincos2d_pos_embed(list(self.grid_size), dim=self.width)
+        self.vit.pos_embed[:, -len(positions) :] = positions
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv), N = prefix_tokens + rows * columns."""
         return self.vit.forward_features(pixels)
 
     def set_checkpointing(self, on: bool) -> None:
-        """Whether the blocks' insides are computed again in the backward pass instead of kept."""
+        """Whether the backward pass recomputes the blocks' intermediates."""
         self.vit.set_grad_checkpointing(on)
 
 
 def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
-    """Fill the encoder from timm's pretrained weights or from a file; position embeddings are resampled to its grid.
+    """Loads timm's pretrained weights or those of a file; position embeddings are resampled to the encoder's grid.
 
-    Raises ValueError that says what to do when the weights cannot be had or do not fit.
+    Raises UsageError if they cannot be loaded or do not fit.
     """
     if config.vision_weights == "random":
         return
@@ -71,9 +75,10 @@ def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
         try:
             pretrained = timm.create_model(config.vision_model, pretrained=True, num_classes=0)
         except Exception as error:
-            raise ValueError(
+            raise UsageError(
                 f"vision_weights: timm's pretrained weights of {config.vision_model!r} cannot be loaded ({error}). "
-                "Give a file (--vision_weights FILE.safetensors), or start without them (--vision_weights random)."
+                "Give a file (--vision_weights FILE.safetensors), or start from random weights (--vision_weights "
+                "random)."
             ) from error
         state = pretrained.state_dict()
     else:
@@ -83,22 +88,22 @@ def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
     try:
         missing, unexpected = encoder.vit.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(
-            f"vision_weights: {config.vision_weights!r} does not fit the image encoder: {error}"
-        ) from error
+        raise UsageError(f"vision_weights: {config.vision_weights!r} does not fit the encoder: {error}") from error
     if missing or unexpected:
-        raise ValueError(
+        raise UsageError(
             f"vision_weights: {config.vision_weights!r} does not fit {config.vision_model!r}: missing {missing}, "
             f"unexpected {unexpected}"
         )
 
 
 def _read_state(path: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file."""
     if not Path(path).is_file():
-        raise ValueError(f"vision_weights: expected 'timm', 'random' or a file, got {path!r}, which is no file")
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        raise UsageError(f"vision_weights: expected 'timm', 'random' or an existing file, got {path!r}")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UsageError(f"vision_weights: {path!r} cannot be read: {error}") from error
     return state.get("model", state)

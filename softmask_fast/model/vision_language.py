@@ -1,6 +1,6 @@
 """The vision-language model: image encoder, text encoder, fusion encoder and their heads.
 
-The model of ALBEF (Li et al., NeurIPS 2021), on which SoftMask++ (Park & Han, CVPR 2023) builds.
+It is the model of ALBEF (Li et al., NeurIPS 2021), on which SoftMask++ (Park & Han, CVPR 2023) builds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.errors import UsageError
 from softmask_fast.model.fusion import FusionEncoder, KeyValue
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.text import MaskedLanguageHead, TextEncoder, initial_std
@@ -22,9 +23,15 @@ TEMPERATURE_RANGE = (0.001, 0.5)
 
 
 class VisionLanguageModel(nn.Module):
-    """Encoders, heads and the contrastive temperature; weights random until `load_pretrained`.
+    """Encoders, heads and the contrastive temperature, with random weights; `load_pretrained` loads others.
 
-    Attributes: config, grid_size (rows, columns of patches), prefix_tokens (image tokens before the patches).
+    Args:
+        config: sizes.
+        temperature: initial contrastive temperature.
+
+    Attributes:
+        grid_size: rows and columns of patches.
+        prefix_tokens: number of image tokens before the patches; the first one is [CLS].
     """
 
     def __init__(self, config: ModelConfig, temperature: float = 0.07):
@@ -44,10 +51,10 @@ class VisionLanguageModel(nn.Module):
         hold_key_biases(self)
 
     def set_execution(self, attention: str = "auto", checkpointing: bool = False, compile: bool = False) -> None:
-        """How the layers run; the numbers stay the same, but for rounding.
+        """How the layers run; results stay the same up to rounding.
 
-        attention: of the text, see packing.py; checkpointing: compute the insides of every block again in the backward
-        pass instead of keeping them; compile: the image encoder through torch.compile, at its first call.
+        attention: of the text, see packing.py; checkpointing: recompute the intermediates of every block in the
+        backward pass; compile: the image encoder through torch.compile, at its first call.
         """
         for encoder in (self.text, self.fusion):
             encoder.attention, encoder.checkpointing = attention, checkpointing
@@ -77,33 +84,35 @@ class VisionLanguageModel(nn.Module):
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        """input_ids (B, L) int64, attention_mask (B, L) bool, packing: of that mask -> tokens (B, L, C), 0 at padding,
-        and unit features (B, d)."""
+        """input_ids (B, L) int64, attention_mask (B, L) bool and its packing -> tokens (B, L, C), 0 at padding, and
+        unit features (B, d)."""
         tokens = self.text(input_ids, attention_mask, packing)
         return tokens, F.normalize(self.text_projection(tokens[:, 0]), dim=-1)
 
     def match_tokens(
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, image_index: Tensor | None = None
     ) -> Tensor:
-        """image_tokens (B, N, Cv), text_tokens (S, L, C), attention_mask (S, L) bool, image_index (S,) int64: the image
-        of each text (None: text i and image i) -> logits (S, 2), [:, 1] for "matched"."""
+        """image_tokens (B, N, Cv), text_tokens (S, L, C), attention_mask (S, L) bool, image_index (S,) int64, the image
+        of each text (None: image i for text i) -> logits (S, 2), [:, 1] for "matched"."""
         keys_values = self.fusion.keys_values(image_tokens)
         first_tokens = torch.arange(len(text_tokens), device=text_tokens.device) * text_tokens.shape[1]
-        return self.match_head(self.fusion(text_tokens, attention_mask, keys_values, image_index, places=first_tokens))
+        fused = self.fusion(text_tokens, attention_mask, keys_values, image_index, positions=first_tokens)
+        return self.match_head(fused)
 
     def match_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The pairs' matching logits (B, 2), [:, 1] for "matched"."""
+        """pixels (B, 3, image_size, image_size), input_ids (B, L) int64, attention_mask (B, L) bool -> logits (B, 2),
+        [:, 1] for "matched"."""
         text_tokens, _ = self.encode_text(input_ids, attention_mask)
         return self.match_tokens(self.vision(pixels), text_tokens, attention_mask)
 
     def mlm_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The vocabulary's logits (B, L, V) at every token of the captions, given the images."""
+        """Arguments as for `match_logits` -> logits (B, L, V) over the vocabulary at every token, given the image."""
         text_tokens, _ = self.encode_text(input_ids, attention_mask)
         keys_values = self.fusion.keys_values(self.vision(pixels))
         return self.language_head(self.fusion(text_tokens, attention_mask, keys_values))
 
     def matched_score(self, fused: Tensor) -> Tensor:
-        """Fusion encoder output at [CLS] (S, C) -> the logit of "matched" (S,), whose Grad-CAM explains a word."""
+        """Fused [CLS] (S, C) -> the logit of "matched" (S,), whose Grad-CAM explains a word."""
         return self.match_head(fused)[:, 1]
 
     def relevance_inputs(
@@ -114,7 +123,7 @@ class VisionLanguageModel(nn.Module):
         layer: int,
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query, key, value and output gradient of a fusion layer's cross-attention for the true pairs, dropout off."""
+        """`FusionEncoder.relevance_inputs` of the "matched" logit, without dropout."""
         training = self.training
         self.eval()
         try:
@@ -127,14 +136,21 @@ class VisionLanguageModel(nn.Module):
     def word_relevance(
         self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int | None = None
     ) -> Tensor:
-        """Grad-CAM of "matched" for every token of the captions over the image tokens.
+        """Grad-CAM of "matched" over the image tokens for every token of the captions.
 
-        layer: fusion layer, 0 is the first; default: the one that training masks by (config.soft_mask_layer).
-        Returns float32 (B, L, N); the first `prefix_tokens` of N are no patches, the rest is `grid_size`, row by row.
+        Args:
+            pixels, input_ids, attention_mask: as for `match_logits`.
+            layer: fusion layer, 0 is the first; default: the one whose maps are the soft masks in training.
+
+        Returns:
+            float32 (B, L, N): `prefix_tokens` tokens, then the patches of `grid_size`, row by row.
+
+        Raises:
+            UsageError: for a layer out of range.
         """
         layer = self.config.soft_mask_layer if layer is None else layer
         if not 0 <= layer < self.config.fusion_layers:
-            raise ValueError(f"layer: expected a fusion layer from 0 to {self.config.fusion_layers - 1}, got {layer}")
+            raise UsageError(f"layer: expected a fusion layer from 0 to {self.config.fusion_layers - 1}, got {layer}")
         with torch.no_grad():
             text_tokens, _ = self.encode_text(input_ids, attention_mask)
             keys_values = self.fusion.keys_values(self.vision(pixels))
@@ -142,10 +158,10 @@ class VisionLanguageModel(nn.Module):
 
 
 def clamped(parameter: Tensor, low: float, high: float) -> Tensor:
-    """The parameter within [low, high], with a gradient that can lead back into the range but not further out.
+    """The parameter within [low, high], with a gradient that can move it back into the range but not further out.
 
-    A plain clamp has no gradient outside the range, so a parameter that left it would be stuck; clamping the parameter
-    itself, as ALBEF does, is lost under ZeRO, whose optimiser owns the weights.
+    A plain clamp has no gradient outside the range, so a parameter that left it would be stuck. Clamping the parameter
+    itself, as ALBEF does, has no effect under ZeRO, whose optimizer owns the weights.
     """
     inside = parameter + (parameter.clamp(low, high) - parameter).detach()
     if inside.requires_grad:
@@ -156,8 +172,8 @@ def clamped(parameter: Tensor, low: float, high: float) -> Tensor:
 
 
 def hold_key_biases(module: nn.Module) -> None:
-    """A key bias adds one number to all logits of a query, which softmax ignores: its gradient is rounding noise, of
-    which Adam would make steps of full size. Here it is zero."""
+    """Zeroes the gradients of key biases. Softmax ignores what they add to all logits of a query, so their gradients
+    are rounding noise, which Adam would turn into steps of full size."""
     for name, parameter in module.named_parameters():
         if name.endswith("self.key.bias"):
             parameter.register_hook(torch.zeros_like)

@@ -1,15 +1,17 @@
 """Fused operators: word maps, soft masks, soft-masked attention, focal contrastive loss.
 
-This package needs nothing but torch (and triton or the compiled extension where they are used).
+They need nothing but torch, and triton or the compiled extension where they run.
 """
 
 from softmask_fast.ops.focal_itc import FocalITCStats, focal_itc_loss
+from softmask_fast.ops.focal_itc.feature_queue import FeatureQueue
 from softmask_fast.ops.focal_itc.module import FocalITCLoss
 from softmask_fast.ops.partial_backward import attention_output_gradient
 from softmask_fast.ops.soft_masked_attention import soft_masked_attention
 from softmask_fast.ops.word_mask import word_gradcam, word_soft_mask
 
 __all__ = [
+    "FeatureQueue",
     "FocalITCLoss",
     "FocalITCStats",
     "attention_output_gradient",

@@ -1,7 +1,7 @@
-"""Argument checks of the operators: every message names the argument, what was expected, and what came.
+"""Arguments of the operators: checks, whose messages name the argument, what was expected and what came, and dtypes.
 
-The checks read sizes, dtypes and devices only, never values, so they cost no synchronisation on a GPU and trace under
-``torch.compile``. Checks of values (``check_index_range``) read them on the CPU only; see there for GPU tensors.
+The checks read sizes, dtypes and devices, so they never synchronize with a GPU and trace under `torch.compile`. Values
+(`check_index_range`, `as_scalar`) are only read on the CPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,11 @@ def check_tensor(
     like: tuple[str, Tensor] | None = None,
     same_dtype: bool = False,
 ) -> Tensor:
-    """Checks one tensor argument and returns it.
+    """Checks a tensor argument and returns it.
 
-    ``sizes`` holds one entry per dimension: a number that it must equal, or a letter that only names it in the message.
-    ``like`` is (name, tensor) of the argument whose device (and dtype, with ``same_dtype``) this one must share.
-    Raises TypeError for something that is no tensor or has another dtype, ValueError for a wrong size or device.
+    `sizes` has one entry per dimension: a number that it must equal, or a letter that only names it in the message.
+    `like` is (name, tensor) of the argument whose device, and with `same_dtype` whose dtype, this one must share.
+    Raises TypeError if it is not a tensor or has another dtype, ValueError for a wrong size or device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -59,13 +60,13 @@ def check_tensor(
 
 
 def check_has_tokens(key: Tensor) -> None:
-    """Raises ValueError when there is nothing to attend to."""
+    """Raises ValueError if there is nothing to attend to."""
     if key.shape[2] < 1:
         raise ValueError(f"key: expected at least one token, got size {tuple(key.shape)}")
 
 
 def check_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> float:
-    """Returns a Python number as a float. Raises TypeError for something else, ValueError when out of range."""
+    """Returns a Python number as a float. Raises TypeError for anything else, ValueError if it is out of range."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if above is not None and not value > above:
@@ -78,18 +79,18 @@ def check_number(name: str, value: object, *, above: float | None = None, at_lea
 def check_index_range(name: str, index: Tensor, size: int) -> None:
     """Raises ValueError unless 0 <= index < size, for CPU tensors.
 
-    On a GPU reading the values would stop the host until the device is idle, so there the kernels guard themselves.
+    Reading GPU values would block the host until the device is idle; there the kernels guard themselves.
     """
     if index.device.type != "cpu" or index.numel() == 0:
         return
-    values = index.tolist()  # quicker than a reduction, whose code is seldom in the cache
+    values = index.tolist()  # faster than a reduction for short tensors
     low, high = min(values), max(values)
     if low < 0 or high >= size:
         raise ValueError(f"{name}: expected values from 0 to {size - 1}, got {low if low < 0 else high}")
 
 
 def check_gamma(gamma: object) -> float:
-    """A finite number of at least 0."""
+    """Returns gamma as a float. Raises unless it is a finite number of at least 0."""
     gamma = check_number("gamma", gamma, at_least=0)
     if not math.isfinite(gamma):
         raise ValueError(f"gamma: expected a finite number, got {gamma}")
@@ -97,7 +98,7 @@ def check_gamma(gamma: object) -> float:
 
 
 def check_teachers(image: Tensor, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float) -> float:
-    """The teachers have the size of ``image`` and are there where alpha > 0; alpha is a number from 0 to 1."""
+    """Returns alpha as a float. Raises unless it is in [0, 1] and the teachers are like `image`, or None at alpha 0."""
     alpha = check_number("alpha", alpha, at_least=0)
     if alpha > 1:
         raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
@@ -110,23 +111,25 @@ def check_teachers(image: Tensor, teacher_image: Tensor | None, teacher_text: Te
 
 
 def check_integer(name: str, value: object, low: int, high: int | None) -> None:
+    """Raises TypeError for anything but an integer, ValueError unless low <= value <= high (None: no bound)."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < low or (high is not None and value > high):
         bound = f"from {low} to {high}" if high is not None else f"of at least {low}"
         if name == "row_offset" and high is not None:
-            bound += " (the number of keys less the number of rows)"
+            bound += " (the number of keys minus the number of rows)"
         raise ValueError(f"{name}: expected an integer {bound}, got {value}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def as_scalar(temperature: float | Tensor, image: Tensor) -> Tensor:
-    """The temperature as a 0-dim tensor in the dtype of the sums; keeps the graph of a tensor."""
-    dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    """The temperature as a 0-dim tensor in the `compute_dtype` of the image; the graph of a tensor stays."""
+    dtype = compute_dtype(image.dtype)
     if not isinstance(temperature, Tensor):
         value = check_number("temperature", temperature, above=0)
         return torch.full((), value, dtype=dtype, device=image.device)
@@ -136,29 +139,31 @@ def as_scalar(temperature: float | Tensor, image: Tensor) -> Tensor:
     return temperature.to(dtype)
 
 
-_CASTABLE = (torch.float16, torch.bfloat16, torch.float32)
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of computations on inputs of a dtype: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype of their device when autocast is on there, else as they are; float64 stays.
+    """The tensors in the autocast dtype if autocast is enabled on their device; float64 stays.
 
-    Soft masks, biases and statistics do not go through here: they keep their precision, and the kernels accumulate in
-    float32 in any case.
+    Not for soft masks, biases and statistics, which keep their precision. The kernels accumulate in float32 anyway.
     """
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.dtype in _CASTABLE else tensor for tensor in tensors
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
     )
 
 
 def without_autocast(function: Callable) -> Callable:
-    """Decorates an implementation in plain PyTorch, whose first argument is a tensor: its products keep their dtype."""
+    """Decorator of a function whose first argument is a tensor: disables autocast on the tensor's device."""
 
     @functools.wraps(function)
-    def run(tensor: Tensor, *args):
+    def run(tensor: Tensor, *args: Any) -> Any:
         with torch.autocast(tensor.device.type, enabled=False):
             return function(tensor, *args)
 

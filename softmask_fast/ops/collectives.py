@@ -1,11 +1,12 @@
-"""The joined batch of all ranks: its rows gathered, with gradient or without, fetched singly, or passed around a ring.
+"""The joined batch of all ranks: its rows gathered, with gradient or without, fetched one by one, or sent in a ring.
 
-Every function here is a collective: all ranks of the group call it. Without ``torch.distributed`` there is one rank.
+Every function is a collective: all ranks of the group call it. Without `torch.distributed` there is one rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,15 +15,15 @@ from torch.autograd.function import once_differentiable
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """The number of ranks in the group (None: the default one); 1 where nothing is distributed."""
+    """The number of ranks in the group (None: the default one); 1 without `torch.distributed`."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def exchange(values: Sequence[int], group: dist.ProcessGroup | None = None) -> Tensor:
-    """Integers of every rank, equally many on each -> (ranks, values) int64 on the CPU.
+    """Integers of this rank, as many on each -> those of all ranks, (ranks, values) int64 on the CPU.
 
-    They stay on the host where the group takes CPU tensors ("gloo", "cpu:gloo,cuda:nccl"); with "nccl" alone they go
-    through the GPU, for which the host then waits.
+    They stay on the host if the group takes CPU tensors ("gloo", "cpu:gloo,cuda:nccl"). With "nccl" alone they go
+    through the GPU, and the host waits for it.
     """
     own = torch.tensor([values], dtype=torch.int64)
     if world_size(group) == 1:
@@ -36,7 +37,7 @@ def exchange(values: Sequence[int], group: dist.ProcessGroup | None = None) -> T
 
 
 class JoinedBatch:
-    """The rows of all ranks in rank order: ``sizes[r]`` of rank r, which begin at row ``offsets[r]``.
+    """The rows of all ranks in rank order: `sizes[r]` of rank r, starting at row `offsets[r]`.
 
     Ranks may hold different numbers of rows. What travels is padded to the largest.
     """
@@ -49,16 +50,16 @@ class JoinedBatch:
 
     @property
     def rows(self) -> int:
-        """Rows of this rank."""
+        """Number of rows of this rank."""
         return self.sizes[self.rank]
 
     @property
     def offset(self) -> int:
-        """Where this rank's rows begin."""
+        """First row of this rank."""
         return self.offsets[self.rank]
 
     def pad(self, x: Tensor) -> Tensor:
-        """(rows, ...) -> (largest, ...), contiguous, the rest zeros."""
+        """(rows, ...) -> (largest, ...), contiguous, padded with zeros."""
         if len(x) == self.largest:
             return x.contiguous()
         return torch.cat([x, x.new_zeros(self.largest - len(x), *x.shape[1:])])
@@ -75,11 +76,11 @@ class JoinedBatch:
         return torch.cat([part[:size] for part, size in zip(padded.chunk(self.world), self.sizes, strict=True)])
 
     def gather_with_grad(self, x: Tensor) -> Tensor:
-        """As ``gather``; the gradient of a row is the sum of what all ranks have for it, and goes to its owner."""
+        """`gather` with gradient: its owner gets the sum of the gradients that all ranks have for a row."""
         return x if self.world == 1 else _Gather.apply(x, self)
 
     def scatter_sum(self, x: Tensor) -> Tensor:
-        """x (total, ...) -> the sum over the ranks of this rank's rows (rows, ...), in float32 or better."""
+        """x (total, ...) -> this rank's rows (rows, ...), summed over the ranks in float32 or better."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
         if self.world * self.largest > self.total:
             wide = torch.cat([self.pad(part) for part in wide.split(self.sizes)])
@@ -88,9 +89,9 @@ class JoinedBatch:
         return own[: self.rows].to(x.dtype)
 
     def pass_on(self, block: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Starts to send a block to the next rank and to receive one of the same sizes from the rank before.
+        """Starts sending a block to the next rank and receiving one of the same sizes from the previous rank.
 
-        Returns a function that waits for both and gives the received block.
+        Returns a function that waits for both and returns the received block.
         """
         arriving = [torch.empty_like(part) for part in block]
         operations = []
@@ -102,13 +103,13 @@ class JoinedBatch:
         def wait() -> list[Tensor]:
             for work in works:
                 work.wait()
-            block.clear()  # was kept from being freed until it was sent
+            block.clear()  # had to stay alive until it was sent
             return arriving
 
         return wait
 
     def ring(self, block: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-        """(rank, its block) for this rank and, around the ring, all others; the next one travels meanwhile."""
+        """(rank, its block) for this rank, then around the ring all others; the next block travels in the meantime."""
         for step in range(self.world):
             last = step == self.world - 1
             wait = None if last else self.pass_on(list(block))
@@ -119,13 +120,13 @@ class JoinedBatch:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, joined: JoinedBatch) -> Tensor:
+    def forward(ctx: Any, x: Tensor, joined: JoinedBatch) -> Tensor:
         ctx.joined = joined
         return joined.gather(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.joined.scatter_sum(grad), None
 
 
@@ -134,51 +135,53 @@ def take_rows(x: Tensor, index: Tensor, group: dist.ProcessGroup | None = None) 
 
     Args:
         x: (B, ...), this rank's rows of the joined batch; B may differ from rank to rank.
-        index: (S,) int64, rows of the joined batch that this rank wants; S may differ from rank to rank.
+        index: (S,) int64, rows of the joined batch that this rank needs; S may differ from rank to rank.
+        group: the ranks that share a batch; None: all.
 
     Returns:
-        (S, ...)
+        (S, ...), the rows.
 
     Raises:
-        ValueError: on every rank, where rows have not the same size everywhere, or an index of any rank is no row of
-            the joined batch.
+        ValueError: on every rank, if the size of a row differs between ranks or an index of any rank is out of range.
     """
     if world_size(group) == 1:
         return x[index]
     sizes, lengths, counts = exchange([len(x), x[:1].numel(), len(index)], group).unbind(1)
     if len(set(lengths[sizes > 0].tolist())) > 1:
-        raise ValueError(f"x: expected rows of one size on every rank, got {lengths.tolist()} numbers a row")
+        raise ValueError(f"x: expected rows of one size on every rank, got {lengths.tolist()} elements per row")
     joined = JoinedBatch(sizes.tolist(), group)
     wanted = exchange(index.tolist() + [0] * (int(counts.max()) - len(index)), group)
-    asked = torch.arange(wanted.shape[1]) < counts[:, None]  # the rest is padding
-    if bool((asked & ((wanted < 0) | (wanted >= joined.total))).any()):
+    valid = torch.arange(wanted.shape[1]) < counts[:, None]  # the rest is padding
+    if bool((valid & ((wanted < 0) | (wanted >= joined.total))).any()):
         raise ValueError(
             f"index: expected rows from 0 to {joined.total - 1} of the joined batch, "
-            f"got {int(wanted[asked].min())} to {int(wanted[asked].max())}"
+            f"got {int(wanted[valid].min())} to {int(wanted[valid].max())}"
         )
-    mine = asked & (wanted >= joined.offset) & (wanted < joined.offset + joined.rows)
+    mine = valid & (wanted >= joined.offset) & (wanted < joined.offset + joined.rows)
     owner = torch.bucketize(wanted[joined.rank, : len(index)], torch.tensor(joined.offsets[1:]), right=True)
-    arrival = torch.argsort(owner, stable=True).argsort()  # where each wanted row comes among those that arrive
+    arrival = torch.argsort(owner, stable=True).argsort()  # position of each wanted row among those that arrive
     rows = x[(wanted[mine] - joined.offset).to(x.device)]
     received = torch.bincount(owner, minlength=joined.world).tolist()
     return _AllToAll.apply(rows, mine.sum(1).tolist(), received, group)[arrival.to(x.device)]
 
 
 class _AllToAll(torch.autograd.Function):
-    """``sent[r]`` rows go to rank r, ``received[r]`` come from there; gradients take the way back."""
+    """Sends `sent[r]` rows to rank r and receives `received[r]` from there; gradients take the way back."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, sent: list[int], received: list[int], group) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None
+    ) -> Tensor:
         ctx.arguments = received, sent, group
         return _all_to_all(rows, sent, received, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _all_to_all(grad, *ctx.arguments), None, None, None
 
 
-def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group) -> Tensor:
+def _all_to_all(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None) -> Tensor:
     result = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
     return result

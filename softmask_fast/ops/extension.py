@@ -1,4 +1,4 @@
-"""The compiled extensions, for the CPU and for NVIDIA GPUs: loaded on first use, never needed."""
+"""The compiled extensions for the CPU and for NVIDIA GPUs: optional, and loaded on first use."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _FOLDER = Path(__file__).parents[1]
 
 @functools.cache
 def missing() -> str | None:
-    """Loads the extension, so that its operators are in ``torch.ops.softmask_fast_cpp``.
+    """Loads the extension, with its operators in `torch.ops.softmask_fast_cpp`. Returns why it is missing, or None.
 
-    Returns why they are not there, or None. A file that is there but does not load raises OSError: it was built for
-    another machine or another torch, and running several times slower instead would hide that.
+    Raises OSError if the file exists but does not load: it was built for another machine or another torch, and running
+    several times slower instead would hide that.
     """
     if not (_FOLDER / "_C.abi3.so").exists():
-        return "the compiled extension was not built (install with a C++ compiler and torch at hand, see setup.py)"
+        return "the compiled extension was not built (it needs a C++ compiler and torch at installation, see setup.py)"
     torch.ops.load_library(_FOLDER / "_C.abi3.so")
     return None
 
 
 @functools.cache
 def cuda_missing() -> str | None:
-    """Loads the kernels for NVIDIA GPUs, the same operators for other tensors; returns and raises as ``missing``.
+    """Loads the kernels of the same operators for NVIDIA GPUs; returns and raises as `missing`.
 
-    They are a library of their own because they need a torch that was built with CUDA.
+    They are a separate library because they need a torch built with CUDA.
     """
     if (reason := missing()) is not None:
         return reason
     if not (_FOLDER / "_cuda.abi3.so").exists():
-        return "the CUDA kernels were not built (install with nvcc and a torch with CUDA at hand, see setup.py)"
+        return "the CUDA kernels were not built (they need nvcc and a torch with CUDA at installation, see setup.py)"
     torch.ops.load_library(_FOLDER / "_cuda.abi3.so")
     return None
 
@@ -41,7 +41,7 @@ def cpu_unavailable_reason(device: torch.device, dtype: torch.dtype, width: int)
     """The unavailable_reason of the operators in csrc/cpu."""
     if device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {device}"
-    return _dtype_obstacle(dtype) or missing()
+    return _dtype_reason(dtype) or missing()
 
 
 def cuda_unavailable_reason(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
@@ -50,16 +50,16 @@ def cuda_unavailable_reason(device: torch.device, dtype: torch.dtype, width: int
         return f"it runs on an NVIDIA GPU, the tensors are on {device}"
     if width > 128:
         return f"it takes heads of up to 128 elements, not {width}"
-    return _dtype_obstacle(dtype) or _generation_obstacle(device) or cuda_missing()
+    return _dtype_reason(dtype) or _generation_reason(device) or cuda_missing()
 
 
-def _dtype_obstacle(dtype: torch.dtype) -> str | None:
+def _dtype_reason(dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {dtype}"
     return None
 
 
 @functools.cache
-def _generation_obstacle(device: torch.device) -> str | None:
+def _generation_reason(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"it is compiled for sm_80 and later, {device} is sm_{major}{minor}"

@@ -9,21 +9,28 @@ from torch import Tensor
 
 
 def attention_output_gradient(score_function: Callable[[Tensor], Tensor], attention_output: Tensor) -> Tensor:
-    """dS/dO for ``word_gradcam`` and ``word_soft_mask``: differentiates ``score_function`` at a detached O.
+    """dS/dO for `word_gradcam` and `word_soft_mask`: differentiates a score S at a detached attention output O.
 
-    ``score_function`` continues the model from the attention output to the score: a scalar, or one score per image
-    (their sum is differentiated; the score of an image depends on its own rows alone). Only the graph between O and the
-    score is built, the gradients of weights are pruned, nothing is retained, and no module keeps state. Because nothing
-    runs ``.backward()`` and the graph of the surrounding pass is not touched, this is the form that stays correct under
-    ZeRO-3. Works under ``no_grad`` too.
+    Only the graph between O and the score is built. Weights get no gradients, nothing is retained, and no module keeps
+    state. It stays correct under ZeRO-3, as it neither calls `.backward()` nor touches the graph of the surrounding
+    pass. It also works under `no_grad`. With any fused attention of shape (B, H, L, D), word maps take three lines:
 
-    With ``attention`` any fused attention of shape (B,H,L,D), word maps take three lines::
+    ```python
+    output = F.scaled_dot_product_attention(query, key, value)
+    gradient = attention_output_gradient(lambda o: rest_of_the_model(o)[:, 1], output)
+    maps = word_gradcam(query, key, value, gradient)
+    ```
 
-        output = F.scaled_dot_product_attention(query, key, value)
-        gradient = attention_output_gradient(lambda o: rest_of_the_model(o)[:, 1], output)
-        maps = word_gradcam(query, key, value, gradient)
+    Args:
+        score_function: the rest of the model, from the attention output to the score: a scalar, or one score per image,
+            whose sum is differentiated. The score of an image may only depend on its own rows.
+        attention_output: O, of any shape.
 
-    Returns a tensor like ``attention_output``, without a graph. Raises ValueError when the score does not depend on it.
+    Returns:
+        A tensor like `attention_output`, without a graph.
+
+    Raises:
+        ValueError: if the score does not depend on the attention output.
     """
     with torch.enable_grad():
         leaf = attention_output.detach().requires_grad_()

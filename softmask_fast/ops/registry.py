@@ -1,20 +1,21 @@
-"""Which implementation of an operator runs: one small resolver.
+"""Which implementation of an operator runs.
 
-Every operator registers its implementations in order of preference (the fastest first, the plain PyTorch ``reference``
-last). ``resolve`` takes the first one that is chosen automatically on the device and can run, or the one that the
-caller names.
+Every operator registers its implementations in order of preference: the fastest first, the plain PyTorch `reference`
+last. `resolve` takes the one that the caller names, or the first one that is automatic on the device and can run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 
-# Says why an implementation cannot run for (device, dtype, width), or None when it can. `width` is the innermost size
-# the kernels are specialised on: the head width of attention, the projection width of the contrastive loss.
+# (device, dtype, width) -> why an implementation cannot run, or None. `width` is the innermost size, which kernels are
+# specialized for: the head width of attention, the projection width of the contrastive loss.
 UnavailableReason = Callable[[torch.device, torch.dtype, int], str | None]
 
 
@@ -27,15 +28,13 @@ def always_available(device: torch.device, dtype: torch.dtype, width: int) -> st
 class Implementation:
     """One implementation of one operator.
 
-    ``functions`` maps the names of an operator's parts ("forward", "backward", ...) to functions; each operator defines
-    its own parts and their signatures, and ``implementation["forward"]`` is such a function. ``automatic_on`` lists the
-    device types on which ``impl=None`` may choose it (empty: all).
+    Each operator defines its parts ("forward", "backward", ...) and their signatures.
     """
 
     name: str
-    functions: dict[str, Callable]
+    functions: dict[str, Callable]  # by part; `implementation["forward"]` is one of them
     unavailable_reason: UnavailableReason = always_available
-    automatic_on: tuple[str, ...] = ()
+    automatic_on: tuple[str, ...] = ()  # device types on which `impl=None` may choose it; empty: all
 
     def __getitem__(self, part: str) -> Callable:
         return self.functions[part]
@@ -45,9 +44,9 @@ class Implementation:
 
 
 def lazily(module: str, function: str) -> Callable:
-    """A function that is imported when it is first called: importing the operators needs no Triton."""
+    """A function that is imported at its first call, so that importing the operators needs no Triton."""
 
-    def run(*args, **options):
+    def run(*args: Any, **options: Any) -> Any:
         return getattr(import_module(module), function)(*args, **options)
 
     return run
@@ -57,7 +56,7 @@ _OPERATORS: dict[str, dict[str, Implementation]] = {}
 
 
 def register(operator: str, *implementations: Implementation) -> None:
-    """Registers the implementations of ``operator``, best first. Raises ValueError for a name registered twice."""
+    """Registers implementations of an operator, best first. Raises ValueError for a name registered twice."""
     known = _OPERATORS.setdefault(operator, {})
     for implementation in implementations:
         if implementation.name in known:
@@ -65,13 +64,25 @@ def register(operator: str, *implementations: Implementation) -> None:
         known[implementation.name] = implementation
 
 
+@contextmanager
+def registered(operator: str, implementation: Implementation) -> Iterator[None]:
+    """For tests: inside the `with` block the operator has one more implementation, or another one of that name."""
+    known = _OPERATORS[operator]
+    before = dict(known)
+    known[implementation.name] = implementation
+    try:
+        yield
+    finally:
+        known.clear()
+        known.update(before)
+
+
 def resolve(
     operator: str, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 64
 ) -> Implementation:
-    """The implementation to run.
+    """The implementation to run: `impl`, or the first one that is automatic on this device and can run.
 
-    ``impl=None`` picks the first registered one that is automatic on this device and can run. A name that is unknown,
-    or that cannot run here, raises ValueError and says why.
+    Raises ValueError if it is unknown or cannot run here, with the reason.
     """
     known = _OPERATORS[operator]
     if impl is not None:
@@ -94,12 +105,11 @@ def resolve(
 
 def runnable(operator: str, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 64) -> list[str]:
     """Names of the implementations that can run here."""
-    known = _OPERATORS[operator].items()
-    return [name for name, found in known if found.unavailable_reason(device, dtype, width) is None]
+    return [i.name for i in implementations(operator) if i.unavailable_reason(device, dtype, width) is None]
 
 
 def describe(dtype: torch.dtype = torch.float32, width: int = 64) -> dict[str, dict[str, str]]:
-    """operator -> device type -> what ``impl=None`` chooses there, for the device types of this machine."""
+    """Operator -> device type of this machine -> name of what `impl=None` chooses there."""
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     return {
         operator: {device.type: resolve(operator, None, device, dtype, width).name for device in devices}
@@ -108,26 +118,26 @@ def describe(dtype: torch.dtype = torch.float32, width: int = 64) -> dict[str, d
 
 
 def implementations(operator: str) -> list[Implementation]:
-    """All of them, best first."""
+    """All implementations of an operator, best first."""
     return list(_OPERATORS[operator].values())
 
 
 def operators() -> list[str]:
-    """Names of the operators that have implementations."""
+    """Names of the operators."""
     return list(_OPERATORS)
 
 
 def choices(
     operator: str, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 64
 ) -> dict[str, str | None]:
-    """Each implementation, best first -> why ``impl=None`` does not take it here; None for the one that it takes."""
+    """Name of each implementation, best first -> why `impl=None` does not choose it here; None for the chosen one."""
     reasons, taken = {}, None
     for name, implementation in _OPERATORS[operator].items():
         reason = implementation.unavailable_reason(device, dtype, width)
         if reason is None and implementation.automatic_on and device.type not in implementation.automatic_on:
-            reason = f"it runs on {device.type}, but by its name alone"
+            reason = f"available on {device.type}, but only if requested by name"
         if reason is None and taken is not None:
-            reason = f"it runs, but {taken} comes first"
+            reason = f"available, but {taken} is preferred"
         if reason is None:
             taken = name
         reasons[name] = reason

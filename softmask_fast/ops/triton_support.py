@@ -1,4 +1,4 @@
-"""What the launches of all Triton kernels share. It imports no Triton itself."""
+"""What the launches of all Triton kernels share. It does not import Triton."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def unavailable_reason(
     device: torch.device, dtype: torch.dtype, width: int, largest: int = 128, what: str = "heads"
 ) -> str | None:
-    """The unavailable_reason of the Triton implementations, which take ``what`` of up to ``largest`` elements."""
+    """The unavailable_reason of the Triton implementations, which take `what` of up to `largest` elements."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type != "cuda" and not INTERPRETED:
@@ -31,9 +31,9 @@ def unavailable_reason(
 def element_options(dtype: torch.dtype) -> dict[str, object]:
     """Constants that depend on the dtype of the inputs.
 
-    WIDEN: the interpreter keeps bfloat16 as integers, so there everything becomes float32 right after it is loaded.
-    PRECISION: float32 products run as three products of tf32 parts, which is near float32, never as one; AMD's matrix
-    cores take float32 as it is.
+    WIDEN: convert to float32 after loading, because the interpreter represents bfloat16 as integers.
+    PRECISION: float32 products run as three products of tf32 parts, which is close to float32, never as one. AMD's
+    matrix cores take float32 directly.
     """
     widen = INTERPRETED and dtype != torch.float32
     exact = INTERPRETED or dtype != torch.float32 or torch.version.hip is not None
@@ -41,21 +41,23 @@ def element_options(dtype: torch.dtype) -> dict[str, object]:
 
 
 class Machine(NamedTuple):
-    """What the choice of tiles depends on."""
+    """What tile sizes depend on."""
 
     capability: int  # NVIDIA's compute capability, 80 for 8.0; 0 for AMD
-    shared_memory: int  # bytes that one program may take
+    shared_memory: int  # bytes available to one program
 
     @property
     def launch_options(self) -> dict[str, int]:
-        """For kernels with products. NVIDIA's assembler spills a register or two where that lets one more program run
-        at a time, unless it is told how many registers it may take. For AMD some pipelines of two stages do not
-        compile.
+        """Options for kernels with products.
+
+        Without a register limit NVIDIA's assembler spills a few registers to fit one more program at a time. On AMD
+        some pipelines of two stages do not compile.
         """
         return {"maxnreg": 255} if self.capability else {"num_stages": 1}
 
 
 def machine_of(device: torch.device) -> Machine:
+    """The machine that kernels on this device run on."""
     if INTERPRETED or torch.version.hip is not None:
         return Machine(0, 64 * 1024)
     return _nvidia(device.index if device.index is not None else torch.cuda.current_device())
@@ -68,12 +70,13 @@ def _nvidia(index: int) -> Machine:
 
 
 def strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    """The strides of a tensor of that many dimensions, 0 for None."""
     return (0,) * dims if tensor is None else tensor.stride()
 
 
 def with_dense_rows(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | None:
-    """The tensor itself where its last dimension is dense and 32 bits hold every offset along its last ``dims``
-    dimensions, else a dense copy of it: wider offsets would take the registers of the products.
+    """The tensor, or a dense copy unless its last dimension is dense and offsets along its last `dims` dimensions fit
+    in 32 bits: wider offsets would take registers from the products.
     """
     if tensor is None:
         return None
@@ -83,10 +86,10 @@ def with_dense_rows(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | No
 
 
 def with_aligned_rows(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | None:
-    """The tensor with dense rows that can be read 16 bytes at a time, a copy only where need be.
+    """The tensor, or a copy if needed, with dense rows that can be read 16 bytes at a time.
 
-    Rows whose length is no multiple of 16 are continued with zeros, which changes no product. Read one element at a
-    time, tiles for the tensor cores would spill registers.
+    Rows are padded with zeros to a multiple of 16 elements, which changes no product. Reading tiles for the tensor
+    cores one element at a time would spill registers.
     """
     if tensor is None:
         return None
@@ -100,9 +103,10 @@ def with_aligned_rows(tensor: torch.Tensor | None, dims: int) -> torch.Tensor | 
 
 
 def device_of(tensor: torch.Tensor) -> torch.cuda.device:
-    """Triton launches on the current device: this makes the tensor's device the current one."""
+    """Makes the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
 
 
 def next_power_of_2(size: int) -> int:
+    """The smallest power of 2 that is at least `size`."""
     return 1 << max(size - 1, 0).bit_length()

@@ -19,8 +19,8 @@ def products(
 ):  # fmt: skip
     """<left_i, right_j> of the rows of two tiles, float32.
 
-    Where BLOCK_C is less than the width of the tiles their columns are read anew, BLOCK_C at a time. float32 tiles
-    need that: split into the parts that tf32x3 multiplies, whole rows of two tiles take more registers than there are.
+    If BLOCK_C is less than the width of the tiles, their columns are loaded again, BLOCK_C at a time. float32 tiles
+    need this: split into the parts that tf32x3 multiplies, whole rows of two tiles do not fit into the registers.
     """
     if BLOCK_C == left.shape[1]:
         total = tl.dot(left, tl.trans(right), input_precision=PRECISION)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
-from softmask_fast.model.momentum import MomentumCopy
+from softmask_fast.model.momentum import MomentumCopy, StepSettings
 from softmask_fast.model.text import initial_std
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch
@@ -75,7 +75,7 @@ class ClassifierModel(TaskModel):
         """The fused [CLS] (B, C)."""
         text, _ = self.base.encode_text(input_ids, attention_mask)
         keys_values = self.base.fusion.keys_values(self.base.vision(pixels))
-        return self.base.fusion(text, attention_mask, keys_values, places=first_tokens(text))
+        return self.base.fusion(text, attention_mask, keys_values, positions=first_tokens(text))
 
     def logits(self, batch: TaskBatch) -> Tensor:
         return self.head(self.fused(batch.pixels, batch.input_ids, batch.attention_mask)).float()
@@ -101,8 +101,11 @@ class TaskStep(nn.Module):
         super().__init__()
         self.model, self.bf16 = model, bf16
 
-    def forward(self, batch, teacher: MomentumCopy, alpha: float, seed: int, use_queue: bool = True):
-        """The loss of a batch and its detached figures; seed and use_queue are of no matter here."""
+    def forward(
+        self, batch: Any, teacher: MomentumCopy, settings: StepSettings
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch and its detached metrics; of the settings alpha alone counts."""
+        alpha = settings.alpha
         with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
             loss, figures = self.model.loss(batch, teacher.model if alpha > 0 else None, alpha)
         return loss, {name: value.detach().float() for name, value in (figures | {"loss": loss}).items()}

@@ -69,7 +69,7 @@ class PairModel:
         """Image tokens left, right (B, N, Cv) and texts (B, L) -> the fused [CLS] (B, C)."""
         text, _ = self.base.encode_text(input_ids, attention_mask)
         keys_values = self.base.fusion.keys_values((left, right))
-        return self.base.fusion(text, attention_mask, keys_values, places=first_tokens(text))
+        return self.base.fusion(text, attention_mask, keys_values, positions=first_tokens(text))
 
 
 class NLVR2Model(PairModel, ClassifierModel):

@@ -17,7 +17,7 @@ from softmask_fast.config import RunConfig
 from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.loader import SampleLoader
 from softmask_fast.model.export import save_model
-from softmask_fast.model.momentum import MomentumCopy
+from softmask_fast.model.momentum import MomentumCopy, StepSettings
 from softmask_fast.ops.registry import describe
 from softmask_fast.training.checkpoint import checkpoints, full_state, full_weights, load_checkpoint, save_checkpoint
 from softmask_fast.training.deepspeed_engine import create_engine
@@ -65,7 +65,7 @@ def train(
 ) -> bool:
     """Train to the end, or until a stop is requested; returns whether the end was reached and output/model written.
 
-    step: its forward is (batch, teacher, alpha, seed, use_queue=...) -> (loss, figures), its `model` is what the
+    step: its forward is (batch, teacher, settings) -> (loss, metrics), its `model` is what the
     teacher averages and the checkpoints keep. evaluations: measure the model on the way and at the end.
     """
     options, rank = config.train, dist.get_rank()
@@ -108,8 +108,8 @@ def train(
         )
 
     def forward_backward(batch: Any, alpha: float, seed: int) -> dict[str, torch.Tensor]:
-        use_queue = done >= config.objectives.queue_warmup_steps
-        loss, figures = engine(batch, teacher, alpha, seed, use_queue=use_queue)
+        settings = StepSettings(alpha, seed, use_queue=done >= config.objectives.queue_warmup_steps)
+        loss, figures = engine(batch, teacher, settings)
         copy = HostCopy(loss)
         engine.backward(loss)
         stop_if_not_finite(copy, figures, done + 1, batch, found_checkpoint=saved)

@@ -29,8 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softmask_fast.ops.checks import without_autocast
-from softmask_fast.ops.word_mask.reference import compute_dtype
+from softmask_fast.ops.checks import compute_dtype, without_autocast
 
 
 @dataclass(frozen=True)

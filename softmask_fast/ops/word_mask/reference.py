@@ -13,16 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softmask_fast.ops.checks import without_autocast
+from softmask_fast.ops.checks import compute_dtype, without_autocast
 
 # A map whose spread is below this fraction of its maximum is constant: what is left is rounding, which min-max
 # normalisation would blow up to a full mask. Every implementation uses this number.
 CONSTANT_SPREAD = 2e-6
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, everything else is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @without_autocast

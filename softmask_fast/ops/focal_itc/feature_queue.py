@@ -1,0 +1,67 @@
+"""FeatureQueue: image and text features of earlier batches, the extra keys of a contrastive loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_NO_IMAGE = torch.iinfo(torch.int64).min  # ids from here on, one per slot of the queue, belong to no image
+
+
+class Features(NamedTuple):
+    """Image and text features of M pairs, and the ids of their images if they have any."""
+
+    image: Tensor  # (M, d)
+    text: Tensor  # (M, d)
+    ids: Tensor | None  # (M,) int64
+
+
+class FeatureQueue(nn.Module):
+    """The newest image and text features of a run, with the ids of their images (MoCo, He et al., CVPR 2020).
+
+    Its buffers are the features `image_queue` and `text_queue` (size, width), their `queue_ids` (size,) int64, and
+    `queue_position`, the slot of the oldest entry. At first they are random directions of that seed, of no image.
+    """
+
+    def __init__(self, width: int, size: int, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name in ("image_queue", "text_queue"):
+            self.register_buffer(name, F.normalize(torch.randn(size, width, generator=generator), dim=-1))
+        self.register_buffer("queue_ids", _NO_IMAGE + torch.arange(size))
+        self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def size(self) -> int:
+        return len(self.queue_ids)
+
+    @property
+    def width(self) -> int:
+        return self.image_queue.shape[1]
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, {self.size}"
+
+    def keys(self, like: Tensor, copy: bool = False) -> Features:
+        """All entries, in the dtype of `like`; `copy`: keep them as they are now when the queue moves on."""
+        images, texts = (queue.to(like, copy=copy) for queue in (self.image_queue, self.text_queue))
+        return Features(images, texts, self.queue_ids.to(self.queue_ids, copy=copy))
+
+    @torch.no_grad()
+    def enqueue(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> None:
+        """Replaces the oldest entries by features (B, d), B of any size, of images with these ids (B,), or of no image.
+
+        Pass the same features on every rank.
+        """
+        if self.size == 0:
+            return
+        newest = slice(max(len(image) - self.size, 0), None)
+        slots = torch.arange(min(len(image), self.size), device=image.device)
+        slots = (self.queue_position + slots) % self.size
+        self.image_queue[slots] = image[newest].to(self.image_queue.dtype)
+        self.text_queue[slots] = text[newest].to(self.text_queue.dtype)
+        self.queue_ids[slots] = _NO_IMAGE + slots if ids is None else ids[newest]
+        self.queue_position.copy_((self.queue_position + len(slots)) % self.size)
