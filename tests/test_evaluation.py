@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 import torch
 from gloo_ranks import results_of_ranks
+from small_models import TWO_HEADS, small_model, small_tokenizer
 
 from softmask_fast.data.dali_pipeline import evaluation_pixels
 from softmask_fast.data.sources import open_source
-from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.data.types import BadSample, Phrase, Sample
 from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
 from softmask_fast.evaluation.boxes import box_coverage, grounding_score
-from softmask_fast.evaluation.common import batches, format_table, tokenize
+from softmask_fast.evaluation.common import batches, tokenize
 from softmask_fast.evaluation.grounding import phrase_maps, word_tokens
 from softmask_fast.evaluation.retrieval import ranks_of_best, recall_at_k
-from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.evaluation.tables import format_table
 
 
 class ListSource:
@@ -44,14 +43,10 @@ def small_source():
     return open_source("shapes:num=28", split="val", image_size=32)
 
 
-def small_model(shapes):
-    tokenizer = train_tokenizer([c for i in range(len(shapes)) for c in shapes.read(i).captions], 200)
+def model_of(shapes):
+    tokenizer = small_tokenizer(shapes)
     torch.manual_seed(0)
-    config = make_config(
-        "tiny", image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
-        text_layers=1, fusion_layers=3, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=1,
-    )  # fmt: skip
-    return VisionLanguageModel(config.model).eval(), tokenizer
+    return small_model(tokenizer, **TWO_HEADS, soft_mask_layer=1).eval(), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,7 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer(shapes):
-    return small_model(shapes)
+    return model_of(shapes)
 
 
 def test_ranks_count_the_wrong_items_before_the_best_correct_one():
@@ -104,19 +99,19 @@ def test_boxes_without_area_are_refused(boxes):
 def test_grounding_score_by_hand():
     heat = np.array([[1.0, 0.0], [2.0, 5.0]], dtype=np.float32)
     right = grounding_score(heat, [(0.5, 0.5, 1.0, 1.0)])  # exactly the patch with 5
-    assert (right.hit, right.hit_random, right.hit_centre, right.flat) == (1.0, 0.25, 1.0, False)
+    assert (right.hit, right.hit_random, right.hit_center, right.flat) == (1.0, 0.25, 1.0, False)
     assert right.mass_inside == pytest.approx(5 / 8)
     assert right.area_inside == pytest.approx(0.25)
     assert right.mask_inside == pytest.approx(1.0)
     assert right.mask_image == pytest.approx((0.2 + 0 + 0.4 + 1) / 4)
 
     left = grounding_score(heat, [(0.0, 0.0, 0.5, 1.0)])  # the left column; x = 0.5 is on its edge
-    assert (left.hit, left.hit_random, left.hit_centre) == (0.0, 0.5, 1.0)
+    assert (left.hit, left.hit_random, left.hit_center) == (0.0, 0.5, 1.0)
     assert left.mass_inside == pytest.approx(3 / 8)
     assert left.mask_inside == pytest.approx((0.2 + 0.4) / 2)
 
-    corner = grounding_score(heat, [(0.0, 0.0, 0.2, 0.2), (0.8, 0.0, 1.0, 0.2)])  # reaches no patch centre
-    assert (corner.hit, corner.hit_random, corner.hit_centre) == (0.0, 0.0, 0.0)
+    corner = grounding_score(heat, [(0.0, 0.0, 0.2, 0.2), (0.8, 0.0, 1.0, 0.2)])  # reaches no patch center
+    assert (corner.hit, corner.hit_random, corner.hit_center) == (0.0, 0.0, 0.0)
     assert corner.mass_inside == pytest.approx(0.16 * 1 / 8)
 
 
@@ -177,7 +172,7 @@ def expected_recalls(model, tokenizer, samples, captions_of, rerank):
             order = sorted(range(gallery), key=lambda g: -score(q, g))  # noqa: B023
             if rescore is not None:
                 order = sorted(order[:rerank], key=lambda g: -rescore(q, g))  # noqa: B023
-            ranks.append(next((place for place, g in enumerate(order) if is_correct(q, g)), 10**6))
+            ranks.append(next((rank for rank, g in enumerate(order) if is_correct(q, g)), 10**6))
         return {f"recall@{k}": float(np.mean([rank < k for rank in ranks])) for k in (1, 5, 10)}
 
     def both(rescore):
@@ -232,7 +227,7 @@ def test_chance_with_several_captions(model_and_tokenizer, shapes):
 def retrieval_and_its_pairs(rank=0):
     """The report, and how many pairs this process has matched."""
     source = small_source()
-    model, tokenizer = small_model(source)
+    model, tokenizer = model_of(source)
     matched, match = [], model.match_tokens
     model.match_tokens = lambda *inputs, **options: matched.append(len(inputs[1])) or match(*inputs, **options)
     return evaluate_retrieval(model, tokenizer, source, rerank=10, batch_size=5).as_dict(), sum(matched)
@@ -320,7 +315,7 @@ def test_grounding_equals_its_definition(model_and_tokenizer, shapes):
         for ours, field in (
             (report.pointing_game["model"], "hit"),
             (report.pointing_game["random"], "hit_random"),
-            (report.pointing_game["centre"], "hit_centre"),
+            (report.pointing_game["center"], "hit_center"),
             (report.mass_inside["model"], "mass_inside"),
             (report.mass_inside["even"], "area_inside"),
             (report.mean_mask["inside"], "mask_inside"),
@@ -379,7 +374,7 @@ def test_the_map_of_a_whole_caption_is_the_mean_of_all_tokens(model_and_tokenize
         np.testing.assert_allclose(heat, expected, rtol=1e-4, atol=1e-9)
     maps, _ = phrase_maps(model, tokenizer, queries, layer=2)  # the last: [CLS] alone has a map there
     assert all(heat.max() > 0 for [heat] in maps)
-    with pytest.raises(ValueError, match="from 0 to 1, got 2; in the last one of 3 no word reaches"):
+    with pytest.raises(ValueError, match="from 0 to 1, got 2; in the last of 3 layers no word reaches"):
         phrase_maps(model, tokenizer, [(sample, "red", [Phrase("red", "red", 0, 1, [])])], layer=2)
 
 

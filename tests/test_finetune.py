@@ -69,7 +69,7 @@ def test_grounding_learns_from_expressions_without_boxes(learned):
     assert measured(learned, "grounding")["phrases"] == 256
     before, report = (grounded(learned / name / "model") for name in ("pretrained", "grounding"))
     pointing, right = report["pointing_game"], report["box_accuracy"]
-    assert pointing["model"] > 3 * max(pointing["random"], pointing["centre"]), report
+    assert pointing["model"] > 3 * max(pointing["random"], pointing["center"]), report
     assert pointing["model"] > before["pointing_game"]["model"] + 0.05, (report, before)
     assert right["random"] == pytest.approx(0.5) and right["model"] > 0.63, report
     assert right["model"] > before["box_accuracy"]["model"] + 0.05, (report, before)

@@ -1,4 +1,4 @@
-"""Pictures: what they show as numbers, and that they are written whole."""
+"""Heat maps and curves: what they show as numbers, and that they are written whole."""
 
 import io
 import json
@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import TWO_HEADS, small_model, small_tokenizer
 
 from softmask_fast.data.sources import open_source
-from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.data.types import Sample
 from softmask_fast.evaluation.common import image_pixels, tokenize
 from softmask_fast.evaluation.heatmaps import decode_image, explain, heatmap_page, overlay, peak
 from softmask_fast.evaluation.plots import plot_curves, smooth
-from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +23,9 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer(shapes):
-    tokenizer = train_tokenizer([c for i in range(len(shapes)) for c in shapes.read(i).captions], 200)
+    tokenizer = small_tokenizer(shapes)
     torch.manual_seed(0)
-    config = make_config(
-        "tiny", image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
-        text_layers=1, fusion_layers=2, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=0,
-    )  # fmt: skip
-    return VisionLanguageModel(config.model).eval(), tokenizer
+    return small_model(tokenizer, **TWO_HEADS, fusion_layers=2).eval(), tokenizer
 
 
 def size_of(png):
@@ -61,7 +55,7 @@ def test_explain_reports_each_word(model_and_tokenizer, shapes, tmp_path):
     shown = explain(model, tokenizer, image, text, out)
     assert [word["word"] for word in shown["words"]] == text.split()
     assert max(word["strength"] for word in shown["words"]) == 1.0
-    assert all(0 < place < 1 for word in shown["words"] for place in word["peak"])
+    assert all(0 < x < 1 for word in shown["words"] for x in word["peak"])
     assert json.loads(json.dumps(shown)) == shown | {
         "words": [word | {"peak": list(word["peak"])} for word in shown["words"]]
     }
@@ -137,7 +131,7 @@ def test_plot_curves(tmp_path):
     plot_curves(metrics, out, [{"step": 1, "held-out accuracy": 0.5}])
     assert size_of(out)[0] > one_panel[0]
     metrics.write_text("")
-    with pytest.raises(ValueError, match="expected lines with figures"):
+    with pytest.raises(ValueError, match="expected lines with metrics"):
         plot_curves(metrics, out)
 
 
@@ -153,7 +147,7 @@ def test_overlay_puts_the_color_where_the_relevance_is():
     assert np.ptp(flat) == 0 and flat.max() < 128 / 255
 
 
-def test_peak_is_the_centre_of_the_largest_patch():
+def test_peak_is_the_center_of_the_largest_patch():
     heat = np.zeros((2, 4))
     heat[1, 2] = 1
     assert peak(heat) == (0.625, 0.75)
