@@ -17,7 +17,7 @@ from softmask_fast.config import RunConfig
 from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.loader import SampleLoader
 from softmask_fast.model.export import save_model
-from softmask_fast.model.momentum import MomentumCopy
+from softmask_fast.model.momentum import MomentumCopy, StepSettings
 from softmask_fast.ops.registry import describe
 from softmask_fast.training.checkpoint import checkpoints, full_state, full_weights, load_checkpoint, save_checkpoint
 from softmask_fast.training.deepspeed_engine import create_engine
@@ -109,7 +109,7 @@ def train(
 
     def forward_backward(batch: Any, alpha: float, seed: int) -> dict[str, torch.Tensor]:
         use_queue = done >= config.objectives.queue_warmup_steps
-        loss, figures = engine(batch, teacher, alpha, seed, use_queue=use_queue)
+        loss, figures = engine(batch, teacher, StepSettings(alpha, seed, use_queue))
         copy = HostCopy(loss)
         engine.backward(loss)
         stop_if_not_finite(copy, figures, done + 1, batch, found_checkpoint=saved)
