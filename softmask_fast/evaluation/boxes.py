@@ -29,16 +29,10 @@ class GroundingScore:
 
 
 def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
-    """Scores a heat map against the union of boxes.
+    """Scores a heat map (rows, cols), finite and at least 0, against the union of boxes.
 
-    A flat map scores what a random one is expected to score, and its mask is 0 (nothing is masked).
-
-    Args:
-        heat: (rows, cols) float, finite and at least 0.
-        boxes: as fractions of the image.
-
-    Raises:
-        UsageError: for no boxes, or a box without area inside the image.
+    A flat map scores what a random one is expected to score, and its mask is 0 (nothing is masked). Raises UsageError
+    for no boxes, or a box without area inside the image.
     """
     rows, cols = heat.shape
     coverage = box_coverage(boxes, rows, cols)
@@ -62,20 +56,13 @@ def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
 def proposal_score(
     heat: np.ndarray, boxes: Sequence[Box], proposals: Sequence[Box], size: tuple[int, int]
 ) -> tuple[bool, float]:
-    """Lets a heat map choose among proposals, as in weakly supervised grounding on RefCOCO+.
+    """Lets a heat map (rows, cols) float32 choose among proposals, as in weakly supervised grounding on RefCOCO+.
 
-    The map is enlarged to the image's size (bicubic), as in ALBEF. It chooses the proposal with the largest sum of the
-    map over the square root of the proposal's area. A proposal is right if its intersection over union with a box is
-    at least 0.5.
+    As in ALBEF, the map is enlarged (bicubic) to the image's size (width, height). It chooses the proposal with the
+    largest sum of the map over the square root of the proposal's area (on RefCOCO+, proposals are MAttNet's
+    detections). A proposal is right if its intersection over union with one of the boxes is at least 0.5.
 
-    Args:
-        heat: (rows, cols) float32.
-        boxes: the right answers, as fractions of the image.
-        proposals: the candidates (MAttNet's detections on RefCOCO+), as fractions of the image.
-        size: (width, height) of the image in pixels.
-
-    Returns:
-        Whether the chosen proposal is right, and the fraction of proposals that are right.
+    Returns whether the chosen proposal is right, and the fraction of proposals that are right.
     """
     width, height = size
     full = F.interpolate(torch.from_numpy(heat)[None, None].double(), size=(height, width), mode="bicubic")[0, 0]

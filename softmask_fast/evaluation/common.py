@@ -16,7 +16,7 @@ from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
     from softmask_fast.data.types import CaptionSource, Sample
     from softmask_fast.model.vision_language import VisionLanguageModel
@@ -34,17 +34,10 @@ class Tokens:
     truncated: int  # captions cut to the model's max_tokens
 
 
-def tokenize(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tokens:
+def tokenize(model: VisionLanguageModel, tokenizer: Tokenizer, captions: list[str]) -> Tokens:
     """Tokenizes captions, cut to the model's max_tokens, onto the model's device."""
-    encoded = tokenizer(
-        captions,
-        padding=True,
-        padding_side="right",
-        truncation=True,
-        max_length=model.config.max_tokens,
-        return_tensors="pt",
-        return_offsets_mapping=True,
-    )
+    cut = dict(padding=True, padding_side="right", truncation=True, max_length=model.config.max_tokens)
+    encoded = tokenizer(captions, **cut, return_tensors="pt", return_offsets_mapping=True)
     device = next(model.parameters()).device
     return Tokens(
         input_ids=encoded["input_ids"].to(device),

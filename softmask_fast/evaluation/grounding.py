@@ -25,7 +25,7 @@ from softmask_fast.evaluation.common import (
 from softmask_fast.evaluation.tables import format_table, percent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
     from softmask_fast.data.types import CaptionSource, Phrase, Sample
     from softmask_fast.model.vision_language import VisionLanguageModel
@@ -52,9 +52,8 @@ class GroundingReport:
         return {"task": "grounding"} | asdict(self)
 
     def table(self) -> str:
-        pointing = [percent(self.pointing_game[name]) for name in ("model", "random", "center")]
         body = [
-            ["pointing game", *pointing],
+            ["pointing game", *(percent(self.pointing_game[name]) for name in ("model", "random", "center"))],
             ["relevance inside the boxes", percent(self.mass_inside["model"]), percent(self.mass_inside["even"]), ""],
             ["mean mask inside the boxes", percent(self.mean_mask["inside"]), percent(self.mean_mask["image"]), ""],
         ]
@@ -82,7 +81,7 @@ class _Scores:
 
 def evaluate_grounding(
     model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     source: CaptionSource,
     *,
     layer: int | None = None,
@@ -165,10 +164,8 @@ def _score_caption(query: Query, maps: list[np.ndarray], spans: list[list[int]],
 def map_layer(model: VisionLanguageModel, layer: int | None, words: bool = True) -> int:
     """The fusion layer to take heat maps from: `layer`, or by default that of the soft masks.
 
-    After the last layer only [CLS] is read, so no word of it reaches the matching score: maps of words (`words`) are
-    zero there.
-
-    Raises UsageError for a layer without maps.
+    After the last layer only [CLS] is read, so maps of words (`words`) would be zero there. Raises UsageError for a
+    layer without maps.
     """
     layers = model.config.fusion_layers
     last, reason = layers - 1, ""
@@ -181,26 +178,13 @@ def map_layer(model: VisionLanguageModel, layer: int | None, words: bool = True)
 
 
 def phrase_maps(
-    model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
-    queries: Sequence[Query],
-    *,
-    layer: int | None = None,
+    model: VisionLanguageModel, tokenizer: Tokenizer, queries: Sequence[Query], *, layer: int | None = None
 ) -> tuple[list[list[np.ndarray]], list[list[list[int]]]]:
-    """Computes the heat maps of phrases.
+    """Computes the heat maps of phrases; `layer` is that of `map_layer`.
 
-    Args:
-        model: a pretrained model, in eval mode.
-        tokenizer: its tokenizer.
-        queries: each a sample, one of its captions, and phrases of that caption.
-        layer: fusion layer of the maps, 0 = first; default: the layer of the soft masks.
-
-    Returns:
-        For each phrase of each query its map over the patches, (rows, cols) float32, and the token positions that the
-        map averages. A phrase beyond max_tokens has no positions and a map of zeros.
-
-    Raises:
-        UsageError: for a layer without maps, or a phrase outside its caption.
+    Returns for each phrase of each query its map over the patches, (rows, cols) float32, and the token positions that
+    the map averages. A phrase beyond max_tokens has no positions and a map of zeros. Raises UsageError for a layer
+    without maps, or a phrase outside its caption.
     """
     text = tokenize(model, tokenizer, [caption for _, caption, _ in queries])
     samples = {id(sample): sample for sample, _, _ in queries}  # an image with several captions is decoded once
@@ -227,12 +211,9 @@ def phrase_maps(
 
 
 def word_tokens(caption: str, offsets: Sequence[tuple[int, int]], words: range) -> list[int]:
-    """The positions of the tokens inside some of a caption's whitespace-separated words.
+    """The positions of the tokens inside some of a caption's whitespace-separated words, given by number.
 
-    Args:
-        caption: the text.
-        offsets: [start, end) in characters of each token, as fast tokenizers return; empty for special tokens.
-        words: the numbers of the words.
+    offsets are [start, end) of each token in characters, as fast tokenizers return; special tokens are empty.
     """
     inside, end = [], 0
     for number, word in enumerate(caption.split()):
@@ -252,9 +233,7 @@ def boxed_phrases(sample: Sample) -> dict[str, list[Phrase]]:
     return by_caption
 
 
-def _caption_queries(
-    source: CaptionSource, count: int, skipped: dict[str, str], progress: bool
-) -> Iterator[Query]:
+def _caption_queries(source: CaptionSource, count: int, skipped: dict[str, str], progress: bool) -> Iterator[Query]:
     """One query for each caption that has phrases with boxes, so that a caption is encoded once."""
     indices = rank_indices(count)
     samples = usable_samples(source, indices, skipped)

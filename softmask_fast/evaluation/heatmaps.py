@@ -28,7 +28,7 @@ from softmask_fast.evaluation.grounding import boxed_phrases, phrase_maps
 from softmask_fast.evaluation.plots import save_figure
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
     from softmask_fast.data.types import CaptionSource
     from softmask_fast.model.vision_language import VisionLanguageModel
@@ -40,7 +40,7 @@ SHOWN_SIDE = 384  # longer side of an image inside a figure, in pixels
 
 def explain(
     model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     image: bytes | np.ndarray,
     text: str,
     out: str | Path,
@@ -120,7 +120,7 @@ def _draw_words(picture: np.ndarray, shown: dict[str, Any], maps: Sequence[np.nd
 
 def heatmap_page(
     model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     source: CaptionSource,
     out: str | Path,
     *,
@@ -186,18 +186,10 @@ def decode_image(image: bytes | np.ndarray) -> np.ndarray:
 
 
 def overlay(picture: np.ndarray, heat: np.ndarray, opacity: float = 1.0) -> np.ndarray:
-    """Lays a heat map over a picture: colored where the word looks, dimmed elsewhere.
+    """Lays a heat map (rows, cols) over a picture (H, W, 3) uint8: (H, W, 3) float in [0, 1].
 
     The map is enlarged (bicubic) and scaled from its smallest to its largest patch, as training scales the soft masks.
-    A flat map only dims the picture.
-
-    Args:
-        picture: (H, W, 3) uint8.
-        heat: (rows, cols) float.
-        opacity: of the color, in [0, 1].
-
-    Returns:
-        (H, W, 3) float in [0, 1].
+    The picture is colored where the word looks, with at most `opacity`, and dimmed elsewhere.
     """
     height, width = picture.shape[:2]
     values = torch.from_numpy(np.ascontiguousarray(heat, dtype=np.float32))[None, None]
@@ -231,10 +223,8 @@ def _choose_queries(source: CaptionSource, images: int, words: int) -> list[tupl
         else:
             caption = sample.captions[0]
             parts = caption.split()
-            by_length = sorted(range(len(parts)), key=lambda i: -len(parts[i]))
-            longest = sorted(by_length[:words])
-            phrases = [Phrase(caption, parts[i], i, 1, []) for i in longest]
-            without.append((sample, caption, phrases))
+            longest = sorted(sorted(range(len(parts)), key=lambda i: -len(parts[i]))[:words])
+            without.append((sample, caption, [Phrase(caption, parts[i], i, 1, []) for i in longest]))
         if len(with_boxes) == images:
             break
     chosen = (with_boxes + without)[:images]
@@ -275,14 +265,8 @@ def _show(ax: Axes, picture: np.ndarray, title: str, note: str = "") -> None:
 
 def _color_bar(figure: Figure, axes: np.ndarray) -> None:
     width, height = figure.get_size_inches()
-    bar = figure.colorbar(
-        ScalarMappable(cmap=COLORS),
-        ax=axes,
-        location="bottom",
-        shrink=min(1.0, 4.5 / width),
-        aspect=45,
-        pad=0.05 / height,
-    )
+    place = dict(location="bottom", shrink=min(1.0, 4.5 / width), aspect=45, pad=0.05 / height)
+    bar = figure.colorbar(ScalarMappable(cmap=COLORS), ax=axes, **place)
     bar.set_label("relevance, from each word's weakest patch (0) to its strongest (1)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)

@@ -25,7 +25,7 @@ from softmask_fast.evaluation.common import (
 from softmask_fast.evaluation.tables import format_table, percent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
     from softmask_fast.data.types import CaptionSource, Sample
     from softmask_fast.model.vision_language import VisionLanguageModel
@@ -75,7 +75,7 @@ class RetrievalReport:
 
 def evaluate_retrieval(
     model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     source: CaptionSource,
     *,
     captions: Literal["first", "all"] = "first",
@@ -138,11 +138,8 @@ def evaluate_retrieval(
 def ranks_of_best(scores: Tensor, correct: Tensor) -> Tensor:
     """The number of wrong items ranked before the best correct one: (Q,) int64, 0 = found first.
 
-    A wrong item with the score of the correct one counts as ranked before it, so that constant scores earn nothing.
-
-    Args:
-        scores: (Q, G) of Q queries over G gallery items.
-        correct: (Q, G) bool, at least one True per row.
+    scores are (Q, G), of Q queries over G gallery items; correct is (Q, G) bool, with at least one True per row. A
+    wrong item with the score of the correct one counts as ranked before it, so that constant scores earn nothing.
     """
     best = scores.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)  # (Q, 1)
     return ((scores >= best) & ~correct).sum(dim=1)
@@ -170,14 +167,9 @@ class _Texts:
 
 
 def _encode_source(
-    model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
-    source: CaptionSource,
-    count: int,
-    batch_size: int,
-    captions: str,
-    progress: bool,
-) -> tuple[_Images, _Texts]:
+    model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, count: int, batch_size: int,
+    captions: str, progress: bool,
+) -> tuple[_Images, _Texts]:  # fmt: skip
     """Encodes the gallery: each image once, even if the source lists it once per caption."""
     numbers: dict[int, int] = {}  # image id -> index in the gallery
     captions_of: list[list[str]] = []

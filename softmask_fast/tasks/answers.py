@@ -26,7 +26,7 @@ from softmask_fast.tasks.base import TaskModel
 from softmask_fast.tasks.datasets import Example, ExampleSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class AnswerReport:
 
 def evaluate_answers(
     model: TaskModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     source: ExampleSource,
     *,
     batch_size: int = 64,

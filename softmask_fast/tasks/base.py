@@ -15,7 +15,9 @@ from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar with graph, and metrics: scalars by name
 
 
 class TaskModel(nn.Module):
@@ -30,7 +32,7 @@ class TaskModel(nn.Module):
     images_per_example: ClassVar[int] = 1
     metric: ClassVar[str] = "accuracy"  # name of the mean score
 
-    def __init__(self, base: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer):
         super().__init__()
         self.base, self.tokenizer = base, tokenizer
 
@@ -40,31 +42,20 @@ class TaskModel(nn.Module):
 
     @property
     def task_record(self) -> dict[str, Any]:
-        """What a model folder stores about the task: its name as "task", and further arguments of the constructor."""
+        """What a model folder stores: the task's name as "task", and further arguments of the constructor."""
         return {"task": self.name}
 
     def set_execution(self, *options: Any) -> None:
-        """Passes `VisionLanguageModel.set_execution` on to the pretrained model."""
+        """As `VisionLanguageModel.set_execution`."""
         self.base.set_execution(*options)
 
-    def loss(self, batch: TaskBatch, teacher: TaskModel | None, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, a scalar, and further metrics.
-
-        Args:
-            batch: examples with targets.
-            teacher: the momentum copy, whose predictions are soft targets; None without distillation.
-            alpha: weight of the soft targets, in [0, 1].
-        """
+    def loss(self, batch: TaskBatch, teacher: TaskModel | None, alpha: float) -> Loss:
+        """The loss of a batch, and further metrics. The teacher's predictions are soft targets with weight alpha; it is
+        None without distillation."""
         raise NotImplementedError
 
     def predict(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Any]:
-        """The answer to each of B examples, in the form of the task's JSON file.
-
-        Args:
-            pixels: (B * images_per_example, 3, size, size) float, example after example.
-            input_ids: (B, L) int64.
-            attention_mask: (B, L) bool, True = token.
-        """
+        """The answer to each of B examples, as in the task's JSON file. The inputs are those of `TaskBatch`."""
         raise NotImplementedError
 
     def score(self, example: Example, answer: Any) -> float:
@@ -81,7 +72,7 @@ class ClassifierModel(TaskModel):
 
     classes: ClassVar[tuple[str, ...]]
 
-    def __init__(self, base: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer):
         super().__init__(base, tokenizer)
         self.head = classifier(base.config.text_width, len(self.classes))
 
@@ -95,9 +86,7 @@ class ClassifierModel(TaskModel):
         """(B, classes) float32."""
         return self.head(self.fused(batch.pixels, batch.input_ids, batch.attention_mask)).float()
 
-    def loss(
-        self, batch: TaskBatch, teacher: ClassifierModel | None, alpha: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: TaskBatch, teacher: ClassifierModel | None, alpha: float) -> Loss:
         logits = self.logits(batch)
         target = torch.tensor(batch.targets, device=logits.device)
         teacher_logits = None if teacher is None else teacher.logits(batch)
@@ -119,9 +108,7 @@ class TaskStep(nn.Module):
         super().__init__()
         self.model, self.bf16 = model, bf16
 
-    def forward(
-        self, batch: TaskBatch, teacher: MomentumCopy, settings: StepSettings
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: TaskBatch, teacher: MomentumCopy, settings: StepSettings) -> Loss:
         """The loss of a batch, and its metrics: "loss" and those of the model, detached scalars in float32.
 
         The momentum copy gives soft targets if `settings.alpha` is above 0. The other settings are unused.
@@ -147,14 +134,7 @@ def first_tokens(text: Tensor) -> Tensor:
 
 
 def distilled_cross_entropy(logits: Tensor, target: Tensor, teacher_logits: Tensor | None, alpha: float) -> Tensor:
-    """Cross entropy against targets and, with weight alpha, against the teacher's probabilities.
-
-    Args:
-        logits: (B, K).
-        target: (B,) int64.
-        teacher_logits: (B, K); None without distillation.
-        alpha: weight of the teacher's probabilities, in [0, 1].
-    """
+    """Cross entropy of logits (B, K) against target (B,) int64 and, with weight alpha, the teacher's probabilities."""
     loss = F.cross_entropy(logits, target)
     if teacher_logits is None:
         return loss

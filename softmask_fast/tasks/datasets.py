@@ -117,17 +117,8 @@ class JsonExamples(ExampleSource):
     encoded = True
 
     def __init__(self, paths: Sequence[Path], form: EntryFormat, image_root: str | None = None, training: bool = True):
-        """Opens the files.
-
-        Args:
-            paths: the JSON files.
-            form: how to read an entry.
-            image_root: the folder of relative image paths; default: that of their JSON file.
-            training: every entry needs its label; otherwise all entries may lack it.
-
-        Raises:
-            UsageError: names the file, the entry and the field that are wrong.
-        """
+        """Relative image paths start at `image_root`, by default at their JSON file. In training every entry needs its
+        label; otherwise all may lack it. Raises UsageError that names the wrong file, entry and field."""
         self._parsed: list[tuple[str, Any, list[str]]] = []
         self._entries: list[dict[str, Any]] = []
         names = []

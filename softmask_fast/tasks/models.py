@@ -22,9 +22,9 @@ from softmask_fast.tasks.options import TaskConfig
 from softmask_fast.tasks.vqa import VQAModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
-    Loaded = tuple[VisionLanguageModel, PreTrainedTokenizerFast]
+    Loaded = tuple[VisionLanguageModel, Tokenizer]
 
 # The models with a head of their own, by the name of their task.
 MODELS: dict[str, type[TaskModel]] = {
@@ -64,7 +64,7 @@ def start_pair_model(options: TaskConfig) -> Loaded | None:
 
 def load_task_model(
     directory: str | Path, task: str, device: str | torch.device = "cpu"
-) -> tuple[VisionLanguageModel | TaskModel, PreTrainedTokenizerFast]:
+) -> tuple[VisionLanguageModel | TaskModel, Tokenizer]:
     """Loads a model folder that fine-tuning for `task` wrote.
 
     Returns:

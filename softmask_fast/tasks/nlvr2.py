@@ -23,11 +23,11 @@ from softmask_fast.errors import UsageError
 from softmask_fast.model.fusion import FusionEncoder, KeyValue
 from softmask_fast.model.text import initial_std
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
-from softmask_fast.tasks.base import ClassifierModel, TaskModel, first_tokens
+from softmask_fast.tasks.base import ClassifierModel, Loss, TaskModel, first_tokens
 from softmask_fast.tasks.datasets import EntryFormat, choice_field, text_field
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 LABELS = ("False", "True")
 LEFT, RIGHT, NEITHER = range(3)
@@ -58,15 +58,13 @@ class PairFusion(FusionEncoder):
 
     def keys_values(self, image_tokens: tuple[Tensor, Tensor]) -> list[KeyValue]:
         """The keys and values of each layer, from the tokens of the left and the right images, each (B, N, Cv)."""
-        return [
-            layer.cross_attention.keys_values(image_tokens[number % 2]) for number, layer in enumerate(self.layers)
-        ]
+        return [layer.cross_attention.keys_values(image_tokens[number % 2]) for number, layer in enumerate(self.layers)]
 
 
 class PairModel(TaskModel):
     """A task on pairs of images: replaces the fusion encoder of the pretrained model by a `PairFusion`."""
 
-    def __init__(self, base: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer):
         super().__init__(base, tokenizer)
         base.fusion = PairFusion(base.fusion, base.config, base.vision.width)
 
@@ -97,15 +95,13 @@ class TextAssignmentModel(PairModel):
 
     name = "text_assignment"
 
-    def __init__(self, base: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer):
         super().__init__(base, tokenizer)
         self.head = nn.Linear(base.config.text_width, 3)
         nn.init.normal_(self.head.weight, std=initial_std(base.config.text_width))
         nn.init.zeros_(self.head.bias)
 
-    def loss(
-        self, batch: Batch, teacher: TextAssignmentModel | None, alpha: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, teacher: TextAssignmentModel | None, alpha: float) -> Loss:
         """The cross entropy of the assignment, and its "accuracy". The teacher is unused, as in ALBEF."""
         tokens, features = self.base.encode_image(batch.pixels)
         left, right, target = assign(features.detach(), batch.ids, self.base.temperature.detach())
@@ -116,17 +112,9 @@ class TextAssignmentModel(PairModel):
 def assign(features: Tensor, ids: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draws a left and a right image for each caption of a batch; more similar images are drawn more often.
 
-    Args:
-        features: (B, d) of the captions' images.
-        ids: (B,) identities of the images.
-        temperature: scalar, of the contrast.
-
-    Returns:
-        The indices of the left and the right images, each (B,) int64, and which of them is the caption's own: LEFT,
-        RIGHT or NEITHER, (B,) int64.
-
-    Raises:
-        UsageError: if the batch holds only one image.
+    features (B, d) and ids (B,) are those of the captions' images. Returns the indices of the left and of the right
+    images, and which of them is the caption's own (LEFT, RIGHT or NEITHER), each (B,) int64. Raises UsageError if all
+    images are the same.
     """
     batch = len(ids)
     weights = (features.float() @ features.float().T / temperature).softmax(1)

@@ -98,14 +98,8 @@ class RetrievalTask(Task):
     loader = PretrainingLoader
 
     def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> CaptionSource:
-        return open_source(
-            data,
-            split=split,
-            seed=seed,
-            image_size=image_size,
-            remote=RemoteOptions.of(options),
-            image_root=options.image_root,
-        )
+        scenes = {"split": split, "seed": seed, "image_size": image_size}
+        return open_source(data, **scenes, remote=RemoteOptions.of(options), image_root=options.image_root)
 
     def model(self, config: FinetuneConfig) -> tuple[VisionLanguageModel, Tokenizer]:
         return start_model(config.options, config.data.tokenizer)
@@ -158,15 +152,8 @@ class LabelTask(Task):
         self.model_class, self.images_per_sample = model_class, model_class.images_per_example
 
     def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> ExampleSource:
-        return open_examples(
-            data,
-            self.model_class.name,
-            self.form(split),
-            split=split,
-            seed=seed,
-            image_size=image_size,
-            image_root=options.image_root,
-        )
+        scenes = {"split": split, "seed": seed, "image_size": image_size}
+        return open_examples(data, self.model_class.name, self.form(split), **scenes, image_root=options.image_root)
 
     def form(self, split: str) -> EntryFormat:
         """How the entries of a split are read."""

@@ -25,11 +25,11 @@ from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.vqa_accuracy import FEWEST_ANNOTATORS, vqa_accuracy
 from softmask_fast.model.text import bert_config
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
-from softmask_fast.tasks.base import TaskModel
+from softmask_fast.tasks.base import Loss, TaskModel
 from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch, one_image
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -81,23 +81,10 @@ class VQAModel(TaskModel):
     form = EntryFormat("question", _weighted_answers, one_image, "answer")
     eval_form = EntryFormat("question", _annotated_answers, one_image, "answer")
 
-    def __init__(
-        self,
-        base: VisionLanguageModel,
-        tokenizer: PreTrainedTokenizerFast,
-        answers: Sequence[str],
-        candidates: int = 128,
-    ):
-        """Adds a decoder to a pretrained model.
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer, answers: Sequence[str], candidates: int = 128):
+        """answers is the list to rank; only the candidates with the most probable first token are ranked in full.
 
-        Args:
-            base: the pretrained model.
-            tokenizer: its tokenizer.
-            answers: the list to rank.
-            candidates: number of answers that are ranked in full: those with the most probable first token.
-
-        Raises:
-            UsageError: for fewer than one candidate.
+        Raises UsageError for fewer than one candidate.
         """
         super().__init__(base, tokenizer)
         if candidates < 1:
@@ -162,16 +149,9 @@ class VQAModel(TaskModel):
         return ids.to(device), mask.to(device)
 
     def answer_logits(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
-        """The decoder's logits for the token after each one but the last.
+        """The decoder's logits for the token after each one but the last: (A, La - 1, V) float32.
 
-        Args:
-            ids: (A, La) int64, of `answer_tokens`.
-            mask: (A, La) bool.
-            states: (A, L, C), of each answer's question.
-            states_mask: (A, L) bool.
-
-        Returns:
-            (A, La - 1, V) float32.
+        ids and mask (A, La) are those of `answer_tokens`; states (A, L, C) and their mask belong to the questions.
         """
         written = self.decoder(
             input_ids=ids[:, :-1],
@@ -181,7 +161,7 @@ class VQAModel(TaskModel):
         )
         return written.logits.float()
 
-    def loss(self, batch: TaskBatch, teacher: VQAModel | None, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: TaskBatch, teacher: VQAModel | None, alpha: float) -> Loss:
         """The weighted sum over a question's answers of -log p(answer), averaged over the questions.
 
         The metric "exact_answers" is the fraction of answers whose tokens are all the most probable ones.
