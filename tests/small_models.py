@@ -1,4 +1,4 @@
-"""Small random models, and folders that hold what a page of the documentation finds."""
+"""Small random models, and the files that a page of the documentation expects."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small_blip(image_size, patch_size, layers, vocabulary):
 
 
 def tutorial_folder(folder: Path) -> None:
-    """Images, tables, a random BLIP of the released one's picture size, and what training would have left."""
+    """Writes images, tables, a random BLIP with the released model's image size, and a trained model's folder."""
     (folder / "photos").mkdir()
     shapes = open_source("shapes:num=24", split="train", image_size=32)
     names = ["dog.jpg", *(f"{number}.jpg" for number in range(1, 24))]

@@ -1,4 +1,4 @@
-"""Heat maps and curves: what they show as numbers, and that they are written whole."""
+"""Heat maps and curves: what they show as numbers, and that their files are complete."""
 
 import io
 import json
@@ -10,7 +10,8 @@ from PIL import Image
 from small_models import TWO_HEADS, small_model, small_tokenizer
 
 from softmask_fast.data.sources import open_source
-from softmask_fast.data.types import Sample
+from softmask_fast.data.types import BadSample, Sample
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import image_pixels, tokenize
 from softmask_fast.evaluation.heatmaps import decode_image, explain, heatmap_page, overlay, peak
 from softmask_fast.evaluation.plots import plot_curves, smooth
@@ -29,7 +30,7 @@ def model_and_tokenizer(shapes):
 
 
 def size_of(png):
-    """Size of a PNG; a cut file raises."""
+    """The size of a PNG; a truncated file raises."""
     with Image.open(png) as picture:
         picture.load()
         assert picture.format == "PNG"
@@ -83,11 +84,11 @@ def test_explain_says_which_words_it_cannot_map(model_and_tokenizer, shapes, tmp
 def test_explain_refuses_what_it_cannot_draw(model_and_tokenizer, shapes, tmp_path):
     model, tokenizer = model_and_tokenizer
     out = tmp_path / "none.png"
-    with pytest.raises(ValueError, match="text: expected at least one word"):
+    with pytest.raises(UsageError, match="text: expected at least one word"):
         explain(model, tokenizer, shapes.read(0).image, "  ", out)
-    with pytest.raises(ValueError, match="image cannot be decoded"):
+    with pytest.raises(BadSample, match="image cannot be decoded"):
         explain(model, tokenizer, b"not an image", "a circle", out)
-    with pytest.raises(ValueError, match="layer"):
+    with pytest.raises(UsageError, match="layer"):
         explain(model, tokenizer, shapes.read(0).image, "a circle", out, layer=1)
     assert not out.exists()
 
@@ -110,7 +111,7 @@ def test_heatmap_page_with_and_without_boxes(model_and_tokenizer, shapes, tmp_pa
     bare = size_of(tmp_path / "bare.png")
     assert with_boxes[0] == bare[0]  # both have 1 + 2 columns
     assert with_boxes[1] > bare[1]  # 3 rows against 2
-    with pytest.raises(ValueError, match="images, words: expected at least 1"):
+    with pytest.raises(UsageError, match="images, words: expected at least 1"):
         heatmap_page(model, tokenizer, shapes, tmp_path / "none.png", images=0)
 
 
@@ -131,7 +132,7 @@ def test_plot_curves(tmp_path):
     plot_curves(metrics, out, [{"step": 1, "held-out accuracy": 0.5}])
     assert size_of(out)[0] > one_panel[0]
     metrics.write_text("")
-    with pytest.raises(ValueError, match="expected lines with metrics"):
+    with pytest.raises(UsageError, match="expected lines with metrics"):
         plot_curves(metrics, out)
 
 

@@ -1,4 +1,4 @@
-"""The tasks piece by piece: their examples, what their models compute, their metrics by the official definitions."""
+"""The tasks: their examples, what their models compute, and their metrics by the official definitions."""
 
 import json
 import pickle
@@ -17,6 +17,7 @@ from softmask_fast.config import DataConfig, MomentumConfig, TrainConfig
 from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.synthetic import COLORS, ShapesSource, relation
 from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import intersection_over_union, proposal_score
 from softmask_fast.evaluation.vqa_accuracy import vqa_accuracy
 from softmask_fast.model.export import load_model, save_model
@@ -117,7 +118,7 @@ def test_training_and_validation_scenes_differ():
 
 
 def write_task(folder, task, num=6):
-    """A JSON file as ALBEF has it, with its images as files, of what `shapes` draws."""
+    """Writes `shapes` as a JSON file in ALBEF's format, with its images."""
     _, made = entries(task, num=num)
     listed = []
     for number, (entry, images) in enumerate(made):
@@ -166,9 +167,9 @@ def test_a_wrong_entry_is_named_before_any_work(tmp_path, task, change, message)
     path, listed = write_task(tmp_path, task, num=3)
     listed[2] |= change
     path.write_text(json.dumps(listed))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         open_examples(str(path), task, MODELS[task].form, split="train", **SPLIT_OPTIONS)
-    with pytest.raises(ValueError, match="expected .json files or shapes for"):
+    with pytest.raises(UsageError, match="expected .json files or shapes for"):
         open_examples(str(tmp_path / "0-0.png"), task, MODELS[task].form, split="train", **SPLIT_OPTIONS)
 
 
@@ -193,10 +194,10 @@ def test_examples_without_labels_are_answered_and_not_measured(tmp_path, base, t
         ([listed[0], listed[1] | {field: None}], f'entry 1: "{field}": expected .*, got None'),
     ]:
         path.write_text(json.dumps(mixed))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UsageError, match=message):
             TASKS[task].open(str(path), DataConfig(), split="val", **SPLIT_OPTIONS)
     path.write_text(json.dumps(bare))
-    with pytest.raises(ValueError, match=f'entry 0: "{field}": expected .*, got None'):
+    with pytest.raises(UsageError, match=f'entry 0: "{field}": expected .*, got None'):
         TASKS[task].open(str(path), DataConfig(), split="train", **SPLIT_OPTIONS)
 
 
@@ -211,21 +212,21 @@ def test_expressions_are_captions_with_the_box_of_what_they_name(tmp_path):
     sample = written(box=[4, 5, 8, 10], proposals=[[4, 5, 8, 10], [20, 0, 10, 20]])
     (phrase,) = sample.phrases
     assert sample.captions == ["the red one"] and (phrase.first_word, phrase.n_words) == (0, 3)
-    assert phrase.whole  # its map is that of [CLS] and [SEP], too
+    assert phrase.whole  # its map includes [CLS] and [SEP]
     assert phrase.boxes == [(0.1, 0.25, 0.3, 0.75)] and phrase.proposals == [*phrase.boxes, (0.5, 0.0, 0.75, 1.0)]
     assert written().phrases == []  # as for training
-    with pytest.raises(ValueError, match='entry 0: "box": expected x, y, width and height in pixels, got'):
+    with pytest.raises(UsageError, match='entry 0: "box": expected x, y, width and height in pixels, got'):
         written(box=[1, 2, 0, 4])
-    with pytest.raises(ValueError, match='entry 0: "proposals": expected x, y, width and height in pixels, got'):
+    with pytest.raises(UsageError, match='entry 0: "proposals": expected x, y, width and height in pixels, got'):
         written(box=[1, 2, 3, 4], proposals=[[1, 2, 3]])
-    with pytest.raises(ValueError, match='entry 0: "text": expected a text, got 7'):
+    with pytest.raises(UsageError, match='entry 0: "text": expected a text, got 7'):
         written(text=7)
     shapes = open_expressions("shapes:num=2", split="val", **SPLIT_OPTIONS).read(0)
     assert all(phrase.boxes[0] in phrase.proposals and len(phrase.proposals) == 2 for phrase in shapes.phrases)
 
 
 def test_the_page_merges_the_boxes_of_refcoco_plus(tmp_path, monkeypatch):
-    """Its Python on the four files, made small, gives entries that open with the right boxes, a file for each split."""
+    """The Python of the page, run on four small files, writes a file for each split, with the right boxes."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (40, 20)).save("wide.png")
     for name, content in {
@@ -258,10 +259,10 @@ def test_vqa_accuracy_is_the_official_one():
     assert vqa_accuracy("red", ["red"] * 4 + ["blue"] * 6) == 1
     mixed = ["dont know"] * 5 + ["yes"] * 5
     assert vqa_accuracy("Don't know!", mixed) == 1 and vqa_accuracy("the dont, know", mixed) == 1
-    assert vqa_accuracy("a dog", ["dog"] * 10) == 0  # where all agree nothing is brought into one form
+    assert vqa_accuracy("a dog", ["dog"] * 10) == 0  # nothing is normalized if all agree
     assert vqa_accuracy("1,000", ["1000"] * 5 + ["many"] * 5) == 1 and vqa_accuracy("2.5", ["25"] * 5 + ["3"] * 5) == 0
     assert vqa_accuracy("no/yes", ["no yes"] * 5 + ["no"] * 5) == 1
-    with pytest.raises(ValueError, match="annotated: expected the answers of at least 4 people"):
+    with pytest.raises(UsageError, match="annotated: expected the answers of at least 4 people"):
         vqa_accuracy("red", ["red"])
 
 
@@ -270,7 +271,7 @@ def test_too_few_annotators_are_named_before_any_work(tmp_path):
     listed[1]["answer"] = ["red", "blue"]
     path.write_text(json.dumps(listed))
     assert len(TASKS["vqa"].open(str(path), DataConfig(), split="train", **SPLIT_OPTIONS)) == 3
-    with pytest.raises(ValueError, match='entry 1: "answer": expected one text, or those of at least 4 people'):
+    with pytest.raises(UsageError, match='entry 1: "answer": expected one text, or those of at least 4 people'):
         TASKS["vqa"].open(str(path), DataConfig(), split="val", **SPLIT_OPTIONS)
 
 
@@ -301,10 +302,10 @@ def test_the_answer_decoder_ranks_by_the_probability_of_the_whole_answer(base, t
 
 
 def test_the_answer_decoder_starts_from_the_fusion_encoder(base, tokenizer):
-    """Given the image tokens as its states, it is text embeddings, fusion layers and language head."""
+    """With image tokens as its states, it equals text embeddings, fusion layers and language head."""
     model = VQAModel(base, tokenizer, ["red"]).eval()
     states = torch.randn(1, 5, 32)
-    ids = torch.tensor([[tokenizer.cls_token_id]])  # of one token, which a causal mask leaves as it is
+    ids = torch.tensor([[tokenizer.cls_token_id]])  # a causal mask does not change a single token
     mask = torch.ones(1, 1, dtype=torch.bool)
     with torch.no_grad():
         embedded = base.text.bert.embeddings(ids)
@@ -349,7 +350,7 @@ def test_text_assignment_draws_the_own_image_as_its_target_says():
     assert all(150 < int((target == kind).sum()) < 250 for kind in (LEFT, RIGHT, NEITHER))
     similarity = (features[others] * features[captions]).sum(1).mean()
     assert similarity > (features @ features.T).mean() + 0.3  # alike images are drawn more often
-    with pytest.raises(ValueError, match="at least two different images"):
+    with pytest.raises(UsageError, match="at least two different images"):
         assign(features[:2], torch.zeros(2, dtype=torch.int64), torch.tensor(0.07))
 
 
@@ -373,7 +374,7 @@ def test_a_saved_model_answers_the_same(tmp_path, base, tokenizer, task):
     with pytest.raises(ValueError, match=f"fine-tuned for {task}"):
         load_model(tmp_path / task)
     other = "vqa" if task != "vqa" else "nlvr2"
-    with pytest.raises(ValueError, match=f"expected a model fine-tuned for {other}, .* is fine-tuned for {task}"):
+    with pytest.raises(UsageError, match=f"expected a model fine-tuned for {other}, .* is fine-tuned for {task}"):
         load_task_model(tmp_path / task, other)
 
 
@@ -398,7 +399,7 @@ def test_a_proposal_is_chosen_by_its_fraction_of_the_map():
     corners = [(0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1)]
     assert proposal_score(heat, [corners[1]], corners, (40, 24)) == (True, 0.25)
     assert proposal_score(heat, [corners[0]], corners, (40, 24)) == (False, 0.25)
-    whole = (0.0, 0.0, 1.0, 1.0)  # has more of the map, but not by the root of its area
+    whole = (0.0, 0.0, 1.0, 1.0)  # more of the map, but less for the root of its area
     assert proposal_score(heat, [corners[1]], [whole, corners[1]], (40, 24)) == (True, 0.5)
 
 
@@ -407,14 +408,14 @@ def test_answer_lists_are_checked(tmp_path):
     path.write_text('["red", "blue", "red"]')
     assert read_answers(path) == ["red", "blue"]
     path.write_text('{"red": 1}')
-    with pytest.raises(ValueError, match="expected a JSON list of texts"):
+    with pytest.raises(UsageError, match="expected a JSON list of texts"):
         read_answers(path)
 
 
 def test_text_assignment_prepares_pairs(tmp_path, base, tokenizer):
     assigned = TextAssignmentModel(base, tokenizer)
     with torch.no_grad():
-        assigned.base.fusion.layers[1].attention.self.query.weight.add_(1.0)  # the two of a pair no longer alike
+        assigned.base.fusion.layers[1].attention.self.query.weight.add_(1.0)  # the layers of a pair now differ
     save_model(assigned, tokenizer, tmp_path / "assigned")
     start = TaskConfig(str(tmp_path / "assigned"))
     config = FinetuneConfig("nlvr2", start, MomentumConfig(), DataConfig(), TrainConfig())

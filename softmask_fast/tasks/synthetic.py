@@ -70,6 +70,7 @@ def _question(task: ShapesTask, index: int, generator: np.random.Generator) -> E
         "color": [thing for thing in scene if (thing.size, thing.shape) == (first.size, first.shape)],
         "shape": [thing for thing in scene if (thing.size, thing.color) == (first.size, first.color)],
     }
+    # The British spelling of the questions is part of the data.
     if kind == "color" and len(alike[kind]) == 1:
         question, answer = f"what colour is the {first.size} {first.shape}", first.color
     elif kind == "shape" and len(alike[kind]) == 1:
