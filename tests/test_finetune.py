@@ -251,7 +251,7 @@ def test_mistakes_are_named_before_any_work(options, message):
 def test_what_a_task_lacks_is_named_before_it_trains(learned):
     given = ["--deepspeed", "ds.json", "--task", "vqa", "--data", "questions.json", "--model"]
     for model, message in [
-        (learned / "pretrained" / "model", "answers: expected a JSON list of the answers that are ranked, got none"),
+        (learned / "pretrained" / "model", "answers: expected a JSON list of the answers to rank, got none"),
         (learned / "nlvr2" / "model", "without a task's head, .* is fine-tuned for nlvr2"),
         (learned, "model: expected a folder with model.safetensors"),
         ("no/such", "^model: expected a model folder or an ALBEF checkpoint, got 'no/such': no such"),
