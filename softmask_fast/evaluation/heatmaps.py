@@ -58,9 +58,9 @@ def explain(
         layer: fusion layer of the maps, 0 = first; default: the layer of the soft masks.
 
     Returns:
-        "text"; "matched", the model's probability that image and text match; "words", a list of {"word", "strength":
-        its largest relevance as a fraction of the strongest word's, "peak": (x, y) of the largest patch's center as
-        fractions of the image}; "left_out", the words without a map.
+        "text"; "matched", the probability that image and text match; "words", a list of {"word", "strength", "peak"};
+        "left_out", the words without a map. The strength is the word's largest relevance as a fraction of the strongest
+        word's, the peak is the center (x, y) of its largest patch as fractions of the image.
 
     Raises:
         UsageError: for a text without words, an unreadable image, or a layer without maps.
