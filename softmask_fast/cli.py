@@ -222,8 +222,8 @@ def _explain(options: argparse.Namespace) -> None:
     image = options.image.read_bytes()
     _check_model(options.model)
     _quiet_libraries()
-    from softmask_fast.evaluation.common import format_table
     from softmask_fast.evaluation.heatmaps import explain
+    from softmask_fast.evaluation.tables import format_table
     from softmask_fast.model.export import load_model
 
     model, tokenizer = load_model(options.model, _device(options.device))

@@ -1,4 +1,4 @@
-"""The one tolerance policy, and which implementations a test can run."""
+"""The tolerance policy of all operators, and which implementations a test can run."""
 
 import pytest
 import torch
@@ -11,10 +11,9 @@ from softmask_fast.ops.accuracy import errors
 def assert_as_accurate(
     actual: Tensor, baseline: Tensor, truth: Tensor, dtype: torch.dtype, what: str = "result"
 ) -> None:
-    """The largest error of ``actual`` is at most twice that of PyTorch.
+    """Asserts that the largest error of `actual` is at most twice that of PyTorch.
 
-    ``truth`` is the computation in float64 from the same inputs, ``baseline`` the same computation by plain PyTorch at
-    ``dtype``, the dtype of the inputs.
+    `truth` is computed in float64 from the same inputs, `baseline` by plain PyTorch in `dtype`, that of the inputs.
     """
     assert actual.shape == truth.shape, f"{what}: size {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
@@ -24,7 +23,7 @@ def assert_as_accurate(
 
 
 def require(operator: str, impl: str, device: torch.device, dtype: torch.dtype, width: int) -> None:
-    """Skips the test, with the reason, where ``impl`` cannot run."""
+    """Skips the test and says why if `impl` cannot run."""
     try:
         registry.resolve(operator, impl, device, dtype, width)
     except ValueError as unavailable_reason:

@@ -15,7 +15,7 @@ from softmask_fast.data.synthetic import ShapesSource
 
 
 def encode(pixels: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options) -> bytes:
-    """The image file of (H, W, 3) uint8 pixels."""
+    """Encodes (H, W, 3) uint8 pixels as an image file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
@@ -37,6 +37,6 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
 
 
 def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    """samples: name -> extension -> content."""
+    """Writes samples, name -> extension -> content, as a tar file."""
     return write_tar(path, [(f"{name}.{kind}", content) for name, files in samples.items()
                             for kind, content in files.items()])  # fmt: skip

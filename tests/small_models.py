@@ -1,4 +1,4 @@
-"""Small random models, and folders that hold what a page of the documentation finds."""
+"""Small random models, and the files that a page of the documentation expects."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from pathlib import Path
 from PIL import Image
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
 
+from softmask_fast.config import ModelConfig
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.model.export import save_model
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+
+TWO_HEADS = dict(vision_width=32, vision_heads=2, text_width=32, text_heads=2)
 
 
-def small_tokenizer():
-    captions = open_source("shapes:num=8", split="val", image_size=32)
-    return train_tokenizer([caption for i in range(8) for caption in captions.read(i).captions], 200)
+def small_tokenizer(source=None):
+    """A tokenizer of the captions of a source; by default of eight scenes."""
+    source = open_source("shapes:num=8", split="val", image_size=32) if source is None else source
+    return train_tokenizer([caption for i in range(len(source)) for caption in source.read(i).captions], 200)
 
 
-def small_model(tokenizer):
-    """A random model of the smallest size, with ALBEF's heads of 64."""
-    config = make_config(
-        "tiny", image_size=32, vision_width=64, vision_depth=1, vision_heads=1, text_width=64, text_heads=1,
-        text_layers=1, fusion_layers=3, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=0,
+def small_model(tokenizer, **options):
+    """A random model of the smallest size, by default with ALBEF's heads of 64, in training mode."""
+    sizes = dict(
+        image_size=32, vision_model="vit_tiny_patch16_224", vision_patch_size=8, vision_width=64, vision_depth=1,
+        vision_heads=1, vision_weights="random", text_weights="random", text_width=64, text_heads=1, text_layers=1,
+        fusion_layers=3, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=0, max_tokens=32, hidden_dropout=0.0,
     )  # fmt: skip
-    return VisionLanguageModel(config.model)
+    return VisionLanguageModel(ModelConfig(**sizes | options))
 
 
 def small_blip(image_size, patch_size, layers, vocabulary):
@@ -36,7 +40,7 @@ def small_blip(image_size, patch_size, layers, vocabulary):
 
 
 def tutorial_folder(folder: Path) -> None:
-    """Images, tables, a random BLIP of the released one's picture size, and what training would have left."""
+    """Writes images, tables, a random BLIP with the released model's image size, and a trained model's folder."""
     (folder / "photos").mkdir()
     shapes = open_source("shapes:num=24", split="train", image_size=32)
     names = ["dog.jpg", *(f"{number}.jpg" for number in range(1, 24))]

@@ -53,7 +53,7 @@ def test_evaluate_grounding(folder, tmp_path, capsys):
     report = json.loads(out.read_text())
     assert report["images"] == 4 and report["layer"] == 0
     assert f"Grounding of {report['phrases']} phrases in 4 images, fusion layer 0" in printed
-    assert f"{100 * report['pointing_game']['centre']:.1f}" in printed
+    assert f"{100 * report['pointing_game']['center']:.1f}" in printed
 
 
 def test_explain(folder, tmp_path, capsys):

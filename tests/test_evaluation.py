@@ -1,4 +1,4 @@
-"""Retrieval and grounding: the metrics against hand-computed cases, then a small random model end to end."""
+"""Retrieval and grounding: the metrics on cases computed by hand, and a small random model against the definitions."""
 
 import json
 from math import comb
@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 import torch
 from gloo_ranks import results_of_ranks
+from small_models import TWO_HEADS, small_model, small_tokenizer
 
 from softmask_fast.data.pixels import evaluation_pixels
 from softmask_fast.data.sources import open_source
-from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.data.types import BadSample, Phrase, Sample
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
 from softmask_fast.evaluation.boxes import box_coverage, grounding_score
-from softmask_fast.evaluation.common import batches, format_table, tokenize
+from softmask_fast.evaluation.common import batches, tokenize
 from softmask_fast.evaluation.grounding import phrase_maps, word_tokens
 from softmask_fast.evaluation.retrieval import ranks_of_best, recall_at_k
-from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.evaluation.tables import format_table
 
 
 class ListSource:
-    """A caption source over samples at hand; None stands for one that cannot be read."""
+    """A source over a list of samples; None is one that cannot be read."""
 
     encoded = False
 
@@ -44,14 +44,10 @@ def small_source():
     return open_source("shapes:num=28", split="val", image_size=32)
 
 
-def small_model(shapes):
-    tokenizer = train_tokenizer([c for i in range(len(shapes)) for c in shapes.read(i).captions], 200)
+def model_of(shapes):
+    tokenizer = small_tokenizer(shapes)
     torch.manual_seed(0)
-    config = make_config(
-        "tiny", image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
-        text_layers=1, fusion_layers=3, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=1,
-    )  # fmt: skip
-    return VisionLanguageModel(config.model).eval(), tokenizer
+    return small_model(tokenizer, **TWO_HEADS, soft_mask_layer=1).eval(), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +57,7 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer(shapes):
-    return small_model(shapes)
+    return model_of(shapes)
 
 
 def test_ranks_count_the_wrong_items_before_the_best_correct_one():
@@ -71,7 +67,7 @@ def test_ranks_count_the_wrong_items_before_the_best_correct_one():
     assert ranks_of_best(scores, correct).tolist() == [0, 2, 3, 3]
 
 
-def test_another_correct_item_does_not_stand_in_the_way():
+def test_another_correct_item_does_not_count_as_wrong():
     scores = torch.tensor([[0.9, 0.8, 0.7, 0.6]])
     assert ranks_of_best(scores, torch.tensor([[False, True, True, True]])).tolist() == [1]
 
@@ -91,32 +87,32 @@ def test_box_coverage_is_exact_for_edges_between_and_inside_patches():
     coverage = box_coverage([(0.0, 0.0, 0.6, 0.6), (0.4, 0.4, 1.0, 1.0)], 3, 5)
     assert coverage.mean() == pytest.approx(0.36 + 0.36 - 0.04)
     assert coverage.max() <= 1 + 1e-12
-    # what lies outside the image does not count
+    # the part outside the image does not count
     np.testing.assert_allclose(box_coverage([(-0.5, -1.0, 0.5, 2.0)], 1, 2), [[1.0, 0.0]])
 
 
 @pytest.mark.parametrize("boxes", [[], [(0.5, 0.0, 0.5, 1.0)], [(0.0, 0.9, 1.0, 0.1)], [(1.1, 0.0, 1.5, 1.0)]])
 def test_boxes_without_area_are_refused(boxes):
-    with pytest.raises(ValueError, match="boxes: expected"):
+    with pytest.raises(UsageError, match="boxes: expected"):
         box_coverage(boxes, 4, 4)
 
 
 def test_grounding_score_by_hand():
     heat = np.array([[1.0, 0.0], [2.0, 5.0]], dtype=np.float32)
     right = grounding_score(heat, [(0.5, 0.5, 1.0, 1.0)])  # exactly the patch with 5
-    assert (right.hit, right.hit_random, right.hit_centre, right.flat) == (1.0, 0.25, 1.0, False)
+    assert (right.hit, right.hit_random, right.hit_center, right.flat) == (1.0, 0.25, 1.0, False)
     assert right.mass_inside == pytest.approx(5 / 8)
     assert right.area_inside == pytest.approx(0.25)
     assert right.mask_inside == pytest.approx(1.0)
     assert right.mask_image == pytest.approx((0.2 + 0 + 0.4 + 1) / 4)
 
     left = grounding_score(heat, [(0.0, 0.0, 0.5, 1.0)])  # the left column; x = 0.5 is on its edge
-    assert (left.hit, left.hit_random, left.hit_centre) == (0.0, 0.5, 1.0)
+    assert (left.hit, left.hit_random, left.hit_center) == (0.0, 0.5, 1.0)
     assert left.mass_inside == pytest.approx(3 / 8)
     assert left.mask_inside == pytest.approx((0.2 + 0.4) / 2)
 
-    corner = grounding_score(heat, [(0.0, 0.0, 0.2, 0.2), (0.8, 0.0, 1.0, 0.2)])  # reaches no patch centre
-    assert (corner.hit, corner.hit_random, corner.hit_centre) == (0.0, 0.0, 0.0)
+    corner = grounding_score(heat, [(0.0, 0.0, 0.2, 0.2), (0.8, 0.0, 1.0, 0.2)])  # reaches no patch center
+    assert (corner.hit, corner.hit_random, corner.hit_center) == (0.0, 0.0, 0.0)
     assert corner.mass_inside == pytest.approx(0.16 * 1 / 8)
 
 
@@ -158,7 +154,7 @@ def single_pixels(model, sample):
 
 @torch.no_grad()
 def expected_recalls(model, tokenizer, samples, captions_of, rerank):
-    """The definition: every pair alone through the model, loops and sorting."""
+    """The definition: the model sees one pair at a time, and loops and sorting do the rest."""
     pixels = [single_pixels(model, sample) for sample in samples]
     texts = [(owner, tokenize(model, tokenizer, [c])) for owner, own in enumerate(captions_of) for c in own]
     images = [model.encode_image(p)[1][0] for p in pixels]
@@ -177,7 +173,7 @@ def expected_recalls(model, tokenizer, samples, captions_of, rerank):
             order = sorted(range(gallery), key=lambda g: -score(q, g))  # noqa: B023
             if rescore is not None:
                 order = sorted(order[:rerank], key=lambda g: -rescore(q, g))  # noqa: B023
-            ranks.append(next((place for place, g in enumerate(order) if is_correct(q, g)), 10**6))
+            ranks.append(next((rank for rank, g in enumerate(order) if is_correct(q, g)), 10**6))
         return {f"recall@{k}": float(np.mean([rank < k for rank in ranks])) for k in (1, 5, 10)}
 
     def both(rescore):
@@ -219,7 +215,7 @@ def test_retrieval_equals_its_definition(model_and_tokenizer, shapes, captions):
 
 
 def test_chance_with_several_captions(model_and_tokenizer, shapes):
-    """Drawing 5 of 29 captions, none twice: an image with 2 of them is missed with (27 over 5) / (29 over 5)."""
+    """Drawing 5 of 29 captions without replacement misses an image with 2 captions with (27 over 5) / (29 over 5)."""
     model, tokenizer = model_and_tokenizer
     samples = [shapes.read(i) for i in range(14)]
     source = ListSource([Sample(s.key, s.image, [f"a {i}", "b"] + ["c"] * (i == 3)) for i, s in enumerate(samples)])
@@ -230,9 +226,9 @@ def test_chance_with_several_captions(model_and_tokenizer, shapes):
 
 
 def retrieval_and_its_pairs(rank=0):
-    """The report, and how many pairs this process has matched."""
+    """The report, and the number of pairs that this process has matched."""
     source = small_source()
-    model, tokenizer = small_model(source)
+    model, tokenizer = model_of(source)
     matched, match = [], model.match_tokens
     model.match_tokens = lambda *inputs, **options: matched.append(len(inputs[1])) or match(*inputs, **options)
     return evaluate_retrieval(model, tokenizer, source, rerank=10, batch_size=5).as_dict(), sum(matched)
@@ -293,12 +289,12 @@ def test_unreadable_samples_are_skipped_and_named(model_and_tokenizer, shapes):
         assert report.skipped["sample 1"] == "damaged"
         assert report.images == 3
         assert "2 samples skipped" in report.table()
-    with pytest.raises(ValueError, match="none of 1 samples.*damaged"):
+    with pytest.raises(UsageError, match="none of 1 samples.*damaged"):
         evaluate_retrieval(model, tokenizer, ListSource([None]))
 
 
 def test_grounding_equals_its_definition(model_and_tokenizer, shapes):
-    """Every phrase alone: the mean of its tokens' Grad-CAM over the patches, scored by hand-checked grounding_score."""
+    """One phrase at a time: the mean Grad-CAM of its tokens over the patches, scored by `grounding_score`."""
     model, tokenizer = model_and_tokenizer
     for layer in (None, 0):
         expected = []
@@ -320,7 +316,7 @@ def test_grounding_equals_its_definition(model_and_tokenizer, shapes):
         for ours, field in (
             (report.pointing_game["model"], "hit"),
             (report.pointing_game["random"], "hit_random"),
-            (report.pointing_game["centre"], "hit_centre"),
+            (report.pointing_game["center"], "hit_center"),
             (report.mass_inside["model"], "mass_inside"),
             (report.mass_inside["even"], "area_inside"),
             (report.mean_mask["inside"], "mask_inside"),
@@ -348,10 +344,10 @@ def test_unusable_phrases_are_errors(model_and_tokenizer, shapes):
     model, tokenizer = model_and_tokenizer
     image = shapes.read(0).image
     without = ListSource([Sample("bare", image, ["a circle"])])
-    with pytest.raises(ValueError, match="grounding needs phrases with boxes"):
+    with pytest.raises(UsageError, match="grounding needs phrases with boxes"):
         evaluate_grounding(model, tokenizer, without)
     outside = [Phrase("a circle", "circle", 1, 2, [(0.0, 0.0, 1.0, 1.0)])]
-    with pytest.raises(ValueError, match="key 5: phrase 'circle'"):
+    with pytest.raises(UsageError, match="key 5: phrase 'circle'"):
         evaluate_grounding(model, tokenizer, ListSource([Sample("key 5", image, ["a circle"], outside)]))
 
 
@@ -366,7 +362,7 @@ def test_a_phrase_map_is_the_mean_of_its_words(model_and_tokenizer, shapes):
 
 
 def test_the_map_of_a_whole_caption_is_the_mean_of_all_tokens(model_and_tokenizer, shapes):
-    """As ALBEF's script for RefCOCO+ has it: [CLS] and [SEP] are tokens like the words, padding is none."""
+    """As in ALBEF's script for RefCOCO+: [CLS] and [SEP] count like words, padding does not."""
     model, tokenizer = model_and_tokenizer
     sample, captions = shapes.read(0), ["red circle", "red circle left of a small green heart"]
     queries = [(sample, text, [Phrase(text, text, 0, len(text.split()), [], whole=True)]) for text in captions]
@@ -379,7 +375,7 @@ def test_the_map_of_a_whole_caption_is_the_mean_of_all_tokens(model_and_tokenize
         np.testing.assert_allclose(heat, expected, rtol=1e-4, atol=1e-9)
     maps, _ = phrase_maps(model, tokenizer, queries, layer=2)  # the last: [CLS] alone has a map there
     assert all(heat.max() > 0 for [heat] in maps)
-    with pytest.raises(ValueError, match="from 0 to 1, got 2; in the last one of 3 no word reaches"):
+    with pytest.raises(UsageError, match="from 0 to 1, got 2; in the last of 3 layers no word reaches"):
         phrase_maps(model, tokenizer, [(sample, "red", [Phrase("red", "red", 0, 1, [])])], layer=2)
 
 
@@ -393,15 +389,15 @@ def test_the_map_of_a_whole_caption_is_the_mean_of_all_tokens(model_and_tokenize
     ],
 )
 def test_retrieval_checks_its_options(model_and_tokenizer, shapes, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         evaluate_retrieval(*model_and_tokenizer, shapes, **options)
 
 
 def test_grounding_checks_its_options(model_and_tokenizer, shapes):
     for layer in (-1, 2, 3):
-        with pytest.raises(ValueError, match=f"layer: expected a fusion layer from 0 to [12], got {layer}"):
+        with pytest.raises(UsageError, match=f"layer: expected a fusion layer from 0 to [12], got {layer}"):
             evaluate_grounding(*model_and_tokenizer, shapes, layer=layer)
-    with pytest.raises(ValueError, match="source: expected at least one sample"):
+    with pytest.raises(UsageError, match="source: expected at least one sample"):
         evaluate_grounding(*model_and_tokenizer, ListSource([]))
 
 

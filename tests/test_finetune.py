@@ -69,7 +69,7 @@ def test_grounding_learns_from_expressions_without_boxes(learned):
     assert measured(learned, "grounding")["phrases"] == 256
     before, report = (grounded(learned / name / "model") for name in ("pretrained", "grounding"))
     pointing, right = report["pointing_game"], report["box_accuracy"]
-    assert pointing["model"] > 3 * max(pointing["random"], pointing["centre"]), report
+    assert pointing["model"] > 3 * max(pointing["random"], pointing["center"]), report
     assert pointing["model"] > before["pointing_game"]["model"] + 0.05, (report, before)
     assert right["random"] == pytest.approx(0.5) and right["model"] > 0.63, report
     assert right["model"] > before["box_accuracy"]["model"] + 0.05, (report, before)
@@ -251,7 +251,7 @@ def test_mistakes_are_named_before_any_work(options, message):
 def test_what_a_task_lacks_is_named_before_it_trains(learned):
     given = ["--deepspeed", "ds.json", "--task", "vqa", "--data", "questions.json", "--model"]
     for model, message in [
-        (learned / "pretrained" / "model", "answers: expected a JSON list of the answers that are ranked, got none"),
+        (learned / "pretrained" / "model", "answers: expected a JSON list of the answers to rank, got none"),
         (learned / "nlvr2" / "model", "without a task's head, .* is fine-tuned for nlvr2"),
         (learned, "model: expected a folder with model.safetensors"),
         ("no/such", "^model: expected a model folder or an ALBEF checkpoint, got 'no/such', which does not exist"),

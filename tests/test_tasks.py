@@ -1,4 +1,4 @@
-"""The tasks piece by piece: their examples, what their models compute, their metrics by the official definitions."""
+"""The tasks: their examples, what their models compute, and their metrics by the official definitions."""
 
 import json
 import pickle
@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from code_blocks import ROOT, blocks_of
 from PIL import Image
+from small_models import TWO_HEADS, small_model
 
 from softmask_fast.cli import main
-from softmask_fast.config import DataConfig
+from softmask_fast.config import DataConfig, MomentumConfig, TrainConfig
 from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.synthetic import COLORS, ShapesSource, relation
 from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import intersection_over_union, proposal_score
 from softmask_fast.evaluation.vqa_accuracy import vqa_accuracy
 from softmask_fast.model.export import load_model, save_model
-from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
 from softmask_fast.tasks.answers import evaluate_answers
 from softmask_fast.tasks.base import distilled_cross_entropy
 from softmask_fast.tasks.datasets import ExampleLoader, open_examples, open_expressions
@@ -33,11 +33,11 @@ from softmask_fast.tasks.vqa import VQAModel, read_answers
 
 SIZE = 32
 MODELS = {"vqa": VQAModel, "nlvr2": NLVR2Model, "entailment": EntailmentModel}
-PLACES = dict(seed=0, image_size=SIZE)
+SPLIT_OPTIONS = dict(seed=0, image_size=SIZE)
 
 
 def entries(task, split="train", **options):
-    source = ShapesTask(task, ShapesSource(split=split, **PLACES, **{"num": 200} | options))
+    source = ShapesTask(task, ShapesSource(split=split, **SPLIT_OPTIONS, **{"num": 200} | options))
     return source, [source.entry(index) for index in range(len(source))]
 
 
@@ -49,11 +49,7 @@ def tokenizer():
 
 @pytest.fixture
 def base(tokenizer):
-    config = make_config(
-        "tiny", image_size=SIZE, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
-        text_layers=1, fusion_layers=2, embed_dim=16, vocab_size=len(tokenizer),
-    )  # fmt: skip
-    return VisionLanguageModel(config.model).eval()
+    return small_model(tokenizer, **TWO_HEADS, image_size=SIZE, fusion_layers=2).eval()
 
 
 def make(task, base, tokenizer):
@@ -89,7 +85,7 @@ def test_questions_about_shapes_have_the_answer_that_is_drawn():
         assert set(entry["answer"]) <= set(ANSWERS), index
 
 
-def test_statements_and_pairs_of_shapes_are_true_as_labelled():
+def test_statements_and_pairs_of_shapes_are_true_as_labeled():
     source, made = entries("entailment")
     for index, (entry, _) in enumerate(made):
         names = [thing.name for thing in source.scene(index)[0]]
@@ -113,7 +109,7 @@ def test_statements_and_pairs_of_shapes_are_true_as_labelled():
 
 def test_training_and_validation_scenes_differ():
     def contents(split):
-        source = ShapesTask("vqa", ShapesSource(num=150, split=split, **PLACES))
+        source = ShapesTask("vqa", ShapesSource(num=150, split=split, **SPLIT_OPTIONS))
         return {frozenset(thing.name for thing in source.scene(i)[0]) for i in range(150)}
 
     assert contents("train") != contents("val")
@@ -122,7 +118,7 @@ def test_training_and_validation_scenes_differ():
 
 
 def write_task(folder, task, num=6):
-    """A JSON file as ALBEF has it, with its images as files, of what `shapes` draws."""
+    """Writes `shapes` as a JSON file in ALBEF's format, with its images."""
     _, made = entries(task, num=num)
     listed = []
     for number, (entry, images) in enumerate(made):
@@ -140,7 +136,7 @@ def test_json_files_give_the_batches_of_what_they_hold(tmp_path, tokenizer, task
     form, images = MODELS[task].form, MODELS[task].images_per_example
     batches = []
     for data in (str(path), "shapes:num=6"):
-        source = open_examples(data, task, form, split="train", **PLACES)
+        source = open_examples(data, task, form, split="train", **SPLIT_OPTIONS)
         source.keys = [f"{index}" for index in range(6)]  # the order and the distortions depend on the keys
         loader = ExampleLoader(
             source, tokenizer, batch_size=4, image_size=16, augment=AugmentConfig(), max_tokens=20, seed=1,
@@ -171,10 +167,10 @@ def test_a_wrong_entry_is_named_before_any_work(tmp_path, task, change, message)
     path, listed = write_task(tmp_path, task, num=3)
     listed[2] |= change
     path.write_text(json.dumps(listed))
-    with pytest.raises(ValueError, match=message):
-        open_examples(str(path), task, MODELS[task].form, split="train", **PLACES)
-    with pytest.raises(ValueError, match="expected .json files or shapes for"):
-        open_examples(str(tmp_path / "0-0.png"), task, MODELS[task].form, split="train", **PLACES)
+    with pytest.raises(UsageError, match=message):
+        open_examples(str(path), task, MODELS[task].form, split="train", **SPLIT_OPTIONS)
+    with pytest.raises(UsageError, match="expected .json files or shapes for"):
+        open_examples(str(tmp_path / "0-0.png"), task, MODELS[task].form, split="train", **SPLIT_OPTIONS)
 
 
 @pytest.mark.parametrize("task, field, given", [("vqa", "answer", ["red"] * 10), ("nlvr2", "label", "True")])
@@ -183,26 +179,26 @@ def test_examples_without_labels_are_answered_and_not_measured(tmp_path, base, t
     bare = [{name: value for name, value in entry.items() if name != field} for entry in listed]
     path.write_text(json.dumps(bare))
     save_model(make(task, base, tokenizer), tokenizer, tmp_path / "model")
-    answers, figures = tmp_path / "answers.json", tmp_path / "figures.json"
+    answers, scores = tmp_path / "answers.json", tmp_path / "scores.json"
     command = ["evaluate", "--task", task, "--model", str(tmp_path / "model"), "--data", str(path)]
-    assert main([*command, "--predictions", str(answers), "--json", str(figures)]) == 0
-    assert f"{task}: nothing to measure, the entries have no labels; 3 examples are answered" in capsys.readouterr().out
+    assert main([*command, "--predictions", str(answers), "--json", str(scores)]) == 0
+    assert f"{task}: nothing to measure, the entries have no labels; answered 3 examples" in capsys.readouterr().out
     named = [{"question_id": i} if task == "vqa" else {"key": f"{task}-{i:06d}"} for i in range(3)]
     written = json.loads(answers.read_text())
     assert [{name: one[name] for name in one if name != "answer"} for one in written] == named
     path.write_text(json.dumps(listed))  # their labels make no difference to the answers
     assert main([*command, "--predictions", str(answers)]) == 0 and json.loads(answers.read_text()) == written
-    assert json.loads(figures.read_text())["score"] is None and "always" in capsys.readouterr().out
+    assert '"score": null' in scores.read_text() and "always" in capsys.readouterr().out
     for mixed, message in [
-        ([bare[0], bare[1] | {field: given}], f'entry 1: "{field}": expected none, as the first entry has none, got'),
+        ([bare[0], bare[1] | {field: given}], f'entry 1: "{field}": expected none, as in the first entry, got'),
         ([listed[0], listed[1] | {field: None}], f'entry 1: "{field}": expected .*, got None'),
     ]:
         path.write_text(json.dumps(mixed))
-        with pytest.raises(ValueError, match=message):
-            TASKS[task].open(str(path), DataConfig(), split="val", **PLACES)
+        with pytest.raises(UsageError, match=message):
+            TASKS[task].open(str(path), DataConfig(), split="val", **SPLIT_OPTIONS)
     path.write_text(json.dumps(bare))
-    with pytest.raises(ValueError, match=f'entry 0: "{field}": expected .*, got None'):
-        TASKS[task].open(str(path), DataConfig(), split="train", **PLACES)
+    with pytest.raises(UsageError, match=f'entry 0: "{field}": expected .*, got None'):
+        TASKS[task].open(str(path), DataConfig(), split="train", **SPLIT_OPTIONS)
 
 
 def test_expressions_are_captions_with_the_box_of_what_they_name(tmp_path):
@@ -211,26 +207,26 @@ def test_expressions_are_captions_with_the_box_of_what_they_name(tmp_path):
 
     def written(**entry):
         path.write_text(json.dumps([{"image": "wide.png", "text": " the red one "} | entry]))
-        return open_expressions(str(path), split="val", **PLACES).read(0)
+        return open_expressions(str(path), split="val", **SPLIT_OPTIONS).read(0)
 
     sample = written(box=[4, 5, 8, 10], proposals=[[4, 5, 8, 10], [20, 0, 10, 20]])
     (phrase,) = sample.phrases
     assert sample.captions == ["the red one"] and (phrase.first_word, phrase.n_words) == (0, 3)
-    assert phrase.whole  # its map is that of [CLS] and [SEP], too
+    assert phrase.whole  # its map includes [CLS] and [SEP]
     assert phrase.boxes == [(0.1, 0.25, 0.3, 0.75)] and phrase.proposals == [*phrase.boxes, (0.5, 0.0, 0.75, 1.0)]
     assert written().phrases == []  # as for training
-    with pytest.raises(ValueError, match='entry 0: "box": expected x, y, width and height in pixels, got'):
+    with pytest.raises(UsageError, match='entry 0: "box": expected x, y, width and height in pixels, got'):
         written(box=[1, 2, 0, 4])
-    with pytest.raises(ValueError, match='entry 0: "proposals": expected x, y, width and height in pixels, got'):
+    with pytest.raises(UsageError, match='entry 0: "proposals": expected x, y, width and height in pixels, got'):
         written(box=[1, 2, 3, 4], proposals=[[1, 2, 3]])
-    with pytest.raises(ValueError, match='entry 0: "text": expected a text, got 7'):
+    with pytest.raises(UsageError, match='entry 0: "text": expected a text, got 7'):
         written(text=7)
-    shapes = open_expressions("shapes:num=2", split="val", **PLACES).read(0)
+    shapes = open_expressions("shapes:num=2", split="val", **SPLIT_OPTIONS).read(0)
     assert all(phrase.boxes[0] in phrase.proposals and len(phrase.proposals) == 2 for phrase in shapes.phrases)
 
 
 def test_the_page_merges_the_boxes_of_refcoco_plus(tmp_path, monkeypatch):
-    """Its Python on the four files, made small, gives entries that open with the right boxes, a file for each split."""
+    """The Python of the page, run on four small files, writes a file for each split, with the right boxes."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (40, 20)).save("wide.png")
     for name, content in {
@@ -247,7 +243,7 @@ def test_the_page_merges_the_boxes_of_refcoco_plus(tmp_path, monkeypatch):
     for block in blocks_of(ROOT / "docs/tasks.md", "python"):
         block.run({})
     for split, text, box in (("val", "a b", (0.1, 0.25, 0.3, 0.75)), ("testA", "c", (0.0, 0.0, 0.5, 1.0))):
-        source = open_expressions(f"refcoco+_{split}.json", split="val", **PLACES)
+        source = open_expressions(f"refcoco+_{split}.json", split="val", **SPLIT_OPTIONS)
         (phrase,) = source.read(0).phrases
         assert (len(source), phrase.text, phrase.boxes) == (1, text, [box])
         assert phrase.proposals == [(0.5, 0.0, 0.75, 1.0), (0.1, 0.25, 0.3, 0.75)]
@@ -263,10 +259,10 @@ def test_vqa_accuracy_is_the_official_one():
     assert vqa_accuracy("red", ["red"] * 4 + ["blue"] * 6) == 1
     mixed = ["dont know"] * 5 + ["yes"] * 5
     assert vqa_accuracy("Don't know!", mixed) == 1 and vqa_accuracy("the dont, know", mixed) == 1
-    assert vqa_accuracy("a dog", ["dog"] * 10) == 0  # where all agree nothing is brought into one form
+    assert vqa_accuracy("a dog", ["dog"] * 10) == 0  # nothing is normalized if all agree
     assert vqa_accuracy("1,000", ["1000"] * 5 + ["many"] * 5) == 1 and vqa_accuracy("2.5", ["25"] * 5 + ["3"] * 5) == 0
     assert vqa_accuracy("no/yes", ["no yes"] * 5 + ["no"] * 5) == 1
-    with pytest.raises(ValueError, match="annotated: expected the answers of at least 4 people"):
+    with pytest.raises(UsageError, match="annotated: expected the answers of at least 4 people"):
         vqa_accuracy("red", ["red"])
 
 
@@ -274,9 +270,9 @@ def test_too_few_annotators_are_named_before_any_work(tmp_path):
     path, listed = write_task(tmp_path, "vqa", num=3)
     listed[1]["answer"] = ["red", "blue"]
     path.write_text(json.dumps(listed))
-    assert len(TASKS["vqa"].open(str(path), DataConfig(), split="train", **PLACES)) == 3
-    with pytest.raises(ValueError, match='entry 1: "answer": expected one text, or those of at least 4 people'):
-        TASKS["vqa"].open(str(path), DataConfig(), split="val", **PLACES)
+    assert len(TASKS["vqa"].open(str(path), DataConfig(), split="train", **SPLIT_OPTIONS)) == 3
+    with pytest.raises(UsageError, match='entry 1: "answer": expected one text, or those of at least 4 people'):
+        TASKS["vqa"].open(str(path), DataConfig(), split="val", **SPLIT_OPTIONS)
 
 
 def test_the_answer_decoder_ranks_by_the_probability_of_the_whole_answer(base, tokenizer):
@@ -306,10 +302,10 @@ def test_the_answer_decoder_ranks_by_the_probability_of_the_whole_answer(base, t
 
 
 def test_the_answer_decoder_starts_from_the_fusion_encoder(base, tokenizer):
-    """Given the image tokens as its states, it is text embeddings, fusion layers and language head."""
+    """With image tokens as its states, it equals text embeddings, fusion layers and language head."""
     model = VQAModel(base, tokenizer, ["red"]).eval()
     states = torch.randn(1, 5, 32)
-    ids = torch.tensor([[tokenizer.cls_token_id]])  # of one token, which a causal mask leaves as it is
+    ids = torch.tensor([[tokenizer.cls_token_id]])  # a causal mask does not change a single token
     mask = torch.ones(1, 1, dtype=torch.bool)
     with torch.no_grad():
         embedded = base.text.bert.embeddings(ids)
@@ -354,15 +350,15 @@ def test_text_assignment_draws_the_own_image_as_its_target_says():
     assert all(150 < int((target == kind).sum()) < 250 for kind in (LEFT, RIGHT, NEITHER))
     similarity = (features[others] * features[captions]).sum(1).mean()
     assert similarity > (features @ features.T).mean() + 0.3  # alike images are drawn more often
-    with pytest.raises(ValueError, match="at least two different images"):
+    with pytest.raises(UsageError, match="at least two different images"):
         assign(features[:2], torch.zeros(2, dtype=torch.int64), torch.tensor(0.07))
 
 
-def test_soft_targets_have_their_share():
-    logits, taught, target = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    share = 0.6 * F.one_hot(target, 3) + 0.4 * taught.softmax(1)
-    expected = -(share * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(distilled_cross_entropy(logits, target, taught, 0.4), expected)
+def test_soft_targets_have_weight_alpha():
+    logits, teacher_logits, target = torch.randn(5, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    mixed = 0.6 * F.one_hot(target, 3) + 0.4 * teacher_logits.softmax(1)
+    expected = -(mixed * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(distilled_cross_entropy(logits, target, teacher_logits, 0.4), expected)
     assert distilled_cross_entropy(logits, target, None, 0.4) == F.cross_entropy(logits, target)
 
 
@@ -378,12 +374,12 @@ def test_a_saved_model_answers_the_same(tmp_path, base, tokenizer, task):
     with pytest.raises(ValueError, match=f"fine-tuned for {task}"):
         load_model(tmp_path / task)
     other = "vqa" if task != "vqa" else "nlvr2"
-    with pytest.raises(ValueError, match=f"expected a model fine-tuned for {other}, .* is fine-tuned for {task}"):
+    with pytest.raises(UsageError, match=f"expected a model fine-tuned for {other}, .* is fine-tuned for {task}"):
         load_task_model(tmp_path / task, other)
 
 
 def test_every_example_is_scored_once_beside_the_floor(base, tokenizer):
-    source = open_examples("shapes:num=50", "entailment", EntailmentModel.form, split="val", **PLACES)
+    source = open_examples("shapes:num=50", "entailment", EntailmentModel.form, split="val", **SPLIT_OPTIONS)
     model = make("entailment", base, tokenizer)
     labels = [source.read(index).record["label"] for index in range(50)]
     model.predict = lambda pixels, ids, mask: ["neutral"] * len(ids)
@@ -395,7 +391,7 @@ def test_every_example_is_scored_once_beside_the_floor(base, tokenizer):
     assert evaluate_answers(model, tokenizer, source, limit=7).examples == 7
 
 
-def test_a_proposal_is_chosen_by_its_share_of_the_map():
+def test_a_proposal_is_chosen_by_its_fraction_of_the_map():
     assert intersection_over_union((0, 0, 0.5, 1), (0.25, 0, 0.75, 1)) == pytest.approx(1 / 3)
     assert intersection_over_union((0, 0, 0.1, 0.1), (0.5, 0.5, 1, 1)) == 0
     heat = np.zeros((4, 4), np.float32)
@@ -403,7 +399,7 @@ def test_a_proposal_is_chosen_by_its_share_of_the_map():
     corners = [(0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1)]
     assert proposal_score(heat, [corners[1]], corners, (40, 24)) == (True, 0.25)
     assert proposal_score(heat, [corners[0]], corners, (40, 24)) == (False, 0.25)
-    whole = (0.0, 0.0, 1.0, 1.0)  # has more of the map, but not by the root of its area
+    whole = (0.0, 0.0, 1.0, 1.0)  # more of the map, but less for the root of its area
     assert proposal_score(heat, [corners[1]], [whole, corners[1]], (40, 24)) == (True, 0.5)
 
 
@@ -412,17 +408,17 @@ def test_answer_lists_are_checked(tmp_path):
     path.write_text('["red", "blue", "red"]')
     assert read_answers(path) == ["red", "blue"]
     path.write_text('{"red": 1}')
-    with pytest.raises(ValueError, match="expected a JSON list of texts"):
+    with pytest.raises(UsageError, match="expected a JSON list of texts"):
         read_answers(path)
 
 
 def test_text_assignment_prepares_pairs(tmp_path, base, tokenizer):
     assigned = TextAssignmentModel(base, tokenizer)
     with torch.no_grad():
-        assigned.base.fusion.layers[1].attention.self.query.weight.add_(1.0)  # the two of a pair no longer alike
+        assigned.base.fusion.layers[1].attention.self.query.weight.add_(1.0)  # the layers of a pair now differ
     save_model(assigned, tokenizer, tmp_path / "assigned")
-    parts = make_config("tiny")
-    config = FinetuneConfig("nlvr2", TaskConfig(str(tmp_path / "assigned")), parts.objectives, parts.data, parts.train)
+    start = TaskConfig(str(tmp_path / "assigned"))
+    config = FinetuneConfig("nlvr2", start, MomentumConfig(), DataConfig(), TrainConfig())
     model, _ = TASKS["nlvr2"].model(config)
     ours, theirs = model.base.state_dict(), assigned.base.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

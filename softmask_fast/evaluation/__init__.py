@@ -1,8 +1,8 @@
-"""What a pretrained model can do without fine-tuning: find images by text and text by images, and point at words.
+"""Zero-shot evaluation of a pretrained model: retrieval and grounding, without fine-tuning.
 
-Retrieval: recall@k in both directions, by image-text contrast (ITC) alone and after image-text matching (ITM) has
-re-ranked the best k candidates of every query. Grounding: how well the word heat maps fall into the boxes of the words,
-beside the floors that a map without any knowledge reaches.
+Retrieval measures recall@k in both directions, by image-text contrast (ITC) alone and after image-text matching (ITM)
+has re-ranked the best candidates of every query. Grounding measures how well the heat maps of words fall into the
+boxes of what they name, next to the scores of a random and an even map.
 """
 
 from softmask_fast.evaluation.grounding import GroundingReport, evaluate_grounding

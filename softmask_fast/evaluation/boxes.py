@@ -9,39 +9,42 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from softmask_fast.errors import UsageError
+
 Box = tuple[float, float, float, float]  # x1 y1 x2 y2 as fractions of width and height
 
 
 @dataclass(frozen=True)
 class GroundingScore:
-    """One heat map against the boxes of its phrase; every field in [0, 1]."""
+    """One heat map against the boxes of its phrase; all numbers are fractions in [0, 1]."""
 
-    hit: float  # 1 when the largest patch's centre is inside a box; equal largest patches: their mean
-    hit_random: float
-    hit_centre: float
-    mass_inside: float
-    area_inside: float
-    mask_inside: float
-    mask_image: float
-    flat: bool
+    hit: float  # 1 if the center of the largest patch is inside a box, else 0; averaged over equally large patches
+    hit_random: float  # the expected hit of a random patch
+    hit_center: float  # the hit of the image's center
+    mass_inside: float  # fraction of the map's sum inside the boxes
+    area_inside: float  # fraction of the image's area inside the boxes
+    mask_inside: float  # mean of the min-max normalized map inside the boxes
+    mask_image: float  # mean of the min-max normalized map over the whole image
+    flat: bool  # the map is the same everywhere
 
 
 def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
-    """Score a heat map (rows, cols), finite and at least 0, against boxes in fractions of the image.
+    """Scores a heat map (rows, cols), finite and at least 0, against the union of boxes.
 
-    A map that is the same everywhere gets what an even map is expected to get, and a mask of 0 (nothing is masked).
+    A flat map scores what a random one is expected to score, and its mask is 0 (nothing is masked). Raises UsageError
+    for no boxes, or a box without area inside the image.
     """
     rows, cols = heat.shape
     coverage = box_coverage(boxes, rows, cols)
-    centres = _inside((np.arange(cols) + 0.5) / cols, (np.arange(rows) + 0.5) / rows, boxes)  # (rows, cols) bool
+    centers = _inside((np.arange(cols) + 0.5) / cols, (np.arange(rows) + 0.5) / rows, boxes)  # (rows, cols) bool
     low, high = float(heat.min()), float(heat.max())
     mask = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
     total = float(heat.sum(dtype=np.float64))
     area = float(coverage.mean())
     return GroundingScore(
-        hit=float(centres[heat == high].mean()),
-        hit_random=float(centres.mean()),
-        hit_centre=float(_inside(np.array([0.5]), np.array([0.5]), boxes)[0, 0]),
+        hit=float(centers[heat == high].mean()),
+        hit_random=float(centers.mean()),
+        hit_center=float(_inside(np.array([0.5]), np.array([0.5]), boxes)[0, 0]),
         mass_inside=float((heat * coverage).sum()) / total if total > 0 else area,
         area_inside=area,
         mask_inside=float((mask * coverage).sum() / coverage.sum()),
@@ -53,11 +56,13 @@ def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
 def proposal_score(
     heat: np.ndarray, boxes: Sequence[Box], proposals: Sequence[Box], size: tuple[int, int]
 ) -> tuple[bool, float]:
-    """Whether the proposal that a heat map (rows, cols) chooses is right, and the share of the proposals that are.
+    """Lets a heat map (rows, cols) float32 choose among proposals, as in weakly supervised grounding on RefCOCO+.
 
-    The protocol of weakly supervised grounding on RefCOCO+ (ALBEF; MAttNet's detections are the proposals): the map is
-    interpolated (bicubic) to the image's size (width, height); the proposal with the largest sum of the map by the
-    square root of its area is chosen, and right with an intersection over union of at least 0.5.
+    As in ALBEF, the map is enlarged (bicubic) to the image's size (width, height). It chooses the proposal with the
+    largest sum of the map over the square root of the proposal's area (on RefCOCO+, proposals are MAttNet's
+    detections). A proposal is right if its intersection over union with one of the boxes is at least 0.5.
+
+    Returns whether the chosen proposal is right, and the fraction of proposals that are right.
     """
     width, height = size
     full = F.interpolate(torch.from_numpy(heat)[None, None].double(), size=(height, width), mode="bicubic")[0, 0]
@@ -70,6 +75,8 @@ def proposal_score(
 
 
 def intersection_over_union(first: Box, second: Box) -> float:
+    """The common area of two boxes over the area of their union."""
+
     def area(box: Box) -> float:
         return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
@@ -79,16 +86,16 @@ def intersection_over_union(first: Box, second: Box) -> float:
 
 
 def box_coverage(boxes: Sequence[Box], rows: int, cols: int) -> np.ndarray:
-    """(rows, cols) float64: the exact share of each patch that the union of the boxes covers.
+    """The exact fraction of each patch that the union of the boxes covers: (rows, cols) float64.
 
-    Raises ValueError for no boxes and for a box without area inside the image.
+    Raises UsageError for no boxes, or a box without area inside the image.
     """
     if not boxes:
-        raise ValueError("boxes: expected at least one (x1, y1, x2, y2), got none")
+        raise UsageError("boxes: expected at least one (x1, y1, x2, y2), got none")
     for x1, y1, x2, y2 in boxes:
         if not (max(x1, 0) < min(x2, 1) and max(y1, 0) < min(y2, 1)):
-            raise ValueError(f"boxes: expected x1 < x2 and y1 < y2 as fractions of the image, got {(x1, y1, x2, y2)}")
-    # Cut the image along every patch and box edge: each cell then lies wholly inside or wholly outside.
+            raise UsageError(f"boxes: expected x1 < x2 and y1 < y2 as fractions of the image, got {(x1, y1, x2, y2)}")
+    # Cut the image along every patch and box edge: each cell is then either inside or outside.
     x_edges = np.unique(np.clip([*np.linspace(0, 1, cols + 1), *(x for b in boxes for x in (b[0], b[2]))], 0, 1))
     y_edges = np.unique(np.clip([*np.linspace(0, 1, rows + 1), *(y for b in boxes for y in (b[1], b[3]))], 0, 1))
     x_mid, y_mid = (x_edges[1:] + x_edges[:-1]) / 2, (y_edges[1:] + y_edges[:-1]) / 2
@@ -99,7 +106,7 @@ def box_coverage(boxes: Sequence[Box], rows: int, cols: int) -> np.ndarray:
 
 
 def _inside(x: np.ndarray, y: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
-    """(len(y), len(x)) bool: is the point inside, or on the edge of, any box."""
+    """(len(y), len(x)) bool: whether the point is inside, or on the edge of, any box."""
     inside = np.zeros((len(y), len(x)), dtype=bool)
     for x1, y1, x2, y2 in boxes:
         inside |= ((y >= y1) & (y <= y2))[:, None] & ((x >= x1) & (x <= x2))[None, :]

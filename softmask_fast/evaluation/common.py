@@ -1,4 +1,4 @@
-"""What the evaluation tasks and the pictures share: inputs of a model, batches, tables."""
+"""What all evaluations share: the model's inputs, batches, and the work of several ranks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from softmask_fast.data.images import check_image
 from softmask_fast.data.pixels import evaluation_pixels
 from softmask_fast.data.types import BadSample
+from softmask_fast.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
     from softmask_fast.data.types import CaptionSource, Sample
     from softmask_fast.model.vision_language import VisionLanguageModel
@@ -26,25 +27,18 @@ Item = TypeVar("Item")
 
 @dataclass
 class Tokens:
-    """Captions as a model reads them, padded on the right."""
+    """Captions as the model reads them, padded on the right."""
 
     input_ids: Tensor  # (T, L) int64
-    attention_mask: Tensor  # (T, L) bool
-    offsets: list[list[tuple[int, int]]]  # of each token: its first character and the one after its last
-    truncated: int  # captions longer than the model's max_tokens, and cut
+    attention_mask: Tensor  # (T, L) bool, True = token
+    offsets: list[list[tuple[int, int]]]  # of each token: [start, end) in the caption's characters
+    truncated: int  # captions cut to the model's max_tokens
 
 
-def tokenize(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tokens:
-    """Captions cut to the model's max_tokens, on the model's device."""
-    encoded = tokenizer(
-        captions,
-        padding=True,
-        padding_side="right",
-        truncation=True,
-        max_length=model.config.max_tokens,
-        return_tensors="pt",
-        return_offsets_mapping=True,
-    )
+def tokenize(model: VisionLanguageModel, tokenizer: Tokenizer, captions: list[str]) -> Tokens:
+    """Tokenizes captions, cut to the model's max_tokens, onto the model's device."""
+    cut = dict(padding=True, padding_side="right", truncation=True, max_length=model.config.max_tokens)
+    encoded = tokenizer(captions, **cut, return_tensors="pt", return_offsets_mapping=True)
     device = next(model.parameters()).device
     return Tokens(
         input_ids=encoded["input_ids"].to(device),
@@ -55,8 +49,10 @@ def tokenize(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, cap
 
 
 def image_pixels(model: VisionLanguageModel, samples: Sequence[Sample]) -> Tensor:
-    """(images, 3, image_size, image_size): the whole images without distortion, sample after sample, on the model's
-    device."""
+    """The whole images without augmentation: (images, 3, image_size, image_size), in the order of the samples, on the
+    model's device."""
+    from softmask_fast.data.dali_pipeline import evaluation_pixels  # loads DALI
+
     images = [image for sample in samples for image in sample.images]
     return evaluation_pixels(images, model.config.image_size, device=next(model.parameters()).device)
 
@@ -64,7 +60,7 @@ def image_pixels(model: VisionLanguageModel, samples: Sequence[Sample]) -> Tenso
 def usable_samples(
     source: CaptionSource, indices: Iterable[int], skipped: dict[str, str]
 ) -> Iterator[tuple[int, Sample]]:
-    """The samples at these indices, with the index; those that cannot be used go to `skipped`, key -> reason."""
+    """Yields (index, sample) for each usable sample at `indices`; adds the others to `skipped`, key -> reason."""
     for index in indices:
         try:
             sample = source.read(index)
@@ -77,35 +73,36 @@ def usable_samples(
 
 
 def sample_count(source: CaptionSource, batch_size: int, limit: int | None) -> int:
-    """How many samples to evaluate; checks the options that every task has."""
+    """The number of samples to evaluate. Raises UsageError for an empty source, a batch size or a limit below 1."""
     if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected at least 1 or None, got {limit}")
+        raise UsageError(f"limit: expected at least 1 or None, got {limit}")
     size = len(source) if limit is None else min(limit, len(source))
     if size == 0:
-        raise ValueError("source: expected at least one sample, got none")
+        raise UsageError("source: expected at least one sample, got none")
     return size
 
 
-def share_of_rank(count: int) -> range:
-    """The indices below count that this process evaluates: all of them where it is alone."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return range(rank, count, world)
-
-
-def gathered(mine: Any) -> list[Any]:
-    """What every rank has, in rank order. A collective where there are several."""
+def rank_indices(count: int) -> range:
+    """The indices below `count` that this rank works on: all of them in a single process."""
     if not dist.is_initialized():
-        return [mine]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
+        return range(count)
+    return range(dist.get_rank(), count, dist.get_world_size())
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """The objects of all ranks, in rank order. A collective if there are several ranks."""
+    if not dist.is_initialized():
+        return [own]
+    objects: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, own)
+    return objects
 
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """The model without dropout, and afterwards in the mode it was in."""
+    """Switches dropout off, and afterwards restores the model's mode."""
     was_training = model.training
     model.eval()
     try:
@@ -115,7 +112,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one with what is left."""
+    """Yields lists of `size` items; the last one may be shorter."""
     batch = []
     for item in items:
         batch.append(item)
@@ -124,20 +121,3 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
             batch = []
     if batch:
         yield batch
-
-
-def titled(title: str, notes: dict[str, int]) -> str:
-    """A title with the notes that count something."""
-    told = ", ".join(f"{count} {what}" for what, count in notes.items() if count)
-    return f"{title} ({told})" if told else title
-
-
-def format_table(title: str, notes: dict[str, int], header: list[str], rows: list[list[str]]) -> str:
-    """Plain-text table: first column to the left, numbers to the right; the title with its notes above."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        aligned = [cells[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True)]
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([titled(title, notes), line(header), "  ".join("-" * width for width in widths), *map(line, rows)])

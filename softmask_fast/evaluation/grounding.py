@@ -1,59 +1,59 @@
-"""Grounding without box supervision: do the word heat maps fall into the boxes of the words?"""
+"""Grounding without box supervision: do the heat maps of words fall into the boxes of what they name?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from softmask_fast.data.images import image_size
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import GroundingScore, grounding_score, proposal_score
 from softmask_fast.evaluation.common import (
     batches,
     eval_mode,
-    format_table,
-    gathered,
+    gather_objects,
     image_pixels,
+    rank_indices,
     sample_count,
-    share_of_rank,
     tokenize,
     usable_samples,
 )
+from softmask_fast.evaluation.tables import format_table, percent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
     from softmask_fast.data.types import CaptionSource, Phrase, Sample
     from softmask_fast.model.vision_language import VisionLanguageModel
 
+    Query = tuple[Sample, str, list[Phrase]]  # a sample, one of its captions, and phrases of that caption
+
 
 @dataclass(frozen=True)
 class GroundingReport:
-    """Averages over phrases, as fractions."""
+    """Means over phrases, as fractions in [0, 1]."""
 
     images: int
     phrases: int
     skipped: dict[str, str]  # samples that could not be used: key -> reason
     skipped_phrases: int  # without a token among the first max_tokens
-    flat_maps: int  # phrases whose heat map is the same everywhere; they score what the random floor scores
+    flat_maps: int  # phrases whose heat map is the same everywhere; they score like a random patch
     layer: int  # fusion layer of the maps, 0 = first
-    pointing_game: dict[str, float]  # model, and the floors: random patch, image centre
-    mass_inside: dict[str, float]  # share of the relevance inside the boxes: model, and the floor of an even map
-    mean_mask: dict[str, float]  # mean of the min-max normalised map: inside the boxes, and over the whole image
-    box_accuracy: dict[str, float] | None = None  # of the chosen proposals, and of a random one; None without any
+    pointing_game: dict[str, float]  # hits of the "model", of a "random" patch, and of the image's "center"
+    mass_inside: dict[str, float]  # fraction of the relevance inside the boxes: "model", and "even" of a flat map
+    mean_mask: dict[str, float]  # mean of the min-max normalized map: "inside" the boxes, and of the whole "image"
+    box_accuracy: dict[str, float] | None = None  # right proposals: "model", and a "random" one; None without proposals
 
     def as_dict(self) -> dict[str, Any]:
         return {"task": "grounding"} | asdict(self)
 
     def table(self) -> str:
-        def percent(value: float) -> str:
-            return f"{100 * value:.1f}"
-
         body = [
-            ["pointing game", *(percent(self.pointing_game[name]) for name in ("model", "random", "centre"))],
+            ["pointing game", *(percent(self.pointing_game[name]) for name in ("model", "random", "center"))],
             ["relevance inside the boxes", percent(self.mass_inside["model"]), percent(self.mass_inside["even"]), ""],
             ["mean mask inside the boxes", percent(self.mean_mask["inside"]), percent(self.mean_mask["image"]), ""],
         ]
@@ -65,12 +65,23 @@ class GroundingReport:
             "phrases beyond the token limit": self.skipped_phrases,
             "phrases with a flat map": self.flat_maps,
         }
-        return format_table(title, notes, ["in %", "model", "random or even", "image centre"], body)
+        return format_table(title, notes, ["in %", "model", "random or even", "image center"], body)
+
+
+@dataclass
+class _Scores:
+    """What one rank has measured."""
+
+    phrases: list[GroundingScore] = field(default_factory=list)
+    choices: list[tuple[bool, float]] = field(default_factory=list)  # of `proposal_score`
+    images: set[str] = field(default_factory=set)  # keys
+    skipped: dict[str, str] = field(default_factory=dict)
+    skipped_phrases: int = 0
 
 
 def evaluate_grounding(
     model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     source: CaptionSource,
     *,
     layer: int | None = None,
@@ -78,98 +89,107 @@ def evaluate_grounding(
     limit: int | None = None,
     progress: bool = False,
 ) -> GroundingReport:
-    """Pointing game and relevance inside the boxes, for every phrase of the source that has boxes.
+    """Scores the heat map of every phrase that has boxes: pointing game, and relevance inside the boxes.
 
-    The heat map of a phrase is the mean of its tokens' maps, of a phrase that is the whole caption with those of [CLS]
-    and [SEP], as ALBEF's on RefCOCO+. It hits when the centre of its largest patch lies in one
-    of the phrase's boxes. Each phrase counts once. layer: fusion layer of the maps, default the soft masks' layer.
-    limit: take the first `limit` samples of the source. Samples that cannot be read are skipped and reported.
+    The heat map of a phrase is the mean of its tokens' maps; for a phrase that is the whole caption, [CLS] and [SEP]
+    are included, as in ALBEF on RefCOCO+. The map hits if the center of its largest patch is in one of the phrase's
+    boxes. Each phrase counts once. Phrases with proposals also get a box accuracy, by the protocol of weakly
+    supervised RefCOCO+ (`boxes.proposal_score`).
 
-    Phrases with proposals also have a box accuracy, by the protocol of weakly supervised RefCOCO+ (boxes.py).
-    Where a process group is up, each rank evaluates its share and all return the report of all samples: a collective.
+    Samples that cannot be read are skipped and reported. In a process group this is a collective: each rank evaluates
+    a part of the samples, and all return the report of all samples.
 
-    Raises ValueError when no sample has phrases, and for options out of range.
+    Args:
+        model: a pretrained model.
+        tokenizer: its tokenizer.
+        source: images with phrases and boxes.
+        layer: fusion layer of the maps, 0 = first; default: the layer of the soft masks.
+        batch_size: number of captions at a time.
+        limit: evaluate only the first `limit` samples.
+        progress: show a progress bar.
+
+    Raises:
+        UsageError: if no sample has phrases with boxes, or an option is out of range.
     """
     count = sample_count(source, batch_size, limit)
     layer = map_layer(model, layer, words=False)
-
-    scores: list[GroundingScore] = []
-    choices: list[tuple[bool, float]] = []  # whether the chosen proposal is right, the share of those that are
-    images: set[str] = set()
-    skipped: dict[str, str] = {}
-    skipped_phrases = 0
+    own = _Scores()
     with eval_mode(model):
-        for queries in batches(_caption_queries(source, count, skipped, progress), batch_size):
+        for queries in batches(_caption_queries(source, count, own.skipped, progress), batch_size):
             maps, spans = phrase_maps(model, tokenizer, queries, layer=layer)
-            for (sample, _, phrases), maps_of_caption, spans_of_caption in zip(queries, maps, spans, strict=True):
-                images.add(sample.key)
-                for phrase, heat, span in zip(phrases, maps_of_caption, spans_of_caption, strict=True):
-                    if not span:
-                        skipped_phrases += 1
-                        continue
-                    if not np.isfinite(heat).all():
-                        raise ValueError(f"{sample.key}: the heat map of {phrase.text!r} is not finite")
-                    scores.append(grounding_score(heat, phrase.boxes))
-                    if phrase.proposals:
-                        choices.append(proposal_score(heat, phrase.boxes, phrase.proposals, image_size(sample.image)))
-    found = gathered((scores, choices, images, skipped, skipped_phrases))
-    scores, choices = ([score for part in found for score in part[i]] for i in range(2))
-    images, skipped = set().union(*(part[2] for part in found)), {k: v for part in found for k, v in part[3].items()}
-    skipped_phrases = sum(part[4] for part in found)
+            for query, maps_of_caption, spans_of_caption in zip(queries, maps, spans, strict=True):
+                _score_caption(query, maps_of_caption, spans_of_caption, own)
+    ranks = gather_objects(own)
+    scores = [score for rank in ranks for score in rank.phrases]
+    choices = [choice for rank in ranks for choice in rank.choices]
     if not scores:
-        raise ValueError(f"source: grounding needs phrases with boxes; none of the first {count} samples has one")
+        raise UsageError(f"source: grounding needs phrases with boxes; none of the first {count} samples has one")
 
     def mean(field: str) -> float:
         return float(np.mean([getattr(score, field) for score in scores]))
 
+    box_accuracy = None
+    if choices:
+        chosen, random = zip(*choices, strict=True)
+        box_accuracy = {"model": float(np.mean(chosen)), "random": float(np.mean(random))}
     return GroundingReport(
-        images=len(images),
+        images=len(set().union(*(rank.images for rank in ranks))),
         phrases=len(scores),
-        skipped=skipped,
-        skipped_phrases=skipped_phrases,
+        skipped={key: reason for rank in ranks for key, reason in rank.skipped.items()},
+        skipped_phrases=sum(rank.skipped_phrases for rank in ranks),
         flat_maps=sum(score.flat for score in scores),
         layer=layer,
-        pointing_game={"model": mean("hit"), "random": mean("hit_random"), "centre": mean("hit_centre")},
+        pointing_game={"model": mean("hit"), "random": mean("hit_random"), "center": mean("hit_center")},
         mass_inside={"model": mean("mass_inside"), "even": mean("area_inside")},
         mean_mask={"inside": mean("mask_inside"), "image": mean("mask_image")},
-        box_accuracy={
-            name: float(np.mean([choice[i] for choice in choices])) for i, name in enumerate(("model", "random"))
-        }
-        if choices
-        else None,
+        box_accuracy=box_accuracy,
     )
 
 
-def map_layer(model: VisionLanguageModel, layer: int | None, words: bool = True) -> int:
-    """The fusion layer to take heat maps from: the one asked for, else the soft masks'.
+def _score_caption(query: Query, maps: list[np.ndarray], spans: list[list[int]], scores: _Scores) -> None:
+    """Adds the scores of one caption's phrases."""
+    sample, _, phrases = query
+    scores.images.add(sample.key)
+    for phrase, heat, span in zip(phrases, maps, spans, strict=True):
+        if not span:
+            scores.skipped_phrases += 1
+            continue
+        if not np.isfinite(heat).all():
+            raise UsageError(f"model: its heat map of {phrase.text!r} in {sample.key} is not finite")
+        scores.phrases.append(grounding_score(heat, phrase.boxes))
+        if phrase.proposals:
+            scores.choices.append(proposal_score(heat, phrase.boxes, phrase.proposals, image_size(sample.image)))
 
-    Raises ValueError for a layer that has none. The last one has none of words because only [CLS] is read after it: no
-    word of that layer reaches the score, so all maps of words would be zero.
+
+def map_layer(model: VisionLanguageModel, layer: int | None, words: bool = True) -> int:
+    """The fusion layer to take heat maps from: `layer`, or by default that of the soft masks.
+
+    After the last layer only [CLS] is read, so maps of words (`words`) would be zero there. Raises UsageError for a
+    layer without maps.
     """
     layers = model.config.fusion_layers
+    last, reason = layers - 1, ""
+    if words:
+        last, reason = layers - 2, f"; in the last of {layers} layers no word reaches the matching score"
     layer = model.config.soft_mask_layer if layer is None else layer
-    if not 0 <= layer < layers - words:
-        why = f"; in the last one of {layers} no word reaches the matching score" if words else ""
-        raise ValueError(f"layer: expected a fusion layer from 0 to {layers - 1 - words}, got {layer}{why}")
+    if not 0 <= layer <= last:
+        raise UsageError(f"layer: expected a fusion layer from 0 to {last}, got {layer}{reason}")
     return layer
 
 
 def phrase_maps(
-    model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
-    queries: Sequence[tuple[Sample, str, list[Phrase]]],
-    *,
-    layer: int | None = None,
+    model: VisionLanguageModel, tokenizer: Tokenizer, queries: Sequence[Query], *, layer: int | None = None
 ) -> tuple[list[list[np.ndarray]], list[list[list[int]]]]:
-    """Heat maps of phrases: for each query (sample, caption, phrases of that caption) one map a phrase.
+    """Computes the heat maps of phrases; `layer` is that of `map_layer`.
 
-    -> maps, each (rows, cols) float32 over the patches, and the token positions each one averages; without any token
-    (the phrase lies behind max_tokens) the list is empty and its map is all zero.
+    Returns for each phrase of each query its map over the patches, (rows, cols) float32, and the token positions that
+    the map averages. A phrase beyond max_tokens has no positions and a map of zeros. Raises UsageError for a layer
+    without maps, or a phrase outside its caption.
     """
     text = tokenize(model, tokenizer, [caption for _, caption, _ in queries])
-    samples = {id(sample): sample for sample, _, _ in queries}  # captions of one image come together: decode it once
-    places = {identity: place for place, identity in enumerate(samples)}
-    pixels = image_pixels(model, list(samples.values()))[[places[id(sample)] for sample, _, _ in queries]]
+    samples = {id(sample): sample for sample, _, _ in queries}  # an image with several captions is decoded once
+    image_index = {identity: index for index, identity in enumerate(samples)}
+    pixels = image_pixels(model, list(samples.values()))[[image_index[id(sample)] for sample, _, _ in queries]]
     layer = map_layer(model, layer, words=not all(phrase.whole for _, _, phrases in queries for phrase in phrases))
     relevance = model.word_relevance(pixels, text.input_ids, text.attention_mask, layer)  # (B, L, N)
     relevance = relevance[:, :, model.prefix_tokens :].float().cpu().numpy()
@@ -180,7 +200,7 @@ def phrase_maps(
         for phrase in phrases:
             words = range(phrase.first_word, phrase.first_word + phrase.n_words)
             if len(words) == 0 or words.stop > len(caption.split()):
-                raise ValueError(f"{sample.key}: phrase {phrase.text!r}: {words} lies outside the caption {caption!r}")
+                raise UsageError(f"{sample.key}: phrase {phrase.text!r}: {words} lies outside the caption {caption!r}")
             span = word_tokens(caption, text.offsets[row], words)
             if phrase.whole:
                 span = text.attention_mask[row].nonzero()[:, 0].tolist()
@@ -191,9 +211,9 @@ def phrase_maps(
 
 
 def word_tokens(caption: str, offsets: Sequence[tuple[int, int]], words: range) -> list[int]:
-    """Positions of the tokens that lie in the given whitespace-separated words of the caption.
+    """The positions of the tokens inside some of a caption's whitespace-separated words, given by number.
 
-    offsets: (start, end) character of each token, as fast tokenizers return; special tokens and padding are empty.
+    offsets are [start, end) of each token in characters, as fast tokenizers return; special tokens are empty.
     """
     inside, end = [], 0
     for number, word in enumerate(caption.split()):
@@ -204,15 +224,19 @@ def word_tokens(caption: str, offsets: Sequence[tuple[int, int]], words: range) 
     return inside
 
 
-def _caption_queries(
-    source: CaptionSource, count: int, skipped: dict[str, str], progress: bool
-) -> Iterator[tuple[Sample, str, list[Phrase]]]:
+def boxed_phrases(sample: Sample) -> dict[str, list[Phrase]]:
+    """The phrases of a sample that have boxes, by caption."""
+    by_caption: dict[str, list[Phrase]] = {}
+    for phrase in sample.phrases:
+        if phrase.boxes:
+            by_caption.setdefault(phrase.caption, []).append(phrase)
+    return by_caption
+
+
+def _caption_queries(source: CaptionSource, count: int, skipped: dict[str, str], progress: bool) -> Iterator[Query]:
     """One query for each caption that has phrases with boxes, so that a caption is encoded once."""
-    samples = usable_samples(source, share_of_rank(count), skipped)
-    for _, sample in tqdm(samples, total=len(share_of_rank(count)), desc="images", unit="image", disable=not progress):
-        by_caption: dict[str, list[Phrase]] = {}
-        for phrase in sample.phrases:
-            if phrase.boxes:
-                by_caption.setdefault(phrase.caption, []).append(phrase)
-        for caption, phrases in by_caption.items():
+    indices = rank_indices(count)
+    samples = usable_samples(source, indices, skipped)
+    for _, sample in tqdm(samples, total=len(indices), desc="images", unit="image", disable=not progress):
+        for caption, phrases in boxed_phrases(sample).items():
             yield sample, caption, phrases

@@ -1,4 +1,4 @@
-"""Pictures: word heat maps over images, and the curves of a run. Each file appears whole or not at all."""
+"""Pictures of what a model looks at: the heat maps of words, drawn over the image."""
 
 from __future__ import annotations
 
@@ -21,42 +21,54 @@ from PIL import Image, ImageOps
 
 from softmask_fast.data.images import check_image, convert_image
 from softmask_fast.data.types import Phrase, Sample
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import Box, grounding_score
 from softmask_fast.evaluation.common import eval_mode, image_pixels, tokenize, usable_samples
-from softmask_fast.evaluation.grounding import phrase_maps
+from softmask_fast.evaluation.grounding import boxed_phrases, phrase_maps
 from softmask_fast.evaluation.plots import save_figure
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
     from softmask_fast.data.types import CaptionSource
     from softmask_fast.model.vision_language import VisionLanguageModel
 
 COLORS = "inferno"
 GRAY, GREEN, RED = "#666666", "#1a7f37", "#c62828"
-SHOWN_SIDE = 384  # pixels of the longer side of an image inside a figure
+SHOWN_SIDE = 384  # longer side of an image inside a figure, in pixels
 
 
 def explain(
     model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     image: bytes | np.ndarray,
     text: str,
     out: str | Path,
     *,
     layer: int | None = None,
 ) -> dict[str, Any]:
-    """Draw one heat map for each word of a text over an image, and return what the figure shows as numbers.
+    """Draws one heat map for each word of a text over an image, and returns what the figure shows as numbers.
 
-    image: an encoded file, or (H, W, 3) uint8. layer: fusion layer of the maps, default the soft masks' layer.
-    Returns the model's probability that image and text match, and of each word its strength (largest relevance, 1 for
-    the strongest word) and its peak (x, y of the largest patch's centre, as fractions). Raises ValueError for a text
-    without words and an unreadable image.
+    Args:
+        model: a pretrained model.
+        tokenizer: its tokenizer.
+        image: an encoded file, or (H, W, 3) uint8.
+        text: the words to explain.
+        out: the PNG to write.
+        layer: fusion layer of the maps, 0 = first; default: the layer of the soft masks.
+
+    Returns:
+        "text"; "matched", the probability that image and text match; "words", a list of {"word", "strength", "peak"};
+        "left_out", the words without a map. The strength is the word's largest relevance as a fraction of the strongest
+        word's, the peak is the center (x, y) of its largest patch as fractions of the image.
+
+    Raises:
+        UsageError: for a text without words, an unreadable image, or a layer without maps.
     """
     words = text.split()
     if not words:
-        raise ValueError("text: expected at least one word, got none")
-    shown = decode_image(image)
+        raise UsageError("text: expected at least one word, got none")
+    picture = decode_image(image)
     phrases = [Phrase(caption=text, text=w, first_word=i, n_words=1, boxes=[]) for i, w in enumerate(words)]
     sample = Sample(key="image", image=image, captions=[text], phrases=phrases)
     with eval_mode(model):
@@ -64,41 +76,51 @@ def explain(
         tokens = tokenize(model, tokenizer, [text])
         with torch.inference_mode():
             logits = model.match_logits(image_pixels(model, [sample]), tokens.input_ids, tokens.attention_mask)
-    matched = logits.float().softmax(dim=-1)[0, 1].item()
     seen = [i for i, span in enumerate(spans) if span]
     if not seen:
-        raise ValueError(f"text: the tokenizer finds no token in {text!r}")
+        raise UsageError(f"text: the tokenizer finds no token in {text!r}")
     strongest = max(float(maps[i].max()) for i in seen)
+    report = []
+    for i in seen:
+        strength = float(maps[i].max()) / strongest if strongest > 0 else 0.0
+        report.append({"word": words[i], "strength": strength, "peak": peak(maps[i])})
+    shown = {
+        "text": text,
+        "matched": logits.float().softmax(dim=-1)[0, 1].item(),
+        "words": report,
+        "left_out": [word for word, span in zip(words, spans, strict=True) if not span],
+    }
+    save_figure(_draw_words(picture, shown, [maps[i] for i in seen], model.config.max_tokens), out)
+    return shown
 
-    rows = math.ceil((len(seen) + 1) / 5)
-    columns = math.ceil((len(seen) + 1) / rows)
-    height, width = shown.shape[:2]
+
+def _draw_words(picture: np.ndarray, shown: dict[str, Any], maps: Sequence[np.ndarray], max_tokens: int) -> Figure:
+    """The image, then each word's map over it."""
+    rows = math.ceil((len(maps) + 1) / 5)
+    columns = math.ceil((len(maps) + 1) / rows)
+    height, width = picture.shape[:2]
     panel = 2.3
     size = columns * panel, rows * (panel * height / width + 0.5) + 0.9
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    figure.suptitle("\n".join(textwrap.wrap(text, 26 * columns)), fontsize=13, fontweight="bold")
-    _show(axes.flat[0], shown, "image", f"match {100 * matched:.0f} %")
-    report = []
-    for ax, i in zip(axes.flat[1:], seen, strict=False):
-        strength = float(maps[i].max()) / strongest if strongest > 0 else 0.0
-        # A weak word's map is mostly noise: it is drawn fainter, so that the eye goes to the words that count.
-        _show(ax, overlay(shown, maps[i], opacity=strength**0.35), words[i], f"strength {100 * strength:.0f} %")
-        report.append({"word": words[i], "strength": strength, "peak": peak(maps[i])})
-    for ax in axes.flat[len(seen) + 1 :]:
+    figure.suptitle("\n".join(textwrap.wrap(shown["text"], 26 * columns)), fontsize=13, fontweight="bold")
+    _show(axes.flat[0], picture, "image", f"match {100 * shown['matched']:.0f} %")
+    for ax, word, heat in zip(axes.flat[1:], shown["words"], maps, strict=False):
+        strength = word["strength"]
+        # The map of a weak word is mostly noise: draw it fainter, so that the eye goes to the words that count.
+        _show(ax, overlay(picture, heat, opacity=strength**0.35), word["word"], f"strength {100 * strength:.0f} %")
+    for ax in axes.flat[len(maps) + 1 :]:
         ax.set_axis_off()
     _color_bar(figure, axes)
-    left_out = [word for word, span in zip(words, spans, strict=True) if not span]
-    if left_out:
-        limit = f"no map, beyond {model.config.max_tokens} tokens or without a token: {' '.join(left_out)}"
-        figure.supxlabel("\n".join(textwrap.wrap(limit, 34 * columns)), fontsize=9, color=GRAY)
-    save_figure(figure, out)
-    return {"text": text, "matched": matched, "words": report, "left_out": left_out}
+    if shown["left_out"]:
+        note = f"no map, beyond {max_tokens} tokens or without a token: {' '.join(shown['left_out'])}"
+        figure.supxlabel("\n".join(textwrap.wrap(note, 34 * columns)), fontsize=9, color=GRAY)
+    return figure
 
 
 def heatmap_page(
     model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     source: CaptionSource,
     out: str | Path,
     *,
@@ -106,17 +128,18 @@ def heatmap_page(
     words: int = 4,
     layer: int | None = None,
 ) -> None:
-    """A page of `images` rows: a photograph with its caption, then heat maps of up to `words` of its phrases.
+    """Draws a page of `images` rows: an image with its caption, then the heat maps of up to `words` of its phrases.
 
-    The images are spread evenly over the source; one that cannot be read gives way to the next. Boxes are drawn, and a
-    cross marks the largest patch, green inside a box and red outside. A source without phrases gets the longest words
-    of the captions instead, without boxes.
-    Raises ValueError for an empty source.
+    The images are spread evenly over the source; one that cannot be read is replaced by the next. Boxes are drawn, and
+    a cross marks the largest patch: green inside a box, red outside. Without phrases, the longest words of the captions
+    are drawn instead, without boxes.
+
+    Raises UsageError for a source without a usable sample, or an option out of range.
     """
     if images < 1 or words < 1:
-        raise ValueError(f"images, words: expected at least 1, got {images} and {words}")
+        raise UsageError(f"images, words: expected at least 1, got {images} and {words}")
     if len(source) == 0:
-        raise ValueError("source: expected at least one sample, got none")
+        raise UsageError("source: expected at least one sample, got none")
     queries = _choose_queries(source, images, words)
     with eval_mode(model):
         maps, spans = phrase_maps(model, tokenizer, queries, layer=layer)
@@ -125,7 +148,7 @@ def heatmap_page(
     columns = 1 + max(len(phrases) for _, _, phrases in queries)
     shown = [decode_image(sample.image) for sample, _, _ in queries]
     captions = ["\n".join(textwrap.wrap(caption, 30)) for _, caption, _ in queries]
-    heights = [  # inches: the image, its caption, and a note below it
+    heights = [  # inches, of the image, its caption and a note
         panel * min(picture.shape[0] / picture.shape[1], 1.4) + 0.15 * max(2, caption.count("\n") + 1) + 0.2
         for picture, caption in zip(shown, captions, strict=True)
     ]
@@ -150,7 +173,7 @@ def heatmap_page(
 
 
 def decode_image(image: bytes | np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 upright, made smaller where its longer side exceeds what a figure shows."""
+    """The upright image, its longer side scaled to SHOWN_SIDE pixels: (H, W, 3) uint8."""
     facts = check_image(image)
     if isinstance(image, np.ndarray):
         picture = Image.fromarray(image)
@@ -163,62 +186,56 @@ def decode_image(image: bytes | np.ndarray) -> np.ndarray:
 
 
 def overlay(picture: np.ndarray, heat: np.ndarray, opacity: float = 1.0) -> np.ndarray:
-    """The picture (H, W, 3) uint8 under a heat map (rows, cols), bicubically enlarged -> (H, W, 3) float in [0, 1].
+    """Lays a heat map (rows, cols) over a picture (H, W, 3) uint8: (H, W, 3) float in [0, 1].
 
-    The map is scaled from its own smallest to its own largest patch, as training scales the soft masks; the picture is
-    dimmed where the word looks away from and colored where it looks. A flat map leaves the dimmed picture.
-    opacity: of the color, in [0, 1].
+    The map is enlarged (bicubic) and scaled from its smallest to its largest patch, as training scales the soft masks.
+    The picture is colored where the word looks, with at most `opacity`, and dimmed elsewhere.
     """
     height, width = picture.shape[:2]
     values = torch.from_numpy(np.ascontiguousarray(heat, dtype=np.float32))[None, None]
     values = F.interpolate(values, (height, width), mode="bicubic", align_corners=False)[0, 0].numpy()
     low, high = float(heat.min()), float(heat.max())
     values = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
-    grey = picture.astype(np.float32).mean(axis=2, keepdims=True)
-    dimmed = (0.5 * picture + 0.5 * grey) / 255 * 0.65
+    gray = picture.astype(np.float32).mean(axis=2, keepdims=True)
+    dimmed = (0.5 * picture + 0.5 * gray) / 255 * 0.65
     color = matplotlib.colormaps[COLORS](values)[..., :3]
-    share = (0.85 * opacity * values**0.7)[..., None]
-    return dimmed * (1 - share) + color * share
+    alpha = (0.85 * opacity * values**0.7)[..., None]
+    return dimmed * (1 - alpha) + color * alpha
 
 
 def peak(heat: np.ndarray) -> tuple[float, float]:
-    """The centre (x, y) of the largest patch as fractions of the image; the first one where several are equal."""
+    """The center (x, y) of the largest patch, the first of equal ones, as fractions of the image."""
     row, column = np.unravel_index(int(heat.argmax()), heat.shape)
     return (float(column) + 0.5) / heat.shape[1], (float(row) + 0.5) / heat.shape[0]
 
 
 def _choose_queries(source: CaptionSource, images: int, words: int) -> list[tuple[Sample, str, list[Phrase]]]:
-    """Samples spread evenly over the source, those with boxes first, each with one caption and its phrases."""
+    """Samples spread evenly over the source, those with boxes first, each with one caption and phrases of it."""
     count = len(source)
     stride = max(1, count // images)
     spread = [index for offset in range(stride) for index in range(offset, count, stride)][: 4 * images]
     skipped: dict[str, str] = {}
     with_boxes, without = [], []
     for _, sample in usable_samples(source, spread, skipped):
-        by_caption: dict[str, list[Phrase]] = {}
-        for phrase in sample.phrases:
-            if phrase.boxes:
-                by_caption.setdefault(phrase.caption, []).append(phrase)
-        if by_caption:
+        if by_caption := boxed_phrases(sample):
             caption = max(by_caption, key=lambda text: len(by_caption[text]))
             with_boxes.append((sample, caption, _distinct(by_caption[caption])[:words]))
         else:
             caption = sample.captions[0]
             parts = caption.split()
-            by_length = sorted(range(len(parts)), key=lambda i: -len(parts[i]))
-            longest = sorted(by_length[:words])
-            phrases = [Phrase(caption, parts[i], i, 1, []) for i in longest]
-            without.append((sample, caption, phrases))
+            longest = sorted(sorted(range(len(parts)), key=lambda i: -len(parts[i]))[:words])
+            without.append((sample, caption, [Phrase(caption, parts[i], i, 1, []) for i in longest]))
         if len(with_boxes) == images:
             break
     chosen = (with_boxes + without)[:images]
     if not chosen:
         first = next(iter(skipped.items()))
-        raise ValueError(f"source: none of {len(spread)} samples looked at can be used, the first: {first}")
+        raise UsageError(f"source: none of {len(spread)} samples tried can be used, the first: {first}")
     return chosen
 
 
 def _distinct(phrases: Sequence[Phrase]) -> list[Phrase]:
+    """One phrase for each span of words."""
     return list({(phrase.first_word, phrase.n_words): phrase for phrase in phrases}.values())
 
 
@@ -248,14 +265,8 @@ def _show(ax: Axes, picture: np.ndarray, title: str, note: str = "") -> None:
 
 def _color_bar(figure: Figure, axes: np.ndarray) -> None:
     width, height = figure.get_size_inches()
-    bar = figure.colorbar(
-        ScalarMappable(cmap=COLORS),
-        ax=axes,
-        location="bottom",
-        shrink=min(1.0, 4.5 / width),
-        aspect=45,
-        pad=0.05 / height,
-    )
+    place = dict(location="bottom", shrink=min(1.0, 4.5 / width), aspect=45, pad=0.05 / height)
+    bar = figure.colorbar(ScalarMappable(cmap=COLORS), ax=axes, **place)
     bar.set_label("relevance, from each word's weakest patch (0) to its strongest (1)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)

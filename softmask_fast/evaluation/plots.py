@@ -1,4 +1,4 @@
-"""The curves of a run, and figures written whole or not at all."""
+"""The curves of a run, and how figures are saved."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-FEW_POINTS = 40  # of a curve: they are marked
+from softmask_fast.errors import UsageError
+
+FEW_POINTS = 40  # a curve of at most so many points has markers
 
 
 def plot_curves(metrics: str | Path, out: str | Path, held_out: Sequence[dict[str, float]] = ()) -> None:
-    """Draw every figure of a metrics.jsonl over the steps: losses, accuracies, and one panel for each of the others.
+    """Draws every metric over the steps: one panel for losses, one for accuracies, and one for each other metric.
 
-    Each line of the file is a JSON object with "step" and numbers, as is each of the further records in `held_out`.
-    Raises ValueError without any line.
+    Args:
+        metrics: a metrics.jsonl; each line is a JSON object of "step" and numbers.
+        out: the PNG to write.
+        held_out: further records like those of the file.
+
+    Raises:
+        UsageError: if there are no metrics.
     """
     records = [json.loads(line) for line in Path(metrics).read_text().splitlines() if line.strip()]
     records += held_out
     names = list(dict.fromkeys(name for record in records for name in record if name != "step"))
     if not names:
-        raise ValueError(f"{metrics}: expected lines with figures, found none")
+        raise UsageError(f"{metrics}: expected lines with metrics, got none")
     losses = [name for name in names if name == "loss" or name.endswith("_loss") or name in ("itc", "itm", "mlm")]
     accuracies = [name for name in names if name.endswith("_accuracy")]
     panels = [("losses", losses), ("accuracy", accuracies)]
@@ -59,13 +66,13 @@ def plot_curves(metrics: str | Path, out: str | Path, held_out: Sequence[dict[st
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average; near both ends over the values there are."""
+    """The centered moving average; at both ends, the window shrinks to the values that exist."""
     kernel = np.ones(window)
     return np.convolve(values, kernel, mode="same") / np.convolve(np.ones_like(values), kernel, mode="same")
 
 
 def save_figure(figure: Figure, out: str | Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Writes a PNG under a temporary name, then renames it."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".partial")

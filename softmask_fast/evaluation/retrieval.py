@@ -1,9 +1,10 @@
-"""Retrieval without fine-tuning: recall@k in both directions, by ITC and after ITM has re-ranked the best ones."""
+"""Retrieval: recall@k in both directions, by ITC, and after ITM has re-ranked the best candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,19 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import (
     batches,
     eval_mode,
-    format_table,
     image_pixels,
+    rank_indices,
     sample_count,
-    share_of_rank,
     tokenize,
     usable_samples,
 )
+from softmask_fast.evaluation.tables import format_table, percent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
     from softmask_fast.data.types import CaptionSource, Sample
     from softmask_fast.model.vision_language import VisionLanguageModel
@@ -33,16 +35,25 @@ RECALL_AT = (1, 5, 10)
 
 @dataclass(frozen=True)
 class RetrievalReport:
-    """Recalls as fractions; `itm` is None without re-ranking. Directions: text_to_image and image_to_text."""
+    """Recalls, as fractions of the queries in [0, 1].
 
-    images: int
-    captions: int
+    `itc`, `itm` and `chance` are {"text_to_image": {"recall@1": 0.5, "recall@5": ..., "recall@10": ...},
+    "image_to_text": {...}}.
+    """
+
+    images: int  # in the gallery
+    captions: int  # in the gallery
     skipped: dict[str, str]  # samples that could not be used: key -> reason
-    truncated_captions: int  # longer than the model's max_tokens, and cut
-    reranked: int  # candidates of each query that ITM re-ranked (all of a smaller gallery)
-    itc: dict[str, dict[str, float]]  # direction -> {"recall@1": ...}
-    itm: dict[str, dict[str, float]] | None
-    chance: dict[str, dict[str, float]]  # what a random order reaches
+    truncated_captions: int  # captions cut to the model's max_tokens
+    reranked: int  # candidates of each query that ITM re-ranks; fewer in a smaller gallery
+    itc: dict[str, dict[str, float]]  # ranked by ITC alone
+    itm: dict[str, dict[str, float]] | None  # after ITM has re-ranked; None without re-ranking
+    chance: dict[str, dict[str, float]]  # expected of a random order
+
+    @property
+    def mean_recall(self) -> float:
+        """ALBEF's criterion for the best model: recall @1, @5 and @10 both ways, averaged, after re-ranking if any."""
+        return fmean(recall for way in (self.itm or self.itc).values() for recall in way.values())
 
     def as_dict(self) -> dict[str, Any]:
         return {"task": "retrieval"} | asdict(self)
@@ -53,7 +64,7 @@ class RetrievalReport:
             rows.insert(1, (f"ITM on the best {self.reranked}", self.itm))
         header = ["recall in %"] + [f"@{k}" for k in RECALL_AT]
         body = [
-            [f"{way.replace('_', ' ')}, {name}"] + [f"{100 * recalls[way][f'recall@{k}']:.1f}" for k in RECALL_AT]
+            [f"{way.replace('_', ' ')}, {name}"] + [percent(recalls[way][f"recall@{k}"]) for k in RECALL_AT]
             for way in ("text_to_image", "image_to_text")
             for name, recalls in rows
         ]
@@ -64,7 +75,7 @@ class RetrievalReport:
 
 def evaluate_retrieval(
     model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Tokenizer,
     source: CaptionSource,
     *,
     captions: Literal["first", "all"] = "first",
@@ -73,22 +84,30 @@ def evaluate_retrieval(
     limit: int | None = None,
     progress: bool = False,
 ) -> RetrievalReport:
-    """Recall@1, 5 and 10 of text-to-image and image-to-text retrieval.
+    """Measures recall@1, 5 and 10 of text-to-image and image-to-text retrieval.
 
-    captions: "first" takes the first caption of each image, "all" every one; then each caption is a query of its own
-    and an image's query succeeds when any of its captions is among the first k (the protocol of COCO and Flickr30k).
-    rerank: candidates of each query that ITM puts into a new order, at least 10; 0 leaves ITM out.
-    limit: take the first `limit` samples of the source. Samples that cannot be read are skipped and reported.
+    Samples that cannot be read are skipped and reported. The tokens of all images and captions stay on the model's
+    device: (images + captions) * tokens * width numbers. In a process group this is a collective: each rank re-ranks
+    a part of the pairs, and all return the same report.
 
-    The tokens of all images and captions are kept on the model's device: (images + captions) * tokens * width numbers.
-    Where a process group is up, each rank re-ranks its share and all return the same report: a collective.
+    Args:
+        model: a pretrained model.
+        tokenizer: its tokenizer.
+        source: images and captions.
+        captions: "first" uses the first caption of each image. "all" uses every one: each is a query, and an image's
+            query succeeds if any of its captions is among the first k (the protocol of COCO and Flickr30k).
+        rerank: number of candidates of each query that ITM re-ranks, at least 10; 0 skips ITM.
+        batch_size: number of images, or of captions, encoded at a time.
+        limit: evaluate only the first `limit` samples.
+        progress: show progress bars.
 
-    Raises ValueError for a source without a usable sample and for options out of range.
+    Raises:
+        UsageError: for a source without a usable sample, or an option out of range.
     """
     if captions not in ("first", "all"):
-        raise ValueError(f"captions: expected 'first' or 'all', got {captions!r}")
+        raise UsageError(f"captions: expected 'first' or 'all', got {captions!r}")
     if rerank != 0 and rerank < max(RECALL_AT):
-        raise ValueError(f"rerank: expected 0, or at least {max(RECALL_AT)} for recall@{max(RECALL_AT)}, got {rerank}")
+        raise UsageError(f"rerank: expected 0, or at least {max(RECALL_AT)} for recall@{max(RECALL_AT)}, got {rerank}")
     count = sample_count(source, batch_size, limit)
 
     with eval_mode(model), torch.inference_mode():
@@ -117,17 +136,17 @@ def evaluate_retrieval(
 
 
 def ranks_of_best(scores: Tensor, correct: Tensor) -> Tensor:
-    """(Q,) int64: how many wrong items stand before the best correct one, 0 = found first.
+    """The number of wrong items ranked before the best correct one: (Q,) int64, 0 = found first.
 
-    scores (Q, G) of Q queries over G gallery items, correct (Q, G) bool with at least one True in a row. A wrong item
-    with the same score as the correct one counts as standing before it, so that equal scores for all gain nothing.
+    scores are (Q, G), of Q queries over G gallery items; correct is (Q, G) bool, with at least one True per row. A
+    wrong item with the score of the correct one counts as ranked before it, so that constant scores earn nothing.
     """
     best = scores.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)  # (Q, 1)
     return ((scores >= best) & ~correct).sum(dim=1)
 
 
 def recall_at_k(ranks: Tensor) -> dict[str, float]:
-    """The share of queries whose rank (0 = first) is below k, for k = 1, 5, 10."""
+    """The fraction of queries whose rank (0 = first) is below k, for k = 1, 5, 10."""
     return {f"recall@{k}": (ranks < k).double().mean().item() for k in RECALL_AT}
 
 
@@ -148,15 +167,11 @@ class _Texts:
 
 
 def _encode_source(
-    model: VisionLanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
-    source: CaptionSource,
-    count: int,
-    batch_size: int,
-    captions: str,
-    progress: bool,
-) -> tuple[_Images, _Texts]:
-    numbers: dict[int, int] = {}  # image id -> its place in the gallery: lists may name an image once per caption
+    model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, count: int, batch_size: int,
+    captions: str, progress: bool,
+) -> tuple[_Images, _Texts]:  # fmt: skip
+    """Encodes the gallery: each image once, even if the source lists it once per caption."""
+    numbers: dict[int, int] = {}  # image id -> index in the gallery
     captions_of: list[list[str]] = []
     skipped: dict[str, str] = {}
 
@@ -176,11 +191,12 @@ def _encode_source(
         image_tokens.append(tokens)
         image_features.append(features)
     if not captions_of:
-        raise ValueError(f"source: none of {count} samples can be used, the first: {next(iter(skipped.items()))}")
+        raise UsageError(f"source: none of {count} samples can be used, the first: {next(iter(skipped.items()))}")
 
-    taken = slice(1 if captions == "first" else None)
-    texts = [caption for own in captions_of for caption in own[taken]]
-    owners = [number for number, own in enumerate(captions_of) for _ in own[taken]]
+    if captions == "first":
+        captions_of = [own[:1] for own in captions_of]
+    texts = [caption for own in captions_of for caption in own]
+    owners = [number for number, own in enumerate(captions_of) for _ in own]
     text = tokenize(model, tokenizer, texts)
     pieces = [
         model.encode_text(ids, mask)
@@ -199,13 +215,13 @@ def _encode_source(
 def _matching_scores(
     model: VisionLanguageModel, images: _Images, texts: _Texts, pairs: Tensor, batch_size: int, progress: bool
 ) -> Tensor:
-    """(T, I) float32: the log-odds of "matched" where pairs (T, I) is True, -inf elsewhere. A collective."""
-    # Sorted by image: the pairs of a batch then share few images, whose keys and values are computed once.
+    """The log-odds of "matched" where pairs (T, I) is True, else -inf: (T, I) float32. A collective."""
+    # Sorted by image, so that a batch needs the keys and values of few images.
     image_index, text_index = pairs.T.nonzero(as_tuple=True)
     scores = torch.full(pairs.shape, -torch.inf, device=pairs.device)
     chunks = list(zip(image_index.split(4 * batch_size), text_index.split(4 * batch_size), strict=True))
-    share = [chunks[number] for number in share_of_rank(len(chunks))]
-    for image_of_pair, text_of_pair in tqdm(share, desc="pairs", unit="batch", disable=not progress):
+    own_chunks = [chunks[number] for number in rank_indices(len(chunks))]
+    for image_of_pair, text_of_pair in tqdm(own_chunks, desc="pairs", unit="batch", disable=not progress):
         unique, local = image_of_pair.unique_consecutive(return_inverse=True)
         mask = texts.attention_mask[text_of_pair]
         length = int(mask.sum(dim=1).max())  # captions are padded on the right
@@ -219,7 +235,7 @@ def _matching_scores(
 
 
 def _both_recalls(by_text: Tensor, by_image: Tensor, image_of_text: Tensor) -> dict[str, dict[str, float]]:
-    """by_text, by_image (T, I): the scores that rank the images of a text and the texts of an image."""
+    """Recalls both ways, from the scores (T, I) that rank the images of a text, and the texts of an image."""
     correct = image_of_text[:, None] == torch.arange(by_text.shape[1], device=by_text.device)  # (T, I)
     return {
         "text_to_image": recall_at_k(ranks_of_best(by_text, correct)),
@@ -228,17 +244,19 @@ def _both_recalls(by_text: Tensor, by_image: Tensor, image_of_text: Tensor) -> d
 
 
 def _top_k_mask(scores: Tensor, k: int) -> Tensor:
+    """True at the k largest scores of each row."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
     return mask.scatter_(1, scores.topk(k, dim=1).indices, True)
 
 
 def _chance(image_of_text: Tensor, images: int) -> dict[str, dict[str, float]]:
+    """The expected recalls of a random order."""
     texts = len(image_of_text)
     own = torch.bincount(image_of_text, minlength=images).double()  # (I,) captions of each image
     text_to_image, image_to_text = {}, {}
     for k in RECALL_AT:
         text_to_image[f"recall@{k}"] = min(1.0, k / images)
-        miss = torch.ones_like(own)  # none of the first k texts is the image's own, drawing without replacement
+        miss = torch.ones_like(own)  # probability that k texts, drawn without replacement, are all of other images
         for drawn in range(min(k, texts)):
             miss *= (texts - own - drawn).clamp(min=0) / (texts - drawn)
         image_to_text[f"recall@{k}"] = 1.0 - miss.mean().item()

@@ -1,7 +1,7 @@
 """The official accuracy of VQA v2 (Antol et al., ICCV 2015; Goyal et al., CVPR 2017).
 
-An answer is right to the degree min(people who gave it / 3, 1), averaged over all subsets that leave one of the people
-out. Where the people differ, answers are first brought into one form: the rules of GT-Vision-Lab's evaluation code.
+An answer scores min(annotators who gave it / 3, 1), averaged over all subsets that leave out one annotator. If the
+annotators differ, all answers are normalized first, by the rules of GT-Vision-Lab's evaluation code.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-FEWEST_ANNOTATORS = 4  # with fewer no answer could be wholly right
+from softmask_fast.errors import UsageError
+
+FEWEST_ANNOTATORS = 4  # with fewer, no answer could score 1
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = ("a", "an", "the")
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
                    "0 0 1 2 3 4 5 6 7 8 9 10".split(), strict=True))  # fmt: skip
-# a spelling that leaves out one apostrophe of these means the whole one
+# each of these is also meant if one of its apostrophes is missing
 _WITH_APOSTROPHES = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
 how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
@@ -25,16 +27,18 @@ what're what's what've when's where'd where's where've who'd who'd've who'll who
 would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
 CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word for word in _WITH_APOSTROPHES for place, c in enumerate(word) if c == "'"
+    word[:index] + word[index + 1 :]: word for word in _WITH_APOSTROPHES for index, c in enumerate(word) if c == "'"
 }
-CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table has it this way round
+CONTRACTIONS["somebody'd"] = "somebodyd"  # reversed in the official table
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
-    """The accuracy of an answer, in [0, 1], given those of the annotators (ten in VQA v2). Raises ValueError for
-    fewer than FEWEST_ANNOTATORS."""
+    """The accuracy of an answer, in [0, 1], given the answers of the annotators (ten in VQA v2).
+
+    Raises UsageError for fewer than FEWEST_ANNOTATORS answers.
+    """
     if len(annotated) < FEWEST_ANNOTATORS:
-        raise ValueError(f"annotated: expected the answers of at least {FEWEST_ANNOTATORS} people, got {annotated!r}")
+        raise UsageError(f"annotated: expected the answers of at least {FEWEST_ANNOTATORS} people, got {annotated!r}")
     answer, annotated = _stripped(answer), [_stripped(other) for other in annotated]
     if len(set(annotated)) > 1:
         answer, annotated = normalize_answer(answer), [normalize_answer(other) for other in annotated]
@@ -44,7 +48,7 @@ def vqa_accuracy(answer: str, annotated: Sequence[str]) -> float:
 
 
 def normalize_answer(answer: str) -> str:
-    """Without punctuation and articles, numbers as digits, contractions with their apostrophes, lower case."""
+    """The answer in lower case, without punctuation and articles, with numbers as digits and whole contractions."""
     joined = re.search(r"\d,\d", answer) is not None
     text = answer
     for mark in PUNCTUATION:

@@ -1,1 +1,1 @@
-"""Tasks that a pretrained model is measured by and fine-tuned for."""
+"""The tasks that a pretrained model is fine-tuned for: their data, models, recipes and evaluation."""

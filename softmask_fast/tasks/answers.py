@@ -5,90 +5,100 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import (
     batches,
     eval_mode,
-    format_table,
-    gathered,
+    gather_objects,
     image_pixels,
+    rank_indices,
     sample_count,
-    share_of_rank,
-    titled,
     tokenize,
     usable_samples,
 )
+from softmask_fast.evaluation.tables import format_table, format_title, percent
 from softmask_fast.tasks.base import TaskModel
 from softmask_fast.tasks.datasets import Example, ExampleSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 
 @dataclass(frozen=True)
 class AnswerReport:
-    """Mean score over examples, as a fraction, and the floor of the most frequent answer given to all of them; None
-    where the examples have no labels, and the answers alone are of use."""
+    """The mean score of a model's answers. Scores are fractions in [0, 1], and None if the examples have no labels."""
 
     task: str
-    metric: str
+    metric: str  # what the score is called
     examples: int
     score: float | None
-    majority: float | None
-    majority_answer: str | None
+    majority: float | None  # the score of giving the most frequent right answer to every example
+    majority_answer: str | None  # that answer
     skipped: dict[str, str]  # examples that could not be used: key -> reason
-    truncated_texts: int
-    predictions: list[dict[str, Any]] = field(repr=False)
+    truncated_texts: int  # texts cut to the model's max_tokens
+    predictions: list[dict[str, Any]] = field(repr=False)  # "answer" to each "question_id", or "key" without one
 
     def as_dict(self) -> dict[str, Any]:
+        """All but the predictions."""
         return {name: value for name, value in vars(self).items() if name != "predictions"}
 
     def table(self) -> str:
         notes = {"examples skipped": len(self.skipped), "texts too long and cut": self.truncated_texts}
         if self.score is None:
-            told = f"{self.task}: nothing to measure, the entries have no labels; {self.examples} examples are answered"
-            return titled(told, notes)
-        rows = [
-            ["model", f"{100 * self.score:.2f}"],
-            [f"always {self.majority_answer!r}", f"{100 * self.majority:.2f}"],
-        ]
+            title = f"{self.task}: nothing to measure, the entries have no labels; answered {self.examples} examples"
+            return format_title(title, notes)
+        rows = [["model", percent(self.score, 2)], [f"always {self.majority_answer!r}", percent(self.majority, 2)]]
         return format_table(f"{self.task} on {self.examples} examples", notes, [f"{self.metric} in %", ""], rows)
 
 
 def evaluate_answers(
     model: TaskModel,
-    tokenizer,
+    tokenizer: Tokenizer,
     source: ExampleSource,
     *,
     batch_size: int = 64,
     limit: int | None = None,
     progress: bool = False,
 ) -> AnswerReport:
-    """Answer every example of the source (or the first `limit`) and score the answers, where it has labels.
+    """Answers every example of a source once, and scores the answers if the source has labels.
 
-    Where a process group is up, each rank answers its share and all return the report of all examples, each counted
-    once: a collective. Raises ValueError when no example can be used, and for options out of range.
+    In a process group this is a collective: each rank answers a part, and all return the report of all examples.
+
+    Args:
+        model: a fine-tuned model.
+        tokenizer: its tokenizer.
+        source: the examples.
+        batch_size: number of examples at a time.
+        limit: answer only the first `limit` examples.
+        progress: show a progress bar.
+
+    Raises:
+        UsageError: if no example can be used, or an option is out of range.
     """
     count = sample_count(source, batch_size, limit)
     skipped: dict[str, str] = {}
     answered: list[tuple[int, Example, Any]] = []
     truncated = 0
-    numbers = tqdm(share_of_rank(count), desc="examples", unit="example", disable=not progress)
+    indices = tqdm(rank_indices(count), desc="examples", unit="example", disable=not progress)
     with eval_mode(model), torch.inference_mode():
-        for batch in batches(usable_samples(source, numbers, skipped), batch_size):
-            indices, examples = zip(*batch, strict=True)
+        for batch in batches(usable_samples(source, indices, skipped), batch_size):
+            numbers, examples = zip(*batch, strict=True)
             text = tokenize(model, tokenizer, [example.text for example in examples])
             truncated += text.truncated
             answers = model.predict(image_pixels(model, examples), text.input_ids, text.attention_mask)
             without_images = [replace(example, images=[]) for example in examples]
-            answered += zip(indices, without_images, answers, strict=True)
-    found = gathered((answered, skipped, truncated))
-    answered = sorted((one for of_rank, _, _ in found for one in of_rank), key=lambda one: one[0])
+            answered += zip(numbers, without_images, answers, strict=True)
+    ranks = gather_objects((answered, skipped, truncated))
+    answered = sorted((one for own, _, _ in ranks for one in own), key=lambda one: one[0])
     if not answered:
-        raise ValueError(f"source: none of {count} examples can be used: {found[0][1]}")
+        raise UsageError(f"source: none of {count} examples can be used: {ranks[0][1]}")
     score = majority = common = None
-    if source.labelled:
+    if source.labeled:
         common, _ = Counter(model.truth(example) for _, example, _ in answered).most_common(1)[0]
         score = statistics.fmean(model.score(example, answer) for _, example, answer in answered)
         majority = statistics.fmean(model.score(example, common) for _, example, _ in answered)
@@ -99,13 +109,13 @@ def evaluate_answers(
         score=score,
         majority=majority,
         majority_answer=None if common is None else str(common),
-        skipped={key: reason for _, skips, _ in found for key, reason in skips.items()},
-        truncated_texts=sum(cut for _, _, cut in found),
-        predictions=[_named(example) | {"answer": answer} for _, example, answer in answered],
+        skipped={key: reason for _, own, _ in ranks for key, reason in own.items()},
+        truncated_texts=sum(own for _, _, own in ranks),
+        predictions=[_identity(example) | {"answer": answer} for _, example, answer in answered],
     )
 
 
-def _named(example: Example) -> dict[str, Any]:
-    """What names an example among the predictions: VQA's server asks for the question's id."""
+def _identity(example: Example) -> dict[str, Any]:
+    """What identifies an example among the predictions; VQA's server asks for "question_id"."""
     number = example.record.get("question_id")
     return {"key": example.key} if number is None else {"question_id": number}

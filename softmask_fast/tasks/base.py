@@ -1,8 +1,8 @@
-"""What the tasks that learn from labels share: the model around a pretrained one, its training step, its evaluation."""
+"""What the tasks with labels share: the model around a pretrained one, and its training step."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,25 @@ from softmask_fast.model.text import initial_std
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar with graph, and metrics: scalars by name
+
 
 class TaskModel(nn.Module):
-    """A pretrained model and what a task adds to it.
+    """A pretrained model, `base`, and what a task adds to it.
 
-    A subclass says how its examples are read (`form`, `images_per_example`), what it learns (`loss`), and what it
-    answers (`predict`, `score`).
+    A subclass says how its examples are read (`form`, `images_per_example`), how it learns (`loss`), how it answers
+    (`predict`), and how an answer is scored (`truth`, `score`).
     """
 
     name: ClassVar[str]
     form: ClassVar[EntryFormat]
     images_per_example: ClassVar[int] = 1
-    metric: ClassVar[str] = "accuracy"
+    metric: ClassVar[str] = "accuracy"  # name of the mean score
 
-    def __init__(self, base: VisionLanguageModel, tokenizer):
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer):
         super().__init__()
         self.base, self.tokenizer = base, tokenizer
 
@@ -37,82 +42,85 @@ class TaskModel(nn.Module):
 
     @property
     def task_record(self) -> dict[str, Any]:
-        """What a model folder keeps of the task; its items beside "task" are further arguments of the constructor."""
+        """What a model folder stores: the task's name as "task", and further arguments of the constructor."""
         return {"task": self.name}
 
-    def set_execution(self, *options) -> None:
+    def set_execution(self, *options: Any) -> None:
+        """As `VisionLanguageModel.set_execution`."""
         self.base.set_execution(*options)
 
-    def loss(self, batch: TaskBatch, taught: TaskModel | None, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its figures. taught: the momentum copy, whose answers have the share alpha in the
-        targets; None without it."""
+    def loss(self, batch: TaskBatch, teacher: TaskModel | None, alpha: float) -> Loss:
+        """The loss of a batch, and further metrics. The teacher's predictions are soft targets with weight alpha; it is
+        None without distillation."""
         raise NotImplementedError
 
     def predict(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Any]:
-        """The answer to each example, as its file would have it."""
+        """The answer to each of B examples, as in the task's JSON file. The inputs are those of `TaskBatch`."""
         raise NotImplementedError
 
     def score(self, example: Example, answer: Any) -> float:
-        """Of one answer, in [0, 1]."""
+        """The score of one answer, in [0, 1]."""
         return float(answer == self.truth(example))
 
     def truth(self, example: Example) -> Any:
-        """The right answer, of which the most frequent one is the floor."""
+        """The right answer to an example."""
         raise NotImplementedError
 
 
 class ClassifierModel(TaskModel):
     """A task whose answers are a few classes: a head on the fused [CLS]."""
 
-    field: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
 
-    def __init__(self, base: VisionLanguageModel, tokenizer):
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer):
         super().__init__(base, tokenizer)
         self.head = classifier(base.config.text_width, len(self.classes))
 
     def fused(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The fused [CLS] (B, C)."""
+        """The fused [CLS], (B, C). The inputs are those of `predict`."""
         text, _ = self.base.encode_text(input_ids, attention_mask)
         keys_values = self.base.fusion.keys_values(self.base.vision(pixels))
         return self.base.fusion(text, attention_mask, keys_values, positions=first_tokens(text))
 
     def logits(self, batch: TaskBatch) -> Tensor:
+        """(B, classes) float32."""
         return self.head(self.fused(batch.pixels, batch.input_ids, batch.attention_mask)).float()
 
-    def loss(self, batch: TaskBatch, taught: ClassifierModel | None, alpha: float):
+    def loss(self, batch: TaskBatch, teacher: ClassifierModel | None, alpha: float) -> Loss:
         logits = self.logits(batch)
         target = torch.tensor(batch.targets, device=logits.device)
-        loss = distilled_cross_entropy(logits, target, taught and taught.logits(batch), alpha)
+        teacher_logits = None if teacher is None else teacher.logits(batch)
+        loss = distilled_cross_entropy(logits, target, teacher_logits, alpha)
         return loss, {"accuracy": (logits.argmax(-1) == target).float().mean()}
 
     def predict(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
         chosen = self.head(self.fused(pixels, input_ids, attention_mask)).argmax(-1)
-        return [self.classes[number] for number in chosen.tolist()]
+        return [self.classes[index] for index in chosen.tolist()]
 
     def truth(self, example: Example) -> str:
         return self.classes[example.target]
 
 
 class TaskStep(nn.Module):
-    """The loss around a task's model; this is the module that DeepSpeed owns."""
+    """The loss of a task's model; this is the module that DeepSpeed owns."""
 
     def __init__(self, model: TaskModel, bf16: bool = False):
         super().__init__()
         self.model, self.bf16 = model, bf16
 
-    def forward(
-        self, batch: Any, teacher: MomentumCopy, settings: StepSettings
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch and its detached metrics; of the settings alpha alone counts."""
-        alpha = settings.alpha
+    def forward(self, batch: TaskBatch, teacher: MomentumCopy, settings: StepSettings) -> Loss:
+        """The loss of a batch, and its metrics: "loss" and those of the model, detached scalars in float32.
+
+        The momentum copy gives soft targets if `settings.alpha` is above 0. The other settings are unused.
+        """
         with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
-            loss, figures = self.model.loss(batch, teacher.model if alpha > 0 else None, alpha)
-        return loss, {name: value.detach().float() for name, value in (figures | {"loss": loss}).items()}
+            loss, metrics = self.model.loss(batch, teacher.model if settings.alpha > 0 else None, settings.alpha)
+        metrics = metrics | {"loss": loss}
+        return loss, {name: value.detach().float() for name, value in metrics.items()}
 
 
 def classifier(width: int, classes: int) -> nn.Sequential:
-    """ALBEF's head: two layers."""
+    """ALBEF's head of two layers."""
     head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
     for layer in (head[0], head[2]):
         nn.init.normal_(layer.weight, std=initial_std(width))
@@ -121,15 +129,13 @@ def classifier(width: int, classes: int) -> nn.Sequential:
 
 
 def first_tokens(text: Tensor) -> Tensor:
-    """Places of [CLS] in (S * L) tokens, text (S, L, C)."""
+    """The positions of [CLS] among the (S * L) tokens of text (S, L, C): (S,) int64."""
     return torch.arange(len(text), device=text.device) * text.shape[1]
 
 
-def distilled_cross_entropy(logits: Tensor, target: Tensor, taught: Tensor | None, alpha: float) -> Tensor:
-    """logits (B, K) against target (B,) int64 and, with the share alpha, against the softmax of taught (B, K)."""
+def distilled_cross_entropy(logits: Tensor, target: Tensor, teacher_logits: Tensor | None, alpha: float) -> Tensor:
+    """Cross entropy of logits (B, K) against target (B,) int64 and, with weight alpha, the teacher's probabilities."""
     loss = F.cross_entropy(logits, target)
-    if taught is None:
+    if teacher_logits is None:
         return loss
-    return (1 - alpha) * loss + alpha * F.cross_entropy(logits, taught.detach().softmax(-1))
-
-
+    return (1 - alpha) * loss + alpha * F.cross_entropy(logits, teacher_logits.detach().softmax(-1))

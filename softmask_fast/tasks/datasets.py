@@ -1,4 +1,7 @@
-"""Examples of the tasks that learn from labels: read from ALBEF's JSON files or made of `shapes`, and their batches."""
+"""Examples of the tasks: read from ALBEF's JSON files or drawn by `shapes`, one by one and in training batches.
+
+Labels and answers become `Example`s. Referring expressions become `Sample`s, as pretraining and grounding read them.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from softmask_fast.data.parsing import distinct_keys, relative_names
 from softmask_fast.data.seeding import image_ids
 from softmask_fast.data.sources import expand_names, expand_paths
 from softmask_fast.data.types import BadSample, Phrase, Sample
+from softmask_fast.errors import UsageError
 from softmask_fast.tasks.synthetic import ShapesTask
 
 
@@ -28,8 +32,8 @@ class Example:
     key: str
     images: list[bytes | np.ndarray]  # encoded files, or (H, W, 3) uint8
     text: str
-    target: Any  # what the task's model predicts; None where the source is not labelled
-    record: dict[str, Any]  # the entry as the file has it
+    target: Any  # what the task's model predicts; None without labels
+    record: dict[str, Any]  # the entry of the file
     skipped_captions: int = 0
 
 
@@ -37,52 +41,58 @@ class Example:
 class TaskBatch:
     """One batch, tensors on the loader's device. L is the length of the longest text in the batch."""
 
-    pixels: torch.Tensor  # (B * images, 3, size, size) float32, normalised, example after example
+    pixels: torch.Tensor  # (B * images_per_example, 3, size, size) float32, normalized, example after example
     input_ids: torch.Tensor  # (B, L) int64
     attention_mask: torch.Tensor  # (B, L) bool, True = token
     targets: list[Any]
     keys: list[str]
-    token_count: int | None = None  # of attention_mask, so that nobody has to ask the device for it
+    token_count: int | None = None  # tokens in attention_mask, known without a device synchronization
 
 
 @dataclass(frozen=True)
 class EntryFormat:
-    """How a task reads an entry of its JSON file."""
+    """How a task reads an entry of its JSON file. The functions raise UsageError that names the wrong field."""
 
-    text: str  # the field of the text
-    target: Callable[[dict[str, Any]], Any]  # raises ValueError for a wrong one
-    images: Callable[[dict[str, Any]], list[str]]  # the paths that it names; raises ValueError
-    label: str | None = None  # the field of the target, where test files leave it out
+    text: str  # name of the text field
+    target: Callable[[dict[str, Any]], Any]
+    images: Callable[[dict[str, Any]], list[str]]  # the image paths
+    label: str | None = None  # name of the label field, if test files leave it out
 
-    def parse(self, entry: Any, labelled: bool = True) -> tuple[str, Any, list[str]]:
-        """labelled: False where no entry has a label; the target is None then. Raises ValueError that names the field,
-        what was expected and what came."""
+    def parse(self, entry: Any, labeled: bool = True) -> tuple[str, Any, list[str]]:
+        """Returns the text, the target and the image paths. If not `labeled`, no entry may have a label, and the
+        target is None. Raises UsageError that names the field, what was expected and what came."""
         if not isinstance(entry, dict):
-            raise ValueError(f"expected an object, got {type(entry).__name__}")
+            raise UsageError(f"expected an object, got {type(entry).__name__}")
         text = text_field(entry, self.text)
-        if not labelled and not self.lacks_label(entry):
-            raise ValueError(f'"{self.label}": expected none, as the first entry has none, got {entry[self.label]!r}')
-        return text, self.target(entry) if labelled else None, self.images(entry)
+        if labeled:
+            target = self.target(entry)
+        elif self.lacks_label(entry):
+            target = None
+        else:
+            raise UsageError(f'"{self.label}": expected none, as in the first entry, got {entry[self.label]!r}')
+        return text, target, self.images(entry)
 
     def lacks_label(self, entry: Any) -> bool:
         return self.label is not None and isinstance(entry, dict) and entry.get(self.label) is None
 
 
 def text_field(entry: dict[str, Any], name: str) -> str:
+    """The stripped text of a field. Raises UsageError for anything else."""
     text = entry.get(name)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'"{name}": expected a text, got {text!r}')
+        raise UsageError(f'"{name}": expected a text, got {text!r}')
     return text.strip()
 
 
 def choice_field(entry: dict[str, Any], name: str, choices: Sequence[str]) -> int:
-    """The place of a field's value among the choices."""
+    """The index of a field's value in `choices`. Raises UsageError for any other value."""
     if entry.get(name) not in choices:
-        raise ValueError(f'"{name}": expected one of {list(choices)}, got {entry.get(name)!r}')
+        raise UsageError(f'"{name}": expected one of {list(choices)}, got {entry.get(name)!r}')
     return choices.index(entry[name])
 
 
 def one_image(entry: dict[str, Any]) -> list[str]:
+    """The path in the field "image"."""
     return [text_field(entry, "image")]
 
 
@@ -92,47 +102,39 @@ class ExampleSource:
     keys: Sequence[str]  # unique
     image_ids: np.ndarray  # (n,) int64: equal ids are the same (first) image
     encoded: bool  # True: images are encoded files; False: uint8 arrays
-    labelled = True  # False: of a test split whose labels are not public
+    labeled = True  # False: the labels are not public, as in a test split
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, index: int) -> Example:
-        """Raises BadSample when an image cannot be read."""
+        """Raises BadSample if an image cannot be read."""
         raise NotImplementedError
 
 
 class JsonExamples(ExampleSource):
-    """Entries of JSON files, each a list of objects. All are checked when the files are opened.
-
-    Image paths are absolute, or relative to image_root (default: the JSON's folder).
-    """
+    """Entries of JSON files, each a list of objects. All entries are checked when the files are opened."""
 
     encoded = True
 
-    def __init__(self, paths: Sequence[Path], form: EntryFormat, image_root: str | None = None, learned: bool = True):
-        """learned: every entry needs its label; else all may lack it."""
+    def __init__(self, paths: Sequence[Path], form: EntryFormat, image_root: str | None = None, training: bool = True):
+        """Relative image paths start at `image_root`, by default at their JSON file. In training every entry needs its
+        label; otherwise all may lack it. Raises UsageError that names the wrong file, entry and field."""
         self._parsed: list[tuple[str, Any, list[str]]] = []
         self._entries: list[dict[str, Any]] = []
         names = []
         for path in paths:
-            try:
-                entries = json.loads(Path(path).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"data: {path} is not valid JSON: {error}") from error
-            if not isinstance(entries, list) or not entries:
-                raise ValueError(f"data: {path}: expected a list of objects, got {str(entries)[:60]}")
-            for number, entry in enumerate(entries):
-                if not names and not learned:
-                    self.labelled = not form.lacks_label(entry)
+            root = Path(image_root) if image_root else path.parent
+            for number, entry in enumerate(_entries(path)):
+                if not names and not training:
+                    self.labeled = not form.lacks_label(entry)
                 try:
-                    text, target, images = form.parse(entry, self.labelled)
-                except ValueError as error:
-                    raise ValueError(f"data: {path}: entry {number}: {error}") from error
-                root = Path(image_root) if image_root else Path(path).parent
+                    text, target, images = form.parse(entry, self.labeled)
+                except UsageError as error:
+                    raise UsageError(f"data: {path}: entry {number}: {error}") from error
                 self._parsed.append((text, target, [os.path.abspath(root / image) for image in images]))
                 self._entries.append(entry)
-                names.append(f"{Path(path).stem}-{number:06d}")
+                names.append(f"{path.stem}-{number:06d}")
         self.keys = distinct_keys(names)
         self.image_ids = image_ids(relative_names([images[0] for _, _, images in self._parsed]))
 
@@ -140,9 +142,20 @@ class JsonExamples(ExampleSource):
         text, target, paths = self._parsed[index]
         try:
             images = [Path(path).read_bytes() for path in paths]
-        except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        except (OSError, ValueError) as error:  # ValueError: not a valid path
             raise BadSample(f"image cannot be read: {error}") from error
         return Example(self.keys[index], images, text, target, self._entries[index])
+
+
+def _entries(path: Path) -> list[Any]:
+    """The list in a JSON file."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"data: {path} is not valid JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise UsageError(f"data: {path}: expected a list of objects, got {str(entries)[:60]}")
+    return entries
 
 
 class ShapesExamples(ExampleSource):
@@ -164,19 +177,30 @@ class ShapesExamples(ExampleSource):
 def open_examples(
     data: str, task: str, form: EntryFormat, *, split: str, seed: int, image_size: int, image_root: str | None = None
 ) -> ExampleSource:
-    """data: "shapes", "shapes:num=4096,names=color" (see ShapesTask), or JSON files by commas or a pattern.
+    """Opens the examples of a task.
 
-    Raises ValueError or OSError that names what is missing or wrong.
+    Args:
+        data: "shapes", "shapes:num=4096,names=color" (see `ShapesSource.from_options`), or JSON files: separated by
+            commas, or a pattern.
+        task: name of the task.
+        form: how to read an entry.
+        split: "train": every entry needs its label. "val": all entries may lack it.
+        seed: of `shapes`.
+        image_size: side of the `shapes` images in pixels.
+        image_root: the folder of relative image paths; default: that of their JSON file.
+
+    Raises:
+        UsageError: names what is wrong.
+        OSError: names the file that is missing.
     """
     if data.split(":")[0] == "shapes":
         options = data[len("shapes:") :]
-        return ShapesExamples(
-            ShapesTask.from_options(options, task, split=split, seed=seed, image_size=image_size), form
-        )
+        entries = ShapesTask.from_options(options, task, split=split, seed=seed, image_size=image_size)
+        return ShapesExamples(entries, form)
     paths = expand_paths(expand_names(data))
     if other := [path for path in paths if path.suffix != ".json"]:
-        raise ValueError(f"data: expected .json files or shapes for {task}, got {other[0]}")
-    return JsonExamples(paths, form, image_root, learned=split == "train")
+        raise UsageError(f"data: expected .json files or shapes for {task}, got {other[0]}")
+    return JsonExamples(paths, form, image_root, training=split == "train")
 
 
 class ExampleLoader(SampleLoader[TaskBatch]):
@@ -185,21 +209,22 @@ class ExampleLoader(SampleLoader[TaskBatch]):
     def _choose(self, sample: Example, epoch: int) -> tuple[str, Any]:
         return sample.text, sample.target
 
-    def _collate(self, selection, pixels: torch.Tensor) -> TaskBatch:
-        rows = self._tokenize(selection, [sample.content[0] for sample in selection.samples])
+    def _collate(self, selection: Any, pixels: torch.Tensor) -> TaskBatch:
+        texts, targets = zip(*(sample.content for sample in selection.samples), strict=True)
+        rows = self._tokenize(selection, list(texts))
         input_ids, attention_mask = self._padded(rows)
         return TaskBatch(
             pixels=pixels,
             input_ids=input_ids,
             attention_mask=attention_mask,
-            targets=[sample.content[1] for sample in selection.samples],
+            targets=list(targets),
             keys=[sample.key for sample in selection.samples],
             token_count=sum(map(len, rows)),
         )
 
 
 class ExpressionSource:
-    """Referring expressions as captions, with the box of what they name as the box of a phrase."""
+    """Referring expressions as captions, each a phrase with the box of the object it names."""
 
     def __init__(self, examples: ExampleSource):
         self._examples = examples
@@ -209,29 +234,36 @@ class ExpressionSource:
         return len(self._examples)
 
     def read(self, index: int) -> Sample:
-        """Raises BadSample when the image cannot be used."""
+        """Raises BadSample if the image cannot be used."""
         example = self._examples.read(index)
         image, text = example.images[0], example.text
         box, proposals = example.target
         if box is None:
             return Sample(example.key, image, [text])
         width, height = image_size(image)
-        boxes, others = (
-            [(x / width, y / height, (x + w) / width, (y + h) / height) for x, y, w, h in given]
-            for given in ([box], proposals)
+        box, *proposals = (
+            (x / width, y / height, (x + w) / width, (y + h) / height) for x, y, w, h in [box, *proposals]
         )
-        return Sample(example.key, image, [text], [Phrase(text, text, 0, len(text.split()), boxes, others, whole=True)])
+        phrase = Phrase(text, text, 0, len(text.split()), [box], proposals, whole=True)
+        return Sample(example.key, image, [text], [phrase])
 
 
-def open_expressions(data: str, **options) -> ExpressionSource:
-    """The expressions in JSON files, or of "shapes"; options as for `open_examples`."""
+def open_expressions(data: str, **options: Any) -> ExpressionSource:
+    """Opens the expressions in JSON files, or of "shapes". The options and errors are those of `open_examples`."""
     return ExpressionSource(open_examples(data, "grounding", EntryFormat("text", _boxes, one_image), **options))
 
 
 def _boxes(entry: dict[str, Any]) -> tuple[list[float] | None, list[list[float]]]:
+    """The box and the proposals of an expression, each [x, y, width, height] in pixels; no box for training."""
     box, proposals = entry.get("box"), entry.get("proposals", [])
-    for name, given in [("box", box)] * (box is not None) + [("proposals", one) for one in proposals]:
-        numbers = isinstance(given, list) and len(given) == 4 and all(isinstance(n, int | float) for n in given)
-        if not numbers or given[2] <= 0 or given[3] <= 0:
-            raise ValueError(f'"{name}": expected x, y, width and height in pixels, got {given!r}')
+    if box is not None:
+        _check_box("box", box)
+    for proposal in proposals:
+        _check_box("proposals", proposal)
     return box, proposals
+
+
+def _check_box(name: str, box: Any) -> None:
+    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(number, int | float) for number in box)
+    if not numbers or box[2] <= 0 or box[3] <= 0:
+        raise UsageError(f'"{name}": expected x, y, width and height in pixels, got {box!r}')

@@ -1,7 +1,7 @@
-"""Visual entailment (SNLI-VE, Xie et al., 2019): does an image show a statement to be true, false, or leave it open?
+"""Visual entailment (SNLI-VE, Xie et al., 2019): does an image entail a statement, contradict it, or neither?
 
-Entries of ALBEF's JSON files: {"image": "4705552913", "sentence": "Two women are ...", "label": "entailment"}; a name
-without an ending is a .jpg, as there. The metric is accuracy over the three classes.
+Entries of ALBEF's JSON files: {"image": "4705552913", "sentence": "Two women are ...", "label": "entailment"}. An image
+without a suffix is a .jpg, as in ALBEF. The metric is accuracy over the three classes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ CLASSES = ("contradiction", "neutral", "entailment")
 
 
 def _image(entry: dict[str, Any]) -> list[str]:
+    """The image's path, with its suffix."""
     (name,) = one_image(entry)
     return [name if PurePath(name).suffix else f"{name}.jpg"]
 
 
 class EntailmentModel(ClassifierModel):
-    """Three classes from the fused [CLS]."""
+    """Classifies the fused [CLS] as contradiction, neutral or entailment."""
 
     name = "entailment"
     classes = CLASSES

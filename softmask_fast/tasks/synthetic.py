@@ -1,7 +1,7 @@
-"""Questions, statements, pairs and expressions about `shapes` scenes: the tasks' data without a download.
+"""Questions, statements, pairs and expressions about `shapes` scenes: data for the tasks without a download.
 
-Each is a function of the seed, the split and its number, and looks as an entry of the task's JSON file does. Which
-objects occur in which relation differs between training and validation, as in `shapes`.
+Each entry is a function of seed, split and index, and has the format of the task's JSON file. As in `shapes`, the
+pairs of objects and relations differ between training and validation.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from softmask_fast.data.seeding import keyed_generator
 from softmask_fast.data.synthetic import COLORS, OUTLINES, SIZES, SceneObject, ShapesSource, relation
 
-UNSEEN_PROPERTIES = ("heavy", "old", "cold", "expensive")  # what no picture of a shape can tell
+UNSEEN_PROPERTIES = ("heavy", "old", "cold", "expensive")  # no picture of a shape can show these
 ANSWERS = [*COLORS, *OUTLINES, "yes", "no"]
 
-Entry = tuple[dict[str, Any], list[np.ndarray]]  # and the images that it names, each (H, W, 3) uint8
+Entry = tuple[dict[str, Any], list[np.ndarray]]  # an entry and its images, each (H, W, 3) uint8
 
 
 class ShapesTask:
@@ -25,30 +25,31 @@ class ShapesTask:
 
     def __init__(self, task: str, scenes: ShapesSource):
         self._scenes = scenes
-        self._make: Callable[[ShapesTask, int, np.random.Generator], Entry] = _MAKERS[task]
+        self._make = _MAKERS[task]
         self.task, self.name = task, scenes.name
         self.keys = [f"{task}-{key}" for key in scenes.keys]
 
     @classmethod
     def from_options(cls, options: str, task: str, *, split: str, seed: int, image_size: int) -> ShapesTask:
-        """options: see ShapesSource.from_options."""
+        """The options are those of `ShapesSource.from_options`, which raises their errors."""
         return cls(task, ShapesSource.from_options(options, split=split, seed=seed, image_size=image_size))
 
     def __len__(self) -> int:
         return len(self._scenes)
 
     def entry(self, index: int) -> Entry:
+        """The entry at an index, and its images."""
         source = self._scenes
         return self._make(self, index, keyed_generator(source.seed, source.split, index, self.task))
 
     def scene(self, index: int, which: int = 0) -> tuple[list[SceneObject], np.ndarray]:
-        """The `which`-th scene of an entry, and its picture."""
+        """The `which`-th scene of an entry, and its image."""
         number = index + len(self) * which
         scene = self._scenes.scene(number)
         return scene, self._scenes.draw(number, scene)
 
     def absent(self, scene: Sequence[SceneObject], generator: np.random.Generator) -> str:
-        """The name of an object that a scene does not hold."""
+        """The name of a random object that is not in the scene."""
         colors = list(COLORS)[: self._scenes.colors]
         while True:
             size, color, shape = (str(generator.choice(list(values))) for values in (SIZES, colors, OUTLINES))
@@ -58,23 +59,26 @@ class ShapesTask:
 
 
 def _question(task: ShapesTask, index: int, generator: np.random.Generator) -> Entry:
-    """A question with ten times the same answer, as from ten people who agree."""
+    """A question with ten equal answers, as of ten annotators who agree."""
     scene, image = task.scene(index)
-    first, second = _two(scene, generator)
-    kinds = ("relation", "existence") + ("color", "shape") * (task.name(first) == first.name)
+    first, second = _neighbors(scene, generator)
+    kinds = ["relation", "existence"]
+    if task.name(first) == first.name:
+        kinds += ["color", "shape"]
     kind = generator.choice(kinds)
     alike = {
         "color": [thing for thing in scene if (thing.size, thing.shape) == (first.size, first.shape)],
         "shape": [thing for thing in scene if (thing.size, thing.color) == (first.size, first.color)],
     }
+    # The British spelling of the questions is part of the data.
     if kind == "color" and len(alike[kind]) == 1:
         question, answer = f"what colour is the {first.size} {first.shape}", first.color
     elif kind == "shape" and len(alike[kind]) == 1:
         question, answer = f"what shape is the {first.size} {first.color} object", first.shape
     elif kind == "existence":
-        there = bool(generator.integers(2))
-        name = task.name(first) if there else task.absent(scene, generator)
-        question, answer = f"is there a {name}", "yes" if there else "no"
+        present = bool(generator.integers(2))
+        name = task.name(first) if present else task.absent(scene, generator)
+        question, answer = f"is there a {name}", "yes" if present else "no"
     else:
         question, answer = f"what colour is {relation(first, second)} the {task.name(second)}", first.color
     entry = {"question_id": index, "question": question, "answer": [answer] * 10, "dataset": "vqa"}
@@ -82,7 +86,7 @@ def _question(task: ShapesTask, index: int, generator: np.random.Generator) -> E
 
 
 def _pair(task: ShapesTask, index: int, generator: np.random.Generator) -> Entry:
-    """A statement about two images; a false one is often true of the other image."""
+    """A statement about one of two images; a false one is often true of the other image."""
     scenes, images = zip(*(task.scene(index, which) for which in range(2)), strict=True)
     side, true = (int(number) for number in generator.integers(2, size=2))
     named, other = scenes[side], scenes[1 - side]
@@ -97,7 +101,7 @@ def _pair(task: ShapesTask, index: int, generator: np.random.Generator) -> Entry
 
 
 def _statement(task: ShapesTask, index: int, generator: np.random.Generator) -> Entry:
-    """A statement that an image shows to be true, to be false, or that it leaves open."""
+    """A statement that the image shows to be true or false, or leaves open."""
     scene, image = task.scene(index)
     label = str(generator.choice(["entailment", "neutral", "contradiction"]))
     name = task.name(scene[generator.integers(len(scene))])
@@ -110,7 +114,7 @@ def _statement(task: ShapesTask, index: int, generator: np.random.Generator) -> 
 
 
 def _expression(task: ShapesTask, index: int, generator: np.random.Generator) -> Entry:
-    """An expression for one object; boxes (x, y, width, height) in pixels, proposals are the boxes of all objects."""
+    """An expression for one object. Boxes are [x, y, width, height] in pixels; every object is a proposal."""
     scene, image = task.scene(index)
     size = image.shape[0]
 
@@ -123,11 +127,16 @@ def _expression(task: ShapesTask, index: int, generator: np.random.Generator) ->
     return entry | {"image": task.keys[index]}, [image]
 
 
-def _two(scene: Sequence[SceneObject], generator: np.random.Generator) -> tuple[SceneObject, SceneObject]:
-    """Two neighbours in the order of the captions, which stand in a plain relation."""
-    place = generator.integers(len(scene) - 1)
-    first, second = scene[place], scene[place + 1]
+def _neighbors(scene: Sequence[SceneObject], generator: np.random.Generator) -> tuple[SceneObject, SceneObject]:
+    """Two objects that follow each other in the caption, and so have a clear relation; in random order."""
+    index = generator.integers(len(scene) - 1)
+    first, second = scene[index], scene[index + 1]
     return (first, second) if generator.integers(2) else (second, first)
 
 
-_MAKERS = {"vqa": _question, "nlvr2": _pair, "entailment": _statement, "grounding": _expression}
+_MAKERS: dict[str, Callable[[ShapesTask, int, np.random.Generator], Entry]] = {
+    "vqa": _question,
+    "nlvr2": _pair,
+    "entailment": _statement,
+    "grounding": _expression,
+}

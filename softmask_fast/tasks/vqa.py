@@ -1,10 +1,10 @@
-"""Visual question answering (VQA v2): a decoder writes the answer, and the answers of a list are ranked by it.
+"""Visual question answering (VQA v2): a decoder learns to write the answer, and ranks the answers of a list.
 
 Entries of ALBEF's JSON files: {"image": path, "question": text, "answer": the annotators' answers, "question_id":
-number}; an answer that is one text (Visual Genome) weighs half in training. The metric is VQA's official accuracy
-(vqa_accuracy.py).
+number}. A question whose answer is a single text (Visual Genome) has half the weight in training. The metric is VQA's
+official accuracy (`evaluation/vqa_accuracy.py`).
 
-As in ALBEF the decoder starts from the fusion encoder: its layers, the text encoder's embeddings and the language head.
+As in ALBEF, the decoder starts from the fusion layers, the text encoder's embeddings and the language head.
 """
 
 from __future__ import annotations
@@ -14,73 +14,83 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertLMHeadModel
 
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.vqa_accuracy import FEWEST_ANNOTATORS, vqa_accuracy
 from softmask_fast.model.text import bert_config
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
-from softmask_fast.tasks.base import TaskModel
+from softmask_fast.tasks.base import Loss, TaskModel
 from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch, one_image
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 logger = logging.getLogger(__name__)
 
-SINGLE_ANSWER_WEIGHT = 0.5  # of a question with one answer, as ALBEF weighs Visual Genome
-SEQUENCES_AT_ONCE = 1024  # of the ranking: their logits are (sequences, L, V)
+SINGLE_ANSWER_WEIGHT = 0.5  # of a question with a single answer: ALBEF's weight of Visual Genome
+RANKING_BATCH = 1024  # sequences ranked at a time; their logits are (sequences, L, V)
 
 
 def _weighted_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
-    """Each different answer with its share of the annotators."""
+    """Each distinct answer, weighted by the fraction of annotators who gave it."""
     given = entry.get("answer")
-    answers = [given] if isinstance(given, str) else given
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise ValueError(f'"answer": expected a text or a list of texts, got {given!r}')
-    if isinstance(given, str):
+    if isinstance(given, str) and given.strip():
         return [(given, SINGLE_ANSWER_WEIGHT)]
-    return [(answer, count / len(answers)) for answer, count in Counter(answers).items()]
+    if not _is_list_of_texts(given):
+        raise UsageError(f'"answer": expected a text or a list of texts, got {given!r}')
+    return [(answer, count / len(given)) for answer, count in Counter(given).items()]
 
 
 def _annotated_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
-    """Of an entry to be measured on: as many annotators as the official accuracy needs, or one text."""
+    """The same for evaluation: a list needs as many annotators as the official accuracy."""
     answers = _weighted_answers(entry)
     if isinstance(entry["answer"], list) and len(entry["answer"]) < FEWEST_ANNOTATORS:
-        raise ValueError(
+        raise UsageError(
             f'"answer": expected one text, or those of at least {FEWEST_ANNOTATORS} people (VQA v2 has ten), got '
             f"{entry['answer']!r}"
         )
     return answers
 
 
+def _is_list_of_texts(answers: Any) -> bool:
+    return isinstance(answers, list) and bool(answers) and all(isinstance(a, str) and a.strip() for a in answers)
+
+
 def read_answers(path: str | Path) -> list[str]:
-    """The list that answers are chosen from: a JSON list of texts. Raises ValueError when it is none."""
+    """The distinct answers of a JSON list of texts, in order. Raises UsageError if the file holds anything else."""
     try:
         answers = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"answers: {path} is not valid JSON: {error}") from error
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise ValueError(f"answers: {path}: expected a JSON list of texts, got {str(answers)[:60]}")
+        raise UsageError(f"answers: {path} is not valid JSON: {error}") from error
+    if not _is_list_of_texts(answers):
+        raise UsageError(f"answers: {path}: expected a JSON list of texts, got {str(answers)[:60]}")
     return list(dict.fromkeys(answers))
 
 
 class VQAModel(TaskModel):
-    """Questions go through text and fusion encoder; the decoder attends to all of their fused tokens."""
+    """The text and fusion encoders read the question; the decoder attends to all of its fused tokens."""
 
     name = "vqa"
     metric = "VQA accuracy"
     form = EntryFormat("question", _weighted_answers, one_image, "answer")
-    measured_form = EntryFormat("question", _annotated_answers, one_image, "answer")
+    eval_form = EntryFormat("question", _annotated_answers, one_image, "answer")
 
-    def __init__(self, base: VisionLanguageModel, tokenizer, answers: Sequence[str], candidates: int = 128):
-        """answers: those that are ranked; candidates: how many of them, by their first token, are ranked in full."""
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer, answers: Sequence[str], candidates: int = 128):
+        """answers is the list to rank; only the candidates with the most probable first token are ranked in full.
+
+        Raises UsageError for fewer than one candidate.
+        """
         super().__init__(base, tokenizer)
         if candidates < 1:
-            raise ValueError(f"candidates: expected at least 1, got {candidates}")
+            raise UsageError(f"candidates: expected at least 1, got {candidates}")
         self.answers, self.candidates = list(answers), candidates
-        self._warn_of_twins()
+        self._warn_about_equal_tokens()
         config = bert_config(base.config, base.config.fusion_layers)
         config.is_decoder = config.add_cross_attention = True
         config.use_cache = False
@@ -92,8 +102,8 @@ class VQAModel(TaskModel):
     def task_record(self) -> dict[str, Any]:
         return super().task_record | {"answers": self.answers, "candidates": self.candidates}
 
-    def _warn_of_twins(self) -> None:
-        """Of answers that the tokeniser makes the same tokens of, the first is ever given."""
+    def _warn_about_equal_tokens(self) -> None:
+        """Warns about answers with identical tokens: only the first can be predicted."""
         seen: dict[tuple[int, ...], str] = {}
         for answer, ids in zip(self.answers, self.tokenizer(self.answers)["input_ids"], strict=True):
             if (first := seen.setdefault(tuple(ids), answer)) != answer:
@@ -101,6 +111,7 @@ class VQAModel(TaskModel):
 
     @torch.no_grad()
     def _start_decoder(self) -> None:
+        """Copies the weights that the decoder starts from."""
         base, bert = self.base, self.decoder.bert
         bert.embeddings.load_state_dict(base.text.bert.embeddings.state_dict())
         self.decoder.cls.predictions.transform.load_state_dict(base.language_head.transform.state_dict())
@@ -118,17 +129,17 @@ class VQAModel(TaskModel):
                 cross.value.weight.copy_(theirs.value.weight)
         if base.vision.width != base.config.text_width:
             logger.warning(
-                "the decoder's keys and values start at random: the fusion encoder's are of images of width %d, the "
-                "decoder's of texts of width %d", base.vision.width, base.config.text_width,
+                "the decoder's keys and values start at random: those of the fusion encoder are for image tokens of "
+                "width %d, the decoder needs width %d", base.vision.width, base.config.text_width,
             )  # fmt: skip
 
     def question_states(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The questions' tokens, fused with the images (B, L, C)."""
+        """The questions' tokens, fused with the images: (B, L, C). The inputs are those of `predict`."""
         text, _ = self.base.encode_text(input_ids, attention_mask)
         return self.base.fusion(text, attention_mask, self.base.fusion.keys_values(self.base.vision(pixels)))
 
     def answer_tokens(self, answers: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """[CLS] answer [SEP], padded: ids (A, La) int64 and mask (A, La) bool."""
+        """[CLS] answer [SEP], padded: ids (A, La) int64, and mask (A, La) bool, True = token."""
         pieces = self.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
         rows = [[self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id] for ids in pieces]
         lengths = torch.tensor([len(row) for row in rows])
@@ -138,8 +149,10 @@ class VQAModel(TaskModel):
         return ids.to(device), mask.to(device)
 
     def answer_logits(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
-        """What the decoder expects behind each token but the last: ids, mask (A, La), states (A, L, C) of their
-        questions -> (A, La - 1, V) float32."""
+        """The decoder's logits for the token after each one but the last: (A, La - 1, V) float32.
+
+        ids and mask (A, La) are those of `answer_tokens`; states (A, L, C) and their mask belong to the questions.
+        """
         written = self.decoder(
             input_ids=ids[:, :-1],
             attention_mask=mask[:, :-1].long(),
@@ -148,8 +161,11 @@ class VQAModel(TaskModel):
         )
         return written.logits.float()
 
-    def loss(self, batch: TaskBatch, taught: VQAModel | None, alpha: float):
-        """The weighted sum over a question's answers of -log p(answer), mean over the questions."""
+    def loss(self, batch: TaskBatch, teacher: VQAModel | None, alpha: float) -> Loss:
+        """The weighted sum over a question's answers of -log p(answer), averaged over the questions.
+
+        The metric "exact_answers" is the fraction of answers whose tokens are all the most probable ones.
+        """
         device = batch.pixels.device
         ids, mask = self.answer_tokens([a for answers in batch.targets for a, _ in answers], device)
         weights = torch.tensor([weight for answers in batch.targets for _, weight in answers], device=device)
@@ -159,17 +175,18 @@ class VQAModel(TaskModel):
             states = model.question_states(batch.pixels, batch.input_ids, batch.attention_mask)
             return model.answer_logits(ids, mask, states[question], batch.attention_mask[question])
 
-        ours = logits(self)
-        losses = F.cross_entropy(ours.mT, ids[:, 1:], reduction="none")
-        if taught is not None:
-            soft = logits(taught).detach().softmax(-1)
-            losses = (1 - alpha) * losses + alpha * F.cross_entropy(ours.mT, soft.mT, reduction="none")
+        student_logits = logits(self)
+        losses = F.cross_entropy(student_logits.mT, ids[:, 1:], reduction="none")
+        if teacher is not None:
+            soft_target = logits(teacher).detach().softmax(-1)
+            soft_losses = F.cross_entropy(student_logits.mT, soft_target.mT, reduction="none")
+            losses = (1 - alpha) * losses + alpha * soft_losses
         loss = (weights * (losses * mask[:, 1:]).sum(1)).sum() / len(batch.targets)
-        right = (ours.argmax(-1) == ids[:, 1:]) | ~mask[:, 1:]
+        right = (student_logits.argmax(-1) == ids[:, 1:]) | ~mask[:, 1:]
         return loss, {"exact_answers": right.all(1).float().mean()}
 
     def predict(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
-        """The answer of the list with the largest probability, among the candidates."""
+        """The most probable answer among the candidates of each question."""
         states = self.question_states(pixels, input_ids, attention_mask)
         ids, mask = self.answer_tokens(self.answers, pixels.device)
         first = self.answer_logits(ids[:1, :2].expand(len(states), -1), mask[:1, :2], states, attention_mask)[:, 0]
@@ -179,20 +196,22 @@ class VQAModel(TaskModel):
         scores = torch.cat(
             [
                 self._log_probability(ids[a], mask[a], states[q], attention_mask[q])
-                for a, q in zip(answer.split(SEQUENCES_AT_ONCE), question.split(SEQUENCES_AT_ONCE), strict=True)
+                for a, q in zip(answer.split(RANKING_BATCH), question.split(RANKING_BATCH), strict=True)
             ]
         )
         best = chosen.gather(1, scores.unflatten(0, chosen.shape).argmax(1, keepdim=True))[:, 0]
-        return [self.answers[number] for number in best.tolist()]
+        return [self.answers[index] for index in best.tolist()]
 
     def _log_probability(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
-        """log p of each answer (A,)."""
+        """log p of each answer, (A,). The inputs are those of `answer_logits`."""
         losses = F.cross_entropy(self.answer_logits(ids, mask, states, states_mask).mT, ids[:, 1:], reduction="none")
         return -(losses * mask[:, 1:]).sum(1)
 
     def score(self, example: Example, answer: str) -> float:
+        """The official accuracy; for an entry with a single answer, whether it is given."""
         annotated = example.record["answer"]
         return vqa_accuracy(answer, annotated) if isinstance(annotated, list) else float(answer == annotated)
 
     def truth(self, example: Example) -> str:
+        """The most frequent answer of the annotators."""
         return max(example.target, key=lambda pair: pair[1])[0]

@@ -1,4 +1,4 @@
-"""Pictures: what they show as numbers, and that they are written whole."""
+"""Heat maps and curves: what they show as numbers, and that their files are complete."""
 
 import io
 import json
@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import TWO_HEADS, small_model, small_tokenizer
 
 from softmask_fast.data.sources import open_source
-from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.data.types import Sample
+from softmask_fast.data.types import BadSample, Sample
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import image_pixels, tokenize
 from softmask_fast.evaluation.heatmaps import decode_image, explain, heatmap_page, overlay, peak
 from softmask_fast.evaluation.plots import plot_curves, smooth
-from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +24,13 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer(shapes):
-    tokenizer = train_tokenizer([c for i in range(len(shapes)) for c in shapes.read(i).captions], 200)
+    tokenizer = small_tokenizer(shapes)
     torch.manual_seed(0)
-    config = make_config(
-        "tiny", image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
-        text_layers=1, fusion_layers=2, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=0,
-    )  # fmt: skip
-    return VisionLanguageModel(config.model).eval(), tokenizer
+    return small_model(tokenizer, **TWO_HEADS, fusion_layers=2).eval(), tokenizer
 
 
 def size_of(png):
-    """Size of a PNG; a cut file raises."""
+    """The size of a PNG; a truncated file raises."""
     with Image.open(png) as picture:
         picture.load()
         assert picture.format == "PNG"
@@ -61,7 +56,7 @@ def test_explain_reports_each_word(model_and_tokenizer, shapes, tmp_path):
     shown = explain(model, tokenizer, image, text, out)
     assert [word["word"] for word in shown["words"]] == text.split()
     assert max(word["strength"] for word in shown["words"]) == 1.0
-    assert all(0 < place < 1 for word in shown["words"] for place in word["peak"])
+    assert all(0 < x < 1 for word in shown["words"] for x in word["peak"])
     assert json.loads(json.dumps(shown)) == shown | {
         "words": [word | {"peak": list(word["peak"])} for word in shown["words"]]
     }
@@ -89,11 +84,11 @@ def test_explain_says_which_words_it_cannot_map(model_and_tokenizer, shapes, tmp
 def test_explain_refuses_what_it_cannot_draw(model_and_tokenizer, shapes, tmp_path):
     model, tokenizer = model_and_tokenizer
     out = tmp_path / "none.png"
-    with pytest.raises(ValueError, match="text: expected at least one word"):
+    with pytest.raises(UsageError, match="text: expected at least one word"):
         explain(model, tokenizer, shapes.read(0).image, "  ", out)
-    with pytest.raises(ValueError, match="image cannot be decoded"):
+    with pytest.raises(BadSample, match="image cannot be decoded"):
         explain(model, tokenizer, b"not an image", "a circle", out)
-    with pytest.raises(ValueError, match="layer"):
+    with pytest.raises(UsageError, match="layer"):
         explain(model, tokenizer, shapes.read(0).image, "a circle", out, layer=1)
     assert not out.exists()
 
@@ -116,7 +111,7 @@ def test_heatmap_page_with_and_without_boxes(model_and_tokenizer, shapes, tmp_pa
     bare = size_of(tmp_path / "bare.png")
     assert with_boxes[0] == bare[0]  # both have 1 + 2 columns
     assert with_boxes[1] > bare[1]  # 3 rows against 2
-    with pytest.raises(ValueError, match="images, words: expected at least 1"):
+    with pytest.raises(UsageError, match="images, words: expected at least 1"):
         heatmap_page(model, tokenizer, shapes, tmp_path / "none.png", images=0)
 
 
@@ -137,7 +132,7 @@ def test_plot_curves(tmp_path):
     plot_curves(metrics, out, [{"step": 1, "held-out accuracy": 0.5}])
     assert size_of(out)[0] > one_panel[0]
     metrics.write_text("")
-    with pytest.raises(ValueError, match="expected lines with figures"):
+    with pytest.raises(UsageError, match="expected lines with metrics"):
         plot_curves(metrics, out)
 
 
@@ -153,7 +148,7 @@ def test_overlay_puts_the_color_where_the_relevance_is():
     assert np.ptp(flat) == 0 and flat.max() < 128 / 255
 
 
-def test_peak_is_the_centre_of_the_largest_patch():
+def test_peak_is_the_center_of_the_largest_patch():
     heat = np.zeros((2, 4))
     heat[1, 2] = 1
     assert peak(heat) == (0.625, 0.75)

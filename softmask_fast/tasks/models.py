@@ -1,0 +1,92 @@
+"""The models of the tasks: where fine-tuning starts from, and how a fine-tuned model is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from softmask_fast.config import ModelConfig
+from softmask_fast.data.tokenizer import load_tokenizer
+from softmask_fast.errors import UsageError
+from softmask_fast.model.export import TOKENIZER, load_model, read_model_folder, read_weights
+from softmask_fast.model.initialize import fill_model, load_weights, weights_config, weights_tokenizer
+from softmask_fast.model.state import load_own_state, own_state
+from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.tasks.base import TaskModel
+from softmask_fast.tasks.entailment import EntailmentModel
+from softmask_fast.tasks.nlvr2 import NLVR2Model, TextAssignmentModel
+from softmask_fast.tasks.options import TaskConfig
+from softmask_fast.tasks.vqa import VQAModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+    Loaded = tuple[VisionLanguageModel, Tokenizer]
+
+# The models with a head of their own, by the name of their task.
+MODELS: dict[str, type[TaskModel]] = {
+    model.name: model for model in (VQAModel, NLVR2Model, EntailmentModel, TextAssignmentModel)
+}
+
+
+def start_model(options: TaskConfig, tokenizer: str | None) -> Loaded:
+    """Loads the pretrained model that fine-tuning starts from, and its tokenizer.
+
+    Args:
+        options: `model` is a model folder or an ALBEF checkpoint; `image_size`, `max_tokens` and `hidden_dropout`
+            override the model's.
+        tokenizer: name or folder of another tokenizer; default: the model's.
+
+    Raises:
+        UsageError: says what to do if the model or the tokenizer is missing, or they do not fit each other.
+    """
+    model = VisionLanguageModel(_override(weights_config(options.model, "model"), options))
+    load_weights(model, options.model, "model", complete=False)
+    loaded = weights_tokenizer(options.model, tokenizer)
+    if len(loaded) != model.config.vocab_size:
+        raise UsageError(f"tokenizer: expected the model's {model.config.vocab_size} entries, got {len(loaded)}")
+    return model, loaded
+
+
+def start_pair_model(options: TaskConfig) -> Loaded | None:
+    """Loads what text assignment has trained for NLVR2. Returns None if `options.model` is anything else."""
+    path = Path(options.model)
+    if not path.is_dir() or (read_model_folder(path)[1] or {}).get("task") != TextAssignmentModel.name:
+        return None
+    assigned, tokenizer = load_task_model(path, TextAssignmentModel.name)
+    model = NLVR2Model(VisionLanguageModel(_override(assigned.config, options)), tokenizer)
+    fill_model(model.base, own_state(assigned.base))
+    return model, tokenizer
+
+
+def load_task_model(
+    directory: str | Path, task: str, device: str | torch.device = "cpu"
+) -> tuple[VisionLanguageModel | TaskModel, Tokenizer]:
+    """Loads a model folder that fine-tuning for `task` wrote.
+
+    Returns:
+        The model in eval mode, a plain one for tasks without a head, and its tokenizer.
+
+    Raises:
+        UsageError: names what is missing, or the task that the model is fine-tuned for.
+    """
+    if task not in MODELS:
+        return load_model(directory, device)
+    config, record = read_model_folder(directory)
+    if record is None or record.get("task") != task:
+        found = f"fine-tuned for {record['task']}" if record else "not fine-tuned for a task with labels"
+        raise UsageError(f"model: expected a model fine-tuned for {task}, {directory} is {found}")
+    tokenizer = load_tokenizer(str(Path(directory) / TOKENIZER))
+    arguments = {name: value for name, value in record.items() if name != "task"}
+    model = MODELS[task](VisionLanguageModel(config), tokenizer, **arguments)
+    load_own_state(model, read_weights(directory))
+    return model.to(device).eval(), tokenizer
+
+
+def _override(config: ModelConfig, options: TaskConfig) -> ModelConfig:
+    """The configuration of a pretrained model, with what the options change."""
+    changes = {name: getattr(options, name) for name in ("image_size", "max_tokens", "hidden_dropout")}
+    return replace(config, **{name: value for name, value in changes.items() if value is not None})
