@@ -18,7 +18,7 @@ from softmask_fast.evaluation.ablation import (
     run_ablation,
     summarize,
 )
-from softmask_fast.options import parse_arguments
+from softmask_fast.training.options import parse_arguments
 
 DS = str(ROOT / "ds.json")
 TINY = SMALL | {"max_steps": 2, "eval_size": 12, "rand_augment": True}

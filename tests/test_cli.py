@@ -14,7 +14,7 @@ from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.model.export import save_model
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 
 @pytest.fixture(scope="module")

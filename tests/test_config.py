@@ -5,7 +5,7 @@ import json
 import pytest
 
 from softmask_fast.config import PRESETS
-from softmask_fast.options import make_config, parse_arguments
+from softmask_fast.training.options import make_config, parse_arguments
 
 
 def parse(*flags):

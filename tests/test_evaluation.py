@@ -18,7 +18,7 @@ from softmask_fast.evaluation.common import batches, format_table, tokenize
 from softmask_fast.evaluation.grounding import phrase_maps, word_tokens
 from softmask_fast.evaluation.retrieval import ranks_of_best, recall_at_k
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 
 class ListSource:

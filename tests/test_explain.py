@@ -15,7 +15,7 @@ from softmask_fast.evaluation.common import image_pixels, tokenize
 from softmask_fast.evaluation.heatmaps import decode_image, explain, heatmap_page, overlay, peak
 from softmask_fast.evaluation.plots import plot_curves, smooth
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 
 @pytest.fixture(scope="module")

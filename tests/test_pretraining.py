@@ -14,7 +14,7 @@ from softmask_fast.model.fusion import CrossAttention
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 ALPHA, SEED, PAIRS, TOKENS, VOCABULARY = 0.4, 11, 4, 8, 40
 

@@ -21,7 +21,7 @@ from softmask_fast.data.shards import write_index
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.synthetic import ShapesSource
 from softmask_fast.data.tokenizer import train_tokenizer
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 SHARDS, PER_SHARD = 8, 6
 SHAPES = ShapesSource(num=40)

@@ -20,7 +20,6 @@ from softmask_fast.evaluation.boxes import intersection_over_union, proposal_sco
 from softmask_fast.evaluation.vqa_accuracy import vqa_accuracy
 from softmask_fast.model.export import load_model, save_model
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
 from softmask_fast.tasks.answers import evaluate_answers
 from softmask_fast.tasks.base import distilled_cross_entropy
 from softmask_fast.tasks.datasets import ExampleLoader, open_examples, open_expressions
@@ -30,6 +29,7 @@ from softmask_fast.tasks.options import FinetuneConfig, TaskConfig
 from softmask_fast.tasks.recipes import TASKS, load_task_model
 from softmask_fast.tasks.synthetic import ANSWERS, UNSEEN_PROPERTIES, ShapesTask
 from softmask_fast.tasks.vqa import VQAModel, read_answers
+from softmask_fast.training.options import make_config
 
 SIZE = 32
 MODELS = {"vqa": VQAModel, "nlvr2": NLVR2Model, "entailment": EntailmentModel}
