@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ from torch import Tensor, nn
 from softmask_fast.config import MomentumConfig
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import FocalITCLoss
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What changes from step to step."""
+
+    alpha: float  # weight of the teacher's soft targets
+    seed: int  # of the negatives drawn in the step
+    use_queue: bool = True  # whether the queued features are contrastive keys beside those of the batch
 
 
 class MomentumCopy(nn.Module):

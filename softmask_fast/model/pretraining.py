@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.types import Batch
 from softmask_fast.model.fusion import KeyValue
-from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.momentum import MomentumTeacher, StepSettings
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import FocalITCStats, word_soft_mask
@@ -45,16 +45,14 @@ class PretrainingStep(nn.Module):
         self.bf16 = bf16
 
     def forward(
-        self, batch: Batch, teacher: MomentumTeacher, alpha: float, seed: int, use_queue: bool = True
+        self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch and its detached figures.
 
-        alpha: share of the teacher's soft targets in this step; seed: of the hard negatives drawn in this step;
-        use_queue: whether the queued features are contrastive keys beside those of the batch.
         Adds the batch's momentum features to the teacher's queues.
         """
         with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._losses(batch, teacher, alpha, seed, use_queue)
+            return self._losses(batch, teacher, settings.alpha, settings.seed, settings.use_queue)
 
     def _losses(self, batch: Batch, teacher: MomentumTeacher, alpha: float, seed: int, use_queue: bool):
         model, objectives = self.model, self.objectives

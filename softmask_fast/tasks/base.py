@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
-from softmask_fast.model.momentum import MomentumCopy
+from softmask_fast.model.momentum import MomentumCopy, StepSettings
 from softmask_fast.model.text import initial_std
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch
@@ -101,8 +101,9 @@ class TaskStep(nn.Module):
         super().__init__()
         self.model, self.bf16 = model, bf16
 
-    def forward(self, batch, teacher: MomentumCopy, alpha: float, seed: int, use_queue: bool = True):
-        """The loss of a batch and its detached figures; seed and use_queue are of no matter here."""
+    def forward(self, batch, teacher: MomentumCopy, settings: StepSettings):
+        """The loss of a batch and its detached metrics; `seed` and `use_queue` of the settings are unused."""
+        alpha = settings.alpha
         with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
             loss, figures = self.model.loss(batch, teacher.model if alpha > 0 else None, alpha)
         return loss, {name: value.detach().float() for name, value in (figures | {"loss": loss}).items()}
