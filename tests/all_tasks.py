@@ -11,7 +11,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from softmask_fast import finetune, train
-from softmask_fast import options as pretraining_options
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.model.convert_albef import save_albef
@@ -19,6 +18,7 @@ from softmask_fast.model.export import load_model
 from softmask_fast.tasks import options as task_options
 from softmask_fast.tasks.synthetic import ANSWERS, ShapesTask
 from softmask_fast.training import deepspeed_engine, launch
+from softmask_fast.training import options as pretraining_options
 
 parser = argparse.ArgumentParser()
 for name in ("--output_dir", "--deepspeed", "--what", "--local_rank"):

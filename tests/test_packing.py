@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.model.packing import Packing, choose_attention, self_attention
 from softmask_fast.model.pretraining import PretrainingStep
-from softmask_fast.training.metrics import FlopCount
+from softmask_fast.training.meters import FlopCount
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from memory import activations  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -43,6 +44,11 @@ class RetrievalReport:
     itc: dict[str, dict[str, float]]  # direction -> {"recall@1": ...}
     itm: dict[str, dict[str, float]] | None
     chance: dict[str, dict[str, float]]  # what a random order reaches
+
+    @property
+    def mean_recall(self) -> float:
+        """ALBEF's criterion for the best model: recall @1, @5 and @10 both ways, averaged, after re-ranking if any."""
+        return fmean(recall for way in (self.itm or self.itc).values() for recall in way.values())
 
     def as_dict(self) -> dict[str, Any]:
         return {"task": "retrieval"} | asdict(self)

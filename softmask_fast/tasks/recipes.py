@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -80,8 +79,7 @@ class RetrievalTask:
     def headline(self, report: Report) -> tuple[str, float] | None:
         """The name of the figure by which the best model of a run is chosen, and its value in [0, 1]; None where there
         was nothing to measure by. Here it is ALBEF's: the mean of recall @1, @5, @10 both ways, after re-ranking."""
-        recalls = report.itm or report.itc
-        return "mean recall", fmean(recall for way in recalls.values() for recall in way.values())
+        return "mean recall", report.mean_recall
 
     def evaluate(self, model, tokenizer, source, options: TaskConfig, **common) -> Report:
         rerank = options.candidates and max(10, min(options.candidates, len(source)))
