@@ -229,12 +229,16 @@ def _explain(options: argparse.Namespace) -> None:
     image = options.image.read_bytes()
     _check_model(options.model)
     _quiet_libraries()
+    from softmask_fast.data.types import BadSample
     from softmask_fast.evaluation.common import format_table
     from softmask_fast.evaluation.heatmaps import explain
     from softmask_fast.model.export import load_model
 
     model, tokenizer = load_model(options.model, _device(options.device))
-    shown = explain(model, tokenizer, image, options.text, options.out, layer=options.layer)
+    try:
+        shown = explain(model, tokenizer, image, options.text, options.out, layer=options.layer)
+    except BadSample as error:
+        raise UsageError(f"--image: {options.image}: {error}") from error
     rows = [
         [word["word"], f"{100 * word['strength']:.0f}", *(f"{100 * position:.0f}" for position in word["peak"])]
         for word in shown["words"]
