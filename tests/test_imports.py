@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "softmask_fast"
 # Each room imports itself and the rooms before it. Beside them stand the modules of the root: the ground floor, which
 # all but `ops` may use, and the entry points on top.
 ROOMS = ("ops", "ground", "data", "model", "evaluation", "tasks", "training", "entry")
-GROUND = ("config", "errors", "utils")
-ENTRY = ("options", "train", "finetune", "cli", "doctor")
+GROUND = ("config", "errors", "options", "utils")
+ENTRY = ("train", "finetune", "cli", "doctor")
 ADAPTERS = {"ops", "ground", "model", "adapters"}
 
 
