@@ -79,7 +79,7 @@ shard, and their order is drawn shard by shard ([data.md](data.md)).
    the last column of the first table says. DALI decodes and distorts on the GPU where there is one.
 2. **The index of a local source**, beyond 10 M pairs: hundreds of bytes a sample in every rank, and minutes to read
    the headers of the shards at each start. From there on use shards by URL (`file://` does for a shared disk).
-3. **The batch**, near 64 GPUs: 128 pairs each are 8,192 run_on_all_ranks, where the paper has 512. Lower `--batch_size`
+3. **The batch**, near 64 GPUs: 128 pairs each are 8,192 together, where the paper has 512. Lower `--batch_size`
    first; the step then has less to hide its communication behind, and the efficiency is that of the table no more.
 4. **The weights' way back**, from 8 GPUs on, is the largest part that nothing hides: half of ZeRO 1's traffic.
    Stage 0 reduces gradients only, behind the backward pass, at {replicated:.1f} GiB more on each GPU;

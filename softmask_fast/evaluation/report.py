@@ -31,6 +31,7 @@ class PretrainingEvaluation:
     The pairs are those of eval_data, by default the unseen scenes of `shapes`.
     """
 
+    has_labels = True
     load = staticmethod(load_model)
 
     def __init__(self, config: Config, data: str) -> None:
@@ -44,10 +45,6 @@ class PretrainingEvaluation:
             remote=RemoteOptions.of(config.data),
             image_root=config.data.image_root,
         )
-
-    @property
-    def has_labels(self) -> bool:
-        return True
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, limit: int, progress: bool) -> list[Report]:
         """The reports on the first `limit` pairs. A collective where there are several ranks."""

@@ -9,17 +9,17 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from softmask_fast.data.types import CaptionSource
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import sample_count, usable_samples
 from softmask_fast.evaluation.record import evaluation_record, parse_record
+from softmask_fast.evaluation.report import PretrainingEvaluation
 from softmask_fast.model.export import save_model
 from softmask_fast.tasks.options import FinetuneConfig
 from softmask_fast.tasks.recipes import TASKS, load_task_model
@@ -35,23 +35,6 @@ logger = logging.getLogger(__name__)
 
 RECORDS, RECORD = "evaluations.jsonl", "evaluation.json"
 BEST, CANDIDATE = "best", "candidate"
-
-
-class Evaluation(Protocol):
-    """Held-out data and the way to evaluate a model on it: `PretrainingEvaluation` or `TaskEvaluation`."""
-
-    data: str  # as the option names it
-    size: int | None  # most samples that are taken of it; None or 0: all
-    source: CaptionSource
-    has_labels: bool  # whether the data say what is right; else the model only answers, at the end
-
-    def load(self, directory: Path, device: torch.device) -> tuple[nn.Module, PreTrainedTokenizerFast]: ...
-
-    def evaluate(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerFast, limit: int, progress: bool
-    ) -> list[Report]: ...
-
-    def headline(self, reports: Sequence[Report]) -> tuple[str, float] | None: ...
 
 
 class TaskEvaluation:
@@ -84,7 +67,9 @@ class Evaluator:
     to evaluations.jsonl, the last one is in evaluation.json, and best/ is the best model so far with its record.
     """
 
-    def __init__(self, evaluation: Evaluation, output: Path, every_epochs: float = 0.0) -> None:
+    def __init__(
+        self, evaluation: PretrainingEvaluation | TaskEvaluation, output: Path, every_epochs: float = 0.0
+    ) -> None:
         """every_epochs: epochs between evaluations on the way; 0: none.
 
         Raises:
