@@ -55,5 +55,5 @@ def _outcomes(rank: int) -> list[str]:
 def test_what_one_rank_finds_all_ranks_raise(tmp_path):
     first, second = results_of_ranks(_outcomes, 2, tmp_path)
     assert (first.pop(0), second.pop(0)) == ("returned 0", "returned 1")
-    missing = "UsageError: data: 1 of 1 files do not exist: {}.tar"
+    missing = "AgreedUsageError: data: 1 of 1 files do not exist: {}.tar"
     assert first == second == [missing.format("one") + " (found by rank 1)", *map(missing.format, ("of-0", "zero"))]

@@ -35,6 +35,7 @@ def test_a_stored_run_is_resumed(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(STORED / "run", run)
     shutil.rmtree(run / "model")
+    assert "contrast.image_queue" in load_file(run / "checkpoints/step-00000002/teacher.safetensors")  # its name then
     config = json.loads((run / "config.json").read_text())["config"]
     options = {}
     for section in ("model", "objectives", "data", "train"):
