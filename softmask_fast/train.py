@@ -60,7 +60,7 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path
     """Everything that a pretraining run needs. A collective.
 
     Raises:
-        UsageError: before the first step, for what is missing or does not fit.
+        AgreedUsageError: for what is missing or does not fit.
     """
     torch.manual_seed(config.train.seed)
     source, evaluator = run_on_all_ranks(lambda: open_sources(config, output))
@@ -88,7 +88,7 @@ def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreT
     """The run's tokenizer, kept in its folder: the named one, that of the starting weights, or a newly trained one.
 
     Raises:
-        UsageError: when it cannot be loaded, or does not fit the weights.
+        AgreedUsageError: when it cannot be loaded, or does not fit the weights.
     """
     folder = output / "tokenizer"
 
@@ -108,12 +108,15 @@ def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreT
         tokenizer.save_pretrained(temporary)
         os.replace(temporary, folder)
 
+    def load() -> PreTrainedTokenizerFast:
+        tokenizer = load_tokenizer(str(folder))
+        expected, size = config.model.vocab_size, len(tokenizer)
+        if config.model.model_weights and size != expected:
+            raise UsageError(f"tokenizer: expected the {expected} entries of the model in model_weights, got {size}")
+        return tokenizer
+
     run_on_all_ranks(make)
-    tokenizer = run_on_all_ranks(lambda: load_tokenizer(str(folder)))
-    expected, size = config.model.vocab_size, len(tokenizer)
-    if config.model.model_weights and size != expected:
-        raise UsageError(f"tokenizer: expected the {expected} entries of the model in model_weights, got {size}")
-    return tokenizer
+    return run_on_all_ranks(load)
 
 
 def sample_captions(source: CaptionSource, images: int = 20_000) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Launched by test_finetune.py: pretrains a small model, then fine-tunes and measures it for every task.
+"""Launched by test_finetune.py: pretrains a small model, then fine-tunes and evaluates it for every task.
 
---what learn: all tasks, as long as it takes to learn something; --what resume: one of them, a few steps, again from the
-middle, and what can be a start: an ALBEF checkpoint, and a folder for more pretraining.
+--what learn: all tasks, long enough to learn something. --what resume: a few steps of one task, resumed from the middle,
+and started from an ALBEF checkpoint; and pretraining that starts from a model folder.
 """
 
 import argparse
@@ -61,7 +61,7 @@ RESUMED = LABELS | {
 
 
 def train_words() -> None:
-    """A tokeniser that knows the words of all tasks, not those of the captions alone."""
+    """A tokenizer that knows the words of all tasks, not only those of the captions."""
     texts = [caption for index in range(100) for caption in open_source(SCENES.format(100)).read(index).captions]
     for task, field in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence")):
         entries = ShapesTask.from_options("num=200,names=color", task, split="train", seed=0, image_size=32)

@@ -1,4 +1,4 @@
-"""The ablation: five configurations of one run, a table and a figure of them, and nothing done twice."""
+"""The ablation: five configurations of one run, their table and figure, and no run done twice."""
 
 import json
 
@@ -103,7 +103,7 @@ def test_the_table_has_means_and_spreads(tmp_path, pointing):
 
 
 def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(tmp_path, monkeypatch, capsys):
-    """Of two rows one is there already; the other is a real run."""
+    """One of two rows is finished already; the other is a real run."""
     monkeypatch.setattr(ablation, "ROWS", {row: ROWS[row] for row in ("baseline", "all")})
     output = tmp_path / "ablation"
     first, second = (output / "runs" / f"{row}-seed-0" for row in ("baseline", "all"))

@@ -58,8 +58,8 @@ def test_retrieval_is_learned(learned):
 
 
 def grounded(folder) -> dict:
-    """A model's maps in the fusion layer that is best on training scenes, measured on unseen ones: which of the two
-    attends to what is named is up to the model, and the number of ALBEF's layer was chosen, too."""
+    """The grounding of unseen scenes by the fusion layer that is best on training scenes, as ALBEF's was chosen: which
+    layer attends to what is named differs between models."""
     model, tokenizer = load_model(folder)
 
     def measure(split: str, layer: int, limit: int):

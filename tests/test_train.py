@@ -49,8 +49,8 @@ def launch(
     common: dict = SMALL,
     **options,
 ) -> subprocess.Popen:
-    """launcher: options of `deepspeed` itself (default: so many ranks on this machine); prefix: a command before it;
-    common: the script's options where the given ones do not say otherwise."""
+    """launcher: options of `deepspeed` (default: `ranks` ranks on this machine); prefix: a command before it; common:
+    options of the script, which `options` may change."""
     flags = [text for name, value in (common | options).items() for text in (f"--{name}", str(value))]
     if launcher is None:
         launcher = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
@@ -204,8 +204,8 @@ def test_bad_samples_are_skipped_counted_and_named_or_stop_the_run(tmp_path):
 
 @pytest.fixture
 def hosts():
-    """Addresses of two hosts, and what to put before a command that is to run on each: network namespaces with a cable
-    between them; where these are not allowed, two addresses of this machine."""
+    """Address -> prefix of a command that runs there, of two hosts: network namespaces with a cable between them, or
+    where these are not allowed two addresses of this machine."""
     names = [f"softmask-{os.getpid()}-{host}" for host in range(2)]
     made = subprocess.run(["sh", "-ec", f"""
         ip netns add {names[0]}; ip netns add {names[1]}
