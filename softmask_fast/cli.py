@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +52,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    evaluate = commands.add_parser("evaluate", help="Evaluate a model on a task.", description=_evaluate.__doc__)
-    _common_options(evaluate)
+    def add_command(name: str, run: Callable, help: str, *parents: CommandParser, **settings: Any) -> CommandParser:
+        command = commands.add_parser(name, help=help, description=run.__doc__, parents=parents, **settings)
+        command.set_defaults(run=run)
+        return command
+
+    debug = CommandParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    model = CommandParser(add_help=False, parents=[debug])
+    model.add_argument("--model", required=True, type=Path, metavar="DIR", help="A model folder, exported by training.")
+    model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if available).")
+    layer_help = "Fusion layer of the heat maps, 0 is the first (default: the layer of the soft masks)."
+
+    evaluate = add_command("evaluate", _evaluate, "Evaluate a model on a task.", model)
     evaluate.add_argument(
         "--data",
         required=True,
@@ -65,98 +76,49 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, metavar="N", help="Evaluate on the first N samples.")
     evaluate.add_argument("--batch_size", type=int, default=64, metavar="N", help="Images at a time (default: 64).")
     retrieval = evaluate.add_argument_group("retrieval")
-    retrieval.add_argument(
-        "--captions", choices=("first", "all"), default="first", help="Captions of each image (default: first)."
-    )
-    retrieval.add_argument(
-        "--rerank",
-        type=int,
-        default=16,
-        metavar="K",
-        help="Re-rank the best K of each query by image-text matching; 0: do not (default: 16).",
-    )
-    _layer_option(evaluate.add_argument_group("grounding"))
+    captions_help = "Captions of each image (default: first)."
+    retrieval.add_argument("--captions", choices=("first", "all"), default="first", help=captions_help)
+    rerank_help = "Re-rank the best K of each query by image-text matching; 0: do not (default: 16)."
+    retrieval.add_argument("--rerank", type=int, default=16, metavar="K", help=rerank_help)
+    evaluate.add_argument_group("grounding").add_argument("--layer", type=int, metavar="N", help=layer_help)
     entries = evaluate.add_argument_group("tasks with JSON data")
     entries.add_argument("--image_root", metavar="DIR", help="Folder of relative image paths (default: the JSON's).")
     entries.add_argument("--answers", metavar="FILE", help="vqa: JSON list of answers (default: the model's).")
     entries.add_argument("--predictions", type=Path, metavar="FILE", help="Write the answers to this file, as JSON.")
-    evaluate.set_defaults(run=_evaluate)
 
-    explain = commands.add_parser("explain", help="Draw a heat map for every word.", description=_explain.__doc__)
-    _common_options(explain)
+    explain = add_command("explain", _explain, "Draw a heat map for every word.", model)
     explain.add_argument("--image", required=True, type=Path, metavar="FILE", help="A JPEG, PNG or WebP image.")
     explain.add_argument("--text", required=True, metavar="TEXT", help="A caption of the image, true or not.")
     explain.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="File to write.")
-    _layer_option(explain)
-    explain.set_defaults(run=_explain)
+    explain.add_argument("--layer", type=int, metavar="N", help=layer_help)
 
-    prepare = commands.add_parser(
-        "prepare", help="Make shards from images and a table of captions.", description=_prepare.__doc__
-    )
-    prepare.add_argument(
-        "--pairs", required=True, type=Path, metavar="FILE", help="A .csv, .tsv, .json, .jsonl or .parquet table."
-    )
-    prepare.add_argument(
-        "--images", required=True, type=Path, metavar="DIR", help="Folder of the relative image paths."
-    )
+    prepare = add_command("prepare", _prepare, "Make shards from images and a table of captions.", debug)
+    table_help = "A .csv, .tsv, .json, .jsonl or .parquet table."
+    prepare.add_argument("--pairs", required=True, type=Path, metavar="FILE", help=table_help)
+    prepare.add_argument("--images", required=True, type=Path, metavar="DIR", help="Folder of relative image paths.")
     prepare.add_argument("--out", required=True, type=Path, metavar="DIR", help="A new folder for the shards.")
     prepare.add_argument("--image_column", default="image", metavar="NAME", help="Default: image.")
     prepare.add_argument("--caption_column", default="caption", metavar="NAME", help="Default: caption.")
     prepare.add_argument("--shard_size", type=int, default=5000, metavar="N", help="Images per shard (default: 5000).")
-    prepare.add_argument(
-        "--short_side", type=int, metavar="PIXELS", help="Shrink larger images to this short side (default: no limit)."
-    )
+    side_help = "Shrink larger images to this short side (default: no limit)."
+    prepare.add_argument("--short_side", type=int, metavar="PIXELS", help=side_help)
     prepare.add_argument("--workers", type=int, metavar="N", help="Processes (default: all cores).")
-    _debug_option(prepare)
-    prepare.set_defaults(run=_prepare)
 
-    ablate = commands.add_parser(
-        "ablate",
-        help="Compare the parts of the method.",
-        description=_ablate.__doc__,
-        epilog="All other options are passed to softmask_fast/train.py in every run: --data, --preset, --epochs ...",
-        allow_abbrev=False,
-    )
+    others = "All other options are passed to softmask_fast/train.py in every run: --data, --preset, --epochs ..."
+    ablate_help = "Compare the parts of the method."
+    ablate = add_command("ablate", _ablate, ablate_help, debug, epilog=others, allow_abbrev=False)
     ablate.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="Folder of runs and table.")
     ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="Runs per row (default: 3).")
     ablate.add_argument("--deepspeed", default="ds.json", metavar="FILE", help="DeepSpeed options (default: ds.json).")
-    ablate.add_argument(
-        "--launcher", default="", metavar="OPTIONS", help="Options of deepspeed, as in --launcher='--num_gpus 4'."
-    )
-    _debug_option(ablate)
-    ablate.set_defaults(run=_ablate)
+    launcher_help = "Options of deepspeed, as in --launcher='--num_gpus 4'."
+    ablate.add_argument("--launcher", default="", metavar="OPTIONS", help=launcher_help)
 
-    index = commands.add_parser("index", help="Index shards before uploading them.", description=_index.__doc__)
+    index = add_command("index", _index, "Index shards before uploading them.", debug)
     index.add_argument("shards", nargs="+", metavar="SHARDS", help="Local .tar files, patterns or folders.")
-    _debug_option(index)
-    index.set_defaults(run=_index)
 
-    doctor = commands.add_parser("doctor", help="Examine this machine and installation.", description=_doctor.__doc__)
+    doctor = add_command("doctor", _doctor, "Examine this machine and installation.", debug)
     doctor.add_argument("--json", type=Path, metavar="FILE", help="Also write the report to this file.")
-    _debug_option(doctor)
-    doctor.set_defaults(run=_doctor)
     return parser
-
-
-def _common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, type=Path, metavar="DIR", help="A model folder, as training exports it."
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if available).")
-    _debug_option(parser)
-
-
-def _debug_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-
-
-def _layer_option(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--layer",
-        type=int,
-        metavar="N",
-        help="Fusion layer of the heat maps, 0 is the first (default: the layer of the soft masks).",
-    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Launched by test_finetune.py: pretrains a small model, then fine-tunes and evaluates it for every task.
 
---what learn: all tasks, long enough to learn something. --what resume: a few steps of one task, resumed from the middle,
-and started from an ALBEF checkpoint; and pretraining that starts from a model folder.
+--what learn: all tasks, long enough to learn something. --what resume: a few steps of one task, resumed from the
+middle, and started from an ALBEF checkpoint; and pretraining that starts from a model folder.
 """
 
 import argparse
