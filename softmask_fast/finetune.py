@@ -14,8 +14,11 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
+from softmask_fast.data.loader import SampleLoader
 from softmask_fast.evaluation.plots import plot_curves
+from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.tasks.options import FinetuneConfig, parse_arguments
 from softmask_fast.tasks.recipes import TASKS, predictions
 from softmask_fast.training.launch import StopRequest, run_script
@@ -47,7 +50,7 @@ def build_trainer(config: FinetuneConfig, deepspeed_config: dict[str, Any], outp
     return Trainer(step, teacher, loader, config, deepspeed_config, output, stop, evaluator)
 
 
-def build_step(config: FinetuneConfig, output: Path) -> tuple[Any, Any, Any, Evaluator | None]:
+def build_step(config: FinetuneConfig, output: Path) -> tuple[nn.Module, MomentumCopy, SampleLoader, Evaluator | None]:
     """The module that DeepSpeed wraps, the momentum teacher, the loader, and the evaluator if there is eval_data."""
     train, task = config.train, TASKS[config.task]
     device = torch.device(get_accelerator().current_device_name())
