@@ -23,7 +23,7 @@ from softmask_fast.model.momentum import MomentumTeacher, StepSettings
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.pretraining_reference import ReferenceStep, update_teacher
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {"base": 128} if DEVICE.type == "cuda" else {"tiny": 32, "small": 32}  # preset: pairs in a batch

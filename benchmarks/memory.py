@@ -23,7 +23,7 @@ from softmask_fast.config import PRESETS
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 CPU = torch.device("cpu")
 EXPLANATION = """\

@@ -32,9 +32,9 @@ from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
 from softmask_fast.train import sample_captions
-from softmask_fast.training.metrics import FlopCount
+from softmask_fast.training.meters import FlopCount
+from softmask_fast.training.options import make_config
 from softmask_fast.utils import write_text
 
 RANKS = (1, 8, 64, 256, 1000)

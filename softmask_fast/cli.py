@@ -1,7 +1,6 @@
-"""The command `softmask-fast`: prepare and index data, evaluate and explain models, run the ablation, and examine the
-machine.
+"""The command `softmask-fast`: prepare data, evaluate and explain models, run the ablation, examine the machine.
 
-Everything heavy is imported by the command that needs it, so that --help answers at once.
+Each command imports what it needs, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -9,25 +8,29 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softmask_fast import __version__
-from softmask_fast.errors import format_error
+from softmask_fast.errors import UsageError, format_error, is_user_error
+from softmask_fast.options import CommandParser
 from softmask_fast.utils import write_json
 
 if TYPE_CHECKING:
     import torch
 
-PRETRAINED = ("retrieval", "grounding")  # tasks of a model as pretraining leaves it
+    from softmask_fast.evaluation.tables import Report
+
+PRETRAINED = ("retrieval", "grounding")  # tasks of a model without fine-tuning
 TASKS = (*PRETRAINED, "vqa", "nlvr2", "entailment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status.
+    """Run one command.
 
-    0; 1 where `doctor` found a fault; 2 after a message about what the user can put right.
+    Returns:
+        The exit status: 0; 1 if `doctor` found a fault; 2 after a message about a user error.
     """
     parser = _parser()
     options, others = parser.parse_known_args(argv)
@@ -37,20 +40,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        own_module_missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("softmask_fast")
-        if options.debug or own_module_missing:
+        missing = isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("softmask_fast")
+        if options.debug or not (missing or is_user_error(error)):
             raise
         print(f"softmask-fast: error: {_explain_error(error)}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="softmask-fast", description="Prepare data; evaluate and explain models.")
+    parser = CommandParser(prog="softmask-fast", description="Prepare data; evaluate and explain models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    evaluate = commands.add_parser("evaluate", help="Measure a model by a task.", description=_evaluate.__doc__)
-    _common_options(evaluate)
+    def add_command(name: str, run: Callable, help: str, *parents: CommandParser, **settings: Any) -> CommandParser:
+        command = commands.add_parser(name, help=help, description=run.__doc__, parents=parents, **settings)
+        command.set_defaults(run=run)
+        return command
+
+    debug = CommandParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    model = CommandParser(add_help=False, parents=[debug])
+    model.add_argument("--model", required=True, type=Path, metavar="DIR", help="A model folder, exported by training.")
+    model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if available).")
+    layer_help = "Fusion layer of the heat maps, 0 is the first (default: the layer of the soft masks)."
+
+    evaluate = add_command("evaluate", _evaluate, "Evaluate a model on a task.", model)
     evaluate.add_argument(
         "--data",
         required=True,
@@ -58,100 +72,53 @@ def _parser() -> argparse.ArgumentParser:
         help="WebDataset shards (a file, a folder, 'val-{000..003}.tar', a comma list), JSON lists, or 'shapes'.",
     )
     evaluate.add_argument("--task", required=True, choices=TASKS)
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="Write the figures there, too.")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="Take the first N samples only.")
-    evaluate.add_argument("--batch-size", type=int, default=64, metavar="N", help="Images at a time (default: 64).")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="Also write the metrics to this file.")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="Evaluate on the first N samples.")
+    evaluate.add_argument("--batch_size", type=int, default=64, metavar="N", help="Images at a time (default: 64).")
     retrieval = evaluate.add_argument_group("retrieval")
-    retrieval.add_argument(
-        "--captions", choices=("first", "all"), default="first", help="Captions of each image (default: first)."
-    )
-    retrieval.add_argument(
-        "--rerank",
-        type=int,
-        default=16,
-        metavar="K",
-        help="Let image-text matching re-rank the best K of each query; 0 leaves it out (default: 16).",
-    )
-    _layer_option(evaluate.add_argument_group("grounding"))
-    entries = evaluate.add_argument_group("tasks whose data are JSON files")
-    entries.add_argument("--image-root", metavar="DIR", help="Where image paths start (default: the JSON's folder).")
+    captions_help = "Captions of each image (default: first)."
+    retrieval.add_argument("--captions", choices=("first", "all"), default="first", help=captions_help)
+    rerank_help = "Re-rank the best K of each query by image-text matching; 0: do not (default: 16)."
+    retrieval.add_argument("--rerank", type=int, default=16, metavar="K", help=rerank_help)
+    evaluate.add_argument_group("grounding").add_argument("--layer", type=int, metavar="N", help=layer_help)
+    entries = evaluate.add_argument_group("tasks with JSON data")
+    entries.add_argument("--image_root", metavar="DIR", help="Folder of relative image paths (default: the JSON's).")
     entries.add_argument("--answers", metavar="FILE", help="vqa: JSON list of answers (default: the model's).")
-    entries.add_argument("--predictions", type=Path, metavar="FILE", help="Write the answers there, as JSON.")
-    evaluate.set_defaults(run=_evaluate)
+    entries.add_argument("--predictions", type=Path, metavar="FILE", help="Write the answers to this file, as JSON.")
 
-    explain = commands.add_parser("explain", help="Draw a heat map for every word.", description=_explain.__doc__)
-    _common_options(explain)
+    explain = add_command("explain", _explain, "Draw a heat map for every word.", model)
     explain.add_argument("--image", required=True, type=Path, metavar="FILE", help="A JPEG, PNG or WebP image.")
     explain.add_argument("--text", required=True, metavar="TEXT", help="A caption of the image, true or not.")
-    explain.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="Where the figure goes.")
-    _layer_option(explain)
-    explain.set_defaults(run=_explain)
+    explain.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="File to write.")
+    explain.add_argument("--layer", type=int, metavar="N", help=layer_help)
 
-    prepare = commands.add_parser(
-        "prepare", help="Make shards of images and a table of captions.", description=_prepare.__doc__
-    )
-    prepare.add_argument(
-        "--pairs", required=True, type=Path, metavar="FILE", help="A .csv, .tsv, .json, .jsonl or .parquet table."
-    )
-    prepare.add_argument("--images", required=True, type=Path, metavar="DIR", help="Where its image paths start.")
+    prepare = add_command("prepare", _prepare, "Make shards from images and a table of captions.", debug)
+    table_help = "A .csv, .tsv, .json, .jsonl or .parquet table."
+    prepare.add_argument("--pairs", required=True, type=Path, metavar="FILE", help=table_help)
+    prepare.add_argument("--images", required=True, type=Path, metavar="DIR", help="Folder of relative image paths.")
     prepare.add_argument("--out", required=True, type=Path, metavar="DIR", help="A new folder for the shards.")
-    prepare.add_argument("--image-column", default="image", metavar="NAME", help="Default: image.")
-    prepare.add_argument("--caption-column", default="caption", metavar="NAME", help="Default: caption.")
-    prepare.add_argument("--shard-size", type=int, default=5000, metavar="N", help="Images per shard (default: 5000).")
-    prepare.add_argument(
-        "--short-side", type=int, metavar="PIXELS", help="Make larger images this small (default: as they are)."
-    )
+    prepare.add_argument("--image_column", default="image", metavar="NAME", help="Default: image.")
+    prepare.add_argument("--caption_column", default="caption", metavar="NAME", help="Default: caption.")
+    prepare.add_argument("--shard_size", type=int, default=5000, metavar="N", help="Images per shard (default: 5000).")
+    side_help = "Shrink larger images to this short side (default: no limit)."
+    prepare.add_argument("--short_side", type=int, metavar="PIXELS", help=side_help)
     prepare.add_argument("--workers", type=int, metavar="N", help="Processes (default: all cores).")
-    _debug_option(prepare)
-    prepare.set_defaults(run=_prepare)
 
-    ablate = commands.add_parser(
-        "ablate",
-        help="Compare the parts of the method.",
-        description=_ablate.__doc__,
-        epilog="All other options are those of softmask_fast/train.py, for every run: --data, --preset, --epochs ...",
-        allow_abbrev=False,
-    )
-    ablate.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="Of the runs and the table.")
-    ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="Runs of each row (default: 3).")
-    ablate.add_argument("--deepspeed", default="ds.json", metavar="FILE", help="Default: ds.json.")
-    ablate.add_argument(
-        "--launcher", default="", metavar="OPTIONS", help="Of the deepspeed launcher, as in --launcher='--num_gpus 4'."
-    )
-    _debug_option(ablate)
-    ablate.set_defaults(run=_ablate)
+    others = "All other options are passed to softmask_fast/train.py in every run: --data, --preset, --epochs ..."
+    ablate_help = "Compare the parts of the method."
+    ablate = add_command("ablate", _ablate, ablate_help, debug, epilog=others, allow_abbrev=False)
+    ablate.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="Folder of runs and table.")
+    ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="Runs per row (default: 3).")
+    ablate.add_argument("--deepspeed", default="ds.json", metavar="FILE", help="DeepSpeed options (default: ds.json).")
+    launcher_help = "Options of deepspeed, as in --launcher='--num_gpus 4'."
+    ablate.add_argument("--launcher", default="", metavar="OPTIONS", help=launcher_help)
 
-    index = commands.add_parser("index", help="Index shards before they are uploaded.", description=_index.__doc__)
+    index = add_command("index", _index, "Index shards before uploading them.", debug)
     index.add_argument("shards", nargs="+", metavar="SHARDS", help="Local .tar files, patterns or folders.")
-    _debug_option(index)
-    index.set_defaults(run=_index)
 
-    doctor = commands.add_parser("doctor", help="Examine this machine and installation.", description=_doctor.__doc__)
-    doctor.add_argument("--json", type=Path, metavar="FILE", help="Write the report there, too.")
-    _debug_option(doctor)
-    doctor.set_defaults(run=_doctor)
+    doctor = add_command("doctor", _doctor, "Examine this machine and installation.", debug)
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="Also write the report to this file.")
     return parser
-
-
-def _common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, type=Path, metavar="DIR", help="A model folder, as training leaves it in its output."
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda where there is one).")
-    _debug_option(parser)
-
-
-def _debug_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-
-
-def _layer_option(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--layer",
-        type=int,
-        metavar="N",
-        help="Fusion layer of the heat maps, 0 is the first (default: the layer of the soft masks).",
-    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -168,34 +135,36 @@ def _evaluate(options: argparse.Namespace) -> None:
     for key, reason in report.skipped.items():
         print(f"skipped {key}: {reason}", file=sys.stderr)
     if options.json is not None:
-        write_json(options.json, {"model": str(options.model), "data": options.data} | report.as_dict())
+        from softmask_fast.evaluation.record import evaluation_record
+
+        write_json(options.json, evaluation_record([report], options.data, options.limit, model=str(options.model)))
         print(f"written to {options.json}")
     if options.predictions is not None:
         write_json(options.predictions, report.predictions)
         print(f"written to {options.predictions}")
 
 
-def _evaluate_pretrained(options: argparse.Namespace, common: dict):
+def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) -> Report:
     if options.predictions or options.answers:
-        raise ValueError(f"--predictions, --answers: expected with tasks of answers, not with {options.task}")
+        raise UsageError(f"--predictions, --answers: expected with a task that has answers, not with {options.task}")
     from softmask_fast.data.sources import open_source
     from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
     from softmask_fast.model.export import load_model
     from softmask_fast.tasks.datasets import open_expressions
 
     model, tokenizer = load_model(options.model, _device(options.device))
-    places = {"split": "val", "image_size": model.config.image_size, "image_root": options.image_root}
+    split = {"split": "val", "image_size": model.config.image_size, "image_root": options.image_root}
     if options.task == "retrieval":
-        source = open_source(options.data, **places)
+        source = open_source(options.data, **split)
         return evaluate_retrieval(model, tokenizer, source, captions=options.captions, rerank=options.rerank, **common)
     if options.data.endswith(".json"):
-        source = open_expressions(options.data, seed=0, **places)
+        source = open_expressions(options.data, seed=0, **split)
     else:
-        source = open_source(options.data, **places)
+        source = open_source(options.data, **split)
     return evaluate_grounding(model, tokenizer, source, layer=options.layer, **common)
 
 
-def _evaluate_answers(options: argparse.Namespace, common: dict):
+def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Report:
     from softmask_fast.config import DataConfig
     from softmask_fast.tasks import recipes
     from softmask_fast.tasks.answers import evaluate_answers
@@ -204,32 +173,36 @@ def _evaluate_answers(options: argparse.Namespace, common: dict):
     model, tokenizer = recipes.load_task_model(options.model, options.task, _device(options.device))
     if options.answers:
         if options.task != "vqa":
-            raise ValueError(f"--answers: expected with the task vqa, not with {options.task}")
+            raise UsageError(f"--answers: expected with the task vqa, not with {options.task}")
         model.answers = read_answers(options.answers)
     data = DataConfig(image_root=options.image_root)
-    places = {"split": "val", "seed": 0, "image_size": model.config.image_size}
-    source = recipes.TASKS[options.task].open(options.data, data, **places)
+    split = {"split": "val", "seed": 0, "image_size": model.config.image_size}
+    source = recipes.TASKS[options.task].open(options.data, data, **split)
     return evaluate_answers(model, tokenizer, source, **common)
 
 
 def _explain(options: argparse.Namespace) -> None:
     """Draw where a model looks for every word of a text: one heat map per word over the image, as a PNG."""
     if options.out.suffix.lower() != ".png":
-        raise ValueError(f"--out: expected a name that ends in .png, got {options.out}")
+        raise UsageError(f"--out: expected a name that ends in .png, got {options.out}")
     _check_output(options.out, "--out")
     if not options.text.split():
-        raise ValueError("--text: expected at least one word, got none")
+        raise UsageError("--text: expected at least one word, got none")
     image = options.image.read_bytes()
     _check_model(options.model)
     _quiet_libraries()
+    from softmask_fast.data.types import BadSample
     from softmask_fast.evaluation.heatmaps import explain
     from softmask_fast.evaluation.tables import format_table
     from softmask_fast.model.export import load_model
 
     model, tokenizer = load_model(options.model, _device(options.device))
-    shown = explain(model, tokenizer, image, options.text, options.out, layer=options.layer)
+    try:
+        shown = explain(model, tokenizer, image, options.text, options.out, layer=options.layer)
+    except BadSample as error:
+        raise UsageError(f"--image: {options.image}: {error}") from error
     rows = [
-        [word["word"], f"{100 * word['strength']:.0f}", *(f"{100 * place:.0f}" for place in word["peak"])]
+        [word["word"], f"{100 * word['strength']:.0f}", *(f"{100 * position:.0f}" for position in word["peak"])]
         for word in shown["words"]
     ]
     title = f"The model gives the pair a {100 * shown['matched']:.1f} % chance to match"
@@ -239,11 +212,11 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    """Decode every image of a table and write the good ones as WebDataset shards, each with an index; the bad ones are
-    listed. Called again, an interrupted run goes on."""
+    """Decode every image of a table, write the good ones as indexed WebDataset shards, and list the bad ones. The same
+    command resumes an interrupted run."""
     from softmask_fast.data.prepare import make_shards
 
-    done = make_shards(
+    summary = make_shards(
         options.pairs,
         options.images,
         options.out,
@@ -254,42 +227,42 @@ def _prepare(options: argparse.Namespace) -> None:
         workers=options.workers,
         progress=sys.stderr.isatty(),
     )
-    print(f"{done.samples} of {done.listed} images written to {done.shards} shards in {options.out}")
-    if done.skipped_captions:
-        print(f"{done.skipped_captions} captions without a word were left out beside good ones")
-    for row, image, reason in done.bad[:10]:
+    print(f"{summary.samples} of {summary.listed} images written to {summary.shards} shards in {options.out}")
+    if summary.skipped_captions:
+        print(f"{summary.skipped_captions} captions without a word were dropped")
+    for row, image, reason in summary.bad[:10]:
         print(f"row {row}: {image}: {reason}", file=sys.stderr)
-    if done.bad:
-        print(f"{len(done.bad)} images cannot be used; {options.out / 'bad.csv'} lists them", file=sys.stderr)
+    if summary.bad:
+        print(f"{len(summary.bad)} images cannot be used; {options.out / 'bad.csv'} lists them", file=sys.stderr)
 
 
 def _ablate(options: argparse.Namespace) -> None:
     """Pretrain the baseline, the baseline with each part of the method (augmentation, soft masks, focal loss), and with
-    all of them, several seeds each; write a table (JSON, Markdown) and a figure. Called again, it goes on."""
+    all of them, several seeds each; write a table (JSON, Markdown) and a figure. The same command resumes."""
     _quiet_libraries()
-    from softmask_fast.evaluation.ablation import markdown, run_ablation
+    from softmask_fast.training.ablation import markdown, run_ablation
 
-    done = run_ablation(
+    content = run_ablation(
         options.others,
         options.output_dir,
         seeds=options.seeds,
         deepspeed=options.deepspeed,
         launcher=options.launcher,
     )
-    print(f"\n{markdown(done['rows'])}\ntable and figure: {options.output_dir}")
+    print(f"\n{markdown(content['rows'])}\ntable and figure: {options.output_dir}")
 
 
 def _index(options: argparse.Namespace) -> None:
-    """Write NAME.tar.index.jsonl beside each shard. Uploaded with the shards, it spares training by URL from
-    downloading all of them once before the first step."""
+    """Write NAME.tar.index.jsonl beside each shard. Upload it with the shards: without it, training by URL has to
+    download all of them once before the first step."""
     from softmask_fast.data.prepare import write_indexes
 
     print(f"{write_indexes(options.shards, progress=sys.stderr.isatty())} indexes written")
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """Show versions, devices, compiled libraries and which implementation each operator takes here and why; then test
-    every implementation that runs here, ten seconds at most. Exit status 1 when a test fails."""
+    """Show versions, devices, compiled libraries, and which implementation each operator chooses here and why; then
+    test every implementation that runs here for up to ten seconds. Exit status 1 if a test fails."""
     if options.json is not None:
         _check_output(options.json, "--json")
     from softmask_fast import doctor
@@ -310,33 +283,33 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device: {error}") from error
+        raise UsageError(f"--device: {error}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: {name} asked for, but {torch.cuda.device_count()} CUDA devices are here")
+        raise UsageError(f"--device: expected one of {torch.cuda.device_count()} CUDA devices, got {name}")
     return device
 
 
 def _check_model(directory: Path) -> None:
     if not directory.is_dir():
-        raise ValueError(f"--model: expected a model folder, {directory} is none")
+        raise UsageError(f"--model: expected a model directory, got {directory}")
 
 
 def _check_output(path: Path, option: str) -> None:
-    """Before the work, not after it."""
+    """Find a wrong path, and make its folder, before the work."""
     if path.is_dir():
-        raise ValueError(f"{option}: expected a file name, {path} is a folder")
+        raise UsageError(f"{option}: expected a file name, got the folder {path}")
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
 
 
 def _quiet_libraries() -> None:
-    """A terminal user wants the table, not the libraries' start-up notes."""
+    """Silence the libraries' start-up notes."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _explain_error(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name != "pyarrow":
-        return f"{error}; install what the commands need with: pip install 'softmask_fast[train]'"
+        return f"{error}; install it with: pip install 'softmask_fast[train]'"
     return format_error(error)
 
 

@@ -1,8 +1,8 @@
-"""Configuration: four flat dataclasses, and their presets.
+"""Configuration: four flat dataclasses and the presets.
 
 Every field is a command line flag (`--batch_size 64`, `--soft_mask false`) and a key of a YAML or JSON file
 (`--config run.yaml`). A flag wins over the file, the file over the preset, the preset over the defaults below, which
-are those of the paper.
+are those of the paper. Configurations are frozen: `dataclasses.replace` makes a changed copy.
 """
 
 from __future__ import annotations
@@ -10,14 +10,24 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-GATHERS = ("momentum", "with_grad", "ring")  # those of `FocalITCLoss`, as a test compares
+from softmask_fast.errors import UsageError
+
+GATHERS = ("momentum", "with_grad", "ring")  # those of `FocalITCLoss`; a test compares them
+ATTENTIONS = ("auto", "padded", "varlen", "xformers")
+RENAMED = {"colour": "color"}  # old name of an option -> its name
+
+
+def renamed(options: dict[str, Any]) -> dict[str, Any]:
+    """Stored options under their present names."""
+    return {RENAMED.get(name, name): value for name, value in options.items()}
 
 
 def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text."""
     return field(default=default, metadata={"help": help})
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and starting weights of the vision-language model."""
 
@@ -27,198 +37,176 @@ class ModelConfig:
     vision_width: int | None = option(None, "Width of the image tokens; default: the model's.")
     vision_depth: int | None = option(None, "Number of blocks; default: the model's.")
     vision_heads: int | None = option(None, "Number of heads; default: the model's.")
-    vision_mlp_ratio: float | None = option(None, "Hidden width of the MLPs by their width; default: the model's.")
+    vision_mlp_ratio: float | None = option(None, "Hidden width of the MLPs / their width; default: the model's.")
     vision_weights: str = option("timm", "'timm' (its pretrained weights), a .safetensors or .pth file, or 'random'.")
     text_width: int = option(768, "Width of the text and fusion layers.")
     text_heads: int = option(12, "Heads of the text and fusion layers.")
-    text_mlp_ratio: float = option(4.0, "Hidden width of the MLPs of text and fusion by their width.")
-    text_positions: int = option(512, "Position embeddings of the text; at least max_tokens are made.")
+    text_mlp_ratio: float = option(4.0, "Hidden width of the text and fusion MLPs / their width.")
+    text_positions: int = option(512, "Position embeddings of the text, raised to max_tokens if fewer.")
     text_layers: int = option(6, "Number of text-only layers.")
     fusion_layers: int = option(6, "Number of layers that attend to the image.")
     text_weights: str = option(
         "google-bert/bert-base-uncased",
-        "A BERT on the hub or in a local folder, or 'random'. Its first layers become the text "
-        "encoder, the next ones the fusion encoder; cross-attention always starts at random.",
+        "A BERT on the hub or in a local folder, or 'random'. Its first layers become the text encoder, the next ones "
+        "the fusion encoder. Cross-attention always starts at random.",
     )
     model_weights: str | None = option(
         None,
-        "Start from a whole model: a folder that training exported (DIR/model), or an ALBEF checkpoint. Its sizes and "
-        "its tokenizer are the defaults then.",
+        "Start from a whole model: a folder that training exported (DIR/model) or an ALBEF checkpoint. Its sizes and "
+        "tokenizer become the defaults.",
     )
-    vocab_size: int = option(30522, "Size of a trained vocabulary; else the tokenizer's.")
-    max_tokens: int = option(30, "Longest caption in tokens, [CLS] and [SEP] included.")
+    vocab_size: int = option(30522, "Vocabulary size of a tokenizer trained on the captions; else the tokenizer's.")
+    max_tokens: int = option(30, "Longest caption in tokens, including [CLS] and [SEP].")
     embed_dim: int = option(256, "Width of the contrastive projection.")
     hidden_dropout: float = option(0.1, "Dropout on the hidden states of text and fusion.")
     soft_mask_layer: int = option(2, "Fusion layer (0 = first) whose Grad-CAM makes the mask.")
 
     def __post_init__(self) -> None:
-        for name in (
-            "image_size",
-            "text_width",
-            "text_heads",
-            "text_layers",
-            "fusion_layers",
-            "embed_dim",
-            "vocab_size",
-            "text_positions",
-        ):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require_at_least(self, 1, "image_size", "text_width", "text_heads", "text_layers", "fusion_layers")
+        _require_at_least(self, 1, "embed_dim", "vocab_size", "text_positions")
         _require(self.max_tokens >= 3, "max_tokens", "at least 3 ([CLS], one token, [SEP])", self.max_tokens)
-        _require(
-            self.text_width % self.text_heads == 0,
-            "text_width",
-            f"a multiple of text_heads={self.text_heads}",
-            self.text_width,
-        )
-        for name in ("vision_weights", "text_weights") if self.model_weights else ():
-            expected = "'random' beside model_weights, which fills the whole model"
-            _require(getattr(self, name) == "random", name, expected, getattr(self, name))
+        heads, width = self.text_heads, self.text_width
+        _require(width % heads == 0, "text_width", f"a multiple of text_heads={heads}", width)
+        if self.model_weights:
+            for name in ("vision_weights", "text_weights"):
+                expected = "'random' with model_weights, which fill the whole model"
+                _require(getattr(self, name) == "random", name, expected, getattr(self, name))
         _require(self.text_mlp_ratio > 0, "text_mlp_ratio", "above 0", self.text_mlp_ratio)
         _require(0 <= self.hidden_dropout < 1, "hidden_dropout", "in [0, 1)", self.hidden_dropout)
-        # After the last layer [CLS] alone is read, so no word's attention there has a gradient.
+        # The last layer only feeds [CLS], so attention of the words there has no gradient.
         _require(
             0 <= self.soft_mask_layer < self.fusion_layers - 1,
             "soft_mask_layer",
-            f"below the last of fusion_layers={self.fusion_layers}, counted from 0",
+            f"a layer before the last of fusion_layers={self.fusion_layers}, counted from 0",
             self.soft_mask_layer,
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class MomentumConfig:
-    """The momentum copy, its soft targets, and the contrast with its features."""
+    """The momentum teacher, its soft targets, and the contrastive loss against its features."""
 
-    focal_gamma: float = option(2.0, "Focal exponent of the contrastive loss; 0 switches it off.")
+    focal_gamma: float = option(2.0, "Focal exponent of the contrastive loss; 0 disables it.")
     itc_gather: str = option(
         "momentum",
         "Contrastive keys from all ranks: 'momentum' features, or the model's own with gradient, 'with_grad' or 'ring' "
         "(less memory).",
     )
     hard_negatives: bool = option(
-        True,
-        "ITM's negatives are drawn by similarity; false: any other pair, where what is most similar matches, too.",
+        True, "Sample ITM negatives by similarity; false: uniformly, for data whose most similar pairs also match."
     )
     queue_size: int = option(65536, "Momentum features kept per modality as contrastive keys.")
-    queue_warmup_steps: int = option(0, "Steps before the queued features become keys; see docs/decisions.md.")
-    momentum: float = option(0.995, "Decay of the momentum copy.")
-    distill_alpha: float = option(0.4, "Share of the momentum copy's soft targets.")
-    distill_ramp_steps: int | None = option(None, "Steps to full distill_alpha; default: one epoch.")
+    queue_warmup_steps: int = option(0, "Steps before queued features are used as keys; see docs/decisions.md.")
+    momentum: float = option(0.995, "Decay of the momentum teacher.")
+    distill_alpha: float = option(0.4, "Weight of the teacher's soft targets.")
+    distill_ramp_steps: int | None = option(None, "Steps until distill_alpha is reached; default: one epoch.")
 
     def __post_init__(self) -> None:
         for name in ("momentum", "distill_alpha"):
             _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
-        for name in ("focal_gamma", "queue_size", "queue_warmup_steps"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require_at_least(self, 0, "focal_gamma", "queue_size", "queue_warmup_steps")
         _require(self.itc_gather in GATHERS, "itc_gather", " or ".join(map(repr, GATHERS)), self.itc_gather)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ObjectiveConfig(MomentumConfig):
-    """What is learned. `soft_mask`, `focal_gamma`, and `masked_captions` with the distortions are the paper's parts."""
+    """The objectives. `soft_mask`, `focal_gamma`, and `masked_captions` with augmentation are the paper's parts."""
 
-    soft_mask: bool = option(True, "Text-driven soft masks: one more matched pair for ITM.")
-    masked_captions: bool = option(True, "The masked caption is the text that ITC, ITM and MLM see (else MLM alone).")
-    itc_weight: float = option(1.0, "Weight of image-text contrast; 0 switches it off.")
-    itm_weight: float = option(1.0, "Weight of image-text matching; 0 switches it off.")
-    mlm_weight: float = option(1.0, "Weight of masked language modelling; 0 switches it off.")
-    mask_probability: float = option(0.15, "Share of the word pieces that are masked.")
-    temperature: float = option(0.07, "Contrastive temperature at the start (of new weights); it is learned.")
-    gathered_negatives: bool = option(False, "Hard negatives for ITM from the batches of all ranks, not the own alone.")
+    soft_mask: bool = option(True, "Add a matched pair with a text-driven soft mask to ITM.")
+    masked_captions: bool = option(True, "Use the masked caption in ITC and ITM as well; false: in MLM only.")
+    itc_weight: float = option(1.0, "Weight of image-text contrast; 0 disables it.")
+    itm_weight: float = option(1.0, "Weight of image-text matching; 0 disables it.")
+    mlm_weight: float = option(1.0, "Weight of masked language modeling; 0 disables it.")
+    mask_probability: float = option(0.15, "Fraction of word pieces that are masked.")
+    temperature: float = option(0.07, "Initial contrastive temperature of new weights; it is learned.")
+    gathered_negatives: bool = option(False, "Draw hard ITM negatives from the batches of all ranks.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(0 <= self.mask_probability <= 1, "mask_probability", "in [0, 1]", self.mask_probability)
-        for name in ("itc_weight", "itm_weight", "mlm_weight"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require_at_least(self, 0, "itc_weight", "itm_weight", "mlm_weight")
         _require(0.001 <= self.temperature <= 0.5, "temperature", "in [0.001, 0.5]", self.temperature)
-        _require(
-            self.itc_weight + self.itm_weight + self.mlm_weight > 0, "itc_weight", "not all objectives switched off", 0
-        )
-        expected = "true with gathered_negatives, which fetches hard ones; any other pair is of the own batch"
+        total = self.itc_weight + self.itm_weight + self.mlm_weight
+        _require(total > 0, "itc_weight", "at least one objective with a weight above 0", 0)
+        expected = "true with gathered_negatives; uniform negatives come from the rank's own batch"
         _require(self.hard_negatives or not self.gathered_negatives, "hard_negatives", expected, self.hard_negatives)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
-    """Where the pairs come from and how the images are distorted."""
+    """Where the pairs come from and how the images are augmented."""
 
     data: str = option(
         "shapes",
         "'shapes' (drawn on the fly), WebDataset shards ('cc/{000..331}.tar', a folder, a comma list) "
         "by path or by URL (https://, s3://, gs://), or ALBEF JSON lists ('coco.json,vg.json').",
     )
-    image_root: str | None = option(None, "Where relative image paths in JSON lists start; default: the list's folder.")
-    eval_data: str | None = option(None, "Held-out pairs evaluated after training; default: unseen shapes for shapes.")
-    eval_size: int | None = option(256, "How many held-out images an evaluation takes; 0: all.")
+    image_root: str | None = option(None, "Folder of relative image paths in JSON lists; default: the list's folder.")
+    eval_data: str | None = option(None, "Held-out data; default for shapes in pretraining: unseen shapes.")
+    eval_size: int | None = option(256, "Number of held-out samples to evaluate on; 0: all.")
     tokenizer: str | None = option(
-        None, "Tokenizer folder or hub name; default: text_weights', or a WordPiece trained on the captions."
+        None, "Tokenizer folder or hub name; default: that of text_weights, or a WordPiece trained on the captions."
     )
     crop: bool = option(True, "Random resized crop.")
-    crop_scale: float = option(0.2, "Smallest share of the image's area that a crop keeps.")
-    flip: bool = option(True, "Horizontal flip, half of the time.")
-    rand_augment: bool = option(True, "RandAugment, two operations an image.")
+    crop_scale: float = option(0.2, "Smallest fraction of the image's area that a crop keeps.")
+    flip: bool = option(True, "Horizontal flip with probability 0.5.")
+    rand_augment: bool = option(True, "RandAugment with two operations per image.")
     color: bool = option(True, "Brightness, contrast and saturation jitter.")
-    blur: bool = option(True, "Gaussian blur, half of the time.")
-    max_bad_fraction: float = option(0.01, "Share of unreadable samples at which training stops.")
-    data_threads: int | None = option(None, "Threads that read and distort; default: all cores.")
-    cache_dir: str | None = option(None, "Shards by URL are kept here; default: ~/.cache/softmask_fast.")
-    cache_gigabytes: float = option(64.0, "Bound of cache_dir, for all ranks of a machine together.")
-    shuffle_shards: int = option(8, "Shards by URL: how many a rank mixes at a time (decides the order).")
-    prefetch_shards: int = option(2, "Shards by URL: how many a rank downloads ahead.")
-    download_tries: int = option(5, "Tries to download a shard before the run stops.")
-    download_timeout: float = option(60.0, "Seconds without data at which a try counts as failed.")
+    blur: bool = option(True, "Gaussian blur with probability 0.5.")
+    max_bad_fraction: float = option(0.01, "Fraction of unusable samples at which training stops.")
+    data_threads: int | None = option(None, "Threads that read and augment; default: all cores.")
+    cache_dir: str | None = option(None, "Cache of shards by URL; default: ~/.cache/softmask_fast.")
+    cache_gigabytes: float = option(64.0, "Size limit of cache_dir, for all ranks of a machine together.")
+    shuffle_shards: int = option(8, "Shards by URL that a rank mixes at a time; part of the data order.")
+    prefetch_shards: int = option(2, "Shards by URL that a rank downloads ahead.")
+    download_tries: int = option(5, "Attempts to download a shard before the run stops.")
+    download_timeout: float = option(60.0, "Seconds without data after which an attempt fails.")
 
     def __post_init__(self) -> None:
         _require(not self.eval_size or self.eval_size > 0, "eval_size", "at least 0", self.eval_size)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
-    """The run: its length, its optimiser, its outputs."""
+    """The run: its length, its optimizer, its outputs."""
 
-    output_dir: str | None = option(None, "Default: runs/<preset>-<n>, the next free n.")
-    max_steps: int | None = option(None, "Optimiser steps; overrides epochs.")
+    output_dir: str | None = option(None, "Output folder; default: runs/<preset>-<n> with the next free n.")
+    max_steps: int | None = option(None, "Optimizer steps; overrides epochs.")
     epochs: float = option(30.0, "Passes over the data.")
     batch_size: int = option(64, "Pairs per device and forward pass.")
-    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
     learning_rate: float = option(1e-4, "Peak learning rate.")
     final_learning_rate: float = option(1e-5, "Learning rate at the end of the cosine.")
     warmup_steps: int = option(1000, "Steps of linear warm-up.")
     weight_decay: float = option(0.02, "AdamW weight decay of matrices.")
-    gradient_clipping: float = option(1.0, "Largest gradient norm; 0 switches clipping off.")
-    bf16: bool | None = option(None, "bfloat16 training; default: on a GPU that has it.")
+    gradient_clipping: float = option(1.0, "Largest gradient norm; 0 disables clipping.")
+    bf16: bool | None = option(None, "Train in bfloat16; default: on GPUs that support it.")
     attention: str = option(
-        "auto", "Self-attention of the text: 'padded', packed 'varlen' or 'xformers' (GPU); 'auto': varlen if it can."
+        "auto",
+        "Self-attention of the text: 'padded', packed 'varlen' or 'xformers' (GPU); 'auto': varlen where supported.",
     )
-    activation_checkpointing: bool = option(False, "Compute every block again in the backward pass: less memory.")
-    compile: bool = option(False, "The image encoder through torch.compile; not with ZeRO-3.")
+    activation_checkpointing: bool = option(False, "Save memory by recomputing every block in the backward pass.")
+    compile: bool = option(False, "Run the image encoder through torch.compile; not with ZeRO-3.")
     profile: int = option(0, "Trace this many steps, after 3 others, to trace.json in the output folder.")
-    seed: int = option(0, "Seed of the weights, the data order and every distortion.")
-    resume: bool = option(False, "Go on from the newest checkpoint in output_dir.")
+    seed: int = option(0, "Seed of the weights, the data order and the augmentation.")
+    resume: bool = option(False, "Resume from the newest checkpoint in output_dir.")
     checkpoint_steps: int = option(1000, "Steps between checkpoints.")
-    keep_checkpoints: int = option(2, "How many of the newest checkpoints stay.")
+    keep_checkpoints: int = option(2, "Number of checkpoints to keep.")
     log_steps: int = option(10, "Steps between lines of metrics.jsonl and TensorBoard.")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps", "checkpoint_steps", "keep_checkpoints", "log_steps"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(
-            self.attention in ("auto", "padded", "varlen", "xformers"),
-            "attention",
-            "'auto', 'padded', 'varlen' or 'xformers'",
-            self.attention,
-        )
-        _require(self.profile >= 0, "profile", "at least 0", self.profile)
+        _require_at_least(self, 1, "batch_size", "gradient_accumulation_steps", "log_steps")
+        _require_at_least(self, 1, "checkpoint_steps", "keep_checkpoints")
+        _require_at_least(self, 0, "profile")
+        _require(self.attention in ATTENTIONS, "attention", " or ".join(map(repr, ATTENTIONS)), self.attention)
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
-        _require(
-            not self.resume or self.output_dir is not None, "resume", "used together with output_dir", "no output_dir"
-        )
+        _require(not self.resume or self.output_dir is not None, "output_dir", "the folder of the run to resume", None)
 
 
 class RunConfig(Protocol):
-    """Everything that decides a run; stored as config.json in the output folder."""
+    """What pretraining and fine-tuning configurations have in common; a dataclass, stored as config.json."""
 
-    name: str  # of the run's kind, for its default folder
+    name: str  # names the default output folder
     objectives: MomentumConfig
     data: DataConfig
     train: TrainConfig
@@ -226,9 +214,9 @@ class RunConfig(Protocol):
     def as_dict(self) -> dict[str, Any]: ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
-    """Everything that decides a pretraining run."""
+    """The configuration of a pretraining run."""
 
     preset: str
     model: ModelConfig
@@ -237,10 +225,8 @@ class Config:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        if self.objectives.itm_weight:
-            _require(
-                self.train.batch_size >= 2, "batch_size", "at least 2 (ITM needs another pair)", self.train.batch_size
-            )
+        size = self.train.batch_size
+        _require(size >= 2 or not self.objectives.itm_weight, "batch_size", "at least 2 (ITM needs another pair)", size)
 
     @property
     def name(self) -> str:
@@ -276,4 +262,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+        raise UsageError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _require_at_least(config: object, least: int, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) >= least, name, f"at least {least}", getattr(config, name))

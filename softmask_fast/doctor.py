@@ -1,6 +1,6 @@
-"""What this machine runs and whether it computes right: the command `softmask-fast doctor`.
+"""The command `softmask-fast doctor`: what runs on this machine, and whether it computes correctly.
 
-Needs nothing but torch, as the operators do.
+Needs torch alone, as the operators do.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from softmask_fast.ops import extension, focal_itc_loss, registry, soft_masked_a
 from softmask_fast.ops.accuracy import errors
 from softmask_fast.utils import installed_versions
 
-SELF_TEST_SECONDS = 10.0  # after this no further check starts
-TIMED_SECONDS = 0.15  # how long the runs of one check that are timed take together
+SELF_TEST_SECONDS = 10.0  # no check starts after this
+TIMED_SECONDS = 0.15  # total of the timed runs of one check
 WIDTH = 32  # of a head, and of the features of the contrastive loss
 
 
 class Inputs:
-    """Reproducible tensors: float64 numbers, rounded to ``dtype``, held as ``held_as``."""
+    """Draws reproducible tensors: float64 numbers, rounded to `dtype`, stored as `held_as`."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, held_as: torch.dtype):
+    def __init__(self, device: torch.device, dtype: torch.dtype, held_as: torch.dtype) -> None:
         self.device, self.dtype, self.held_as = device, dtype, held_as
         self.generator = torch.Generator().manual_seed(0)
 
@@ -51,7 +51,7 @@ class Inputs:
         return torch.randint(below, (size,), generator=self.generator).to(self.device)
 
 
-# Each prepares its inputs and returns a function of `impl` that gives the results, gradients included.
+# Each draws its inputs and returns a function that computes the results of `impl`, including gradients.
 
 
 def _word_mask(inputs: Inputs) -> Callable[[str], list[Tensor]]:
@@ -100,21 +100,21 @@ CASES = {"word_mask": _word_mask, "soft_masked_attention": _soft_masked_attentio
 
 @dataclass
 class Check:
-    """One implementation against the definition in float64, gradients included."""
+    """One implementation compared with the definition in float64, including gradients."""
 
     operator: str
     device: str
     dtype: str
     impl: str
     result: str  # "ok", "wrong", "failed" or "not run"
-    share: float | None = None  # the largest error of all results, as a share of what the tolerance policy allows
-    seconds: float | None = None  # median of the runs after the first
+    error: float | None = None  # the largest of all results, as a fraction of what the tolerance policy allows
+    seconds: float | None = None  # median of the runs after the first one
     first: float | None = None  # the first one, which compiles Triton's kernels
     reason: str | None = None  # why it failed or did not run
 
 
 def self_test(limit: float = SELF_TEST_SECONDS) -> list[Check]:
-    """Every implementation that can run, on every kind of device here. No check starts after ``limit`` seconds."""
+    """Check every implementation that runs here, on every kind of device. No check starts after `limit` seconds."""
     end = time.perf_counter() + limit
     checks = []
     for device in devices():
@@ -128,7 +128,7 @@ def self_test(limit: float = SELF_TEST_SECONDS) -> list[Check]:
                     if reason is not None:
                         check.result, check.reason = "failed", reason
                     elif time.perf_counter() > end:
-                        check.result, check.reason = "not run", f"{limit:g} seconds were over"
+                        check.result, check.reason = "not run", f"the limit of {limit:g} s was reached"
                     else:
                         _run(check, case, device, dtype, known)
                     checks.append(check)
@@ -136,7 +136,7 @@ def self_test(limit: float = SELF_TEST_SECONDS) -> list[Check]:
 
 
 def _runnable(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """The implementations to test; a library that is there and does not load is a failure of its implementation."""
+    """The implementations to test -> None, or why one fails at once: its library exists but does not load."""
     found = {}
     for implementation in registry.implementations(operator):
         try:
@@ -154,17 +154,17 @@ def _run(check: Check, case: Callable, device: torch.device, dtype: torch.dtype,
             known["baseline"] = case(Inputs(device, dtype, dtype))("reference")
         run = case(Inputs(device, dtype, dtype))
         check.first, results = _timed(lambda: run(check.impl), device)
-        check.share = 0.0
+        check.error = 0.0
         for actual, baseline, truth in zip(results, known["baseline"], known["truth"], strict=True):
             error, allowed, _ = errors(actual, baseline, truth, dtype)
             if not error <= allowed:
                 check.result = "wrong"
-            check.share = max(check.share, error / allowed) if error == error else float("inf")
+            check.error = max(check.error, error / allowed) if error == error else float("inf")
         times = []
         while sum(times) < TIMED_SECONDS:
             times.append(_timed(lambda: run(check.impl), device)[0])
         check.seconds = statistics.median(times)
-    except Exception as error:  # whatever it is, the others are still to be tested
+    except Exception as error:  # of any kind: the other implementations are still tested
         check.result, check.reason = "failed", f"{type(error).__name__}: {error}"
 
 
@@ -177,12 +177,15 @@ def _timed(function: Callable, device: torch.device) -> tuple[float, Any]:
 
 
 def devices() -> list[torch.device]:
-    """The CPU, and the first GPU where there is one."""
-    return [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
+    """The CPU, and the first GPU if there is one."""
+    found = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        found.append(torch.device("cuda", 0))
+    return found
 
 
 def examine(limit: float = SELF_TEST_SECONDS) -> dict[str, Any]:
-    """Everything that the report shows, as JSON types."""
+    """The content of the report, as JSON types."""
     return {
         "versions": installed_versions(),
         "platform": platform.platform(),
@@ -214,7 +217,7 @@ def _describe_devices() -> dict[str, str]:
         )
     if not torch.cuda.is_available():
         versions = (("CUDA", torch.version.cuda), ("HIP", torch.version.hip))
-        built = " and ".join(f"{name} {version}" for name, version in versions if version) or "the CPU alone"
+        built = " and ".join(f"{name} {version}" for name, version in versions if version) or "the CPU only"
         found["cuda"] = f"none; torch was built for {built}"
     return found
 
@@ -230,7 +233,7 @@ def _cpu_name() -> str:
 
 
 def _library(name: str) -> dict[str, Any]:
-    """Whether a compiled library is there and loads, and what it was compiled for."""
+    """Whether a compiled library loads, else why not, and what it was compiled for."""
     path = Path(softmask_fast.__file__).with_name(f"{name}.abi3.so")
     load = extension.missing if name == "_C" else extension.cuda_missing
     try:
@@ -244,13 +247,13 @@ def _library(name: str) -> dict[str, Any]:
 
 
 def _cpu_architectures(path: Path) -> list[str]:
-    """From the names of the functions that exist once per instruction set, see csrc/cpu/vector.h."""
+    """Read from the names of the functions that exist once per instruction set; see csrc/cpu/vector.h."""
     clones = set(re.findall(rb"arch_x86_64_(v\d)", path.read_bytes()))
     return [f"x86-64-{clone.decode()}" for clone in sorted(clones, reverse=True)] + [platform.machine()]
 
 
 def _gpu_architectures(path: Path) -> list[str] | None:
-    """From cuobjdump, which comes with CUDA and with Triton; None where there is neither."""
+    """Read by cuobjdump, which comes with CUDA and with Triton; None without it."""
     triton = importlib.util.find_spec("triton")
     bundled = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     tool = shutil.which("cuobjdump") or (bundled if bundled and bundled.exists() else None)
@@ -262,8 +265,12 @@ def _gpu_architectures(path: Path) -> list[str] | None:
 
 
 def passed(report: dict[str, Any]) -> bool:
-    """Whether no check of the self-test failed."""
-    return all(check["result"] in ("ok", "not run") for check in report["self_test"])
+    """Whether no check failed."""
+    return all(_fine(check["result"]) for check in report["self_test"])
+
+
+def _fine(result: str) -> bool:
+    return result in ("ok", "not run")
 
 
 def render(report: dict[str, Any]) -> str:
@@ -274,30 +281,29 @@ def render(report: dict[str, Any]) -> str:
     lines += ["", "Compiled libraries"]
     for name, library in report["libraries"].items():
         built = library["architectures"]
-        kinds = "unknown, there is no cuobjdump" if built is None else ", ".join(built)
+        kinds = "unknown (cuobjdump was not found)" if built is None else ", ".join(built)
         lines.append(f"  {name}: " + ("loads" if library["loads"] else library["reason"]))
-        lines += [f"    compiled for {kinds}"] if kinds else []
+        if kinds:
+            lines.append(f"    compiled for {kinds}")
     for device, operators in report["implementations"].items():
-        lines += ["", f"Implementations on {device}, float32: what impl=None takes, and why not the others"]
+        lines += ["", f"Implementations on {device}, float32: what impl=None chooses, and why not the others"]
         for operator, choices in operators.items():
             taken = [name for name, reason in choices.items() if reason is None]
             lines.append(f"  {operator}: {taken[0] if taken else 'none'}")
             lines += [f"    not {name}: {reason}" for name, reason in choices.items() if reason is not None]
-    lines += ["", "Self-test against float64, gradients included; error as a share of what is allowed"]
+    lines += ["", "Self-test against float64, including gradients; error relative to what is allowed"]
     table = [["", "operator", "device", "dtype", "impl", "result", "error", "time", "first"]]
     table += [
         ["", *(check[key] for key in ("operator", "device", "dtype", "impl", "result"))]
-        + ["-" if check["share"] is None else f"{check['share']:.0%}"]
+        + ["-" if check["error"] is None else f"{check['error']:.0%}"]
         + ["-" if check[key] is None else f"{1000 * check[key]:.3g} ms" for key in ("seconds", "first")]
         for check in report["self_test"]
     ]
     lines += _columns(table)
     lines += [f"  {c['operator']}, {c['impl']}: {c['reason']}" for c in report["self_test"] if c["reason"]]
-    bad = sum(check["result"] in ("wrong", "failed") for check in report["self_test"])
-    skipped = sum(check["result"] == "not run" for check in report["self_test"])
-    lines.append(
-        f"{bad} of {len(report['self_test'])} checks failed" + (f", {skipped} were not run" if skipped else "")
-    )
+    results = [check["result"] for check in report["self_test"]]
+    failed, skipped = sum(not _fine(result) for result in results), results.count("not run")
+    lines.append(f"{failed} of {len(results)} checks failed" + (f", {skipped} were not run" if skipped else ""))
     return "\n".join(lines)
 
 

@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any
 
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
-    # Run as a script, Python puts this folder first, where our modules would hide others of the same name.
+    # Python puts the folder of a script first, where our modules would hide others of the same name.
     sys.path[0] = os.path.dirname(sys.path[0])
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
+from softmask_fast.data.loader import SampleLoader
 from softmask_fast.evaluation.plots import plot_curves
+from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.tasks.options import FinetuneConfig, parse_arguments
 from softmask_fast.tasks.recipes import TASKS, predictions
 from softmask_fast.training.launch import StopRequest, run_script
-from softmask_fast.training.periodic_eval import RECORD, Evaluations
+from softmask_fast.training.periodic_eval import Evaluator, TaskEvaluation
 from softmask_fast.training.ranks import run_on_all_ranks
-from softmask_fast.training.trainer import loader_options, train
-from softmask_fast.utils import write_json, write_text
+from softmask_fast.training.trainer import Trainer, loader_options
+from softmask_fast.utils import write_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,31 +33,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
-    finetune(config, deepspeed_config, output, stop)
+    """Fine-tune and, at the end, show what the model has reached."""
+    trainer = build_trainer(config, deepspeed_config, output, stop)
+    if trainer.train() and dist.get_rank() == 0:
+        report(trainer.evaluator, output)
     dist.destroy_process_group()
 
 
-def finetune(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> bool:
-    """Train to the end, measuring on the way, or until a stop is requested; returns whether the end was reached.
+def build_trainer(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
+    """Everything that a fine-tuning run needs. A collective.
 
-    Raises UsageError before the first step for what the task lacks.
+    Raises:
+        AgreedUsageError: for what the task lacks.
     """
-    step, teacher, loader, evaluations = run_on_all_ranks(lambda: prepare(config, output))
-    finished = train(step, teacher, loader, config, deepspeed_config, output, stop, evaluations)
-    if finished and dist.get_rank() == 0:
-        report(evaluations, output)
-    return finished
+    step, teacher, loader, evaluator = run_on_all_ranks(lambda: build_step(config, output))
+    return Trainer(step, teacher, loader, config, deepspeed_config, output, stop, evaluator)
 
 
-def prepare(config: FinetuneConfig, output: Path):
-    """The module that DeepSpeed owns, the momentum copy, the loader, and the evaluations (None without eval_data)."""
+def build_step(config: FinetuneConfig, output: Path) -> tuple[nn.Module, MomentumCopy, SampleLoader, Evaluator | None]:
+    """The module that DeepSpeed wraps, the momentum teacher, the loader, and the evaluator if there is eval_data."""
     train, task = config.train, TASKS[config.task]
     device = torch.device(get_accelerator().current_device_name())
     torch.manual_seed(train.seed)
     model, tokenizer = task.model(config)
     image_size = model.config.image_size
     source = task.open(config.data.data, config.data, split="train", seed=train.seed, image_size=image_size)
-    evaluations = Evaluations(config, image_size, output) if config.data.eval_data else None
+    evaluator = None
+    if config.data.eval_data:
+        evaluator = Evaluator(TaskEvaluation(config, image_size), output, config.options.eval_epochs)
     loader = task.loader(
         source,
         tokenizer,
@@ -64,23 +70,22 @@ def prepare(config: FinetuneConfig, output: Path):
         **loader_options(config, device),
     )
     step, teacher = task.step(model, config)
-    return step, teacher.to(device), loader, evaluations
+    return step, teacher.to(device), loader, evaluator
 
 
-def report(evaluations: Evaluations | None, output: Path) -> None:
-    """Show what output/model has reached: the table, evaluation.json, predictions.json and curves.png."""
-    records = evaluations.records() if evaluations else []
-    held_out = [{"step": record["step"], f"held-out {record['headline']}": record["value"]} for record in records]
-    plot_curves(output / "metrics.jsonl", output / "curves.png", held_out)
-    if evaluations is None:
-        print(f"no evaluation: no --eval_data was given; the curves are in {output / 'curves.png'}")
+def report(evaluator: Evaluator | None, output: Path) -> None:
+    """Show what output/model has reached: print the table, write predictions.json and draw curves.png."""
+    records, curves = evaluator.records() if evaluator else [], output / "curves.png"
+    headlines = [(record["step"], record["headline"]) for record in records]
+    held_out = [{"step": step, f"held-out {headline['name']}": headline["value"]} for step, headline in headlines]
+    plot_curves(output / "metrics.jsonl", curves, held_out)
+    if evaluator is None:
+        print(f"no evaluation: no --eval_data was given; the curves are in {curves}")
         return
-    measured = evaluations.report
-    write_json(output / RECORD, measured.as_dict())
-    if (answers := predictions(measured)) is not None:
+    (task_report,) = evaluator.reports
+    if (answers := predictions(task_report)) is not None:
         write_text(output / "predictions.json", answers)
-    best = f"{evaluations.summary()}\n" if records else ""
-    print(f"\n{measured.table()}\n\n{best}model, figures and curves: {output}", flush=True)
+    print(f"\n{task_report.table()}\n\n{evaluator.summary()}\nmodel, metrics and curves: {output}", flush=True)
 
 
 if __name__ == "__main__":

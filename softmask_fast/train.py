@@ -6,11 +6,12 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
-    # Run as a script, Python puts this folder first, where our modules would hide others of the same name.
+    # Python puts the folder of a script first, where our modules would hide others of the same name.
     sys.path[0] = os.path.dirname(sys.path[0])
 
 import torch
@@ -24,15 +25,19 @@ from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from softmask_fast.data.types import BadSample, CaptionSource
 from softmask_fast.errors import UsageError
-from softmask_fast.evaluation.report import held_out_source, report_run
+from softmask_fast.evaluation.report import PretrainingEvaluation, held_out_pairs, report_run
 from softmask_fast.model.initialize import load_pretrained, weights_tokenizer
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import parse_arguments
 from softmask_fast.training.launch import StopRequest, run_script
+from softmask_fast.training.options import parse_arguments
+from softmask_fast.training.periodic_eval import Evaluator
 from softmask_fast.training.ranks import run_on_all_ranks
-from softmask_fast.training.trainer import loader_options, train
+from softmask_fast.training.trainer import Trainer, loader_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,66 +45,33 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
-    finished = pretrain(config, deepspeed_config, output, stop)
-    rank = dist.get_rank()
+    """Pretrain and, at the end, show what the model has reached."""
+    trainer = build_trainer(config, deepspeed_config, output, stop)
+    finished, rank = trainer.train(), dist.get_rank()
     dist.destroy_process_group()
     if finished and rank == 0:
-        report_run(output, config, get_accelerator().current_device_name())
+        evaluation, reports = None, []
+        if trainer.evaluator is not None:
+            evaluation, reports = trainer.evaluator.evaluation, trainer.evaluator.reports
+        report_run(output, config, evaluation, reports, get_accelerator().current_device_name())
 
 
-def prepare_tokenizer(config: Config, source: CaptionSource, output: Path):
-    """The tokeniser of the run, kept in its folder: the named one, that of the weights to start from, or one trained on
-    the captions."""
-    folder = output / "tokenizer"
+def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
+    """Everything that a pretraining run needs. A collective.
 
-    def make() -> None:
-        if dist.get_rank() or folder.exists():
-            return
-        named = config.data.tokenizer or (None if config.model.text_weights == "random" else config.model.text_weights)
-        if config.model.model_weights:
-            tokenizer = weights_tokenizer(config.model.model_weights, config.data.tokenizer)
-        elif named:
-            tokenizer = load_tokenizer(named)
-        else:
-            tokenizer = train_tokenizer(sample_captions(source), config.model.vocab_size)
-        temporary = output / "tokenizer.partial"
-        tokenizer.save_pretrained(temporary)
-        os.replace(temporary, folder)
-
-    run_on_all_ranks(make)
-    tokenizer = run_on_all_ranks(lambda: load_tokenizer(str(folder)))
-    if config.model.model_weights and len(tokenizer) != config.model.vocab_size:
-        raise UsageError(
-            f"tokenizer: expected the {config.model.vocab_size} entries of the model that model_weights names, got "
-            f"{len(tokenizer)}"
-        )
-    config.model.vocab_size = len(tokenizer)
-    return tokenizer
-
-
-def sample_captions(source: CaptionSource, images: int = 20_000) -> Iterator[str]:
-    """The captions of up to `images` images spread evenly over the source: plenty for a vocabulary."""
-    for index in range(0, len(source), math.ceil(len(source) / images)):
-        try:
-            yield from source.read(index).captions
-        except BadSample:  # the loader will count and name it
-            continue
-
-
-def pretrain(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> bool:
-    """Train to the end or until a stop is requested; returns whether the end was reached.
-
-    Raises UsageError before the first step for what the run lacks.
+    Raises:
+        AgreedUsageError: for what is missing or does not fit.
     """
     torch.manual_seed(config.train.seed)
-    source = run_on_all_ranks(lambda: open_sources(config))
-    tokenizer = prepare_tokenizer(config, source, output)
-    step, teacher, loader = run_on_all_ranks(lambda: prepare(config, source, tokenizer))
-    return train(step, teacher, loader, config, deepspeed_config, output, stop)
+    source, evaluator = run_on_all_ranks(lambda: open_sources(config, output))
+    tokenizer = build_tokenizer(config, source, output)
+    config = replace(config, model=replace(config.model, vocab_size=len(tokenizer)))
+    step, teacher, loader = run_on_all_ranks(lambda: build_step(config, source, tokenizer))
+    return Trainer(step, teacher, loader, config, deepspeed_config, output, stop, evaluator)
 
 
-def open_sources(config: Config) -> CaptionSource:
-    """The pairs to learn from. Those to measure on are looked at, too: a mistake in them shall not wait for the end."""
+def open_sources(config: Config, output: Path) -> tuple[CaptionSource, Evaluator | None]:
+    """The training pairs and the evaluator, which opens the held-out ones: their errors surface before training."""
     source = open_source(
         config.data.data,
         split="train",
@@ -108,13 +80,58 @@ def open_sources(config: Config) -> CaptionSource:
         remote=RemoteOptions.of(config.data),
         image_root=config.data.image_root,
     )
-    if dist.get_rank() == 0:
-        held_out_source(config)
-    return source
+    held_out = held_out_pairs(config)
+    return source, Evaluator(PretrainingEvaluation(config, held_out), output) if held_out else None
 
 
-def prepare(config: Config, source: CaptionSource, tokenizer):
-    """The module that DeepSpeed owns, the momentum copy, and the loader."""
+def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreTrainedTokenizerFast:
+    """The run's tokenizer, kept in its folder: the named one, that of the starting weights, or a newly trained one.
+
+    Raises:
+        AgreedUsageError: when it cannot be loaded, or does not fit the weights.
+    """
+    folder = output / "tokenizer"
+
+    def make() -> None:
+        if dist.get_rank() != 0 or folder.exists():
+            return
+        named = config.data.tokenizer
+        if named is None and config.model.text_weights != "random":
+            named = config.model.text_weights
+        if config.model.model_weights:
+            tokenizer = weights_tokenizer(config.model.model_weights, config.data.tokenizer)
+        elif named is not None:
+            tokenizer = load_tokenizer(named)
+        else:
+            tokenizer = train_tokenizer(sample_captions(source), config.model.vocab_size)
+        temporary = output / "tokenizer.partial"
+        tokenizer.save_pretrained(temporary)
+        os.replace(temporary, folder)
+
+    def load() -> PreTrainedTokenizerFast:
+        tokenizer = load_tokenizer(str(folder))
+        expected, size = config.model.vocab_size, len(tokenizer)
+        if config.model.model_weights and size != expected:
+            raise UsageError(f"tokenizer: expected the {expected} entries of the model in model_weights, got {size}")
+        return tokenizer
+
+    run_on_all_ranks(make)
+    return run_on_all_ranks(load)
+
+
+def sample_captions(source: CaptionSource, images: int = 20_000) -> Iterator[str]:
+    """The captions of up to `images` images, spread evenly over the source: plenty for a vocabulary."""
+    for index in range(0, len(source), math.ceil(len(source) / images)):
+        try:
+            yield from source.read(index).captions
+        except BadSample:  # the loader will count and name it
+            continue
+
+
+def build_step(
+    config: Config, source: CaptionSource, tokenizer: PreTrainedTokenizerFast
+) -> tuple[PretrainingStep, MomentumTeacher, PretrainingLoader]:
+    """The module that DeepSpeed wraps, the momentum teacher, and the loader."""
     device = torch.device(get_accelerator().current_device_name())
     loader = PretrainingLoader(
         source,

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: under another name first, then renamed."""
+"""Atomic writes of files, and the versions of the installed packages."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import os
 import platform
 from pathlib import Path
 
+PACKAGES = ("softmask_fast", "torch", "triton", "transformers", "timm", "deepspeed", "nvidia-dali-cuda130", "xformers")
+
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file, if there is one. UTF-8."""
+    """Write a UTF-8 file under a temporary name, then rename it: readers see the old file or the new one, no part."""
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def write_json(path: Path, content: object) -> None:
-    """Indented, with a line break at the end."""
+    """`write_text` of indented JSON with a final line break."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -31,11 +33,8 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-PACKAGES = ("softmask_fast", "torch", "triton", "transformers", "timm", "deepspeed", "nvidia-dali-cuda130", "xformers")
-
-
 def installed_versions() -> dict[str, str]:
-    """Python and the packages above -> version, or "not installed"."""
+    """The version of Python and of each of `PACKAGES`, or "not installed"."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,7 +1,7 @@
-"""Launched by test_finetune.py: pretrains a small model, then fine-tunes and measures it for every task.
+"""Launched by test_finetune.py: pretrains a small model, then fine-tunes and evaluates it for every task.
 
---what learn: all tasks, as long as it takes to learn something; --what resume: one of them, a few steps, again from the
-middle, and what can be a start: an ALBEF checkpoint, and a folder for more pretraining.
+--what learn: all tasks, long enough to learn something. --what resume: a few steps of one task, resumed from the
+middle, and started from an ALBEF checkpoint; and pretraining that starts from a model folder.
 """
 
 import argparse
@@ -11,14 +11,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from softmask_fast import finetune, train
-from softmask_fast import options as pretraining_options
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.model.convert_albef import save_albef
 from softmask_fast.model.export import load_model
 from softmask_fast.tasks import options as task_options
 from softmask_fast.tasks.synthetic import ANSWERS, ShapesTask
-from softmask_fast.training import deepspeed_engine, launch
+from softmask_fast.training import launch
+from softmask_fast.training import options as pretraining_options
+from softmask_fast.training.trainer import Trainer
 
 parser = argparse.ArgumentParser()
 for name in ("--output_dir", "--deepspeed", "--what", "--local_rank"):
@@ -60,7 +61,7 @@ RESUMED = LABELS | {
 
 
 def train_words() -> None:
-    """A tokeniser that knows the words of all tasks, not those of the captions alone."""
+    """A tokenizer that knows the words of all tasks, not only those of the captions."""
     texts = [caption for index in range(100) for caption in open_source(SCENES.format(100)).read(index).captions]
     for task, field in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence")):
         entries = ShapesTask.from_options("num=200,names=color", task, split="train", seed=0, image_size=32)
@@ -72,17 +73,21 @@ def flags(options: dict) -> list[str]:
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-def run(work, parsed: tuple, stage: int = 1) -> None:
-    settings, _ = parsed
-    file = deepspeed_engine.read_deepspeed_config(options.deepspeed, deepspeed_engine.with_precision(settings.train))
-    file["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    assert work(settings, file, launch.output_directory(settings), stop)
+def run(build_trainer, parsed: tuple, stage: int = 1) -> Trainer:
+    settings, launched_with = parsed
+    settings, deepspeed_config, output = launch.prepare_run(settings, launched_with)
+    deepspeed_config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    trainer = build_trainer(settings, deepspeed_config, output, stop)
+    assert trainer.train()
+    return trainer
 
 
 def tune(task: str, own: dict, folder: Path, stage: int = 1) -> None:
     given = {"model": root / "pretrained" / "model", "output_dir": folder}
     parsed = task_options.parse_arguments([*launched, "--task", task, *flags(COMMON | given | own)])
-    run(finetune.finetune, parsed, stage)
+    trainer = run(finetune.build_trainer, parsed, stage)
+    if dist.get_rank() == 0:
+        finetune.report(trainer.evaluator, folder)
 
 
 start = {"output_dir": root / "pretrained"} | ({"max_steps": 2} if what == "resume" else {})
@@ -92,13 +97,13 @@ stop = launch.StopRequest()
 if dist.get_rank() == 0:
     train_words()
 dist.barrier()
-run(train.pretrain, parsed)
+run(train.build_trainer, parsed)
 if what == "learn":
     for task, own in LEARNED.items():
         tune(task, own, root / task)
 else:
     tune("entailment", RESUMED, root / "whole")
-    if dist.get_rank() == 0:  # as a run that was killed behind its third step leaves it
+    if dist.get_rank() == 0:  # as a run that was killed after its third step leaves it
         shutil.copytree(root / "whole", root / "resumed")
         shutil.rmtree(root / "resumed" / "model")
         shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000006")
@@ -118,4 +123,4 @@ else:
     tune("entailment", RESUMED | albef, root / "from-albef", stage=3)
     again = {"model_weights": root / "pretrained" / "model", "max_steps": 1, "data": SCENES.format(64)}
     more = COMMON | again | {"output_dir": root / "pretrained-more"}
-    run(train.pretrain, pretraining_options.parse_arguments([*launched, "--preset", "base", *flags(more)]))
+    run(train.build_trainer, pretraining_options.parse_arguments([*launched, "--preset", "base", *flags(more)]))

@@ -1,4 +1,4 @@
-"""The ablation: five configurations of one run, a table and a figure of them, and nothing done twice."""
+"""The ablation: five configurations of one run, their table and figure, and no run done twice."""
 
 import json
 
@@ -7,8 +7,8 @@ from PIL import Image
 from test_train import ROOT, SMALL
 
 from softmask_fast.cli import main
-from softmask_fast.evaluation import ablation
-from softmask_fast.evaluation.ablation import (
+from softmask_fast.training import ablation
+from softmask_fast.training.ablation import (
     ROWS,
     Run,
     check_folder,
@@ -18,7 +18,7 @@ from softmask_fast.evaluation.ablation import (
     run_ablation,
     summarize,
 )
-from softmask_fast.options import parse_arguments
+from softmask_fast.training.options import parse_arguments
 
 DS = str(ROOT / "ds.json")
 TINY = SMALL | {"max_steps": 2, "eval_size": 12, "rand_augment": True}
@@ -54,9 +54,9 @@ def test_each_row_has_on_what_it_says(tmp_path):
             {"masked_captions": False, "rand_augment": False, "color": False, "blur": False},
             "masked_captions, rand_augment, color, blur: expected augmentation switched on",
         ),
-        ({"output_dir": "x"}, "output_dir: expected none for a single run"),
-        ({"resume": True}, "resume: expected none for a single run"),
-        ({"data": "a.json"}, "eval_data: expected held-out pairs to measure the runs on, got none for a.json"),
+        ({"output_dir": "x"}, "output_dir: the ablation sets this option for each run"),
+        ({"resume": True}, "resume: the ablation sets this option for each run"),
+        ({"data": "a.json"}, "eval_data: expected held-out pairs to compare the runs on, got none for a.json"),
         ({"momentum": 2}, "momentum: expected in"),
     ],
 )
@@ -74,11 +74,11 @@ def test_a_folder_keeps_its_options(tmp_path):
 
 def write_evaluation(run: Run, recall: float, pointing: float | None) -> None:
     recalls = {way: {"recall@1": recall} for way in ("text_to_image", "image_to_text")}
-    reports = [{"task": "retrieval", "itc": recalls, "itm": None}]
+    reports = {"retrieval": {"itc": recalls, "itm": None}}
     if pointing is not None:
-        reports.append({"task": "grounding", "pointing_game": {"model": pointing}})
+        reports["grounding"] = {"pointing_game": {"model": pointing}}
     run.folder.mkdir(parents=True)
-    (run.folder / "evaluation.json").write_text(json.dumps(reports))
+    (run.folder / "evaluation.json").write_text(json.dumps({"data": "shapes", "reports": reports}))
 
 
 @pytest.mark.parametrize("pointing", [0.25, None])
@@ -90,8 +90,8 @@ def test_the_table_has_means_and_spreads(tmp_path, pointing):
     assert table["all"]["text to image R@1, ITC"]["values"] == [0.4, pytest.approx(0.6)]
     assert table["all"]["text to image R@1, ITC"]["mean"] == pytest.approx(0.5)
     assert table["all"]["text to image R@1, ITC"]["spread"] == pytest.approx(0.02**0.5)
-    columns = ["text to image R@1, ITC", "image to text R@1, ITC"] + ["pointing game"] * (pointing is not None)
-    assert list(table["baseline"]) == columns
+    columns = ["text to image R@1, ITC", "image to text R@1, ITC", "pointing game"]
+    assert list(table["baseline"]) == (columns[:2] if pointing is None else columns)
     lines = markdown(table).splitlines()
     assert lines[-1].startswith("| all | 50.0 ± 14.1 | 50.0 ± 14.1 |")
     assert lines[2].startswith("| baseline | 10.0 ± 0.0 |")
@@ -103,7 +103,7 @@ def test_the_table_has_means_and_spreads(tmp_path, pointing):
 
 
 def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(tmp_path, monkeypatch, capsys):
-    """Of two rows one is there already; the other is a real run."""
+    """One of two rows is finished already; the other is a real run."""
     monkeypatch.setattr(ablation, "ROWS", {row: ROWS[row] for row in ("baseline", "all")})
     output = tmp_path / "ablation"
     first, second = (output / "runs" / f"{row}-seed-0" for row in ("baseline", "all"))
@@ -111,7 +111,7 @@ def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(tmp_path, mon
     command = ["ablate", "--output_dir", str(output), "--seeds", "1", "--deepspeed", DS, *flags(TINY)]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "baseline, seed 0: done already" in shown and "| baseline | 10.0 |" in shown and "| all |" in shown
+    assert "baseline, seed 0: finished" in shown and "| baseline | 10.0 |" in shown and "| all |" in shown
     assert [path.name for path in first.iterdir()] == ["evaluation.json"]
     stored = json.loads((output / "ablation.json").read_text())
     assert set(stored["rows"]) == {"baseline", "all"} and (output / "ablation.png").exists()
@@ -120,7 +120,7 @@ def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(tmp_path, mon
 
     (second / "evaluation.json").unlink()  # as if it had been killed before its end
     assert run_ablation(flags(TINY), output, seeds=1, deepspeed=DS) == stored
-    assert "going on after step 2" in (second / "run.log").read_text()
+    assert "resuming after step 2" in (second / "run.log").read_text()
 
     (second / "evaluation.json").unlink()
     assert main([*command, "--launcher=--no_such_option"]) == 2

@@ -19,7 +19,7 @@ from softmask_fast.model.convert_albef import albef_state, load_albef, load_albe
 from softmask_fast.model.export import load_model
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 HEAD = 64
 PATCH, GRID, VOCABULARY, POSITIONS, FUSION_LAYER, LAYERS, EMBED = 8, 4, 60, 40, 2, 5, 48

@@ -1,4 +1,4 @@
-"""The command line: its output, its files, and its messages for mistakes."""
+"""The command line: its output, its files, and its messages about user errors."""
 
 import json
 import subprocess
@@ -7,14 +7,15 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from test_config import check_both_spellings, options_of
 
 from softmask_fast import __version__
-from softmask_fast.cli import main
+from softmask_fast.cli import _parser, main
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.model.export import save_model
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,9 @@ def test_evaluate_retrieval(folder, tmp_path, capsys):
     assert main([*command, "--json", str(out), "--rerank", "10"]) == 0
     printed = capsys.readouterr().out
     assert "Retrieval among 16 images and 16 captions" in printed and "ITM on the best 10" in printed
-    report = json.loads(out.read_text())
-    assert report["task"] == "retrieval" and report["data"] == "shapes:num=16" and report["images"] == 16
+    record = json.loads(out.read_text())
+    report = record["reports"]["retrieval"]
+    assert record["data"] == "shapes:num=16" and record["model"] == str(folder / "model") and report["images"] == 16
     assert f"{100 * report['itc']['text_to_image']['recall@10']:.1f}" in printed
     assert [path.name for path in out.parent.iterdir()] == ["retrieval.json"]
 
@@ -50,8 +52,9 @@ def test_evaluate_grounding(folder, tmp_path, capsys):
     command = ["evaluate", "--model", str(folder / "model"), "--data", "shapes:num=16", "--task", "grounding"]
     assert main([*command, "--json", str(out), "--limit", "4", "--layer", "0"]) == 0
     printed = capsys.readouterr().out
-    report = json.loads(out.read_text())
-    assert report["images"] == 4 and report["layer"] == 0
+    record = json.loads(out.read_text())
+    report = record["reports"]["grounding"]
+    assert record["size"] == 4 and report["images"] == 4 and report["layer"] == 0
     assert f"Grounding of {report['phrases']} phrases in 4 images, fusion layer 0" in printed
     assert f"{100 * report['pointing_game']['center']:.1f}" in printed
 
@@ -69,12 +72,12 @@ def test_explain(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["evaluate", "--model", "nowhere"], "--model: expected a model folder, nowhere is none"),
+        (["evaluate", "--model", "nowhere"], "--model: expected a model directory, got nowhere"),
         (["evaluate", "--data", "missing.tar"], "missing.tar"),
         (["evaluate", "--task", "grounding", "--layer", "5"], "layer: expected a fusion layer from 0 to 1, got 5"),
         (["evaluate", "--rerank", "3"], "rerank: expected 0, or at least 10"),
         (["evaluate", "--device", "abacus"], "--device"),
-        (["evaluate", "--device", "cuda:99"], "--device: cuda:99 asked for"),
+        (["evaluate", "--device", "cuda:99"], "--device: expected one of 0 CUDA devices, got cuda:99"),
         (["evaluate", "--json", "."], "--json: expected a file name"),
         (["explain", "--image", "missing.jpg"], "missing.jpg: No such file or directory"),
         (["explain", "--out", "words.jpg"], "--out: expected a name that ends in .png, got words.jpg"),
@@ -82,7 +85,7 @@ def test_explain(folder, tmp_path, capsys):
         (["explain", "--image", __file__], "image cannot be decoded"),
     ],
 )
-def test_mistakes_get_a_message_and_no_traceback(folder, tmp_path, monkeypatch, capsys, arguments, message):
+def test_user_errors_get_a_message_and_no_traceback(folder, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     defaults = {
         "evaluate": {"--model": str(folder / "model"), "--data": "shapes:num=12", "--task": "retrieval"},
@@ -128,3 +131,18 @@ def test_help_imports_nothing_heavy():
             [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True
         )
         assert "usage: softmask-fast" in shown.stdout
+
+
+def test_every_option_of_every_command_takes_both_spellings():
+    (commands,) = (action for action in _parser()._actions if action.choices)
+    for command in commands.choices.values():
+        required = [
+            part
+            for action in command._actions
+            if action.required
+            for part in (*action.option_strings[:1], action.choices[0] if action.choices else "1")
+        ]
+        for option in options_of(command):
+            check_both_spellings(command, option, tuple(required))
+    (prepare,) = (command for name, command in commands.choices.items() if name == "prepare")
+    assert "--short_side" in prepare.format_help() and "--short-side" not in prepare.format_help()

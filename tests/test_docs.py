@@ -18,7 +18,7 @@ from small_models import small_blip, small_model, small_tokenizer, tutorial_fold
 
 from softmask_fast import cli
 from softmask_fast.model.convert_albef import save_albef
-from softmask_fast.options import parse_arguments
+from softmask_fast.training.options import parse_arguments
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMANDS = ("softmask-fast", "deepspeed", "make")

@@ -17,9 +17,10 @@ from softmask_fast.model.export import load_model
 from softmask_fast.model.state import own_state
 from softmask_fast.tasks.datasets import open_expressions
 from softmask_fast.tasks.entailment import EntailmentModel
+from softmask_fast.tasks.models import load_task_model
 from softmask_fast.tasks.options import parse_arguments
-from softmask_fast.tasks.recipes import TASKS, load_task_model
-from softmask_fast.training.periodic_eval import Evaluations
+from softmask_fast.tasks.recipes import TASKS
+from softmask_fast.training.periodic_eval import Evaluator, TaskEvaluation
 
 EXPRESSIONS = "shapes:num=256,names=color,colors=6"  # what all_tasks.py measures grounding on
 
@@ -32,8 +33,14 @@ def learned(tmp_path_factory):
     return folder
 
 
+def record(folder) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
 def measured(folder, task: str) -> dict:
-    return json.loads((folder / task / "evaluation.json").read_text())
+    """The only report of a folder's evaluation.json."""
+    (report,) = record(folder / task)["reports"].values()
+    return report
 
 
 @pytest.mark.parametrize("task, bar", [("entailment", 0.55), ("vqa", 0.5), ("nlvr2", 0.62)])
@@ -52,8 +59,8 @@ def test_retrieval_is_learned(learned):
 
 
 def grounded(folder) -> dict:
-    """A model's maps in the fusion layer that is best on training scenes, measured on unseen ones: which of the two
-    attends to what is named is up to the model, and the number of ALBEF's layer was chosen, too."""
+    """The grounding of unseen scenes by the fusion layer that is best on training scenes, as ALBEF's was chosen: which
+    layer attends to what is named differs between models."""
     model, tokenizer = load_model(folder)
 
     def measure(split: str, layer: int, limit: int):
@@ -82,8 +89,9 @@ def test_the_command_measures_what_the_run_did(learned, tmp_path, capsys):
     command = ["evaluate", "--task", "vqa", "--model", str(learned / "vqa" / "model"), "--data", data]
     assert main([*command, "--json", str(tmp_path / "vqa.json"), "--predictions", str(tmp_path / "answers.json")]) == 0
     assert "VQA accuracy in %" in capsys.readouterr().out
-    report = json.loads((tmp_path / "vqa.json").read_text())
-    assert report["score"] == measured(learned, "vqa")["score"]
+    written = json.loads((tmp_path / "vqa.json").read_text())
+    assert written["model"] == str(learned / "vqa" / "model") and written["data"] == data
+    assert written["reports"] == {"vqa": measured(learned, "vqa")}
     answers = json.loads((tmp_path / "answers.json").read_text())
     assert answers == json.loads((learned / "vqa" / "predictions.json").read_text()) and "question_id" in answers[0]
     command[2] = "nlvr2"
@@ -93,32 +101,33 @@ def test_the_command_measures_what_the_run_did(learned, tmp_path, capsys):
 
 
 def check_evaluations(folder, steps: list[int]) -> None:
-    """A line for each, the last as at the end, and in best/ what the best of them has measured."""
+    """A line for each, the last as at the end, and in best/ the record of the best."""
     lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == steps and lines[-1]["epoch"] == pytest.approx(steps[-1] / 1024)
-    last = json.loads((folder / "evaluation.json").read_text())
-    assert lines[-1].items() >= last.items() and all(line["value"] == line["score"] for line in lines)
-    best = max(lines, key=lambda line: line["value"])  # the first of equal ones
-    assert json.loads((folder / "best" / "evaluation.json").read_text()) == best
+    assert lines[-1] == record(folder)
+    assert all(line["headline"]["value"] == line["reports"]["entailment"]["score"] for line in lines)
+    best = max(lines, key=lambda line: line["headline"]["value"])  # the first of equal ones
+    assert record(folder / "best") == best
     out = folder / "best.json"
-    command = ["evaluate", "--task", "entailment", "--model", str(folder / "best"), "--data", best["eval_data"]]
+    command = ["evaluate", "--task", "entailment", "--model", str(folder / "best"), "--data", best["data"]]
     assert main([*command, "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["score"] == best["score"]
+    assert json.loads(out.read_text())["reports"] == best["reports"]
 
 
-def test_every_task_has_a_figure_that_chooses_its_best_model(learned):
-    figures = {}
+def test_every_task_has_a_headline_that_chooses_its_best_model(learned):
+    headlines = {}
     for task in ("entailment", "vqa", "nlvr2", "retrieval", "grounding"):
-        report = measured(learned, task)
+        last = record(learned / task)
         *_, line = (json.loads(line) for line in (learned / task / "evaluations.jsonl").read_text().splitlines())
-        assert line.items() >= report.items() and (learned / task / "best" / "model.safetensors").exists()
-        figures[line["headline"]] = line["value"]
+        assert line == last and (learned / task / "best" / "model.safetensors").exists()
+        headline, report = line["headline"], last["reports"][task]
+        headlines[headline["name"]] = headline["value"]
         if "score" in report:
-            assert (line["headline"], line["value"]) == (report["metric"], report["score"])
+            assert headline == {"name": report["metric"], "value": report["score"]}
     recalls = [recall for way in measured(learned, "retrieval")["itm"].values() for recall in way.values()]
-    assert figures["mean recall"] == pytest.approx(sum(recalls) / 6)
-    assert figures["box accuracy"] == measured(learned, "grounding")["box_accuracy"]["model"]
-    assert figures.keys() == {"accuracy", "VQA accuracy", "mean recall", "box accuracy"}
+    assert headlines["mean recall"] == pytest.approx(sum(recalls) / 6)
+    assert headlines["box accuracy"] == measured(learned, "grounding")["box_accuracy"]["model"]
+    assert headlines.keys() == {"accuracy", "VQA accuracy", "mean recall", "box accuracy"}
 
 
 @pytest.fixture
@@ -133,10 +142,10 @@ def flags_of(options: dict) -> list[str]:
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-def evaluations_of(folder, **options) -> Evaluations:
+def evaluator_of(folder, **options) -> Evaluator:
     given = {"task": "entailment", "model": "m", "data": "shapes", "eval_data": "shapes:num=8", "eval_epochs": 0.5}
     config, _ = parse_arguments(["--deepspeed", "ds.json", *flags_of(given | options)])
-    return Evaluations(config, 32, folder)
+    return Evaluator(TaskEvaluation(config, 32), folder, config.options.eval_epochs)
 
 
 def test_the_best_model_is_kept_and_a_resumed_run_remembers_it(tmp_path, alone, monkeypatch):
@@ -145,35 +154,35 @@ def test_the_best_model_is_kept_and_a_resumed_run_remembers_it(tmp_path, alone, 
     folder.mkdir()
     monkeypatch.setattr(EntailmentModel, "score", lambda *_: reached["value"])
 
-    def measure(run: Evaluations, step: int, value: float) -> dict:
+    def evaluate(run: Evaluator, step: int, value: float) -> dict:
         """The model of a step is known by its bias; returns the record of the best one."""
         torch.nn.init.constant_(model.head[2].bias, step)
         reached["value"], state = value, torch.get_rng_state()
-        assert run.measure(step, step / 4, model, tokenizer, own_state(model)) == {"accuracy": value}
+        assert run.evaluate(step, step / 4, model, tokenizer, own_state(model)) == {"accuracy": value}
         assert torch.equal(torch.get_rng_state(), state) and model.training
-        best = json.loads((folder / "best" / "evaluation.json").read_text())
+        best = record(folder / "best")
         kept, _ = load_task_model(folder / "best", "entailment")
         assert (kept.head[2].bias == best["step"]).all() and not (folder / "candidate").exists()
         return best
 
-    run = evaluations_of(folder)
+    run = evaluator_of(folder)
     run.begin(0, steps_per_epoch=4)
     assert [step for step in range(7) if run.due(step)] == [2, 4, 6]
-    assert [measure(run, step, value)["step"] for step, value in ((2, 0.5), (4, 0.75), (6, 0.25))] == [2, 4, 4]
+    assert [evaluate(run, step, value)["step"] for step, value in ((2, 0.5), (4, 0.75), (6, 0.25))] == [2, 4, 4]
     assert run.summary() == f"best: step 4, epoch 1.00, accuracy 75.00 %, in {folder / 'best'}"
 
-    run = evaluations_of(folder)
+    run = evaluator_of(folder)
     run.begin(5, steps_per_epoch=4)  # step 6 is repeated
-    assert [record["step"] for record in run.records()] == [2, 4]
+    assert [line["step"] for line in run.records()] == [2, 4]
     assert run.due(6) and not run.due(4)
-    assert measure(run, 6, 0.5)["step"] == 4 and measure(run, 8, 0.75)["step"] == 4
-    assert [(record["step"], record["value"]) for record in run.records()][2:] == [(6, 0.5), (8, 0.75)]
-    assert measure(run, 8, 0.75)["step"] == 4 and len(run.records()) == 4  # a finished run, resumed
-    assert evaluations_of(folder, eval_size=0).count == 8
-    other = evaluations_of(folder, eval_size=4)  # of which no figure compares with those before
+    assert evaluate(run, 6, 0.5)["step"] == 4 and evaluate(run, 8, 0.75)["step"] == 4
+    assert [(line["step"], line["headline"]["value"]) for line in run.records()][2:] == [(6, 0.5), (8, 0.75)]
+    assert evaluate(run, 8, 0.75)["step"] == 4 and len(run.records()) == 4  # a finished run, resumed
+    assert evaluator_of(folder, eval_size=0).count == 8
+    other = evaluator_of(folder, eval_size=4)  # its metrics do not compare with those before
     other.begin(8, steps_per_epoch=4)
-    assert measure(other, 10, 0.1)["step"] == 10
-    assert not any(evaluations_of(folder, eval_epochs=0).due(step) for step in range(20))
+    assert evaluate(other, 10, 0.1)["step"] == 10
+    assert not any(evaluator_of(folder, eval_epochs=0).due(step) for step in range(20))
 
 
 def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alone, capsys):
@@ -182,10 +191,10 @@ def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alon
     entries = [{"image": "a.png", "sentence": "there is a red object"}] * 3
     (tmp_path / "test.json").write_text(json.dumps(entries))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    run = evaluations_of(tmp_path, eval_data=tmp_path / "test.json")
+    run = evaluator_of(tmp_path, eval_data=tmp_path / "test.json")
     run.begin(0, steps_per_epoch=4)
     assert not any(run.due(step) for step in range(20))
-    assert run.measure(4, 1.0, model, tokenizer, own_state(model)) == {}
+    assert run.evaluate(4, 1.0, model, tokenizer, own_state(model), final=True) == {}
     report(run, tmp_path)
     assert "nothing to measure" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "predictions.json").read_text())) == 3
@@ -193,7 +202,7 @@ def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alon
     assert not (tmp_path / "best").exists() and not (tmp_path / "evaluations.jsonl").exists()
     (tmp_path / "a.png").unlink()
     with pytest.raises(ValueError, match="eval_data: none of 3 examples can be used, the first, test-000000: image"):
-        evaluations_of(tmp_path, eval_data=tmp_path / "test.json")
+        evaluator_of(tmp_path, eval_data=tmp_path / "test.json")
 
 
 def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
@@ -209,11 +218,11 @@ def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
     a, b = (load_file(folder / "best" / "model.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a) and not (resumed / "candidate").exists()
     out = tmp_path / "alone.json"
-    data = "shapes:num=31,names=color,colors=3"  # an odd number: the ranks have shares of unequal size
+    data = "shapes:num=31,names=color,colors=3"  # an odd number: the ranks evaluate unequal parts
     command = ["evaluate", "--task", "entailment", "--model", str(whole / "model"), "--data", data, "--json", str(out)]
     assert main(command) == 0
-    alone, together = json.loads(out.read_text()), measured(tmp_path, "whole")
-    assert together["examples"] == 31 and all(alone[name] == together[name] for name in together)
+    assert measured(tmp_path, "whole")["examples"] == 31
+    assert json.loads(out.read_text())["reports"] == record(whole)["reports"]
     assert measured(tmp_path, "from-albef")["examples"] == 31
     check_evaluations(tmp_path / "from-albef", steps=[1, 2])  # under ZeRO-3
     more = json.loads((tmp_path / "pretrained-more" / "config.json").read_text())["config"]
@@ -221,8 +230,8 @@ def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
     assert (tmp_path / "pretrained-more" / "model" / "model.safetensors").exists()
 
 
-def test_a_mistake_is_one_line_of_one_rank(learned, tmp_path):
-    """Through the launcher, which ends the ranks that are left as soon as one of them goes."""
+def test_a_user_error_is_one_line_of_one_rank(learned, tmp_path):
+    """Through the launcher, which kills the other ranks as soon as one exits."""
     given = {"task": "entailment", "model": learned / "pretrained" / "model", "data": "shapes:num=64"}
     given["eval_data"] = "nowhere.json"
     script = "softmask_fast/finetune.py"
@@ -237,13 +246,16 @@ def test_a_mistake_is_one_line_of_one_rank(learned, tmp_path):
         ({"data": "shapes"}, "task: expected one of .*'entailment', 'grounding'.* got None"),
         ({"task": "vqa", "data": "shapes"}, "model: expected a model folder or an ALBEF checkpoint to start from"),
         ({"task": "vqa", "model": "m"}, "data: expected the training data of vqa, got none"),
-        ({"task": "text_assignment", "model": "m", "data": "a.tar", "eval_data": "b.tar"}, "eval_data: expected none"),
+        (
+            {"task": "text_assignment", "model": "m", "data": "a.tar", "eval_data": "b.tar"},
+            "eval_data: text assign",
+        ),
         ({"task": "vqa", "model": "m", "data": "a.json", "eval_epochs": -1}, "eval_epochs: expected at least 0, got -"),
         ({"task": "vqa", "model": "m", "data": "a.json", "eval_size": -1}, "eval_size: expected at least 0, got -1"),
         ({"task": "nlvr2", "model": "m", "data": "a.json", "momentum": 2}, r"momentum: expected in \[0, 1\], got 2.0"),
     ],
 )
-def test_mistakes_are_named_before_any_work(options, message):
+def test_user_errors_are_named_before_any_work(options, message):
     with pytest.raises(ValueError, match=message):
         parse_arguments(["--deepspeed", "ds.json", *flags_of(options)])
 

@@ -7,7 +7,7 @@ from plain_attention import plain_attention
 from softmask_fast.model.fusion import CrossAttention
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import word_soft_mask
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 
 @pytest.fixture

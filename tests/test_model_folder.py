@@ -12,7 +12,7 @@ from softmask_fast.model.convert_albef import save_albef
 from softmask_fast.model.export import load_model, save_model
 from softmask_fast.model.initialize import load_pretrained, load_weights, weights_tokenizer
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 SIZES = dict(image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
              text_layers=1, fusion_layers=2, embed_dim=16)  # fmt: skip

@@ -8,7 +8,7 @@ from softmask_fast.config import ObjectiveConfig
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.state import load_own_state, own_state
 from softmask_fast.model.vision_language import VisionLanguageModel, clamped
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 
 @pytest.fixture

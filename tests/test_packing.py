@@ -15,7 +15,7 @@ from softmask_fast.errors import UsageError
 from softmask_fast.model.momentum import StepSettings
 from softmask_fast.model.packing import Packing, choose_attention, self_attention
 from softmask_fast.model.pretraining import PretrainingStep
-from softmask_fast.training.metrics import FlopCount
+from softmask_fast.training.meters import FlopCount
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from memory import activations  # noqa: E402

@@ -15,7 +15,7 @@ from softmask_fast.model.momentum import MomentumTeacher, StepSettings
 from softmask_fast.model.pretraining import PretrainingStep, draw_any_other
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import FeatureQueue
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 PAIRS, TOKENS, VOCABULARY = 4, 8, 40
 SETTINGS = StepSettings(alpha=0.4, seed=11)

@@ -16,7 +16,7 @@ from softmask_fast.model.momentum import MomentumTeacher, StepSettings
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.pretraining_reference import ReferenceStep, draw, update_teacher
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 PAIRS, TOKENS, VOCABULARY, QUEUE = 6, 9, 40, 10
 SIZES = dict(

@@ -22,7 +22,7 @@ from softmask_fast.data.synthetic import ShapesSource
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.data.types import UnreachableFile
 from softmask_fast.errors import UsageError, format_error, is_user_error
-from softmask_fast.options import make_config
+from softmask_fast.training.options import make_config
 
 SHARDS, PER_SHARD = 8, 6
 SHAPES = ShapesSource(num=40)

@@ -25,9 +25,10 @@ from softmask_fast.tasks.answers import evaluate_answers
 from softmask_fast.tasks.base import distilled_cross_entropy
 from softmask_fast.tasks.datasets import ExampleLoader, open_examples, open_expressions
 from softmask_fast.tasks.entailment import EntailmentModel
+from softmask_fast.tasks.models import load_task_model
 from softmask_fast.tasks.nlvr2 import LEFT, NEITHER, RIGHT, NLVR2Model, TextAssignmentModel, assign
 from softmask_fast.tasks.options import FinetuneConfig, TaskConfig
-from softmask_fast.tasks.recipes import TASKS, load_task_model
+from softmask_fast.tasks.recipes import TASKS
 from softmask_fast.tasks.synthetic import ANSWERS, UNSEEN_PROPERTIES, ShapesTask
 from softmask_fast.tasks.vqa import VQAModel, read_answers
 

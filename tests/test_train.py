@@ -49,8 +49,8 @@ def launch(
     common: dict = SMALL,
     **options,
 ) -> subprocess.Popen:
-    """launcher: options of `deepspeed` itself (default: so many ranks on this machine); prefix: a command before it;
-    common: the script's options where the given ones do not say otherwise."""
+    """launcher: options of `deepspeed` (default: `ranks` ranks on this machine); prefix: a command before it; common:
+    options of the script, which `options` may change."""
     flags = [text for name, value in (common | options).items() for text in (f"--{name}", str(value))]
     if launcher is None:
         launcher = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
@@ -75,7 +75,7 @@ def finish(process: subprocess.Popen, expected: int = 0) -> str:
 
 
 def metrics(output: Path) -> dict[int, dict]:
-    """step -> figures that must not depend on how the run was cut up."""
+    """step -> metrics that must not depend on how the run was interrupted."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         for timing in ("pairs_per_second", "data_wait", "flops_utilisation", "peak_memory_gib"):
@@ -119,8 +119,13 @@ def test_a_run_leaves_its_record(uninterrupted):
     assert record["versions"]["torch"] == torch.__version__.split("+")[0]
     logged = metrics(uninterrupted)
     assert list(logged) == list(range(1, STEPS + 1))
-    for figure in ("loss", "itc", "itm", "mlm", "itm_accuracy", "temperature", "learning_rate", "alpha", "bad_samples"):
-        assert figure in logged[STEPS], figure
+    for name in ("loss", "itc", "itm", "mlm", "itm_accuracy", "temperature", "learning_rate", "alpha", "bad_samples"):
+        assert name in logged[STEPS], name
+    record = json.loads((uninterrupted / "evaluation.json").read_text())
+    assert record["step"] == STEPS and record["data"] == SMALL["data"] and record["size"] == 32
+    assert record["headline"]["name"] == "mean recall" and set(record["reports"]) == {"retrieval", "grounding"}
+    assert json.loads((uninterrupted / "evaluations.jsonl").read_text()) == record
+    assert json.loads((uninterrupted / "best" / "evaluation.json").read_text()) == record
     assert logged[1]["alpha"] == 0 and logged[STEPS]["alpha"] == pytest.approx(0.4)
     names = {path.name for path in uninterrupted.iterdir()}
     assert {
@@ -160,7 +165,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(uninterrupted, tmp_path, 
     else:
         process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=100)
-    assert "go on with --output_dir" in text, text[-4000:]
+    assert "resume with --output_dir" in text, text[-4000:]
     done = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert int(done[-1].removeprefix("step-")) >= 4
     if whom == "process group":
@@ -199,8 +204,8 @@ def test_bad_samples_are_skipped_counted_and_named_or_stop_the_run(tmp_path):
 
 @pytest.fixture
 def hosts():
-    """Addresses of two hosts, and what to put before a command that is to run on each: network namespaces with a cable
-    between them; where these are not allowed, two addresses of this machine."""
+    """Address -> prefix of a command that runs there, of two hosts: network namespaces with a cable between them, or
+    where these are not allowed two addresses of this machine."""
     names = [f"softmask-{os.getpid()}-{host}" for host in range(2)]
     made = subprocess.run(["sh", "-ec", f"""
         ip netns add {names[0]}; ip netns add {names[1]}
@@ -248,7 +253,7 @@ def test_two_hosts_without_ssh_lose_a_rank_and_resume(uninterrupted, tmp_path, h
     same_run(uninterrupted, tmp_path / "run")
 
 
-def test_mistakes_are_named_before_any_work(tmp_path):
+def test_user_errors_are_named_before_any_work(tmp_path):
     def error_of(**options) -> str:
         flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         command = [sys.executable, str(ROOT / "softmask_fast/train.py"), *flags]
@@ -265,8 +270,8 @@ def test_mistakes_are_named_before_any_work(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_mistake_is_one_line_of_one_rank(tmp_path):
-    """Through the launcher, which ends the ranks that are left as soon as one of them goes."""
+def test_a_user_error_is_one_line_of_one_rank(tmp_path):
+    """Through the launcher, which kills the other ranks as soon as one exits."""
     text = finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, momentum=2), 2)
     assert text.count("train.py: error: ") == 1 and "train.py: error: momentum: expected in [0, 1], got 2.0" in text
     assert "Traceback" not in text

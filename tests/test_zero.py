@@ -1,4 +1,4 @@
-"""One run in several ways: as ZeRO keeps its state, on another number of ranks, compiled. Every run is real."""
+"""One run in several ways: under every ZeRO stage, on another number of ranks, compiled. Every run is real."""
 
 from pathlib import Path
 
@@ -14,19 +14,19 @@ def run_cases(cases: str, folder: Path, **options) -> str:
 
 
 def test_zero_stages_agree(tmp_path):
-    """ZeRO 0 to 3 in fp32 on two ranks, 20 steps each, in one launch: losses, momentum copy and queues. Nor do they
-    depend on how the step is executed."""
+    """ZeRO 0 to 3 in fp32 on two ranks, 20 steps each, in one launch: losses, teacher and queue. They do not depend on
+    activation checkpointing either."""
     others = ("1", "2", "3", "3+activation_checkpointing")
     run_cases(",".join(("0", *others)), tmp_path, ranks=2, max_steps=20, checkpoint_steps=20)
     reference = metrics(tmp_path / "0")
     assert len(reference) == 20
     last = "checkpoints/step-00000020/teacher.safetensors"
-    taught, weights = (load_file(tmp_path / "0" / name) for name in (last, "model/model.safetensors"))
+    teacher, weights = (load_file(tmp_path / "0" / name) for name in (last, "model/model.safetensors"))
     for case in others:
         logged = metrics(tmp_path / case)
-        for step, figures in reference.items():
-            assert logged[step] == pytest.approx(figures, abs=1e-5), (case, step)
-        for expected, name in ((taught, last), (weights, "model/model.safetensors")):
+        for step, expected in reference.items():
+            assert logged[step] == pytest.approx(expected, abs=1e-5), (case, step)
+        for expected, name in ((teacher, last), (weights, "model/model.safetensors")):
             other = load_file(tmp_path / case / name)
             for key, tensor in expected.items():
                 torch.testing.assert_close(
@@ -35,16 +35,16 @@ def test_zero_stages_agree(tmp_path):
 
 
 def test_a_compiled_run_begins_as_the_others_do(tmp_path):
-    """Later its rounding errors choose another hard negative once in a while."""
+    """Later, its rounding errors occasionally choose another hard negative."""
     run_cases("0,1+compile", tmp_path, max_steps=2, checkpoint_steps=2)
     plain, compiled = metrics(tmp_path / "0"), metrics(tmp_path / "1+compile")
-    for step, figures in plain.items():
-        assert compiled[step] == pytest.approx(figures, abs=1e-5), step
+    for step, expected in plain.items():
+        assert compiled[step] == pytest.approx(expected, abs=1e-5), step
 
 
-def test_another_number_of_ranks_goes_on(tmp_path):
-    """Two ranks, then one, then two, with the same batches altogether: contrast, which sees all of a batch, is that of
-    two ranks throughout, for each way in which ZeRO keeps its state."""
+def test_another_number_of_ranks_resumes(tmp_path):
+    """Two ranks, then one, then two, with the same global batches: the contrastive loss, which sees the whole batch, is
+    that of two ranks throughout, for each ZeRO stage."""
     same = dict(itm_weight=0, mlm_weight=0, hidden_dropout=0, learning_rate=1e-3, final_learning_rate=1e-3)
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
@@ -55,7 +55,7 @@ def test_another_number_of_ranks_goes_on(tmp_path):
         assert steps == 3 or "going on in epoch 0, where about 0 of 256 samples will be visited twice" in text
     whole = metrics(tmp_path / "whole" / "1")
     last = "checkpoints/step-00000009/teacher.safetensors"
-    taught = load_file(tmp_path / "whole" / "1" / last)
+    teacher = load_file(tmp_path / "whole" / "1" / last)
     for stage in (0, 1, 3):
         folder = tmp_path / "cut" / str(stage)
         cut = metrics(folder)
@@ -63,6 +63,6 @@ def test_another_number_of_ranks_goes_on(tmp_path):
         for name, tensor in load_file(folder / last).items():
             if "queue" not in name:  # the same rows in another order
                 torch.testing.assert_close(
-                    tensor, taught[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                    tensor, teacher[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
                 )
         assert not list((folder / "checkpoints").glob("universal*")) and not list(folder.glob("checkpoints/latest*"))

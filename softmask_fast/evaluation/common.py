@@ -51,8 +51,6 @@ def tokenize(model: VisionLanguageModel, tokenizer: Tokenizer, captions: list[st
 def image_pixels(model: VisionLanguageModel, samples: Sequence[Sample]) -> Tensor:
     """The whole images without augmentation: (images, 3, image_size, image_size), in the order of the samples, on the
     model's device."""
-    from softmask_fast.data.dali_pipeline import evaluation_pixels  # loads DALI
-
     images = [image for sample in samples for image in sample.images]
     return evaluation_pixels(images, model.config.image_size, device=next(model.parameters()).device)
 

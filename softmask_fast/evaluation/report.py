@@ -1,8 +1,10 @@
-"""What a finished run shows: tables of retrieval and grounding on held-out pairs, curves, and a page of heat maps."""
+"""How a pretraining run is evaluated on held-out pairs, and what it shows at its end."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,50 +12,73 @@ from softmask_fast.config import Config
 from softmask_fast.data.remote.options import RemoteOptions
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.types import CaptionSource
-from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
+from softmask_fast.evaluation.common import usable_samples
+from softmask_fast.evaluation.grounding import evaluate_grounding
 from softmask_fast.evaluation.heatmaps import heatmap_page
 from softmask_fast.evaluation.plots import plot_curves
+from softmask_fast.evaluation.retrieval import evaluate_retrieval
 from softmask_fast.model.export import load_model
-from softmask_fast.utils import write_json
 
-RERANKED = 16  # candidates of each query that matching puts into a new order
+if TYPE_CHECKING:
+    from softmask_fast.evaluation.tables import Report
 
-
-def held_out_source(config: Config) -> CaptionSource | None:
-    """The pairs a run is measured on: those of eval_data, for `shapes` its unseen scenes, else none."""
-    data = config.data
-    name = data.eval_data or (data.data if data.data.split(":")[0] == "shapes" else None)
-    if name is None:
-        return None
-    return open_source(
-        name,
-        split="val",
-        seed=config.train.seed,
-        image_size=config.model.image_size,
-        remote=RemoteOptions.of(data),
-        image_root=data.image_root,
-    )
+RERANKED = 16  # candidates of each query that matching re-ranks
 
 
-def report_run(output: Path, config: Config, device: torch.device | str = "cpu") -> None:
-    """Evaluate output/model; print the tables, write evaluation.json, curves.png and heatmaps.png to the folder.
+class PretrainingEvaluation:
+    """Evaluates a pretrained model on held-out pairs: retrieval, and grounding where the pairs have boxes.
 
-    Pairs without phrase boxes have no grounding; without held-out pairs there are the curves alone.
+    The pairs are those of eval_data, by default the unseen scenes of `shapes`.
     """
-    plot_curves(output / "metrics.jsonl", output / "curves.png")
-    source = held_out_source(config)
-    if source is None:
-        print(
-            f"no evaluation: no --eval_data was given for {config.data.data}; the curves are in {output / 'curves.png'}"
+
+    has_labels = True
+    load = staticmethod(load_model)
+
+    def __init__(self, config: Config, data: str) -> None:
+        """Open the pairs. Raises UsageError when they cannot be read."""
+        self.data, self.size = data, config.data.eval_size
+        self.source: CaptionSource = open_source(
+            data,
+            split="val",
+            seed=config.train.seed,
+            image_size=config.model.image_size,
+            remote=RemoteOptions.of(config.data),
+            image_root=config.data.image_root,
         )
+
+    def evaluate(self, model: torch.nn.Module, tokenizer: Any, limit: int, progress: bool) -> list[Report]:
+        """The reports on the first `limit` pairs. A collective where there are several ranks."""
+        options = {"limit": limit, "progress": progress}
+        reports = [evaluate_retrieval(model, tokenizer, self.source, rerank=RERANKED, **options)]
+        if any(sample.phrases for _, sample in usable_samples(self.source, range(limit), {})):
+            reports.append(evaluate_grounding(model, tokenizer, self.source, **options))
+        return reports
+
+    def headline(self, reports: Sequence[Report]) -> tuple[str, float]:
+        return "mean recall", reports[0].mean_recall
+
+
+def held_out_pairs(config: Config) -> str | None:
+    """What a pretraining run is evaluated on: eval_data, for `shapes` its unseen scenes, else nothing."""
+    data = config.data
+    return data.eval_data or (data.data if data.data.split(":")[0] == "shapes" else None)
+
+
+def report_run(
+    output: Path,
+    config: Config,
+    evaluation: PretrainingEvaluation | None,
+    reports: Sequence[Report],
+    device: torch.device | str = "cpu",
+) -> None:
+    """Show what output/model has reached: print the tables, draw curves.png and heatmaps.png."""
+    curves = output / "curves.png"
+    plot_curves(output / "metrics.jsonl", curves)
+    if evaluation is None:
+        print(f"no evaluation: no --eval_data was given for {config.data.data}; the curves are in {curves}")
         return
     model, tokenizer = load_model(output / "model", device)
-    limit = min(config.data.eval_size or len(source), len(source))
-    reports = [evaluate_retrieval(model, tokenizer, source, limit=limit, rerank=RERANKED, progress=True)]
-    if any(source.read(index).phrases for index in range(limit)):
-        reports.append(evaluate_grounding(model, tokenizer, source, limit=limit, progress=True))
-    heatmap_page(model, tokenizer, source, output / "heatmaps.png")
-    write_json(output / "evaluation.json", [report.as_dict() for report in reports])
+    heatmap_page(model, tokenizer, evaluation.source, output / "heatmaps.png")
     for report in reports:
         print(f"\n{report.table()}")
     print(f"\ntables, curves and heat maps: {output}", flush=True)

@@ -26,15 +26,6 @@ class StepSettings:
     use_queue: bool = True  # whether the queued features are contrastive keys beside those of the batch
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    """What changes from step to step."""
-
-    alpha: float  # weight of the teacher's soft targets
-    seed: int  # of the negatives drawn in the step
-    use_queue: bool = True  # whether the queued features are contrastive keys beside those of the batch
-
-
 class MomentumCopy(nn.Module):
     """An exponential moving average of a model with decay `momentum`; every rank holds the same one."""
 

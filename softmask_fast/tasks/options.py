@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from softmask_fast.config import DataConfig, MomentumConfig, TrainConfig, option
+from softmask_fast.errors import UsageError
 from softmask_fast.options import LaunchOptions, build_sections, parse_sections
 
 
-@dataclass
+@dataclass(frozen=True)
 class TaskConfig:
-    """Where fine-tuning starts, and what is the task's own."""
+    """The model that fine-tuning starts from, and the options of single tasks."""
 
     model: str | None = option(None, "A folder that training exported (DIR/model), or an ALBEF checkpoint.")
     image_size: int | None = option(None, "Side of the square input image in pixels; default: the model's.")
-    max_tokens: int | None = option(None, "Longest text in tokens, special ones included; default: the model's.")
+    max_tokens: int | None = option(None, "Longest text in tokens, including special ones; default: the model's.")
     hidden_dropout: float | None = option(None, "Dropout on the hidden states; default: the model's.")
-    answers: str | None = option(None, "vqa: JSON list of the answers that are ranked; default with shapes: theirs.")
-    candidates: int = option(128, "vqa: answers ranked in full; retrieval: candidates that matching re-ranks, 0: none.")
+    answers: str | None = option(None, "vqa: JSON list of the answers to rank; default for shapes: its answers.")
+    candidates: int = option(128, "vqa: answers ranked in full; retrieval: candidates re-ranked by matching, 0: none.")
     captions: str = option("all", "retrieval: captions of an image that are queries, 'first' or 'all'.")
-    layer: int | None = option(None, "grounding: fusion layer of the maps; default: the layer of the soft masks.")
-    eval_epochs: float = option(1.0, "Epochs from one measurement on eval_data to the next; 0: at the end alone.")
+    layer: int | None = option(None, "grounding: fusion layer of the heat maps; default: the layer of the soft masks.")
+    eval_epochs: float = option(1.0, "Epochs between evaluations on eval_data; 0: only at the end.")
 
     def __post_init__(self) -> None:
         if self.model is None:
-            raise ValueError("model: expected a model folder or an ALBEF checkpoint to start from, got none")
+            raise UsageError("model: expected a model folder or an ALBEF checkpoint to start from, got none")
         if self.captions not in ("first", "all"):
-            raise ValueError(f"captions: expected 'first' or 'all', got {self.captions!r}")
-        if self.eval_epochs < 0:
-            raise ValueError(f"eval_epochs: expected at least 0, got {self.eval_epochs}")
-        if self.candidates < 0:
-            raise ValueError(f"candidates: expected at least 0, got {self.candidates}")
+            raise UsageError(f"captions: expected 'first' or 'all', got {self.captions!r}")
+        for name in ("eval_epochs", "candidates"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class FinetuneConfig:
-    """Everything that decides a fine-tuning run."""
+    """The configuration of a fine-tuning run."""
 
     task: str
     options: TaskConfig
@@ -52,7 +53,7 @@ class FinetuneConfig:
         return asdict(self)
 
 
-# Those of ALBEF's configurations (configs/*.yaml there): batches are per GPU, of 8. Color and blur are not in them.
+# ALBEF's configurations (its configs/*.yaml, batches per GPU on 8 GPUs), which use neither color jitter nor blur.
 _COMMON = {
     "crop_scale": 0.5, "color": False, "blur": False, "eval_size": None, "final_learning_rate": 1e-6,
     "focal_gamma": 0.0, "batch_size": 32, "data": None,
@@ -66,16 +67,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "text_assignment": _COMMON
     | {"learning_rate": 1e-5, "epochs": 1.0, "batch_size": 64, "crop_scale": 0.2, "distill_alpha": 0.0},
 }
+SECTIONS = {"options": TaskConfig, "objectives": MomentumConfig, "data": DataConfig, "train": TrainConfig}
+ABOUT = "Fine-tune a pretrained vision-language model for a task."
 
-_SECTIONS = {"options": TaskConfig, "objectives": MomentumConfig, "data": DataConfig, "train": TrainConfig}
 
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[FinetuneConfig, LaunchOptions]:
+    """Parse flags and an optional --config file; `options.parse_sections` says which wins.
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[FinetuneConfig, LaunchOptions]:
-    """Parse flags and an optional --config file into a checked configuration; see `config.parse_sections`."""
-    about = "Fine-tune a pretrained vision-language model for a task."
-    task, options, launch = parse_sections(_SECTIONS, "task", DEFAULTS, None, about, argv)
+    Raises:
+        SystemExit: argparse, for unknown flags.
+        UsageError: for values out of range, and for a file with unknown options.
+    """
+    task, options, launch = parse_sections(SECTIONS, "task", DEFAULTS, None, ABOUT, argv)
     if options["data"] is None:
-        raise ValueError(f"data: expected the training data of {task}, got none")
+        raise UsageError(f"data: expected the training data of {task}, got none")
     if task == "text_assignment" and options["eval_data"] is not None:
-        raise ValueError("eval_data: expected none, text assignment has no measure but its accuracy in training")
-    return FinetuneConfig(task, **build_sections(_SECTIONS, options)), launch
+        raise UsageError("eval_data: text assignment has no evaluation; its accuracy is logged in training")
+    return FinetuneConfig(task, **build_sections(SECTIONS, options)), launch

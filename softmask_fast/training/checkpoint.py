@@ -1,4 +1,4 @@
-"""Checkpoints of a run, whole or not at all, and the full weights under every ZeRO stage."""
+"""Checkpoints of a run, written whole or not at all, and the full weights under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -18,10 +18,15 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from softmask_fast.errors import UsageError
+from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.model.export import save_model
 from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.model.state import load_own_state, own_state, save_state
 from softmask_fast.training.ranks import run_on_all_ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TRAINING_STATE, TEACHER, MODEL = "training_state.json", "teacher.safetensors", "model"
 
@@ -30,14 +35,14 @@ def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole fp32 tensor) of every parameter, under every ZeRO stage. A collective: all ranks iterate."""
     for name, parameter in module.named_parameters():
         sharded = hasattr(parameter, "ds_id")
-        if sharded or parameter.dtype != torch.float32:  # else the parameter itself is the optimiser's fp32 weight
+        if sharded or parameter.dtype != torch.float32:  # else the parameter itself is the optimizer's fp32 weight
             yield name, safe_get_full_fp32_param(parameter)
         else:
             yield name, parameter.detach()
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """`own_state` of the module with whole fp32 parameters, on the CPU. A collective: all ranks call it."""
+    """`own_state` of the module with whole fp32 parameters, on the CPU. A collective."""
     state = {name: weight.cpu() for name, weight in full_weights(module)}
     return {name: state.get(name, tensor) for name, tensor in own_state(module).items()}
 
@@ -51,15 +56,15 @@ def save_checkpoint(
     directory: Path,
     engine: deepspeed.DeepSpeedEngine,
     teacher: MomentumCopy,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerFast,
     state: dict[str, Any],
     loader_state: dict[str, Any],
     keep: int,
-) -> Path:
-    """Write directory/step-<state["step"]>, whole or not at all, and keep the newest `keep`. All ranks call it.
+) -> None:
+    """Write directory/step-<state["step"]>, whole or not at all, and keep the newest `keep`. A collective.
 
-    It holds DeepSpeed's shards, the momentum copy with its queues, the model as a folder that `load_model` reads, and a
-    JSON with the step and the position of every rank's data.
+    A checkpoint holds DeepSpeed's shards, the teacher with its queue, the model as a folder that `load_model` reads,
+    and a JSON file with `state` and the data position of every rank.
     """
     final = directory / f"step-{state['step']:08d}"
     partial = directory / f"partial-{final.name}"
@@ -70,8 +75,7 @@ def save_checkpoint(
     dist.barrier()
     engine.save_checkpoint(str(directory), tag=partial.name, save_latest=False)
     weights = full_state(engine.module.model)
-    loader_states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(loader_states, loader_state)
+    loader_states = gather_objects(loader_state)
     if engine.global_rank == 0:
         save_state(own_state(teacher), partial / TEACHER)
         save_model(engine.module.model, tokenizer, partial / MODEL, weights)
@@ -84,28 +88,33 @@ def save_checkpoint(
         for old in checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
-    return final
 
 
 def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumCopy) -> dict[str, Any]:
-    """Restore engine and momentum copy; returns the saved state, with the data positions of all its ranks in "loaders".
+    """Restore engine and teacher. A collective.
 
-    Written by another number of ranks, the shards of ZeRO go through DeepSpeed's universal format, once, in a folder of
-    their own. All ranks call it.
+    ZeRO shards that another number of ranks wrote are converted to DeepSpeed's universal format, in a temporary folder.
+
+    Returns:
+        The saved state, with the data positions of all ranks that wrote it under "loaders".
+
+    Raises:
+        UsageError: when the folder holds no DeepSpeed checkpoint or cannot be converted.
     """
     state = json.loads((path / TRAINING_STATE).read_text())
-    source, universal = path, None
+    universal = None
     if state["world_size"] != dist.get_world_size() and engine.zero_optimization():
-        source = universal = path.with_name(f"universal-{path.name}")
-        run_on_all_ranks(lambda: dist.get_rank() or to_universal(path, universal))
+        universal = path.with_name(f"universal-{path.name}")
+        run_on_all_ranks(lambda: to_universal(path, universal))
+    source = universal or path
     engine._config.load_universal_checkpoint = universal is not None
     groups = engine.optimizer.param_groups
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     loaded, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
     engine._config.load_universal_checkpoint = False
     if loaded is None:
-        raise ValueError(f"resume: {path} holds no DeepSpeed checkpoint")
-    if universal:  # under ZeRO-3 all groups now have the first one's weight decay, and share one counter of steps
+        raise UsageError(f"resume: {path} holds no DeepSpeed checkpoint")
+    if universal:  # under ZeRO-3 all groups now have the first one's weight decay, and share one step counter
         for group, own in zip(groups, settings, strict=True):
             group.update(own)
         for moments in engine.optimizer.optimizer.state.values():
@@ -119,11 +128,13 @@ def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: Mome
 
 
 def to_universal(path: Path, target: Path) -> None:
-    """Write a checkpoint in DeepSpeed's universal format, which any number of ranks can load."""
+    """On rank 0, convert a checkpoint to DeepSpeed's universal format, which any number of ranks can load."""
+    if dist.get_rank() != 0:
+        return
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed while converting
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(path), "--output_folder", str(target)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    (target.parent / "latest_universal").unlink(missing_ok=True)  # its path to the newest; ours is the name
+    (target.parent / "latest_universal").unlink(missing_ok=True)  # we name the folder instead
     if done.returncode:
-        raise ValueError(f"resume: {path} could not be converted for another number of ranks:\n{done.stdout[-2000:]}")
+        raise UsageError(f"resume: {path} could not be converted for another number of ranks:\n{done.stdout[-2000:]}")

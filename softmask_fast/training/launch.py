@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import deepspeed
@@ -22,14 +24,83 @@ from deepspeed.accelerator import get_accelerator
 
 from softmask_fast.config import RunConfig
 from softmask_fast.errors import UsageError, format_error, is_user_error
+from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.options import LaunchOptions
-from softmask_fast.training import deepspeed_engine
-from softmask_fast.training.ranks import run_on_all_ranks
+from softmask_fast.training.deepspeed_engine import check_execution, read_deepspeed_config
+from softmask_fast.training.ranks import AgreedUsageError, run_on_all_ranks
+
+SILENT_SECONDS = 30.0  # silent ranks wait this long before exiting: the launcher kills all ranks when one exits
+Parse = Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]]
+
+
+def run_script(
+    name: str,
+    argv: list[str] | None,
+    parse: Parse,
+    work: Callable[[RunConfig, dict[str, Any], Path, StopRequest], None],
+) -> int:
+    """Run a script's work on this rank of the deepspeed launcher.
+
+    Args:
+        name: of the script, for messages.
+        argv: the arguments; None: those of the process.
+        parse: parses them.
+        work: called with the configuration, DeepSpeed's configuration, the output folder and the stop request.
+
+    Returns:
+        The exit status: 2 after one line about a user error that was found before the first step.
+    """
+    config, launch = read_options(name, argv, parse)
+    start_distributed(launch)
+    logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.WARNING, format="%(message)s")
+    try:
+        config, deepspeed_config, output = prepare_run(config, launch)
+        work(config, deepspeed_config, output, StopRequest())
+    except AgreedUsageError as error:
+        if dist.get_rank() == 0:
+            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        dist.barrier()  # the launcher kills all ranks when the first one exits
+        dist.destroy_process_group()
+        return 2
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        rank, reason = dist.get_rank(), str(error).splitlines()[0]
+        print(
+            f"{name}: error: rank {rank} lost the connection to another rank ({reason}). When all hosts are back, "
+            f"resume with --output_dir {config.train.output_dir} --resume true",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # destroying the process group would wait for the lost rank
+    return 0
+
+
+def read_options(name: str, argv: list[str] | None, parse: Parse) -> tuple[RunConfig, LaunchOptions]:
+    """Parse the options. On each machine only the first rank prints errors and --help. Raises SystemExit."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        with ExitStack() as silence:
+            if not first:
+                silence.enter_context(redirect_stdout(io.StringIO()))
+                silence.enter_context(redirect_stderr(io.StringIO()))
+            return parse(argv)
+    except SystemExit as leaving:
+        status = leaving.code
+    except (ValueError, OSError) as error:
+        if not is_user_error(error):
+            raise
+        status = 2
+        if first:
+            print(f"{name}: error: {format_error(error)}", file=sys.stderr, flush=True)
+    if status and not first:
+        time.sleep(SILENT_SECONDS)
+    sys.exit(status)
 
 
 def start_distributed(launch: LaunchOptions) -> None:
-    """Join the launcher's process group; alone (also: by plain python) be a group of one."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":  # on a port of its own, so that several runs fit on one machine
+    """Join the launcher's process group; a process of its own (`python train.py`) makes a group of one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # on a free port, so that several runs fit on one machine
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -39,18 +110,43 @@ def start_distributed(launch: LaunchOptions) -> None:
         os.environ["LOCAL_RANK"] = str(launch.local_rank)
     if get_accelerator().device_name() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:  # its shared-memory collectives need two minutes of compilation
+    else:  # DeepSpeed's shared-memory collectives would compile for two minutes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def output_directory(config: RunConfig) -> Path:
-    """The run's folder, agreed on by all ranks and made by the first.
+def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, dict[str, Any], Path]:
+    """Decide what the options leave open (bf16, the output folder), read DeepSpeed's configuration, make the folder.
 
-    Raises UsageError when the folder already holds a run and --resume is not given, cannot be made, or not all hosts
-    see it.
+    Returns:
+        The configuration with all decided, DeepSpeed's configuration, and the output folder.
+
+    Raises:
+        AgreedUsageError: for options that this machine cannot run, and for those of `output_directory`.
     """
-    choice: list[str | None] = [config.train.output_dir]
+    bf16 = config.train.bf16
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    train = replace(config.train, bf16=bf16)
+
+    def read() -> dict[str, Any]:
+        deepspeed_config = read_deepspeed_config(launch.deepspeed, train)
+        check_execution(train, deepspeed_config)
+        return deepspeed_config
+
+    deepspeed_config = run_on_all_ranks(read)
+    output = output_directory(config)
+    return replace(config, train=replace(train, output_dir=str(output))), deepspeed_config, output
+
+
+def output_directory(config: RunConfig) -> Path:
+    """The run's output folder: chosen by rank 0, checked by all ranks, made by rank 0.
+
+    Raises:
+        AgreedUsageError: when the folder already holds a run and --resume is not given, when it cannot be made, and
+            when some hosts do not see it.
+    """
+    choice = [config.train.output_dir]
     if choice[0] is None:
         number = 1
         while Path(f"runs/{config.name}-{number}").exists():
@@ -61,41 +157,39 @@ def output_directory(config: RunConfig) -> Path:
 
     def check_free() -> None:
         if (output / "config.json").exists() and not config.train.resume:
-            raise ValueError(f"output_dir: {output} holds a run; go on with --resume true, or choose another folder")
+            raise UsageError(f"output_dir: {output} holds a run; resume it with --resume true or choose another folder")
 
-    run_on_all_ranks(check_free)  # all have looked before the first writes
-    config.train.output_dir = str(output)
-    run_on_all_ranks(lambda: dist.get_rank() or (output / "checkpoints").mkdir(parents=True, exist_ok=True))
-    seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (output / "checkpoints").is_dir())
-    if not all(seen):
-        blind = [rank for rank, sees in enumerate(seen) if not sees]
-        raise UsageError(f"output_dir: expected a folder that all hosts share, ranks {blind} do not see {output}")
+    def make() -> None:
+        if dist.get_rank() == 0:
+            (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    run_on_all_ranks(check_free)  # all ranks check before rank 0 writes
+    run_on_all_ranks(make)
+    blind = [rank for rank, sees in enumerate(gather_objects((output / "checkpoints").is_dir())) if not sees]
+    if blind:
+        raise AgreedUsageError(f"output_dir: expected a folder shared by all hosts, ranks {blind} do not see {output}")
     return output
 
 
-SPEAKING_SECONDS = 30.0  # a rank with nothing to say waits so long: the launcher ends all when the first one goes
-
-
 class StopRequest:
-    """Notes SIGTERM, SIGINT and the launcher's death; the loop ends at the next step, on all ranks together."""
+    """Notes SIGTERM, SIGINT and the launcher's death; training then stops after the step, on all ranks together."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: str | None = None
-        # The launcher hands a signal of its process group on, but not one that was sent to its first process alone.
+        # The launcher forwards a signal to its process group, but not one that was sent to its first process alone.
         self.launchers = [
             process for process in psutil.Process().parents()[:2] if "deepspeed" in " ".join(process.cmdline())
         ]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
-    def _note(self, number, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: at once
+            raise KeyboardInterrupt  # second Ctrl-C: stop immediately
         self.received = signal.Signals(number).name
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop. A collective: all ranks call it."""
+        """Whether any rank was asked to stop. A collective."""
         if self.received is None and any(has_ended(process) for process in self.launchers):
             self.received = "the launcher's end"
         if dist.get_world_size() == 1:
@@ -112,73 +206,8 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
-def run_script(
-    name: str,
-    argv: list[str] | None,
-    parse: Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]],
-    work: Callable[[RunConfig, dict[str, Any], Path, StopRequest], None],
-) -> int:
-    """What a script under the deepspeed launcher does around its work; returns the exit status: 2 after one rank's line
-    about a mistake of the user that was found before the first step."""
-    config, launch = read_options(name, argv, parse)
-    start_distributed(launch)
-    logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.WARNING, format="%(message)s")
-
-    def read_deepspeed_config() -> dict[str, Any]:
-        found = deepspeed_engine.read_deepspeed_config(launch.deepspeed, deepspeed_engine.with_precision(config.train))
-        deepspeed_engine.check_execution(config.train, found)
-        return found
-
-    try:
-        deepspeed_config = run_on_all_ranks(read_deepspeed_config)
-        output = output_directory(config)
-        work(config, deepspeed_config, output, StopRequest())
-    except UsageError as error:
-        if dist.get_rank() == 0:
-            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
-        dist.barrier()  # the launcher ends all ranks when it sees the first one go
-        dist.destroy_process_group()
-        return 2
-    except RuntimeError as error:
-        if not lost_rank(error):
-            raise
-        rank, why = dist.get_rank(), str(error).splitlines()[0]
-        print(
-            f"{name}: error: rank {rank} lost the connection to another rank ({why}). "
-            f"When all hosts are back, go on with --output_dir {config.train.output_dir} --resume true",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # what is left of the process group would wait for the lost rank
-    return 0
-
-
-def read_options(
-    name: str, argv: list[str] | None, parse: Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]]
-) -> tuple[RunConfig, LaunchOptions]:
-    """The parsed options. Of several ranks of a machine the first tells what is wrong with them, or the --help, and
-    the others are quiet. Raises SystemExit."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        with ExitStack() as quiet:
-            for redirect in () if first else (redirect_stdout, redirect_stderr):
-                quiet.enter_context(redirect(io.StringIO()))
-            return parse(argv)
-    except SystemExit as leaving:
-        status = leaving.code
-    except (ValueError, OSError) as error:
-        if not is_user_error(error):
-            raise
-        status = 2
-        if first:
-            print(f"{name}: error: {format_error(error)}", file=sys.stderr, flush=True)
-    if status and not first:
-        time.sleep(SPEAKING_SECONDS)
-    sys.exit(status)
-
-
 def lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone; its own error is in that rank's output."""
+    """Whether a collective failed because another rank is gone, whose own error is in its output."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -1,4 +1,4 @@
-"""A task's model measured while it is fine-tuned: a line of evaluations.jsonl each time, and the best model kept."""
+"""Evaluation of a run's model on held-out data, on the way and at the end; the best model is kept."""
 
 from __future__ import annotations
 
@@ -7,126 +7,182 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import sample_count, usable_samples
+from softmask_fast.evaluation.record import evaluation_record, parse_record
+from softmask_fast.evaluation.report import PretrainingEvaluation
 from softmask_fast.model.export import save_model
+from softmask_fast.tasks.models import load_task_model
 from softmask_fast.tasks.options import FinetuneConfig
-from softmask_fast.tasks.recipes import TASKS, Report, load_task_model
+from softmask_fast.tasks.recipes import TASKS
 from softmask_fast.training.metrics import drop_lines_after
 from softmask_fast.utils import write_json
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from softmask_fast.evaluation.tables import Report
+
 logger = logging.getLogger(__name__)
 
-LINES, BEST = "evaluations.jsonl", "best"
-RECORD = "evaluation.json"  # in a folder: what the model beside it, or in it, has reached
-MEASURED_BY = ("headline", "eval_data", "eval_size")  # only figures that have these in common are compared
+RECORDS, RECORD = "evaluations.jsonl", "evaluation.json"
+BEST, CANDIDATE = "best", "candidate"
 
 
-class Evaluations:
-    """The measurements of one run on its eval_data.
+class TaskEvaluation:
+    """Evaluates a fine-tuned model on the eval_data of its task."""
 
-    Each is of the weights as exported, read from a folder into a model of its own: it is what `softmask-fast evaluate`
-    finds, under every ZeRO stage, and training goes on to the last bit as without it.
+    def __init__(self, config: FinetuneConfig, image_size: int) -> None:
+        """Open the data. Raises UsageError when they cannot be read."""
+        self.task, self.name, self.options = TASKS[config.task], config.task, config.options
+        self.data, self.size = config.data.eval_data, config.data.eval_size
+        self.source = self.task.open(self.data, config.data, split="val", seed=config.train.seed, image_size=image_size)
+        self.has_labels = self.task.has_labels(self.source)
+
+    def load(self, directory: Path, device: torch.device) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+        return load_task_model(directory, self.name, device)
+
+    def evaluate(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerFast, limit: int, progress: bool
+    ) -> list[Report]:
+        return [self.task.evaluate(model, tokenizer, self.source, self.options, limit=limit, progress=progress)]
+
+    def headline(self, reports: Sequence[Report]) -> tuple[str, float] | None:
+        return self.task.headline(reports[0])
+
+
+class Evaluator:
+    """Evaluates the model of one run.
+
+    It exports the weights and loads them into a model of its own, so that it finds what `softmask-fast evaluate` finds,
+    under every ZeRO stage, and training is bit-identical with or without it. Every evaluation with labels adds a line
+    to evaluations.jsonl, the last one is in evaluation.json, and best/ is the best model so far with its record.
     """
 
-    def __init__(self, config: FinetuneConfig, image_size: int, output: Path):
-        """Raises ValueError or OSError when eval_data cannot be opened or none of it can be used."""
-        self.config, self.output, self.task = config, output, TASKS[config.task]
-        data = config.data
-        self.source = self.task.open(data.eval_data, data, split="val", seed=config.train.seed, image_size=image_size)
+    def __init__(
+        self, evaluation: PretrainingEvaluation | TaskEvaluation, output: Path, every_epochs: float = 0.0
+    ) -> None:
+        """every_epochs: epochs between evaluations on the way; 0: none.
+
+        Raises:
+            UsageError: when none of the held-out samples can be used.
+        """
+        self.evaluation, self.output, self.every_epochs = evaluation, output, every_epochs
+        self.count = sample_count(evaluation.source, 1, evaluation.size or None)
         skipped: dict[str, str] = {}
-        self.count = sample_count(self.source, 1, data.eval_size or None)
-        if next(usable_samples(self.source, range(self.count), skipped), None) is None:
+        if next(usable_samples(evaluation.source, range(self.count), skipped), None) is None:
             key, reason = next(iter(skipped.items()))
-            raise ValueError(f"eval_data: none of {self.count} examples can be used, the first, {key}: {reason}")
-        self.report: Report | None = None  # of the last measurement
-        self._every = self._last = 0  # steps
+            raise UsageError(f"eval_data: none of {self.count} examples can be used, the first, {key}: {reason}")
+        self.reports: list[Report] = []  # of the last evaluation
+        self._every_steps = self._last_step = 0
 
     def begin(self, step: int, steps_per_epoch: int) -> None:
-        """The run starts, or goes on, after a step. A collective."""
-        epochs = self.config.options.eval_epochs
-        self._every = max(1, round(epochs * steps_per_epoch)) if epochs and self.task.has_labels(self.source) else 0
+        """Start, or resume after a step. A collective."""
+        if self.every_epochs and self.evaluation.has_labels:
+            self._every_steps = max(1, round(self.every_epochs * steps_per_epoch))
         last = [0]
         if dist.get_rank() == 0:
-            records = drop_lines_after(self.output / LINES, step)
+            records = drop_lines_after(self.output / RECORDS, step)
             last = [records[-1]["step"] if records else 0]
         dist.broadcast_object_list(last, src=0)
-        self._last = last[0]
+        self._last_step = last[0]
 
     def due(self, step: int) -> bool:
-        """Whether the model is to be measured after a step, and was not yet."""
-        return self._every > 0 and step > self._last and step % self._every == 0
+        """Whether the model is to be evaluated after a step, and was not yet."""
+        return self._every_steps > 0 and step > self._last_step and step % self._every_steps == 0
 
-    def measure(self, step: int, epoch: float, model, tokenizer, weights: dict[str, Tensor]) -> dict[str, float]:
-        """Measure the model after a step and keep it if it is the best so far; returns the headline figure by its name,
-        or nothing where there is nothing to measure. weights: the whole ones, on the CPU. A collective."""
-        folder = self.output / "candidate"
-        first = dist.get_rank() == 0
+    def evaluate(
+        self,
+        step: int,
+        epoch: float,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerFast,
+        weights: dict[str, Tensor],
+        final: bool = False,
+    ) -> dict[str, float]:
+        """Evaluate the model after a step and keep it if it is the best so far. A collective.
+
+        Args:
+            step: optimizer steps done.
+            epoch: passes over the training data done.
+            model: is exported, with `weights`.
+            tokenizer: is exported beside it.
+            weights: the whole weights, on the CPU.
+            final: write evaluation.json as well.
+
+        Returns:
+            The headline metric by its name; empty for data without labels.
+        """
+        candidate, first = self.output / CANDIDATE, dist.get_rank() == 0
         if first:
-            save_model(model, tokenizer, folder, weights)
-        dist.barrier()  # every rank may now read it
-        self.report = self._measure_folder(folder)
-        headline = self.task.headline(self.report)
+            save_model(model, tokenizer, candidate, weights)
+        dist.barrier()  # the export is complete
+        self.reports = self._evaluate_folder(candidate)
+        headline = self.evaluation.headline(self.reports)
         if first:
+            about = {"step": step, "epoch": float(f"{epoch:.8g}")}
+            record = evaluation_record(self.reports, self.evaluation.data, self.evaluation.size, headline, **about)
             if headline is not None:
-                self._record(step, epoch, folder, *headline)
-            shutil.rmtree(folder, ignore_errors=True)
+                self._keep(record, candidate)
+            if final:
+                write_json(self.output / RECORD, record)
+            shutil.rmtree(candidate, ignore_errors=True)
         dist.barrier()
-        self._last = step
+        self._last_step = step
         return {} if headline is None else dict([headline])
 
-    def _measure_folder(self, folder: Path) -> Report:
+    def _evaluate_folder(self, folder: Path) -> list[Report]:
         device = torch.device(get_accelerator().current_device_name())
+        progress = dist.get_rank() == 0 and sys.stderr.isatty()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a new model draws its weights
-            model, tokenizer = load_task_model(folder, self.config.task, device)
-            return self.task.evaluate(
-                model,
-                tokenizer,
-                self.source,
-                self.config.options,
-                limit=self.count,
-                progress=dist.get_rank() == 0 and sys.stderr.isatty(),
-            )
+            model, tokenizer = self.evaluation.load(folder, device)
+            return self.evaluation.evaluate(model, tokenizer, self.count, progress)
 
-    def _record(self, step: int, epoch: float, folder: Path, headline: str, value: float) -> None:
-        """The line comes last: an evaluation that is cut off before it is repeated."""
-        data = self.config.data
-        record = {"step": step, "epoch": float(f"{epoch:.8g}"), "headline": headline, "value": value}
-        record |= {"eval_data": data.eval_data, "eval_size": data.eval_size}
+    def _keep(self, record: dict[str, Any], candidate: Path) -> None:
+        """Keep the best model. The log line comes last: an evaluation that is cut off before it is repeated."""
         before = self.best(record)
-        if before is None or value > before["value"]:
-            write_json(folder / RECORD, record | self.report.as_dict())
+        if before is None or record["headline"]["value"] > before["headline"]["value"]:
+            write_json(candidate / RECORD, record)
             shutil.rmtree(self.output / BEST, ignore_errors=True)
-            os.replace(folder, self.output / BEST)
-        drop_lines_after(self.output / LINES, step - 1)
-        with open(self.output / LINES, "a") as lines:
-            lines.write(json.dumps(record | self.report.as_dict()) + "\n")
+            os.replace(candidate, self.output / BEST)
+        drop_lines_after(self.output / RECORDS, record["step"] - 1)
+        with open(self.output / RECORDS, "a") as lines:
+            lines.write(json.dumps(record) + "\n")
         best = self.best(record)
-        told = "the best so far" if best["step"] == step else f"the best is {_told(best)}"
-        logger.info("measured on eval_data: %s, %s", _told(record), told)
+        verdict = "the best so far" if best["step"] == record["step"] else f"the best is {_describe(best)}"
+        logger.info("evaluated on held-out data: %s, %s", _describe(record), verdict)
 
-    def best(self, comparable: dict[str, Any]) -> dict[str, Any] | None:
-        """The record of the model in best/, unless it was measured by other than this record says."""
+    def best(self, like: dict[str, Any]) -> dict[str, Any] | None:
+        """The record of the model in best/, unless it has other data, another size or another headline than `like`."""
         path = self.output / BEST / RECORD
-        record = json.loads(path.read_text()) if path.exists() else None
-        return record if record and all(record[name] == comparable[name] for name in MEASURED_BY) else None
-
-    def summary(self) -> str:
-        """Which step was the best, for the end of the run."""
-        *_, last = self.records()
-        return f"best: {_told(self.best(last))}, in {self.output / BEST}"
+        record = parse_record(path.read_text()) if path.exists() else None
+        return record if record and _comparable(record, like) else None
 
     def records(self) -> list[dict[str, Any]]:
-        path = self.output / LINES
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """All lines of evaluations.jsonl."""
+        path = self.output / RECORDS
+        return [parse_record(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def summary(self) -> str:
+        """Which step was the best; empty for data without labels."""
+        records = self.records()
+        return f"best: {_describe(self.best(records[-1]))}, in {self.output / BEST}" if records else ""
 
 
-def _told(record: dict[str, Any]) -> str:
-    return f"step {record['step']}, epoch {record['epoch']:.2f}, {record['headline']} {100 * record['value']:.2f} %"
+def _comparable(record: dict[str, Any], other: dict[str, Any]) -> bool:
+    same = all(record.get(name) == other.get(name) for name in ("data", "size"))
+    return same and record["headline"]["name"] == other["headline"]["name"]
+
+
+def _describe(record: dict[str, Any]) -> str:
+    name, value = record["headline"]["name"], record["headline"]["value"]
+    return f"step {record['step']}, epoch {record['epoch']:.2f}, {name} {100 * value:.2f} %"

@@ -1,4 +1,4 @@
-"""What all ranks do together: errors of one raised on all, means and lists over all."""
+"""Agreement between ranks: what one cannot do all refuse, and metrics are averaged over all."""
 
 from __future__ import annotations
 
@@ -7,44 +7,45 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from softmask_fast.data.loader import SampleLoader
 from softmask_fast.errors import UsageError, format_error, is_user_error
+from softmask_fast.evaluation.common import gather_objects
 
 Result = TypeVar("Result")
 
 
-def run_on_all_ranks(work: Callable[[], Result]) -> Result:
-    """What `work` returns on this rank. Where it meets a mistake of the user on any rank, all raise that of the first.
+class AgreedUsageError(UsageError):
+    """A user error that all ranks raise together, so that no rank waits in a collective for one that has left."""
 
-    A collective, so that no rank waits for one that has found a mistake. Raises UsageError.
+
+def run_on_all_ranks(work: Callable[[], Result]) -> Result:
+    """Run `work` on every rank; if it meets a user error on any, raise the first rank's on all. A collective.
+
+    Returns:
+        What `work` returned on this rank.
+
+    Raises:
+        AgreedUsageError: on all ranks. Other errors pass unchanged, on the rank that met them.
     """
-    result, mistake = None, None
+    result, message = None, None
     try:
         result = work()
     except (ValueError, OSError) as error:
         if not is_user_error(error):
             raise
-        mistake = format_error(error)
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mistake)
-    told = [(rank, text) for rank, text in enumerate(found) if text is not None]
-    if told:
-        rank, text = told[0]
-        raise UsageError(text if len(told) == len(found) or rank == 0 else f"{text} (found by rank {rank})")
+        message = format_error(error)
+    messages = gather_objects(message)
+    failed = [rank for rank, text in enumerate(messages) if text is not None]
+    if failed:
+        found_by = "" if failed[0] == 0 or len(failed) == len(messages) else f" (found by rank {failed[0]})"
+        raise AgreedUsageError(messages[failed[0]] + found_by)
     return result
 
 
-def mean_over_ranks(figures: dict, device: torch.device) -> dict[str, float]:
-    """The figures' means over all ranks, in one reduction."""
-    values = torch.stack([value.to(device, torch.float64).reshape(()) for value in figures.values()])
+def mean_over_ranks(metrics: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+    """The mean of every scalar over all ranks, in one reduction. A collective."""
+    values = torch.stack([value.to(device, torch.float64).reshape(()) for value in metrics.values()])
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
-    return {name: value / dist.get_world_size() for name, value in zip(figures, values.tolist(), strict=True)}
-
-
-def bad_samples(loader: SampleLoader) -> dict[str, str]:
-    """key -> reason of the samples that any rank had to skip so far, each once. A collective: all ranks call it."""
-    found: list[dict] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, loader.bad)
-    return {key: reason for of_rank in found for key, reason in of_rank.items()}
+    return {name: value / dist.get_world_size() for name, value in zip(metrics, values.tolist(), strict=True)}

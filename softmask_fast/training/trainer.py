@@ -1,4 +1,4 @@
-"""The loop over steps that pretraining and fine-tuning share: rates, stops, logs, checkpoints, exact resuming."""
+"""The training loop that pretraining and fine-tuning share."""
 
 from __future__ import annotations
 
@@ -6,41 +6,242 @@ import json
 import logging
 import math
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from softmask_fast.config import RunConfig
 from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.loader import SampleLoader
+from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.model.export import save_model
 from softmask_fast.model.momentum import MomentumCopy, StepSettings
-from softmask_fast.ops.registry import describe
 from softmask_fast.training.checkpoint import checkpoints, full_state, full_weights, load_checkpoint, save_checkpoint
 from softmask_fast.training.deepspeed_engine import create_engine
 from softmask_fast.training.launch import StopRequest
-from softmask_fast.training.metrics import FlopCount, RunLog, environment, matmul_rate, peak_memory, step_profiler
-from softmask_fast.training.ranks import bad_samples, mean_over_ranks, run_on_all_ranks
-from softmask_fast.training.schedule import distillation_share, learning_rate, step_seed
-from softmask_fast.utils import write_json
-
-if TYPE_CHECKING:
-    from softmask_fast.training.periodic_eval import Evaluations
+from softmask_fast.training.meters import DataTimer, FlopCount, HostCopy, StepProfiler, matmul_rate, peak_memory
+from softmask_fast.training.metrics import MetricsLog
+from softmask_fast.training.periodic_eval import Evaluator
+from softmask_fast.training.ranks import mean_over_ranks, run_on_all_ranks
+from softmask_fast.training.run_record import check_same_run, run_record, write_run_record
+from softmask_fast.training.schedule import learning_rate, step_settings
 
 logger = logging.getLogger("softmask_fast")
 
-# options that a resumed run may change: they decide nothing that is learned
-MAY_CHANGE = (
-    "data_threads", "eval_data", "eval_size", "eval_epochs",
-    "cache_dir", "cache_gigabytes", "prefetch_shards", "download_tries", "download_timeout",
-)  # fmt: skip
+
+@dataclass
+class TrainerState:
+    """How far a run has come. A checkpoint stores it beside the weights, the teacher and the data positions."""
+
+    step: int = 0  # optimizer steps done
+    pairs: int = 0  # pairs seen by all ranks
+
+
+class Trainer:
+    """Trains a model to the end, or until a stop is requested, and resumes to the last bit."""
+
+    def __init__(
+        self,
+        step: nn.Module,
+        teacher: MomentumCopy,
+        loader: SampleLoader,
+        config: RunConfig,
+        deepspeed_config: dict[str, Any],
+        output: Path,
+        stop: StopRequest,
+        evaluator: Evaluator | None = None,
+    ) -> None:
+        """Prepare the engine and, with `resume`, load the newest checkpoint. A collective, as are all methods.
+
+        Args:
+            step: forward is (batch, teacher, settings) -> (loss, metrics); its `model` is what the teacher averages.
+            teacher: the momentum copy of `step.model`.
+            loader: batches of this rank.
+            config: of the run, with nothing left open; see `prepare_run`.
+            deepspeed_config: content of DeepSpeed's configuration file.
+            output: the run's folder.
+            stop: asked before every step.
+            evaluator: evaluates the model on the way and at the end.
+
+        Raises:
+            AgreedUsageError: when the checkpoint is of another run or cannot be loaded.
+        """
+        self.config, self.options, self.output, self.stop = config, config.train, output, stop
+        self.teacher, self.loader, self.evaluator = teacher, loader, evaluator
+        for network in (step.model, teacher.model):
+            network.set_execution(self.options.attention, self.options.activation_checkpointing, self.options.compile)
+        self.engine = create_engine(step, deepspeed_config, self.options)
+        self.model, self.device = self.engine.module.model, self.engine.device
+        self.rank, ranks = dist.get_rank(), dist.get_world_size()
+
+        # Count the steps.
+        self.samples = len(loader.source)
+        self.pairs_per_step = self.options.batch_size * self.options.gradient_accumulation_steps * ranks
+        self.steps_per_epoch = max(1, self.samples // self.pairs_per_step)
+        self.steps = self.options.max_steps or max(1, round(self.options.epochs * self.steps_per_epoch))
+
+        # Resume.
+        self.state = TrainerState()
+        if self.options.resume:
+            self.load()
+        self.saved_step = self.state.step
+        if evaluator is not None:
+            evaluator.begin(self.state.step, self.steps_per_epoch)
+
+        # Print and store the record of the run.
+        if self.rank == 0:
+            counts = {"world_size": ranks, "samples": self.samples, "steps": self.steps}
+            record = run_record(config, self.device, self.model, **counts) | {"deepspeed": deepspeed_config}
+            print(json.dumps(record, indent=2), flush=True)
+            resumed = f", resuming after step {self.state.step}" if self.state.step else ""
+            logger.info("writing to %s%s", output, resumed)
+            write_run_record(output, record, self.state.step)
+
+        # Start the meters.
+        rate = matmul_rate(self.device, torch.bfloat16 if self.options.bf16 else torch.float32)
+        self.log = None
+        if self.rank == 0:
+            self.log = MetricsLog(output, self.state.step, self.steps, self.pairs_per_step, rate)
+        self.flops, self.timer = FlopCount(), DataTimer()
+        self.profiler = StepProfiler(output / "trace.json", self.options.profile if self.rank == 0 else 0)
+
+    def train(self) -> bool:
+        """Train; returns whether the end was reached and output/model written."""
+        self.engine.train()
+        while self.state.step < self.steps and not self.stop.agreed(self.device):
+            # Evaluate, after the checkpoint of this step: an evaluation that is cut off is repeated on resume.
+            if self.evaluator is not None and self.evaluator.due(self.state.step):
+                self.evaluate(full_state(self.model))
+
+            # Train on one batch of every rank and micro step.
+            metrics = self.train_step()
+
+            # Log, once in a while.
+            if self.state.step % self.options.log_steps == 0 or self.state.step == self.steps:
+                self.log_metrics(metrics)
+            if self.log is not None:
+                self.log.advance()
+            self.profiler.step()
+
+            # Write a checkpoint, once in a while.
+            if self.state.step % self.options.checkpoint_steps == 0 and self.state.step < self.steps:
+                self.save()
+        return self.finish()
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One optimizer step; returns the metrics of its last micro step."""
+        rate = learning_rate(self.state.step, self.steps, self.options)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        for micro_step in range(self.options.gradient_accumulation_steps):
+            settings = step_settings(self.config, self.state.step, micro_step, self.rank, self.steps_per_epoch)
+            torch.manual_seed(settings.seed)  # dropout depends on the step alone, so a resumed run draws the same
+            batch = self.timer.next(self.loader)
+            metrics = self.flops.run(self.forward_backward, batch, settings)
+            self.engine.step()
+        self.teacher.update(full_weights(self.model))
+        self.state.step += 1
+        self.state.pairs += self.pairs_per_step
+        schedule = {"learning_rate": rate, "alpha": settings.alpha}
+        return metrics | {name: torch.tensor(value, dtype=torch.float64) for name, value in schedule.items()}
+
+    def forward_backward(self, batch: Any, settings: StepSettings) -> dict[str, Tensor]:
+        """Accumulate the gradients of a batch; returns its metrics.
+
+        Raises:
+            FloatingPointError: for a loss that is not finite. The weights are untouched, the last checkpoint stays.
+        """
+        loss, metrics = self.engine(batch, self.teacher, settings)
+        copy = HostCopy(loss)
+        self.engine.backward(loss)
+        # The host waits for the loss once the backward pass is queued, so that a GPU never runs dry.
+        if not math.isfinite(copy.value):
+            values = ", ".join(f"{name} {value.item():.6g}" for name, value in metrics.items() if value.ndim == 0)
+            raise FloatingPointError(
+                f"step {self.state.step + 1}: the loss is not finite ({values}). Samples: {', '.join(batch.keys)}. "
+                f"The last checkpoint is that of step {self.saved_step}."
+            )
+        return metrics
+
+    def log_metrics(self, metrics: dict[str, Tensor]) -> None:
+        """Log the metrics of the last step; `MetricsLog` documents the keys."""
+        waited = torch.tensor(self.timer.fraction())
+        memory = torch.tensor(peak_memory(self.device) / 2**30)
+        means = mean_over_ranks(metrics | {"data_wait": waited, "peak_memory_gib": memory}, self.device)
+        counts = {"bad_samples": len(self.bad_samples()), "truncated_captions": self.loader.truncated_captions}
+        if self.log is not None:
+            progress = {"epoch": self.state.pairs / self.samples}
+            operations = self.flops.operations * self.options.gradient_accumulation_steps
+            self.log.write(self.state.step, means | progress | counts, operations)
+
+    def bad_samples(self) -> dict[str, str]:
+        """key -> reason of the samples that any rank has skipped so far, each once."""
+        return {key: reason for bad in gather_objects(self.loader.bad) for key, reason in bad.items()}
+
+    def evaluate(self, weights: dict[str, Tensor], final: bool = False) -> None:
+        """Evaluate the whole `weights` on held-out data; the time does not count as training."""
+        began = time.monotonic()
+        epoch = self.state.pairs / self.samples
+        headline = self.evaluator.evaluate(self.state.step, epoch, self.model, self.loader.tokenizer, weights, final)
+        seconds = time.monotonic() - began
+        self.timer.exclude(seconds)
+        if self.log is not None:
+            self.log.write_held_out(self.state.step, headline, seconds)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(
+            self.output / "checkpoints",
+            self.engine,
+            self.teacher,
+            self.loader.tokenizer,
+            asdict(self.state),
+            self.loader.state_dict(),
+            self.options.keep_checkpoints,
+        )
+        self.saved_step = self.state.step
+
+    def load(self) -> None:
+        """Load the newest checkpoint, if there is one."""
+        found = checkpoints(self.output / "checkpoints")
+        if not found:
+            return
+        run_on_all_ranks(lambda: check_same_run(self.output, self.config))
+        saved = run_on_all_ranks(lambda: load_checkpoint(found[-1], self.engine, self.teacher))
+        run_on_all_ranks(lambda: self.loader.load_state_dict(self.loader.redistributed(saved["loaders"])))
+        self.state = TrainerState(step=saved["step"], pairs=saved["pairs"])
+
+    def finish(self) -> bool:
+        """After the last step or a stop: write what remains; returns whether the end was reached."""
+        self.profiler.stop()
+        if self.state.step > self.saved_step:
+            self.save()
+        if bad := self.bad_samples():
+            reasons = "; ".join(f"{key} ({reason})" for key, reason in bad.items())
+            logger.warning("skipped %d samples: %s", len(bad), reasons)
+        self.loader.close()
+        ended = self.state.step == self.steps
+        if ended:
+            weights = full_state(self.model)
+            if self.rank == 0:
+                save_model(self.model, self.loader.tokenizer, self.output / "model", weights)
+            if self.evaluator is not None:
+                self.evaluate(weights, final=True)
+        if self.log is not None:
+            self.log.close()
+        if not ended:
+            resume = f"--output_dir {self.output} --resume true"
+            logger.info("stopped by %s after step %d; resume with %s", self.stop.received, self.state.step, resume)
+        dist.barrier()  # every rank may now read the model
+        return ended
 
 
 def loader_options(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """The arguments of this rank's loader that every run takes from the same options."""
+    """The arguments of this rank's loader that are the same for pretraining and fine-tuning."""
     return {
         "batch_size": config.train.batch_size,
         "augment": AugmentConfig.of(config.data),
@@ -51,204 +252,3 @@ def loader_options(config: RunConfig, device: torch.device) -> dict[str, Any]:
         "max_bad_fraction": config.data.max_bad_fraction,
         "num_threads": config.data.data_threads,
     }
-
-
-def train(
-    step: nn.Module,
-    teacher: MomentumCopy,
-    loader: SampleLoader,
-    config: RunConfig,
-    deepspeed_config: dict[str, Any],
-    output: Path,
-    stop: StopRequest,
-    evaluations: Evaluations | None = None,
-) -> bool:
-    """Train to the end, or until a stop is requested; returns whether the end was reached and output/model written.
-
-    step: its forward is (batch, teacher, settings) -> (loss, metrics), its `model` is what the
-    teacher averages and the checkpoints keep. evaluations: measure the model on the way and at the end.
-    """
-    options, rank = config.train, dist.get_rank()
-    for network in (step.model, teacher.model):
-        network.set_execution(options.attention, options.activation_checkpointing, options.compile)
-    engine = create_engine(step, deepspeed_config, options)
-    device = engine.device
-    samples, world = len(loader.source), dist.get_world_size()
-    pairs_per_step = options.batch_size * options.gradient_accumulation_steps * world
-    steps_per_epoch = max(1, samples // pairs_per_step)
-    steps = options.max_steps or max(1, round(options.epochs * steps_per_epoch))
-
-    done, pairs_seen = 0, 0
-    found = checkpoints(output / "checkpoints")
-
-    def load() -> tuple[int, int]:
-        check_same_run(output, config)
-        state = load_checkpoint(found[-1], engine, teacher)
-        loader.load_state_dict(loader.redistributed(state["loaders"]))
-        return state["step"], state["pairs"]
-
-    if options.resume and found:
-        done, pairs_seen = run_on_all_ranks(load)
-    if evaluations:
-        evaluations.begin(done, steps_per_epoch)
-    announce(config, deepspeed_config, output, device, engine.module.model, samples, steps, done)
-    rate_limit = matmul_rate(device, torch.bfloat16 if options.bf16 else torch.float32)
-    log = RunLog(output, done, steps, pairs_per_step, rate_limit) if rank == 0 else None
-    flops = FlopCount()
-
-    def save() -> None:
-        save_checkpoint(
-            output / "checkpoints",
-            engine,
-            teacher,
-            loader.tokenizer,
-            {"step": done, "pairs": pairs_seen},
-            loader.state_dict(),
-            options.keep_checkpoints,
-        )
-
-    def forward_backward(batch: Any, alpha: float, seed: int) -> dict[str, torch.Tensor]:
-        settings = StepSettings(alpha, seed, use_queue=done >= config.objectives.queue_warmup_steps)
-        loss, figures = engine(batch, teacher, settings)
-        copy = HostCopy(loss)
-        engine.backward(loss)
-        stop_if_not_finite(copy, figures, done + 1, batch, found_checkpoint=saved)
-        return figures
-
-    def evaluate(weights: dict[str, torch.Tensor]) -> None:
-        nonlocal since
-        began = time.monotonic()
-        figures = evaluations.measure(done, pairs_seen / samples, engine.module.model, loader.tokenizer, weights)
-        since += time.monotonic() - began
-        if log:
-            log.write_held_out(done, figures, time.monotonic() - began)
-
-    engine.train()
-    saved = done
-    waited, since = 0.0, time.monotonic()
-    profiler = step_profiler(output / "trace.json", options.profile if rank == 0 else 0).__enter__()
-    while done < steps and not stop.agreed(device):
-        if evaluations and evaluations.due(done):  # behind the checkpoint: resumed there, what was cut off is repeated
-            evaluate(full_state(engine.module.model))
-        rate = learning_rate(done, steps, options)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-        alpha = distillation_share(done, steps_per_epoch, config.objectives)
-        for micro_step in range(options.gradient_accumulation_steps):
-            seed = step_seed(options.seed, done, micro_step, rank)
-            torch.manual_seed(seed)  # dropout depends on the step alone, so a resumed run draws the same
-            waiting = time.monotonic()
-            batch = next(loader)
-            waited += time.monotonic() - waiting
-            figures = flops.run(lambda batch=batch, seed=seed: forward_backward(batch, alpha, seed))  # noqa: B023
-            engine.step()
-        teacher.update(full_weights(engine.module.model))
-        done += 1
-        pairs_seen += pairs_per_step
-        if done % options.log_steps == 0 or done == steps:
-            now = time.monotonic()
-            figures["data_wait"] = torch.tensor(waited / (now - since))  # share of the time since the last line
-            figures["peak_memory_gib"] = torch.tensor(peak_memory(device) / 2**30)
-            waited, since = 0.0, now
-            means = mean_over_ranks(figures, device)
-            bad = bad_samples(loader)
-            if log:
-                log.write(
-                    done,
-                    means
-                    | {"learning_rate": rate, "alpha": alpha, "epoch": pairs_seen / samples}
-                    | {"bad_samples": len(bad), "truncated_captions": loader.truncated_captions},
-                    flops.operations * options.gradient_accumulation_steps,
-                )
-        if log:
-            log.advance()
-        if profiler:
-            profiler.step()
-        if done % options.checkpoint_steps == 0 and done < steps:
-            save()
-            saved = done
-    if profiler:
-        profiler.stop()
-    if done > saved:
-        save()
-    if bad := bad_samples(loader):
-        logger.warning("skipped %d samples: %s", len(bad), "; ".join(f"{key} ({why})" for key, why in bad.items()))
-    loader.close()
-    weights = full_state(engine.module.model)
-    if done == steps and rank == 0:
-        save_model(engine.module.model, loader.tokenizer, output / "model", weights)
-    if done == steps and evaluations:
-        evaluate(weights)
-    if log:
-        log.close()
-    if done < steps:
-        logger.info(
-            "stopped by %s after step %d; go on with --output_dir %s --resume true", stop.received, done, output
-        )
-        return False
-    dist.barrier()  # every rank may now read the model
-    return True
-
-
-class HostCopy:
-    """A scalar on its way to the host; `value` waits for it, and a GPU goes on with what is queued behind it."""
-
-    def __init__(self, scalar: torch.Tensor):
-        self.arrived = torch.cuda.Event() if scalar.is_cuda else None
-        self.copy = torch.empty((), dtype=scalar.dtype, pin_memory=scalar.is_cuda)
-        self.copy.copy_(scalar.detach(), non_blocking=True)
-        if self.arrived:
-            self.arrived.record()
-
-    @property
-    def value(self) -> float:
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.copy.item()
-
-
-def stop_if_not_finite(loss: HostCopy, figures: dict, step: int, batch: Any, found_checkpoint: int) -> None:
-    """A loss that is not a number ends the run before the weights are touched; the last checkpoint stays.
-
-    It is asked for when the backward pass has been queued, so that a GPU never runs dry, and before the optimiser step.
-    """
-    if math.isfinite(loss.value):
-        return
-    losses = ", ".join(f"{name} {value.item():.6g}" for name, value in figures.items() if value.ndim == 0)
-    raise FloatingPointError(
-        f"step {step}: the loss is not finite ({losses}). Samples: {', '.join(batch.keys)}. "
-        f"The last checkpoint is that of step {found_checkpoint}."
-    )
-
-
-def check_same_run(output: Path, config: RunConfig) -> None:
-    """A run goes on with all that it began with but its TrainConfig. Raises ValueError naming what differs."""
-    stored = json.loads((output / "config.json").read_text())["config"]
-    for section, options in config.as_dict().items():
-        if section == "train" or not isinstance(options, dict):
-            continue
-        for name, value in options.items():
-            # an option younger than the run had its present default's effect
-            if stored[section].get(name, value) != value and name not in MAY_CHANGE:
-                raise ValueError(f"resume: {name} was {stored[section].get(name)!r} in {output}, got {value!r}")
-
-
-def announce(config, deepspeed_config, output: Path, device, model, samples: int, steps: int, done: int) -> None:
-    """Print and store the whole configuration, the versions, the device and the operators' implementations."""
-    if dist.get_rank() != 0:
-        return
-    record = environment(device) | {
-        "operators": {op: chosen.get(device.type) for op, chosen in describe().items()},
-        "world_size": dist.get_world_size(),
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
-        "samples": samples,
-        "steps": steps,
-        "config": config.as_dict(),
-        "deepspeed": deepspeed_config,
-    }
-    print(json.dumps(record, indent=2), flush=True)
-    logger.info("writing to %s%s", output, f", going on after step {done}" if done else "")
-    path = output / "config.json"
-    if done:
-        path = output / f"config-from-step-{done:08d}.json"
-    write_json(path, record)

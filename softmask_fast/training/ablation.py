@@ -1,6 +1,6 @@
 """The paper's ablation: baseline, + augmentation, + soft masks, + focal, all; several seeds each, in one table.
 
-Every run is a `deepspeed softmask_fast/train.py` of its own. A finished one is not repeated, a stopped one goes on.
+Every run is launched as `deepspeed softmask_fast/train.py`. Finished runs are not repeated, stopped ones are resumed.
 """
 
 from __future__ import annotations
@@ -17,28 +17,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softmask_fast.config import Config
-from softmask_fast.evaluation.report import held_out_source
-from softmask_fast.options import parse_arguments
+import softmask_fast
+from softmask_fast.config import Config, renamed
+from softmask_fast.errors import UsageError
+from softmask_fast.evaluation.record import parse_record
+from softmask_fast.evaluation.report import PretrainingEvaluation, held_out_pairs
+from softmask_fast.options import spell
+from softmask_fast.training.options import parse_arguments
 from softmask_fast.utils import write_json, write_text
 
-# what switches a part off
+# the options that switch a part off
 OFF: dict[str, dict[str, Any]] = {
     "augmentation": {"masked_captions": False, "rand_augment": False, "color": False, "blur": False},
     "soft masks": {"soft_mask": False},
     "focal": {"focal_gamma": 0.0},
 }
-ROWS: dict[str, tuple[str, ...]] = {  # and the parts that are on
+ROWS: dict[str, tuple[str, ...]] = {  # row -> the parts that are on
     "baseline": (),
     "+ augmentation": ("augmentation",),
     "+ soft masks": ("soft masks",),
     "+ focal": ("focal",),
     "all": tuple(OFF),
 }
-OWN = ("output_dir", "resume", "deepspeed")  # options that the ablation itself gives to each run
+OWN = ("output_dir", "resume", "deepspeed")  # options that the ablation sets for each run
 SHOWN_LINES = 15  # of the log of a run that failed
-# column -> where it stands in a run's evaluation.json
-FIGURES: dict[str, tuple[str, ...]] = {
+# column -> keys of the metric among the reports of a run's evaluation.json
+METRICS: dict[str, tuple[str, ...]] = {
     "text to image R@1, ITC": ("retrieval", "itc", "text_to_image", "recall@1"),
     "text to image R@1, ITM": ("retrieval", "itm", "text_to_image", "recall@1"),
     "image to text R@1, ITC": ("retrieval", "itc", "image_to_text", "recall@1"),
@@ -57,7 +61,7 @@ class Run:
 
     @property
     def flags(self) -> list[str]:
-        """What this run has switched off, its seed and its folder."""
+        """The options that are this run's own: the parts it switches off, its seed and its folder."""
         off = {name: value for part in OFF if part not in ROWS[self.row] for name, value in OFF[part].items()}
         given = off | {"seed": self.seed, "output_dir": self.folder, "resume": True}
         return [text for name, value in given.items() for text in (f"--{name}", str(value))]
@@ -67,19 +71,30 @@ class Run:
         return (self.folder / "evaluation.json").exists()
 
 
-class RunEnded(ValueError):
-    """A run did not reach its end: it was stopped, or failed."""
+class RunEnded(UsageError):
+    """A run was stopped, or failed, before its end."""
 
 
 def run_ablation(
     options: Sequence[str], output: Path, *, seeds: int = 3, deepspeed: str = "ds.json", launcher: str = ""
 ) -> dict[str, Any]:
-    """Do all runs that are not done and write ablation.json, ablation.md and ablation.png to `output`.
+    """Do all runs that are not finished and write ablation.json, ablation.md and ablation.png to `output`.
 
-    options: flags of train.py for all runs; the parts are on in them. launcher: options of the deepspeed launcher.
-    Raises ValueError for options that leave nothing to compare, or others than the folder's, RunEnded for a run that
-    was stopped or failed. Returns the content of ablation.json.
+    Args:
+        options: flags of train.py for all runs, with all parts on.
+        output: the folder of the runs and the table.
+        seeds: runs of each row.
+        deepspeed: path of DeepSpeed's configuration.
+        launcher: options of the deepspeed launcher.
+
+    Returns:
+        The content of ablation.json.
+
+    Raises:
+        UsageError: for options that leave nothing to compare, or that differ from those of the folder.
+        RunEnded: for a run that was stopped or failed.
     """
+    options = spell(options)
     config = check_options(options, seeds, deepspeed)
     check_folder(output, config)
     runs = [
@@ -88,12 +103,12 @@ def run_ablation(
         for row in ROWS
     ]
     for number, run in enumerate(runs, 1):
-        told = f"run {number} of {len(runs)}: {run.row}, seed {run.seed}"
-        print(f"{told}: {'done already' if run.finished else run.folder}", flush=True)
+        state = "finished" if run.finished else run.folder
+        print(f"run {number} of {len(runs)}: {run.row}, seed {run.seed}: {state}", flush=True)
         if not run.finished:
             train(run, options, deepspeed, launcher)
     table = summarize(runs)
-    content = {"options": list(options), "seeds": seeds, "rows": table}
+    content = {"options": options, "seeds": seeds, "rows": table}
     write_json(output / "ablation.json", content)
     write_text(output / "ablation.md", markdown(table))
     plot(table, output / "ablation.png")
@@ -101,50 +116,58 @@ def run_ablation(
 
 
 def check_options(options: Sequence[str], seeds: int, deepspeed: str) -> Config:
-    """The configuration with all parts. Raises ValueError for options that the ablation cannot work with."""
+    """The configuration with all parts. Raises UsageError for options that the ablation cannot work with."""
     if seeds < 1:
-        raise ValueError(f"seeds: expected at least 1, got {seeds}")
+        raise UsageError(f"seeds: expected at least 1, got {seeds}")
     given = [option.split("=")[0].removeprefix("--") for option in options if option.startswith("--")]
     if own := [name for name in given if name in OWN]:
-        raise ValueError(f"{own[0]}: expected none for a single run, the ablation gives each its own")
+        raise UsageError(f"{own[0]}: the ablation sets this option for each run, leave it out")
     config, _ = parse_arguments(["--deepspeed", deepspeed, *options])
     values = vars(config.objectives) | vars(config.data)
     for part, off in OFF.items():
         if all(values[name] == value for name, value in off.items()):
-            raise ValueError(f"{', '.join(off)}: expected {part} switched on, to be compared with off")
-    if held_out_source(config) is None:
-        raise ValueError(f"eval_data: expected held-out pairs to measure the runs on, got none for {config.data.data}")
+            raise UsageError(f"{', '.join(off)}: expected {part} switched on, to be compared with off")
+    held_out = held_out_pairs(config)
+    if held_out is None:
+        raise UsageError(f"eval_data: expected held-out pairs to compare the runs on, got none for {config.data.data}")
+    PretrainingEvaluation(config, held_out)  # its errors surface before the first run
     return config
 
 
 def check_folder(output: Path, config: Config) -> None:
-    """Note the options in the folder; raises ValueError naming one that its earlier runs had otherwise."""
+    """Store the options in the folder. Raises UsageError naming one that its earlier runs had otherwise."""
     path, current = output / "options.json", json.loads(json.dumps(config.as_dict()))
     if path.exists():
-        stored = json.loads(path.read_text())
-        for section, values in current.items():
-            for name, value in values.items() if isinstance(values, dict) else [(section, values)]:
-                before = stored[section][name] if isinstance(values, dict) else stored[section]
-                if before != value:
-                    raise ValueError(f"{name}: was {before!r} in the runs of {output}, got {value!r}")
+        before = renamed(_flat(json.loads(path.read_text())))
+        for name, value in _flat(current).items():
+            if before[name] != value:
+                raise UsageError(f"{name}: was {before[name]!r} in the runs of {output}, got {value!r}")
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, current)
 
 
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """All options without their sections; their names are unique."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def train(run: Run, options: Sequence[str], deepspeed: str, launcher: str) -> None:
-    """One run to its end; what it prints goes to run.log in its folder."""
-    script = Path(__file__).with_name("train.py")
+    """Launch one run and wait for its end; its output goes to run.log in its folder. Raises RunEnded."""
+    script = Path(softmask_fast.__file__).with_name("train.py")
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *shlex.split(launcher), str(script)]
     command += ["--deepspeed", deepspeed, *options, *run.flags]
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / "run.log"
-    stopped = f"stopped in {run.folder}; the same command goes on from there"
+    stopped = f"stopped in {run.folder}; the same command resumes there"
     with open(path, "a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # the run got it, too, and writes its checkpoint
+        except KeyboardInterrupt:  # the run received it as well, and writes its checkpoint
             process.wait()
             raise RunEnded(stopped) from None
         finally:
@@ -157,18 +180,15 @@ def train(run: Run, options: Sequence[str], deepspeed: str, launcher: str) -> No
 
 
 def summarize(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
-    """row -> column -> values of all seeds, their mean and their standard deviation (None of a single seed)."""
+    """row -> column -> values of all seeds, their mean, and their standard deviation (None for a single seed)."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for row in ROWS:
-        reports = [
-            {report["task"]: report for report in json.loads((run.folder / "evaluation.json").read_text())}
-            for run in runs
-            if run.row == row
-        ]
+        texts = [(run.folder / "evaluation.json").read_text() for run in runs if run.row == row]
+        reports = [parse_record(text)["reports"] for text in texts]
         table[row] = {}
-        for column, path in FIGURES.items():
+        for column, path in METRICS.items():
             values = [_at(report, path) for report in reports]
-            if None not in values:  # pairs without boxes have no grounding
+            if None not in values:  # without boxes there is no grounding
                 spread = statistics.stdev(values) if len(values) > 1 else None
                 table[row][column] = {"values": values, "mean": statistics.fmean(values), "spread": spread}
     return table
@@ -182,6 +202,7 @@ def _at(report: dict[str, Any], path: Sequence[str]) -> float | None:
 
 
 def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The table of `summarize` in percent: mean ± standard deviation."""
     columns = list(table["baseline"])
     lines = [["in %", *columns], ["---"] * (len(columns) + 1)]
     for row, cells in table.items():
@@ -195,7 +216,7 @@ def _cell(cell: dict[str, Any]) -> str:
 
 
 def plot(table: dict[str, dict[str, dict[str, Any]]], out: Path) -> None:
-    """A panel for each column: the means as bars, every seed as a point."""
+    """Draw a panel for each column: the means as bars, every seed as a point."""
     from matplotlib.figure import Figure
 
     from softmask_fast.evaluation.plots import save_figure
@@ -205,10 +226,11 @@ def plot(table: dict[str, dict[str, dict[str, Any]]], out: Path) -> None:
     figure = Figure(figsize=(4.2 * wide, 3.2 * math.ceil(len(columns) / wide)), layout="constrained")
     axes = figure.subplots(math.ceil(len(columns) / wide), wide, squeeze=False).flatten()
     for ax, column in zip(axes, columns, strict=False):
-        for place, (row, cells) in enumerate(table.items()):
+        for position, (row, cells) in enumerate(table.items()):
             values = [100 * value for value in cells[column]["values"]]
-            ax.barh(place, 100 * cells[column]["mean"], color="#b0bec5" if row == "baseline" else "#5c85d6", height=0.7)
-            ax.plot(values, [place] * len(values), "o", color="#263238", markersize=3.5, alpha=0.8)
+            color = "#b0bec5" if row == "baseline" else "#5c85d6"
+            ax.barh(position, 100 * cells[column]["mean"], color=color, height=0.7)
+            ax.plot(values, [position] * len(values), "o", color="#263238", markersize=3.5, alpha=0.8)
         ax.set_yticks(range(len(table)), list(table), fontsize=9)
         ax.invert_yaxis()
         ax.set_title(f"{column}, %", fontsize=10)

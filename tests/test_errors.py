@@ -1,4 +1,4 @@
-"""Mistakes of the user are told apart from defects, and found by one rank they end all."""
+"""User errors are separated from bugs, and one that a single rank meets is raised on all."""
 
 import json
 
@@ -9,6 +9,7 @@ from gloo_ranks import results_of_ranks
 from softmask_fast.config import MomentumConfig
 from softmask_fast.data.sources import open_source
 from softmask_fast.errors import UsageError, format_error, is_user_error
+from softmask_fast.ops import FocalITCLoss
 from softmask_fast.training.ranks import run_on_all_ranks
 
 
@@ -18,7 +19,7 @@ def raised(work) -> BaseException:
     return caught.value
 
 
-def test_mistakes_are_what_the_package_or_the_file_system_says(tmp_path):
+def test_user_errors_are_known_by_their_class_or_name_a_file(tmp_path):
     for work, line in [
         (lambda: MomentumConfig(momentum=2), "momentum: expected in [0, 1], got 2"),
         (lambda: open_source("nowhere.tar"), "data: 1 of 1 files do not exist: nowhere.tar"),
@@ -26,7 +27,8 @@ def test_mistakes_are_what_the_package_or_the_file_system_says(tmp_path):
     ]:
         error = raised(work)
         assert is_user_error(error) and format_error(error) == line
-    for work in (lambda: json.loads("{"), lambda: int("one"), lambda: MomentumConfig(*range(99))):
+    bugs = (lambda: json.loads("{"), lambda: int("one"), lambda: MomentumConfig(*range(99)), lambda: FocalITCLoss(0, 1))
+    for work in bugs:
         assert not is_user_error(raised(work)), work
 
 
@@ -53,5 +55,5 @@ def _outcomes(rank: int) -> list[str]:
 def test_what_one_rank_finds_all_ranks_raise(tmp_path):
     first, second = results_of_ranks(_outcomes, 2, tmp_path)
     assert (first.pop(0), second.pop(0)) == ("returned 0", "returned 1")
-    missing = "UsageError: data: 1 of 1 files do not exist: {}.tar"
+    missing = "AgreedUsageError: data: 1 of 1 files do not exist: {}.tar"
     assert first == second == [missing.format("one") + " (found by rank 1)", *map(missing.format, ("of-0", "zero"))]

@@ -1,0 +1,46 @@
+"""Options of pretraining: from the command line, or from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from softmask_fast.config import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
+from softmask_fast.errors import UsageError
+from softmask_fast.model.initialize import weights_config
+from softmask_fast.options import LaunchOptions, build_sections, parse_sections
+
+SECTIONS = {"model": ModelConfig, "objectives": ObjectiveConfig, "data": DataConfig, "train": TrainConfig}
+ABOUT = "Pretrain a vision-language model with SoftMask++."
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Config, LaunchOptions]:
+    """Parse flags and an optional --config file; `parse_sections` says which wins.
+
+    Raises:
+        SystemExit: argparse, for unknown flags.
+        UsageError: for values out of range, and for a file with unknown options.
+    """
+    preset, options, launch = parse_sections(SECTIONS, "preset", PRESETS, "tiny", ABOUT, argv, _sizes_of_weights)
+    return Config(preset, **build_sections(SECTIONS, options)), launch
+
+
+def make_config(preset: str = "tiny", **options: Any) -> Config:
+    """The configuration of a preset with some options changed.
+
+    Raises:
+        UsageError: for an unknown preset or option, and for values out of range.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
+    values = {f.name: f.default for section in SECTIONS.values() for f in fields(section)}
+    if unknown := sorted(options.keys() - values.keys()):
+        raise UsageError(f"unknown options {unknown}")
+    values |= PRESETS[preset]
+    return Config(preset, **build_sections(SECTIONS, values | _sizes_of_weights(values | options) | options))
+
+
+def _sizes_of_weights(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the model that `model_weights` names."""
+    return asdict(weights_config(options["model_weights"])) if options["model_weights"] else {}

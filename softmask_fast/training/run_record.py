@@ -1,0 +1,58 @@
+"""The record of a run in config.json: its configuration, versions and device; a resumed run is checked against it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from softmask_fast.config import RunConfig, renamed
+from softmask_fast.errors import UsageError
+from softmask_fast.ops.registry import describe
+from softmask_fast.utils import installed_versions, write_json
+
+# options beside those of `TrainConfig` that a resumed run may change: none affects what is learned
+MAY_CHANGE = (
+    "data_threads", "eval_data", "eval_size", "eval_epochs",
+    "cache_dir", "cache_gigabytes", "prefetch_shards", "download_tries", "download_timeout",
+)  # fmt: skip
+
+
+def run_record(config: RunConfig, device: torch.device, model: nn.Module, **about: Any) -> dict[str, Any]:
+    """The whole configuration, the versions, the device and the operators' implementations, as JSON types."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "versions": installed_versions(),
+        "device": name,
+        "command": sys.argv,
+        "operators": {operator: chosen.get(device.type) for operator, chosen in describe().items()},
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        **about,
+        "config": config.as_dict(),
+    }
+
+
+def write_run_record(output: Path, record: dict[str, Any], step: int) -> None:
+    """Write config.json, or beside it config-from-step-<step>.json of a resumed run."""
+    write_json(output / (f"config-from-step-{step:08d}.json" if step else "config.json"), record)
+
+
+def check_same_run(output: Path, config: RunConfig) -> None:
+    """Check that a resumed run keeps its options, except those of `TrainConfig` and `MAY_CHANGE`.
+
+    Raises:
+        UsageError: naming the first option that differs.
+    """
+    stored = json.loads((output / "config.json").read_text())["config"]
+    for section, options in config.as_dict().items():
+        if section == "train" or not isinstance(options, dict):
+            continue
+        before = renamed(stored[section])
+        for name, value in options.items():
+            # an option that did not exist yet had the effect of its present default
+            if before.get(name, value) != value and name not in MAY_CHANGE:
+                raise UsageError(f"resume: {name} was {before[name]!r} in {output}, got {value!r}")

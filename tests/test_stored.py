@@ -1,0 +1,84 @@
+"""What commit 107101d wrote is still valid: its run is resumed, its model folder loads.
+
+tests/stored/run is a run of that commit, without what resuming does not read (1 thread, PyTorch 2.11, AVX-512):
+
+    OMP_NUM_THREADS=1 deepspeed --num_accelerators 1 softmask_fast/train.py --deepspeed ds.json --output_dir run \
+        --data shapes:num=16 --image_size 16 --vision_width 8 --vision_depth 1 --vision_heads 2 --text_width 8 \
+        --text_heads 2 --text_layers 1 --fusion_layers 2 --text_positions 32 --embed_dim 8 --vocab_size 64 \
+        --hidden_dropout 0.1 --queue_size 8 --queue_warmup_steps 1 --distill_ramp_steps 2 --warmup_steps 1 \
+        --eval_size 12 --batch_size 4 --max_steps 4 --log_steps 1 --checkpoint_steps 2 --data_threads 1 --colour false
+
+tests/stored/outputs.json is what its model then gave for the image and text below.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import finish, launch, metrics
+
+from softmask_fast.config import RENAMED
+from softmask_fast.data.sources import open_source
+from softmask_fast.evaluation.record import parse_record
+from softmask_fast.model.export import load_model
+
+STORED = Path(__file__).parent / "stored"
+# The bits of a sum depend on the vector width and the libraries: elsewhere the last ones may differ.
+EXACT = torch.__version__.startswith("2.11.") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+TOLERANCE = {"rel": 0, "abs": 0} if EXACT else {"rel": 1e-4, "abs": 1e-6}
+
+
+def test_a_stored_run_is_resumed(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(STORED / "run", run)
+    shutil.rmtree(run / "model")
+    assert "contrast.image_queue" in load_file(run / "checkpoints/step-00000002/teacher.safetensors")  # its name then
+    config = json.loads((run / "config.json").read_text())["config"]
+    options = {}
+    for section in ("model", "objectives", "data", "train"):
+        options |= {name: value for name, value in config[section].items() if value is not None}
+    assert "colour" in options and "colour" in RENAMED  # a renamed option, among those of the stored run
+    del options["output_dir"]
+    text = finish(launch(run, cwd=tmp_path, common=options | {"resume": True}))
+    assert "resuming after step 2" in text
+    expected, resumed = metrics(STORED / "run"), metrics(run)
+    assert resumed.keys() == expected.keys() == {1, 2, 3, 4}
+    for step, line in expected.items():
+        assert resumed[step] == pytest.approx(line, **TOLERANCE), step
+    before, after = (load_file(folder / "model/model.safetensors") for folder in (STORED / "run", run))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=TOLERANCE["rel"], atol=TOLERANCE["abs"])
+    changed = launch(run, cwd=tmp_path, common=options | {"resume": True, "colour": True})
+    assert "resume: color was False in" in finish(changed, 2)
+
+
+def test_a_stored_model_gives_the_same_outputs():
+    model, tokenizer = load_model(STORED / "run" / "model")
+    sample = open_source("shapes:num=4", split="val", seed=0, image_size=16).read(0)
+    pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None].float() / 255
+    text = tokenizer(sample.captions[0], truncation=True, max_length=32, return_tensors="pt")
+    ids, mask = text["input_ids"], text["attention_mask"].bool()
+    with torch.no_grad():
+        found = {
+            "image_features": model.encode_image(pixels)[1],
+            "text_features": model.encode_text(ids, mask)[1],
+            "match_logits": model.match_logits(pixels, ids, mask),
+        }
+    expected = json.loads((STORED / "outputs.json").read_text())
+    assert model.temperature.item() == expected.pop("temperature")
+    for name, values in expected.items():
+        assert found[name][0].tolist() == pytest.approx(values, **TOLERANCE), name
+
+
+def test_records_of_older_versions_are_read():
+    report = {"metric": "accuracy", "score": 0.5}
+    assert parse_record(json.dumps([{"task": "a", **report}, {"task": "b"}])) == {"reports": {"a": report, "b": {}}}
+    assert parse_record(json.dumps({"task": "a", **report})) == {"reports": {"a": report}}
+    line = {"step": 2, "epoch": 0.5, "headline": "accuracy", "value": 0.5, "eval_data": "e", "eval_size": None}
+    expected = {"step": 2, "epoch": 0.5, "data": "e", "headline": {"name": "accuracy", "value": 0.5}}
+    assert parse_record(json.dumps(line | {"task": "a", **report})) == expected | {"reports": {"a": report}}
+    assert parse_record(json.dumps(line | {"task": "a", "eval_size": 8}))["size"] == 8
