@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.errors import UsageError
+from softmask_fast.model import packing as packing_module
 from softmask_fast.model.momentum import StepSettings
 from softmask_fast.model.packing import Packing, choose_attention, self_attention
 from softmask_fast.model.pretraining import PretrainingStep
@@ -89,6 +90,13 @@ def test_what_cannot_run_says_why():
             choose_attention(name, cpu, torch.bfloat16)
     with pytest.raises(ValueError, match="it takes bfloat16 and float16, got torch.float32"):
         choose_attention("varlen", torch.device("cuda"), torch.float32)
+
+
+def test_xformers_without_kernels_is_refused_before_it_is_needed():
+    """As a wheel for another torch is: it imports, and has no kernel, here for the CPU."""
+    pytest.importorskip("xformers")
+    reason = packing_module._xformers_unavailable_reason(torch.device("cpu"), torch.bfloat16)
+    assert reason == "xformers has no kernel for torch.bfloat16 on cpu; python -m xformers.info shows what it has"
 
 
 def test_bounds_on_the_number_of_tokens_need_no_waiting_and_cover_every_row():

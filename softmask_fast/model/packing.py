@@ -92,11 +92,21 @@ def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype) -> s
         return f"it takes bfloat16 and float16, got {dtype} (use --bf16 true)"
     if name == "varlen" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or newer"
-    if name == "xformers":
-        try:
-            import xformers.ops  # noqa: F401
-        except ImportError as error:
-            return f"xformers cannot be imported ({error}); pip install softmask_fast[gpu]"
+    return _xformers_unavailable_reason(device, dtype) if name == "xformers" else None
+
+
+@functools.cache
+def _xformers_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """As `unavailable_reason`. A wheel of xformers may import and still have no kernels for this torch or GPU."""
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        token = torch.zeros(1, 1, 1, 64, device=device, dtype=dtype)
+        memory_efficient_attention(token, token, token)
+    except ImportError as error:
+        return f"xformers cannot be imported ({error}); pip install softmask_fast[gpu]"
+    except NotImplementedError:
+        return f"xformers has no kernel for {dtype} on {device}; python -m xformers.info shows what it has"
     return None
 
 
