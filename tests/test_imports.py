@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "softmask_fast"
 # Each room (a folder, or some modules of the root) imports itself and the rooms before it; `ops` imports only itself.
-ROOMS = ("ops", "ground", "data", "model", "evaluation", "tasks", "training", "entry")
+ROOMS = ("ground", "data", "ops", "model", "evaluation", "tasks", "training", "entry")
 GROUND = ("config", "errors", "options", "utils")
 ENTRY = ("train", "finetune", "cli", "doctor")
 ADAPTERS = {"ops", "ground", "model", "adapters"}
