@@ -132,7 +132,7 @@ def test_a_whole_model_is_a_start_for_pretraining(tokenizer, tmp_path):
         load_pretrained(wider)
     with pytest.raises(ValueError, match="expected a model folder or an ALBEF checkpoint, got .*none"):
         make_config("tiny", model_weights=str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="vision_weights: expected 'random' beside model_weights"):
+    with pytest.raises(ValueError, match="vision_weights: expected 'random' with model_weights"):
         make_config("tiny", model_weights=str(tmp_path / "model"), vision_weights="timm")
 
 
