@@ -20,8 +20,7 @@ from deepspeed.accelerator import get_accelerator
 
 from softmask_fast.config import Config
 from softmask_fast.data.loader import PretrainingLoader
-from softmask_fast.data.remote.options import RemoteOptions
-from softmask_fast.data.sources import open_source
+from softmask_fast.data.sources import open_as_configured
 from softmask_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from softmask_fast.data.types import BadSample, CaptionSource
 from softmask_fast.errors import UsageError
@@ -72,14 +71,8 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path
 
 def open_sources(config: Config, output: Path) -> tuple[CaptionSource, Evaluator | None]:
     """The training pairs and the evaluator, which opens the held-out ones: their errors surface before training."""
-    source = open_source(
-        config.data.data,
-        split="train",
-        seed=config.train.seed,
-        image_size=config.model.image_size,
-        remote=RemoteOptions.of(config.data),
-        image_root=config.data.image_root,
-    )
+    options = {"split": "train", "seed": config.train.seed, "image_size": config.model.image_size}
+    source = open_as_configured(config.data.data, config.data, **options)
     held_out = held_out_pairs(config)
     return source, Evaluator(PretrainingEvaluation(config, held_out), output) if held_out else None
 
@@ -134,13 +127,9 @@ def build_step(
     """The module that DeepSpeed wraps, the momentum teacher, and the loader."""
     device = torch.device(get_accelerator().current_device_name())
     loader = PretrainingLoader(
-        source,
-        tokenizer,
-        image_size=config.model.image_size,
-        max_tokens=config.model.max_tokens,
-        mask_probability=config.objectives.mask_probability,
-        **loader_options(config, device),
-    )
+        source, tokenizer, image_size=config.model.image_size, max_tokens=config.model.max_tokens,
+        mask_probability=config.objectives.mask_probability, **loader_options(config, device),
+    )  # fmt: skip
     model = VisionLanguageModel(config.model, config.objectives.temperature)
     load_pretrained(model)
     teacher = MomentumTeacher(model, config.objectives, config.train.seed).to(device)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from softmask_fast.config import DataConfig
 from softmask_fast.data.parsing import distinct_keys, relative_names, usable_captions
 from softmask_fast.data.remote.options import RemoteOptions
 from softmask_fast.data.seeding import image_ids
@@ -23,14 +24,9 @@ from softmask_fast.errors import UsageError
 
 
 def open_source(
-    data: str | Sequence[str],
-    *,
-    split: str = "train",
-    seed: int = 0,
-    image_size: int = 64,
-    remote: RemoteOptions | None = None,
-    image_root: str | None = None,
-) -> CaptionSource:
+    data: str | Sequence[str], *, split: str = "train", seed: int = 0, image_size: int = 64,
+    remote: RemoteOptions | None = None, image_root: str | None = None,
+) -> CaptionSource:  # fmt: skip
     """Opens `data` and lists its samples.
 
     Args:
@@ -66,6 +62,14 @@ def open_source(
     if lists:
         sources.append(JsonListSource(lists, image_root))
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
+
+
+def open_as_configured(data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> CaptionSource:
+    """`open_source` with the other options of a run's configuration."""
+    remote = RemoteOptions.of(options)
+    return open_source(
+        data, split=split, seed=seed, image_size=image_size, remote=remote, image_root=options.image_root
+    )
 
 
 def expand_names(data: str | Sequence[str]) -> list[str]:

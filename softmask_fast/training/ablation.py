@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 import softmask_fast
 from softmask_fast.config import Config, renamed
 from softmask_fast.errors import UsageError
+from softmask_fast.evaluation.plots import save_figure
 from softmask_fast.evaluation.record import parse_record
 from softmask_fast.evaluation.report import PretrainingEvaluation, held_out_pairs
 from softmask_fast.options import spell
@@ -82,7 +85,6 @@ def run_ablation(
 
     Args:
         options: flags of train.py for all runs, with all parts on.
-        output: the folder of the runs and the table.
         seeds: runs of each row.
         deepspeed: path of DeepSpeed's configuration.
         launcher: options of the deepspeed launcher.
@@ -183,8 +185,8 @@ def summarize(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
     """row -> column -> values of all seeds, their mean, and their standard deviation (None for a single seed)."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for row in ROWS:
-        texts = [(run.folder / "evaluation.json").read_text() for run in runs if run.row == row]
-        reports = [parse_record(text)["reports"] for text in texts]
+        paths = [run.folder / "evaluation.json" for run in runs if run.row == row]
+        reports = [parse_record(path.read_text(), path)["reports"] for path in paths]
         table[row] = {}
         for column, path in METRICS.items():
             values = [_at(report, path) for report in reports]
@@ -217,14 +219,11 @@ def _cell(cell: dict[str, Any]) -> str:
 
 def plot(table: dict[str, dict[str, dict[str, Any]]], out: Path) -> None:
     """Draw a panel for each column: the means as bars, every seed as a point."""
-    from matplotlib.figure import Figure
-
-    from softmask_fast.evaluation.plots import save_figure
-
     columns = list(table["baseline"])
     wide = min(3, len(columns))
-    figure = Figure(figsize=(4.2 * wide, 3.2 * math.ceil(len(columns) / wide)), layout="constrained")
-    axes = figure.subplots(math.ceil(len(columns) / wide), wide, squeeze=False).flatten()
+    high = math.ceil(len(columns) / wide)
+    figure = Figure(figsize=(4.2 * wide, 3.2 * high), layout="constrained")
+    axes = figure.subplots(high, wide, squeeze=False).flatten()
     for ax, column in zip(axes, columns, strict=False):
         for position, (row, cells) in enumerate(table.items()):
             values = [100 * value for value in cells[column]["values"]]
