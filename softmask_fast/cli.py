@@ -168,9 +168,10 @@ def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Re
     from softmask_fast.config import DataConfig
     from softmask_fast.tasks import recipes
     from softmask_fast.tasks.answers import evaluate_answers
+    from softmask_fast.tasks.models import load_task_model
     from softmask_fast.tasks.vqa import read_answers
 
-    model, tokenizer = recipes.load_task_model(options.model, options.task, _device(options.device))
+    model, tokenizer = load_task_model(options.model, options.task, _device(options.device))
     if options.answers:
         if options.task != "vqa":
             raise UsageError(f"--answers: expected with the task vqa, not with {options.task}")
@@ -217,16 +218,10 @@ def _prepare(options: argparse.Namespace) -> None:
     from softmask_fast.data.prepare import make_shards
 
     summary = make_shards(
-        options.pairs,
-        options.images,
-        options.out,
-        shard_size=options.shard_size,
-        short_side=options.short_side,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        workers=options.workers,
+        options.pairs, options.images, options.out, shard_size=options.shard_size, short_side=options.short_side,
+        image_column=options.image_column, caption_column=options.caption_column, workers=options.workers,
         progress=sys.stderr.isatty(),
-    )
+    )  # fmt: skip
     print(f"{summary.samples} of {summary.listed} images written to {summary.shards} shards in {options.out}")
     if summary.skipped_captions:
         print(f"{summary.skipped_captions} captions without a word were dropped")
@@ -243,11 +238,7 @@ def _ablate(options: argparse.Namespace) -> None:
     from softmask_fast.training.ablation import markdown, run_ablation
 
     content = run_ablation(
-        options.others,
-        options.output_dir,
-        seeds=options.seeds,
-        deepspeed=options.deepspeed,
-        launcher=options.launcher,
+        options.others, options.output_dir, seeds=options.seeds, deepspeed=options.deepspeed, launcher=options.launcher
     )
     print(f"\n{markdown(content['rows'])}\ntable and figure: {options.output_dir}")
 

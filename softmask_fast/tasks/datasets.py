@@ -59,8 +59,7 @@ class EntryFormat:
     label: str | None = None  # name of the label field, if test files leave it out
 
     def parse(self, entry: Any, labeled: bool = True) -> tuple[str, Any, list[str]]:
-        """Returns the text, the target and the image paths. If not `labeled`, no entry may have a label, and the
-        target is None. Raises UsageError that names the field, what was expected and what came."""
+        """The text, the target and the image paths. If not `labeled`, no entry may have a label; the target is None."""
         if not isinstance(entry, dict):
             raise UsageError(f"expected an object, got {type(entry).__name__}")
         text = text_field(entry, self.text)
@@ -182,11 +181,10 @@ def open_examples(
     Args:
         data: "shapes", "shapes:num=4096,names=color" (see `ShapesSource.from_options`), or JSON files: separated by
             commas, or a pattern.
-        task: name of the task.
+        task: its name.
         form: how to read an entry.
         split: "train": every entry needs its label. "val": all entries may lack it.
-        seed: of `shapes`.
-        image_size: side of the `shapes` images in pixels.
+        seed, image_size: of `shapes`.
         image_root: the folder of relative image paths; default: that of their JSON file.
 
     Raises:
@@ -214,13 +212,9 @@ class ExampleLoader(SampleLoader[TaskBatch]):
         rows = self._tokenize(selection, list(texts))
         input_ids, attention_mask = self._padded(rows)
         return TaskBatch(
-            pixels=pixels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            targets=list(targets),
-            keys=[sample.key for sample in selection.samples],
-            token_count=sum(map(len, rows)),
-        )
+            pixels=pixels, input_ids=input_ids, attention_mask=attention_mask, targets=list(targets),
+            keys=[sample.key for sample in selection.samples], token_count=sum(map(len, rows)),
+        )  # fmt: skip
 
 
 class ExpressionSource:

@@ -72,12 +72,7 @@ ABOUT = "Fine-tune a pretrained vision-language model for a task."
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[FinetuneConfig, LaunchOptions]:
-    """Parse flags and an optional --config file; `options.parse_sections` says which wins.
-
-    Raises:
-        SystemExit: argparse, for unknown flags.
-        UsageError: for values out of range, and for a file with unknown options.
-    """
+    """Parse flags and an optional --config file by `parse_sections`. Raises UsageError for values out of range."""
     task, options, launch = parse_sections(SECTIONS, "task", DEFAULTS, None, ABOUT, argv)
     if options["data"] is None:
         raise UsageError(f"data: expected the training data of {task}, got none")

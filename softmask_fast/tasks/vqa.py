@@ -14,12 +14,13 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertLMHeadModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.vqa_accuracy import FEWEST_ANNOTATORS, vqa_accuracy
@@ -27,9 +28,6 @@ from softmask_fast.model.text import bert_config
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
 from softmask_fast.tasks.base import Loss, TaskModel
 from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch, one_image
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -154,11 +152,9 @@ class VQAModel(TaskModel):
         ids and mask (A, La) are those of `answer_tokens`; states (A, L, C) and their mask belong to the questions.
         """
         written = self.decoder(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1].long(),
-            encoder_hidden_states=states,
+            input_ids=ids[:, :-1], attention_mask=mask[:, :-1].long(), encoder_hidden_states=states,
             encoder_attention_mask=states_mask.long(),
-        )
+        )  # fmt: skip
         return written.logits.float()
 
     def loss(self, batch: TaskBatch, teacher: VQAModel | None, alpha: float) -> Loss:
@@ -193,13 +189,11 @@ class VQAModel(TaskModel):
         count = min(self.candidates, len(self.answers))
         chosen = first.log_softmax(-1)[:, ids[:, 1]].topk(count).indices  # (B, count)
         answer, question = chosen.flatten(), torch.arange(len(states), device=ids.device).repeat_interleave(count)
-        scores = torch.cat(
-            [
-                self._log_probability(ids[a], mask[a], states[q], attention_mask[q])
-                for a, q in zip(answer.split(RANKING_BATCH), question.split(RANKING_BATCH), strict=True)
-            ]
-        )
-        best = chosen.gather(1, scores.unflatten(0, chosen.shape).argmax(1, keepdim=True))[:, 0]
+        scores = [
+            self._log_probability(ids[a], mask[a], states[q], attention_mask[q])
+            for a, q in zip(answer.split(RANKING_BATCH), question.split(RANKING_BATCH), strict=True)
+        ]
+        best = chosen.gather(1, torch.cat(scores).unflatten(0, chosen.shape).argmax(1, keepdim=True))[:, 0]
         return [self.answers[index] for index in best.tolist()]
 
     def _log_probability(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
