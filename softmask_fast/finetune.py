@@ -62,13 +62,9 @@ def build_step(config: FinetuneConfig, output: Path) -> tuple[nn.Module, Momentu
     if config.data.eval_data:
         evaluator = Evaluator(TaskEvaluation(config, image_size), output, config.options.eval_epochs)
     loader = task.loader(
-        source,
-        tokenizer,
-        image_size=image_size,
-        max_tokens=model.config.max_tokens,
-        images_per_sample=task.images_per_sample,
-        **loader_options(config, device),
-    )
+        source, tokenizer, image_size=image_size, max_tokens=model.config.max_tokens,
+        images_per_sample=task.images_per_sample, **loader_options(config, device),
+    )  # fmt: skip
     step, teacher = task.step(model, config)
     return step, teacher.to(device), loader, evaluator
 

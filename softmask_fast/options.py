@@ -70,14 +70,9 @@ def section_parser(
 
 
 def parse_sections(
-    sections: dict[str, type],
-    choice: str,
-    table: dict[str, dict[str, Any]],
-    default: str | None,
-    description: str,
-    argv: Sequence[str] | None,
-    more_defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: {},
-) -> tuple[str, dict[str, Any], LaunchOptions]:
+    sections: dict[str, type], choice: str, table: dict[str, dict[str, Any]], default: str | None, description: str,
+    argv: Sequence[str] | None, more_defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: {},
+) -> tuple[str, dict[str, Any], LaunchOptions]:  # fmt: skip
     """Parse flags and an optional --config file.
 
     A flag wins over the file, the file over `more_defaults`, these over the row of the table, the row over the

@@ -65,28 +65,18 @@ def _definition(image_size: int, encoded: bool, arguments: frozenset[str], gpu: 
             image = fn.gaussian_blur(image, sigma=given["blur"])
     mirror = {"mirror": given["mirror"]} if "mirror" in given else {}
     return fn.crop_mirror_normalize(
-        image,
-        dtype=types.FLOAT,
-        output_layout="CHW",
-        mean=[255 * value for value in MEAN],
-        std=[255 * value for value in STD],
-        **mirror,
-    )
+        image, dtype=types.FLOAT, output_layout="CHW", mean=[255 * value for value in MEAN],
+        std=[255 * value for value in STD], **mirror,
+    )  # fmt: skip
 
 
 class DaliPipeline:
     """The pipeline for batches of up to `batch_size` images; at most one batch is scheduled at a time."""
 
     def __init__(
-        self,
-        *,
-        image_size: int,
-        batch_size: int,
-        encoded: bool,
-        arguments: frozenset[str] = frozenset(),
-        device: torch.device | str = "cpu",
-        num_threads: int = 1,
-    ):
+        self, *, image_size: int, batch_size: int, encoded: bool, arguments: frozenset[str] = frozenset(),
+        device: torch.device | str = "cpu", num_threads: int = 1,
+    ):  # fmt: skip
         """
         Args:
             image_size: Side of the square result in pixels.

@@ -80,23 +80,11 @@ class SampleLoader(Generic[BatchType]):
     """
 
     def __init__(
-        self,
-        source: CaptionSource,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        batch_size: int,
-        image_size: int,
-        augment: AugmentConfig,
-        max_tokens: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        max_bad_fraction: float = 0.01,
-        max_pixels: int = MAX_PIXELS,
-        num_threads: int | None = None,
-        images_per_sample: int = 1,
-    ):
+        self, source: CaptionSource, tokenizer: PreTrainedTokenizerFast, *, batch_size: int, image_size: int,
+        augment: AugmentConfig, max_tokens: int, seed: int, rank: int = 0, world_size: int = 1,
+        device: torch.device | str = "cpu", max_bad_fraction: float = 0.01, max_pixels: int = MAX_PIXELS,
+        num_threads: int | None = None, images_per_sample: int = 1,
+    ):  # fmt: skip
         """
         Args:
             batch_size: Samples per batch of this rank.

@@ -22,13 +22,9 @@ _DALI_BATCH = 64
 
 
 def evaluation_pixels(
-    images: Sequence[bytes | np.ndarray],
-    image_size: int,
-    *,
-    device: torch.device | str = "cpu",
-    max_pixels: int = MAX_PIXELS,
-    impl: Literal["dali", "pil"] | None = None,
-) -> torch.Tensor:
+    images: Sequence[bytes | np.ndarray], image_size: int, *, device: torch.device | str = "cpu",
+    max_pixels: int = MAX_PIXELS, impl: Literal["dali", "pil"] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Resizes whole images (bicubic, antialiased) and normalizes them by MEAN and STD; nothing is random.
 
     DALI and PIL round differently: on 400 photographs, resized to 64 to 384 pixels, their values in [0, 255] differ by

@@ -68,17 +68,9 @@ class TableEntry:
 
 
 def make_shards(
-    pairs: Path,
-    images: Path,
-    out: Path,
-    *,
-    shard_size: int = 5000,
-    short_side: int | None = None,
-    image_column: str = "image",
-    caption_column: str = "caption",
-    workers: int | None = None,
-    progress: bool = False,
-) -> ShardsReport:
+    pairs: Path, images: Path, out: Path, *, shard_size: int = 5000, short_side: int | None = None,
+    image_column: str = "image", caption_column: str = "caption", workers: int | None = None, progress: bool = False,
+) -> ShardsReport:  # fmt: skip
     """Decodes every listed image and writes the good ones to out/shard-000000.tar, ..., each with an index.
 
     Rows of one image become one sample with several captions. Bad images are listed in out/bad.csv, the counts in

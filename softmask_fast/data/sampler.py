@@ -71,14 +71,9 @@ class WindowedSampler:
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        counts: Sequence[int],
-        window: int,
-        *,
-        ahead: int = 0,
+        self, names: Sequence[str], counts: Sequence[int], window: int, *, ahead: int = 0,
         announce: Callable[[list[int]], None] = lambda shards: None,
-    ):
+    ):  # fmt: skip
         """names, counts: of the shards; announce: called with the shards of the `ahead` pieces that come next."""
         self._hashes = hash_names(names)
         self._counts = np.asarray(counts, np.int64)

@@ -109,16 +109,9 @@ class ShapesSource:
     encoded = False
 
     def __init__(
-        self,
-        *,
-        num: int | None = None,
-        objects: tuple[int, int] = (2, 2),
-        colors: int = len(COLORS),
-        names: str = "full",
-        split: str = "train",
-        seed: int = 0,
-        image_size: int = 64,
-    ):
+        self, *, num: int | None = None, objects: tuple[int, int] = (2, 2), colors: int = len(COLORS),
+        names: str = "full", split: str = "train", seed: int = 0, image_size: int = 64,
+    ):  # fmt: skip
         """
         Args:
             num: Number of scenes; default: `DEFAULT_SCENES`.

@@ -27,8 +27,7 @@ def check_execution(train: TrainConfig, deepspeed_config: dict[str, Any]) -> Non
 def read_deepspeed_config(path: str, train: TrainConfig) -> dict[str, Any]:
     """Read a DeepSpeed configuration and fill in every "auto" from our options.
 
-    Raises:
-        UsageError: when the file cannot be read, or contradicts one of our options.
+    Raises UsageError when the file cannot be read, or contradicts one of our options.
     """
     if not Path(path).is_file():
         raise UsageError(f"--deepspeed: expected a JSON file, got {path!r}, which does not exist")
