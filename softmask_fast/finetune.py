@@ -41,11 +41,7 @@ def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path,
 
 
 def build_trainer(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
-    """Everything that a fine-tuning run needs. A collective.
-
-    Raises:
-        AgreedUsageError: for what the task lacks.
-    """
+    """Everything that a fine-tuning run needs. A collective. Raises AgreedUsageError for what the task lacks."""
     step, teacher, loader, evaluator = run_on_all_ranks(lambda: build_step(config, output))
     return Trainer(step, teacher, loader, config, deepspeed_config, output, stop, evaluator)
 
@@ -71,9 +67,10 @@ def build_step(config: FinetuneConfig, output: Path) -> tuple[nn.Module, Momentu
 
 def report(evaluator: Evaluator | None, output: Path) -> None:
     """Show what output/model has reached: print the table, write predictions.json and draw curves.png."""
-    records, curves = evaluator.records() if evaluator else [], output / "curves.png"
-    headlines = [(record["step"], record["headline"]) for record in records]
-    held_out = [{"step": step, f"held-out {headline['name']}": headline["value"]} for step, headline in headlines]
+    curves, held_out = output / "curves.png", []
+    for record in evaluator.records() if evaluator else []:
+        headline = record["headline"]
+        held_out.append({"step": record["step"], f"held-out {headline['name']}": headline["value"]})
     plot_curves(output / "metrics.jsonl", curves, held_out)
     if evaluator is None:
         print(f"no evaluation: no --eval_data was given; the curves are in {curves}")

@@ -76,7 +76,7 @@ def parse_sections(
     """Parse flags and an optional --config file.
 
     A flag wins over the file, the file over `more_defaults`, these over the row of the table, the row over the
-    dataclasses' defaults.
+    dataclasses' defaults. Returns the row's name, the value of every option, and the launcher's options.
 
     Args:
         sections: the dataclasses whose fields are the options, by name.
@@ -84,11 +84,7 @@ def parse_sections(
         table: defaults of the options, by row.
         default: the row without that flag; None: the flag is required.
         description: shown by --help.
-        argv: the arguments; None: those of the process.
         more_defaults: further defaults, given the options parsed so far.
-
-    Returns:
-        The row's name, the value of every option, and the launcher's options.
 
     Raises:
         SystemExit: argparse, for unknown flags.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     # Python puts the folder of a script first, where our modules would hide others of the same name.
@@ -17,6 +17,7 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.config import Config
 from softmask_fast.data.loader import PretrainingLoader
@@ -34,9 +35,6 @@ from softmask_fast.training.options import parse_arguments
 from softmask_fast.training.periodic_eval import Evaluator
 from softmask_fast.training.ranks import run_on_all_ranks
 from softmask_fast.training.trainer import Trainer, loader_options
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,11 +54,7 @@ def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: S
 
 
 def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
-    """Everything that a pretraining run needs. A collective.
-
-    Raises:
-        AgreedUsageError: for what is missing or does not fit.
-    """
+    """Everything that a pretraining run needs. A collective. Raises AgreedUsageError for what is missing or unfit."""
     torch.manual_seed(config.train.seed)
     source, evaluator = run_on_all_ranks(lambda: open_sources(config, output))
     tokenizer = build_tokenizer(config, source, output)
@@ -80,8 +74,7 @@ def open_sources(config: Config, output: Path) -> tuple[CaptionSource, Evaluator
 def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreTrainedTokenizerFast:
     """The run's tokenizer, kept in its folder: the named one, that of the starting weights, or a newly trained one.
 
-    Raises:
-        AgreedUsageError: when it cannot be loaded, or does not fit the weights.
+    Raises AgreedUsageError when it cannot be loaded, or does not fit the weights.
     """
     folder = output / "tokenizer"
 

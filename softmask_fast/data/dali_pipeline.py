@@ -80,11 +80,9 @@ class DaliPipeline:
         """
         Args:
             image_size: Side of the square result in pixels.
-            batch_size: Largest number of images in a batch.
             encoded: True if images are files (bytes); False if they are (H, W, 3) uint8 arrays.
             arguments: What varies between images: `AugmentConfig.arguments()`.
             device: A CPU or CUDA device, on which the images are decoded and returned.
-            num_threads: CPU threads of DALI.
         """
         self.device = torch.device(device)
         if self.device.type not in ("cpu", "cuda"):
@@ -108,9 +106,7 @@ class DaliPipeline:
     ) -> None:
         """Starts a batch in the background, after the previous one has been fetched with `result`.
 
-        Args:
-            images: The images of the batch.
-            parameters: The arguments of each image, from `draw_parameters`; default: neutral ones.
+        parameters: the arguments of each image, from `draw_parameters`; default: neutral ones.
         """
         if self._encoded:
             images = [np.frombuffer(image, np.uint8) for image in images]

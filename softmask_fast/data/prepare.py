@@ -83,10 +83,8 @@ def make_shards(
         out: Folder of the shards, new or empty.
         shard_size: Listed images per shard.
         short_side: Images with a longer short side, in pixels, become JPEGs of that size.
-        image_column: Name of the column of image paths.
-        caption_column: Name of the column of captions.
+        image_column, caption_column: Names in the table.
         workers: Number of processes; default: all cores.
-        progress: Show a progress bar.
 
     Raises:
         UsageError: If an argument, the table or a folder is wrong; nothing has been written then.

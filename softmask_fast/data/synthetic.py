@@ -186,12 +186,9 @@ class ShapesSource:
             raise IndexError(f"shapes: index {index} is outside [0, {self.num})")
         scene = self.scene(index)
         described = _describe(scene, self.name)
-        return Sample(
-            self.keys[index],
-            self.draw(index, scene),
-            [caption for caption, _ in described],
-            [phrase for _, phrases in described for phrase in phrases],
-        )
+        captions = [caption for caption, _ in described]
+        phrases = [phrase for _, own in described for phrase in own]
+        return Sample(self.keys[index], self.draw(index, scene), captions, phrases)
 
 
 def _describe(scene: Sequence[SceneObject], name: Callable[[SceneObject], str]) -> list[tuple[str, list[Phrase]]]:
