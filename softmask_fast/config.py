@@ -7,7 +7,7 @@ are those of the paper. Configurations are frozen: `dataclasses.replace` makes a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from softmask_fast.errors import UsageError
@@ -211,8 +211,6 @@ class RunConfig(Protocol):
     data: DataConfig
     train: TrainConfig
 
-    def as_dict(self) -> dict[str, Any]: ...
-
 
 @dataclass(frozen=True)
 class Config:
@@ -231,9 +229,6 @@ class Config:
     @property
     def name(self) -> str:
         return self.preset
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # `base` is the paper: the defaults above. The others list what they change.

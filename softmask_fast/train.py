@@ -35,6 +35,7 @@ from softmask_fast.training.options import parse_arguments
 from softmask_fast.training.periodic_eval import Evaluator
 from softmask_fast.training.ranks import run_on_all_ranks
 from softmask_fast.training.trainer import Trainer, loader_options
+from softmask_fast.utils import replacing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,9 +91,8 @@ def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreT
             tokenizer = load_tokenizer(named)
         else:
             tokenizer = train_tokenizer(sample_captions(source), config.model.vocab_size)
-        temporary = output / "tokenizer.partial"
-        tokenizer.save_pretrained(temporary)
-        os.replace(temporary, folder)
+        with replacing(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
 
     def load() -> PreTrainedTokenizerFast:
         tokenizer = load_tokenizer(str(folder))

@@ -31,17 +31,13 @@ def evaluation_pixels(
     at most 0.2 on average and by at most 12.
 
     Args:
-        images: Encoded files or (H, W, 3) uint8 arrays.
-        image_size: Side of the square result in pixels.
+        images: Encoded files or (H, W, 3) uint8 arrays. BadSample is raised for one that cannot be used.
         device: Device of the result; DALI also decodes there.
         max_pixels: Largest width times height of an image.
-        impl: `"dali"` or `"pil"`; default: DALI if it is installed.
+        impl: Default: DALI if it is installed.
 
     Returns:
         (B, 3, image_size, image_size) float32.
-
-    Raises:
-        BadSample: If an image cannot be used.
     """
     impl = impl or _default_impl()
     if impl not in ("dali", "pil"):

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from softmask_fast.data.images import check_image, convert_image
+from softmask_fast.data.images import check_image, convert_image, read_image
 from softmask_fast.data.parsing import parse_phrases, usable_captions
 from softmask_fast.data.shards import INDEX_SUFFIX, write_index
 from softmask_fast.data.sources import expand_names, expand_paths
@@ -206,10 +206,7 @@ def _sample(entry: TableEntry, plan: Plan) -> tuple[str, bytes, bytes, int]:
         raise BadSample(f"image lies outside of {plan.images}")
     if not os.path.isfile(path):
         raise BadSample("image does not exist")
-    try:
-        image = Path(path).read_bytes()
-    except OSError as error:
-        raise BadSample(f"image cannot be read: {error}") from error
+    image = read_image(path)
     facts = check_image(image)
     if plan.short_side is not None and min(facts.width, facts.height) > plan.short_side:
         extension, image = "jpg", _downsize(convert_image(image) if facts.convert else image, plan.short_side)

@@ -36,14 +36,9 @@ class HashSampler:
     def reshard(self, positions: Sequence[tuple[int, int]], rank: int, world_size: int) -> tuple[int, int, int]:
         """Where a rank continues after a run with another number of ranks.
 
-        No sample is left out; none is repeated if all ranks had visited equally many.
-
-        Args:
-            positions: (epoch, visits in it) at which each rank of the previous run stopped, in rank order.
-            rank: This rank, of `world_size` now.
-
-        Returns:
-            The epoch, this rank's position in it, and about how many samples of it all ranks together will visit twice.
+        No sample is left out; none is repeated if all ranks had visited equally many. positions are the (epoch, visits
+        in it) at which each rank of the previous run stopped, in rank order. Returns the epoch, this rank's position in
+        it, and about how many samples of it all ranks together will visit twice.
         """
         total, before = len(self._hashes), len(positions)
         ahead = [

@@ -15,18 +15,14 @@ def evaluation_record(
     reports: Sequence[Report], data: str, size: int | None = None, headline: tuple[str, float] | None = None,
     **about: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """The record of one evaluation.
+    """{"step", "epoch", "model", "data", "size", "headline": {"name", "value"}, "reports": {task: metrics}}, without the
+    keys that do not apply; see docs/training.md.
 
     Args:
-        reports: one for each task.
         data: the held-out data, as an option names it.
         size: most samples that are taken of it; None or 0: all.
         headline: name and value in [0, 1] of the metric that the best model is chosen by.
         about: what was evaluated: "step" and "epoch" of a run, or the "model" folder.
-
-    Returns:
-        {"step", "epoch", "model", "data", "size", "headline": {"name", "value"}, "reports": {task: metrics}}, without
-        the keys that do not apply; see docs/training.md.
     """
     record = about | {"data": data}
     if size:

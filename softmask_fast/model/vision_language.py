@@ -25,13 +25,7 @@ TEMPERATURE_RANGE = (0.001, 0.5)
 class VisionLanguageModel(nn.Module):
     """Encoders, heads and the contrastive temperature, with random weights; `load_pretrained` loads others.
 
-    Args:
-        config: sizes.
-        temperature: initial contrastive temperature.
-
-    Attributes:
-        grid_size: rows and columns of patches.
-        prefix_tokens: number of image tokens before the patches; the first one is [CLS].
+    Attributes: grid_size (rows and columns of patches), prefix_tokens (image tokens before the patches, first [CLS]).
     """
 
     def __init__(self, config: ModelConfig, temperature: float = 0.07):
@@ -58,7 +52,7 @@ class VisionLanguageModel(nn.Module):
         """
         for encoder in (self.text, self.fusion):
             encoder.attention, encoder.checkpointing = attention, checkpointing
-        self.vision.set_checkpointing(checkpointing)
+        self.vision.vit.set_grad_checkpointing(checkpointing)
         if compile:
             self.vision.compile(dynamic=False)
 

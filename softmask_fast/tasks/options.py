@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from softmask_fast.config import DataConfig, MomentumConfig, TrainConfig, option
@@ -48,9 +48,6 @@ class FinetuneConfig:
     @property
     def name(self) -> str:
         return self.task
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # ALBEF's configurations (its configs/*.yaml, batches per GPU on 8 GPUs), which use neither color jitter nor blur.

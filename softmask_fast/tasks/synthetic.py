@@ -29,11 +29,6 @@ class ShapesTask:
         self.task, self.name = task, scenes.name
         self.keys = [f"{task}-{key}" for key in scenes.keys]
 
-    @classmethod
-    def from_options(cls, options: str, task: str, *, split: str, seed: int, image_size: int) -> ShapesTask:
-        """The options are those of `ShapesSource.from_options`, which raises their errors."""
-        return cls(task, ShapesSource.from_options(options, split=split, seed=seed, image_size=image_size))
-
     def __len__(self) -> int:
         return len(self._scenes)
 

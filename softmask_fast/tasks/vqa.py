@@ -9,7 +9,6 @@ As in ALBEF, the decoder starts from the fusion layers, the text encoder's embed
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from softmask_fast.model.text import bert_config
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
 from softmask_fast.tasks.base import Loss, TaskModel
 from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch, one_image
+from softmask_fast.utils import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,7 @@ def _is_list_of_texts(answers: Any) -> bool:
 
 def read_answers(path: str | Path) -> list[str]:
     """The distinct answers of a JSON list of texts, in order. Raises UsageError if the file holds anything else."""
-    try:
-        answers = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"answers: {path} is not valid JSON: {error}") from error
+    answers = read_json(path, "answers")
     if not _is_list_of_texts(answers):
         raise UsageError(f"answers: {path}: expected a JSON list of texts, got {str(answers)[:60]}")
     return list(dict.fromkeys(answers))

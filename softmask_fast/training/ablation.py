@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,8 @@ def run_ablation(
         deepspeed: path of DeepSpeed's configuration.
         launcher: options of the deepspeed launcher.
 
-    Returns:
-        The content of ablation.json.
-
-    Raises:
-        UsageError: for options that leave nothing to compare, or that differ from those of the folder.
-        RunEnded: for a run that was stopped or failed.
+    Returns the content of ablation.json. Raises UsageError for options that leave nothing to compare, or that differ
+    from those of the folder, and RunEnded for a run that was stopped or failed.
     """
     options = spell(options)
     config = check_options(options, seeds, deepspeed)
@@ -138,7 +134,7 @@ def check_options(options: Sequence[str], seeds: int, deepspeed: str) -> Config:
 
 def check_folder(output: Path, config: Config) -> None:
     """Store the options in the folder. Raises UsageError naming one that its earlier runs had otherwise."""
-    path, current = output / "options.json", json.loads(json.dumps(config.as_dict()))
+    path, current = output / "options.json", json.loads(json.dumps(asdict(config)))
     if path.exists():
         before = renamed(_flat(json.loads(path.read_text())))
         for name, value in _flat(current).items():

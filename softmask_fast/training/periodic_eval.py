@@ -99,14 +99,8 @@ class Evaluator:
     ) -> dict[str, float]:  # fmt: skip
         """Evaluate the model after a step and keep it if it is the best so far. A collective.
 
-        Args:
-            step: optimizer steps done.
-            epoch: passes over the training data done.
-            model: is exported with its tokenizer and the whole `weights`, on the CPU.
-            final: write evaluation.json as well.
-
-        Returns:
-            The headline metric by its name; empty for data without labels.
+        The model is exported with `weights`, whole and on the CPU. epoch: passes over the training data done; final:
+        write evaluation.json as well. Returns the headline metric by its name, nothing for data without labels.
         """
         candidate, first = self.output / CANDIDATE, dist.get_rank() == 0
         if first:

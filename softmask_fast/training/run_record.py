@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ def run_record(config: RunConfig, device: torch.device, model: nn.Module, **abou
         "operators": {operator: chosen.get(device.type) for operator, chosen in describe().items()},
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         **about,
-        "config": config.as_dict(),
+        "config": asdict(config),
     }
 
 
 def check_same_run(output: Path, config: RunConfig) -> None:
     """Raise UsageError if a resumed run changes an option other than those of `TrainConfig` and `MAY_CHANGE`."""
     stored = json.loads((output / "config.json").read_text())["config"]
-    for section, options in config.as_dict().items():
+    for section, options in asdict(config).items():
         if section == "train" or not isinstance(options, dict):
             continue
         before = renamed(stored[section])

@@ -34,6 +34,7 @@ from softmask_fast.data.shards import (
 )
 from softmask_fast.data.types import BadSample, Sample
 from softmask_fast.errors import UsageError
+from softmask_fast.utils import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -131,9 +132,8 @@ class RemoteShardSource:
                     self._index_shard(url, path)
                 else:
                     parse_index(content.splitlines(), without_query(index_url))
-                    temporary = path.with_name(f"{path.name}.partial")
-                    temporary.write_bytes(content)
-                    os.replace(temporary, path)
+                    with replacing(path) as temporary:
+                        temporary.write_bytes(content)
         return read_header(path)
 
     def _index_shard(self, url: str, path: Path) -> None:
