@@ -19,17 +19,10 @@ from softmask_fast.data.types import Phrase, Sample
 from softmask_fast.errors import UsageError
 
 COLORS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (50, 80, 220),
-    "yellow": (240, 215, 50),
-    "orange": (245, 140, 30),
-    "purple": (140, 60, 180),
-    "pink": (245, 150, 190),
-    "cyan": (60, 205, 215),
-    "black": (20, 20, 20),
-    "white": (250, 250, 250),
-}
+    "red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 215, 50),
+    "orange": (245, 140, 30), "purple": (140, 60, 180), "pink": (245, 150, 190), "cyan": (60, 205, 215),
+    "black": (20, 20, 20), "white": (250, 250, 250),
+}  # fmt: skip
 SIZES = {"small": 0.11, "large": 0.16}  # half the width of an object, as a fraction of the image's
 NAMES = ("full", "color")  # of objects: "small red circle", or "red object", which is learned sooner
 DEFAULT_SCENES = {"train": 65_536, "val": 4096}

@@ -15,8 +15,8 @@ def evaluation_record(
     reports: Sequence[Report], data: str, size: int | None = None, headline: tuple[str, float] | None = None,
     **about: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """{"step", "epoch", "model", "data", "size", "headline": {"name", "value"}, "reports": {task: metrics}}, without the
-    keys that do not apply; see docs/training.md.
+    """{"step", "epoch", "model", "data", "size", "headline": {"name", "value"}, "reports": {task: metrics}}, without
+    the keys that do not apply; see docs/training.md.
 
     Args:
         data: the held-out data, as an option names it.
