@@ -41,7 +41,7 @@ def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path,
 
 
 def build_trainer(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
-    """Everything that a fine-tuning run needs. A collective. Raises AgreedUsageError for what the task lacks."""
+    """All that a fine-tuning run needs. A collective. Raises AgreedUsageError for what the task lacks."""
     step, teacher, loader, evaluator = run_on_all_ranks(lambda: build_step(config, output))
     return Trainer(step, teacher, loader, config, deepspeed_config, output, stop, evaluator)
 

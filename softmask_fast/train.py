@@ -55,7 +55,7 @@ def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: S
 
 
 def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
-    """Everything that a pretraining run needs. A collective. Raises AgreedUsageError for what is missing or unfit."""
+    """All that a pretraining run needs. A collective. Raises AgreedUsageError for what is missing or does not fit."""
     torch.manual_seed(config.train.seed)
     source, evaluator = run_on_all_ranks(lambda: open_sources(config, output))
     tokenizer = build_tokenizer(config, source, output)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMED_IN_ERROR = 10  # bad samples
-_SEARCHED = 1000  # further samples read to find as many
+_NAMED_IN_ERROR = 10  # bad samples that an error names
+_SEARCHED = 1000  # samples that are read, at most, to find so many
 
 BatchType = TypeVar("BatchType")
 

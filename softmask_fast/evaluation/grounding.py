@@ -97,7 +97,7 @@ def evaluate_grounding(
         source: images with phrases and boxes.
         layer: fusion layer of the maps, 0 = first; default: the layer of the soft masks.
         batch_size: number of captions at a time.
-        limit: evaluate only so many samples, the first ones.
+        limit: evaluate only the first `limit` samples.
 
     Raises:
         UsageError: if no sample has phrases with boxes, or an option is out of range.

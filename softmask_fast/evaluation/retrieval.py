@@ -89,7 +89,7 @@ def evaluate_retrieval(
             query succeeds if any of its captions is among the first k (the protocol of COCO and Flickr30k).
         rerank: number of candidates of each query that ITM re-ranks, at least 10; 0 skips ITM.
         batch_size: number of images, or of captions, encoded at a time.
-        limit: evaluate only so many samples, the first ones.
+        limit: evaluate only the first `limit` samples.
 
     Raises:
         UsageError: for a source without a usable sample, or an option out of range.

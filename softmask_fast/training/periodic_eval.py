@@ -90,7 +90,7 @@ class Evaluator:
         self._last_step = last[0]
 
     def due(self, step: int) -> bool:
-        """Whether the model is to be evaluated after a step, and was not yet."""
+        """Whether the model is to be evaluated after a step and has not been yet."""
         return self._every_steps > 0 and step > self._last_step and step % self._every_steps == 0
 
     def evaluate(

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import overload
 from urllib.parse import urlsplit
 
 import fsspec
@@ -182,10 +181,6 @@ class _Keys(Sequence[str]):
     def __len__(self) -> int:
         return len(self._source)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self._source.key(i) for i in range(*index.indices(len(self)))]
