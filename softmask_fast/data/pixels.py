@@ -34,7 +34,7 @@ def evaluation_pixels(
         images: Encoded files or (H, W, 3) uint8 arrays. BadSample is raised for one that cannot be used.
         device: Device of the result; DALI also decodes there.
         max_pixels: Largest width times height of an image.
-        impl: Default: DALI if it is installed.
+        impl: The decoder; default: DALI if it is installed.
 
     Returns:
         (B, 3, image_size, image_size) float32.

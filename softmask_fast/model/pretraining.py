@@ -152,11 +152,19 @@ class PretrainingStep(nn.Module):
     ) -> tuple[Tensor, FocalITCStats]:  # fmt: skip
         """Focal ITC against the batches of all ranks and the queue, and a negative for each row."""
         itc, stats, newest = self.itc(
-            image_features, text_features, temperature=self.model.temperature, teacher_image=teacher_out.image_features,
-            teacher_text=teacher_out.text_features, alpha=settings.alpha, ids=batch.ids, queue=teacher.queue,
-            use_queue=settings.use_queue, return_stats=True,
-            negatives="batch" if self.objectives.gathered_negatives else "rank", seed=settings.seed,
-        )  # fmt: skip
+            image_features,
+            text_features,
+            temperature=self.model.temperature,
+            teacher_image=teacher_out.image_features,
+            teacher_text=teacher_out.text_features,
+            alpha=settings.alpha,
+            ids=batch.ids,
+            queue=teacher.queue,
+            use_queue=settings.use_queue,
+            return_stats=True,
+            negatives="batch" if self.objectives.gathered_negatives else "rank",
+            seed=settings.seed,
+        )
         if newest is not None:
             teacher.queue.enqueue(*newest)
         if not self.objectives.hard_negatives:
