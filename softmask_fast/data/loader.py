@@ -345,7 +345,6 @@ class SampleLoader(Generic[BatchType]):
         self._scheduled = selection
 
     def _take(self) -> tuple[_Selection, torch.Tensor]:
-        """The scheduled batch and its pixels."""
         while True:
             if self._scheduled is None:
                 self._schedule(self._select(self._progress))

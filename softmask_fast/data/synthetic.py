@@ -204,7 +204,6 @@ def _chain(scene: Sequence[SceneObject], link: str) -> list[str | SceneObject]:
 
 
 def _caption(parts: Sequence[str | SceneObject], name: Callable[[SceneObject], str]) -> tuple[str, list[Phrase]]:
-    """A caption and its phrases."""
     words: list[str] = []
     spans: list[tuple[SceneObject, int, int]] = []  # object, its first word, number of words
     for part in parts:

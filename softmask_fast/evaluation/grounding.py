@@ -138,7 +138,6 @@ def evaluate_grounding(
 
 
 def _score_caption(query: Query, maps: list[np.ndarray], spans: list[list[int]], scores: _Scores) -> None:
-    """Adds the scores of one caption's phrases."""
     sample, _, phrases = query
     scores.images.add(sample.key)
     for phrase, heat, span in zip(phrases, maps, spans, strict=True):

@@ -70,14 +70,14 @@ def explain(
     if not seen:
         raise UsageError(f"text: the tokenizer finds no token in {text!r}")
     strongest = max(float(maps[i].max()) for i in seen)
-    strengths = [float(maps[i].max()) / strongest if strongest > 0 else 0.0 for i in seen]
+    report = []
+    for i in seen:
+        strength = float(maps[i].max()) / strongest if strongest > 0 else 0.0
+        report.append({"word": words[i], "strength": strength, "peak": peak(maps[i])})
     shown = {
         "text": text,
         "matched": logits.float().softmax(dim=-1)[0, 1].item(),
-        "words": [
-            {"word": words[i], "strength": strength, "peak": peak(maps[i])}
-            for i, strength in zip(seen, strengths, strict=True)
-        ],
+        "words": report,
         "left_out": [word for word, span in zip(words, spans, strict=True) if not span],
     }
     save_figure(_draw_words(picture, shown, [maps[i] for i in seen], model.config.max_tokens), out)
@@ -198,6 +198,7 @@ def _choose_queries(source: CaptionSource, images: int, words: int) -> list[tupl
     for _, sample in usable_samples(source, spread, skipped):
         if by_caption := boxed_phrases(sample):
             caption = max(by_caption, key=lambda text: len(by_caption[text]))
+            # one phrase for each span of words
             distinct = {(phrase.first_word, phrase.n_words): phrase for phrase in by_caption[caption]}
             with_boxes.append((sample, caption, list(distinct.values())[:words]))
         else:

@@ -144,7 +144,6 @@ class JsonExamples(ExampleSource):
 
 
 def _entries(path: Path) -> list[Any]:
-    """The list in a JSON file."""
     entries = read_json(path, "data")
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"data: {path}: expected a list of objects, got {str(entries)[:60]}")

@@ -33,7 +33,6 @@ class ShapesTask:
         return len(self._scenes)
 
     def entry(self, index: int) -> Entry:
-        """The entry at an index, and its images."""
         source = self._scenes
         return self._make(self, index, keyed_generator(source.seed, source.split, index, self.task))
 
