@@ -27,11 +27,7 @@ TASKS = (*PRETRAINED, "vqa", "nlvr2", "entailment")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Returns:
-        The exit status: 0; 1 if `doctor` found a fault; 2 after a message about a user error.
-    """
+    """Run one command; the exit status is 1 if `doctor` found a fault, and 2 after a message about a user error."""
     parser = _parser()
     options, others = parser.parse_known_args(argv)
     if others and options.run is not _ablate:
@@ -65,12 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     layer_help = "Fusion layer of the heat maps, 0 is the first (default: the layer of the soft masks)."
 
     evaluate = add_command("evaluate", _evaluate, "Evaluate a model on a task.", model)
-    evaluate.add_argument(
-        "--data",
-        required=True,
-        metavar="SHARDS",
-        help="WebDataset shards (a file, a folder, 'val-{000..003}.tar', a comma list), JSON lists, or 'shapes'.",
-    )
+    data_help = "WebDataset shards (a file, a folder, 'val-{000..003}.tar', a comma list), JSON lists, or 'shapes'."
+    evaluate.add_argument("--data", required=True, metavar="SHARDS", help=data_help)
     evaluate.add_argument("--task", required=True, choices=TASKS)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="Also write the metrics to this file.")
     evaluate.add_argument("--limit", type=int, metavar="N", help="Evaluate on the first N samples.")
@@ -153,14 +145,12 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
     from softmask_fast.tasks.datasets import open_expressions
 
     model, tokenizer = load_model(options.model, _device(options.device))
-    split = {"split": "val", "image_size": model.config.image_size, "image_root": options.image_root}
+    split = {"split": "val", "seed": 0, "image_size": model.config.image_size, "image_root": options.image_root}
     if options.task == "retrieval":
         source = open_source(options.data, **split)
         return evaluate_retrieval(model, tokenizer, source, captions=options.captions, rerank=options.rerank, **common)
-    if options.data.endswith(".json"):
-        source = open_expressions(options.data, seed=0, **split)
-    else:
-        source = open_source(options.data, **split)
+    open_phrases = open_expressions if options.data.endswith(".json") else open_source
+    source = open_phrases(options.data, **split)
     return evaluate_grounding(model, tokenizer, source, layer=options.layer, **common)
 
 
@@ -168,9 +158,10 @@ def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Re
     from softmask_fast.config import DataConfig
     from softmask_fast.tasks import recipes
     from softmask_fast.tasks.answers import evaluate_answers
+    from softmask_fast.tasks.models import load_task_model
     from softmask_fast.tasks.vqa import read_answers
 
-    model, tokenizer = recipes.load_task_model(options.model, options.task, _device(options.device))
+    model, tokenizer = load_task_model(options.model, options.task, _device(options.device))
     if options.answers:
         if options.task != "vqa":
             raise UsageError(f"--answers: expected with the task vqa, not with {options.task}")
@@ -217,16 +208,10 @@ def _prepare(options: argparse.Namespace) -> None:
     from softmask_fast.data.prepare import make_shards
 
     summary = make_shards(
-        options.pairs,
-        options.images,
-        options.out,
-        shard_size=options.shard_size,
-        short_side=options.short_side,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        workers=options.workers,
+        options.pairs, options.images, options.out, shard_size=options.shard_size, short_side=options.short_side,
+        image_column=options.image_column, caption_column=options.caption_column, workers=options.workers,
         progress=sys.stderr.isatty(),
-    )
+    )  # fmt: skip
     print(f"{summary.samples} of {summary.listed} images written to {summary.shards} shards in {options.out}")
     if summary.skipped_captions:
         print(f"{summary.skipped_captions} captions without a word were dropped")
@@ -243,11 +228,7 @@ def _ablate(options: argparse.Namespace) -> None:
     from softmask_fast.training.ablation import markdown, run_ablation
 
     content = run_ablation(
-        options.others,
-        options.output_dir,
-        seeds=options.seeds,
-        deepspeed=options.deepspeed,
-        launcher=options.launcher,
+        options.others, options.output_dir, seeds=options.seeds, deepspeed=options.deepspeed, launcher=options.launcher
     )
     print(f"\n{markdown(content['rows'])}\ntable and figure: {options.output_dir}")
 

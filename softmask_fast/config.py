@@ -7,7 +7,7 @@ are those of the paper. Configurations are frozen: `dataclasses.replace` makes a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from softmask_fast.errors import UsageError
@@ -74,12 +74,9 @@ class ModelConfig:
         _require(self.text_mlp_ratio > 0, "text_mlp_ratio", "above 0", self.text_mlp_ratio)
         _require(0 <= self.hidden_dropout < 1, "hidden_dropout", "in [0, 1)", self.hidden_dropout)
         # The last layer only feeds [CLS], so attention of the words there has no gradient.
-        _require(
-            0 <= self.soft_mask_layer < self.fusion_layers - 1,
-            "soft_mask_layer",
-            f"a layer before the last of fusion_layers={self.fusion_layers}, counted from 0",
-            self.soft_mask_layer,
-        )
+        layer, last = self.soft_mask_layer, self.fusion_layers - 1
+        expected = f"a layer before the last of fusion_layers={self.fusion_layers}, counted from 0"
+        _require(0 <= layer < last, "soft_mask_layer", expected, layer)
 
 
 @dataclass(frozen=True)
@@ -211,8 +208,6 @@ class RunConfig(Protocol):
     data: DataConfig
     train: TrainConfig
 
-    def as_dict(self) -> dict[str, Any]: ...
-
 
 @dataclass(frozen=True)
 class Config:
@@ -231,9 +226,6 @@ class Config:
     @property
     def name(self) -> str:
         return self.preset
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 # `base` is the paper: the defaults above. The others list what they change.

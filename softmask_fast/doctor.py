@@ -39,12 +39,9 @@ class Inputs:
         self.device, self.dtype, self.held_as = device, dtype, held_as
         self.generator = torch.Generator().manual_seed(0)
 
-    def normal(self, *size: int, gradient: bool = False) -> Tensor:
+    def normal(self, *size: int, gradient: bool = False, unit: bool = False) -> Tensor:
         drawn = torch.randn(size, generator=self.generator, dtype=torch.float64)
-        return drawn.to(self.dtype).to(self.device, self.held_as).requires_grad_(gradient)
-
-    def unit(self, *size: int, gradient: bool = False) -> Tensor:
-        drawn = F.normalize(torch.randn(size, generator=self.generator, dtype=torch.float64), dim=-1)
+        drawn = F.normalize(drawn, dim=-1) if unit else drawn
         return drawn.to(self.dtype).to(self.device, self.held_as).requires_grad_(gradient)
 
     def index(self, below: int, size: int) -> Tensor:
@@ -80,9 +77,9 @@ def _soft_masked_attention(inputs: Inputs) -> Callable[[str], list[Tensor]]:
 
 
 def _focal_itc(inputs: Inputs) -> Callable[[str], list[Tensor]]:
-    image, text = (inputs.unit(48, WIDTH, gradient=True) for _ in range(2))
-    teachers = [inputs.unit(48, WIDTH) for _ in range(2)]
-    keys = [inputs.unit(300, WIDTH, gradient=True) for _ in range(2)]
+    image, text = (inputs.normal(48, WIDTH, unit=True, gradient=True) for _ in range(2))
+    teachers = [inputs.normal(48, WIDTH, unit=True) for _ in range(2)]
+    keys = [inputs.normal(300, WIDTH, unit=True, gradient=True) for _ in range(2)]
     ids, key_ids = torch.arange(48, device=inputs.device), torch.arange(300, device=inputs.device) % 60
 
     def run(impl: str) -> list[Tensor]:
@@ -178,10 +175,7 @@ def _timed(function: Callable, device: torch.device) -> tuple[float, Any]:
 
 def devices() -> list[torch.device]:
     """The CPU, and the first GPU if there is one."""
-    found = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        found.append(torch.device("cuda", 0))
-    return found
+    return [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
 
 
 def examine(limit: float = SELF_TEST_SECONDS) -> dict[str, Any]:

@@ -41,11 +41,7 @@ def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path,
 
 
 def build_trainer(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
-    """Everything that a fine-tuning run needs. A collective.
-
-    Raises:
-        AgreedUsageError: for what the task lacks.
-    """
+    """All that a fine-tuning run needs. A collective. Raises AgreedUsageError for what the task lacks."""
     step, teacher, loader, evaluator = run_on_all_ranks(lambda: build_step(config, output))
     return Trainer(step, teacher, loader, config, deepspeed_config, output, stop, evaluator)
 
@@ -62,22 +58,19 @@ def build_step(config: FinetuneConfig, output: Path) -> tuple[nn.Module, Momentu
     if config.data.eval_data:
         evaluator = Evaluator(TaskEvaluation(config, image_size), output, config.options.eval_epochs)
     loader = task.loader(
-        source,
-        tokenizer,
-        image_size=image_size,
-        max_tokens=model.config.max_tokens,
-        images_per_sample=task.images_per_sample,
-        **loader_options(config, device),
-    )
+        source, tokenizer, image_size=image_size, max_tokens=model.config.max_tokens,
+        images_per_sample=task.images_per_sample, **loader_options(config, device),
+    )  # fmt: skip
     step, teacher = task.step(model, config)
     return step, teacher.to(device), loader, evaluator
 
 
 def report(evaluator: Evaluator | None, output: Path) -> None:
     """Show what output/model has reached: print the table, write predictions.json and draw curves.png."""
-    records, curves = evaluator.records() if evaluator else [], output / "curves.png"
-    headlines = [(record["step"], record["headline"]) for record in records]
-    held_out = [{"step": step, f"held-out {headline['name']}": headline["value"]} for step, headline in headlines]
+    curves, held_out = output / "curves.png", []
+    for record in evaluator.records() if evaluator else []:
+        headline = record["headline"]
+        held_out.append({"step": record["step"], f"held-out {headline['name']}": headline["value"]})
     plot_curves(output / "metrics.jsonl", curves, held_out)
     if evaluator is None:
         print(f"no evaluation: no --eval_data was given; the curves are in {curves}")

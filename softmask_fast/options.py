@@ -70,18 +70,13 @@ def section_parser(
 
 
 def parse_sections(
-    sections: dict[str, type],
-    choice: str,
-    table: dict[str, dict[str, Any]],
-    default: str | None,
-    description: str,
-    argv: Sequence[str] | None,
-    more_defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: {},
-) -> tuple[str, dict[str, Any], LaunchOptions]:
+    sections: dict[str, type], choice: str, table: dict[str, dict[str, Any]], default: str | None, description: str,
+    argv: Sequence[str] | None, more_defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: {},
+) -> tuple[str, dict[str, Any], LaunchOptions]:  # fmt: skip
     """Parse flags and an optional --config file.
 
     A flag wins over the file, the file over `more_defaults`, these over the row of the table, the row over the
-    dataclasses' defaults.
+    dataclasses' defaults. Returns the row's name, the value of every option, and the launcher's options.
 
     Args:
         sections: the dataclasses whose fields are the options, by name.
@@ -89,11 +84,7 @@ def parse_sections(
         table: defaults of the options, by row.
         default: the row without that flag; None: the flag is required.
         description: shown by --help.
-        argv: the arguments; None: those of the process.
         more_defaults: further defaults, given the options parsed so far.
-
-    Returns:
-        The row's name, the value of every option, and the launcher's options.
 
     Raises:
         SystemExit: argparse, for unknown flags.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     # Python puts the folder of a script first, where our modules would hide others of the same name.
@@ -17,11 +17,11 @@ if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.config import Config
 from softmask_fast.data.loader import PretrainingLoader
-from softmask_fast.data.remote.options import RemoteOptions
-from softmask_fast.data.sources import open_source
+from softmask_fast.data.sources import open_as_configured
 from softmask_fast.data.tokenizer import load_tokenizer, train_tokenizer
 from softmask_fast.data.types import BadSample, CaptionSource
 from softmask_fast.errors import UsageError
@@ -35,9 +35,7 @@ from softmask_fast.training.options import parse_arguments
 from softmask_fast.training.periodic_eval import Evaluator
 from softmask_fast.training.ranks import run_on_all_ranks
 from softmask_fast.training.trainer import Trainer, loader_options
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from softmask_fast.utils import replacing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,11 +55,7 @@ def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: S
 
 
 def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
-    """Everything that a pretraining run needs. A collective.
-
-    Raises:
-        AgreedUsageError: for what is missing or does not fit.
-    """
+    """All that a pretraining run needs. A collective. Raises AgreedUsageError for what is missing or does not fit."""
     torch.manual_seed(config.train.seed)
     source, evaluator = run_on_all_ranks(lambda: open_sources(config, output))
     tokenizer = build_tokenizer(config, source, output)
@@ -72,14 +66,8 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path
 
 def open_sources(config: Config, output: Path) -> tuple[CaptionSource, Evaluator | None]:
     """The training pairs and the evaluator, which opens the held-out ones: their errors surface before training."""
-    source = open_source(
-        config.data.data,
-        split="train",
-        seed=config.train.seed,
-        image_size=config.model.image_size,
-        remote=RemoteOptions.of(config.data),
-        image_root=config.data.image_root,
-    )
+    options = {"split": "train", "seed": config.train.seed, "image_size": config.model.image_size}
+    source = open_as_configured(config.data.data, config.data, **options)
     held_out = held_out_pairs(config)
     return source, Evaluator(PretrainingEvaluation(config, held_out), output) if held_out else None
 
@@ -87,8 +75,7 @@ def open_sources(config: Config, output: Path) -> tuple[CaptionSource, Evaluator
 def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreTrainedTokenizerFast:
     """The run's tokenizer, kept in its folder: the named one, that of the starting weights, or a newly trained one.
 
-    Raises:
-        AgreedUsageError: when it cannot be loaded, or does not fit the weights.
+    Raises AgreedUsageError when it cannot be loaded, or does not fit the weights.
     """
     folder = output / "tokenizer"
 
@@ -104,9 +91,8 @@ def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreT
             tokenizer = load_tokenizer(named)
         else:
             tokenizer = train_tokenizer(sample_captions(source), config.model.vocab_size)
-        temporary = output / "tokenizer.partial"
-        tokenizer.save_pretrained(temporary)
-        os.replace(temporary, folder)
+        with replacing(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
 
     def load() -> PreTrainedTokenizerFast:
         tokenizer = load_tokenizer(str(folder))
@@ -134,13 +120,9 @@ def build_step(
     """The module that DeepSpeed wraps, the momentum teacher, and the loader."""
     device = torch.device(get_accelerator().current_device_name())
     loader = PretrainingLoader(
-        source,
-        tokenizer,
-        image_size=config.model.image_size,
-        max_tokens=config.model.max_tokens,
-        mask_probability=config.objectives.mask_probability,
-        **loader_options(config, device),
-    )
+        source, tokenizer, image_size=config.model.image_size, max_tokens=config.model.max_tokens,
+        mask_probability=config.objectives.mask_probability, **loader_options(config, device),
+    )  # fmt: skip
     model = VisionLanguageModel(config.model, config.objectives.temperature)
     load_pretrained(model)
     teacher = MomentumTeacher(model, config.objectives, config.train.seed).to(device)

@@ -1,4 +1,4 @@
-"""Atomic writes of files, and the versions of the installed packages."""
+"""Atomic writes of files, reading of JSON, and the versions of the installed packages."""
 
 from __future__ import annotations
 
@@ -7,21 +7,41 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from softmask_fast.errors import UsageError
 
 PACKAGES = ("softmask_fast", "torch", "triton", "transformers", "timm", "deepspeed", "nvidia-dali-cuda130", "xformers")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file under a temporary name, then rename it: readers see the old file or the new one, no part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which then becomes `path`: readers see the old content or the new one, no part."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: object) -> None:
     """`write_text` of indented JSON with a final line break."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | Path, option: str) -> Any:
+    """The content of a JSON file. Raises UsageError, naming the option that the path came from, if it is invalid."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{option}: {path} is not valid JSON: {error}") from error
 
 
 def file_sha256(path: Path) -> str:

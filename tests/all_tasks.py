@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from softmask_fast import finetune, train
 from softmask_fast.data.sources import open_source
+from softmask_fast.data.synthetic import ShapesSource
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.model.convert_albef import save_albef
 from softmask_fast.model.export import load_model
@@ -64,7 +65,8 @@ def train_words() -> None:
     """A tokenizer that knows the words of all tasks, not only those of the captions."""
     texts = [caption for index in range(100) for caption in open_source(SCENES.format(100)).read(index).captions]
     for task, field in (("vqa", "question"), ("nlvr2", "sentence"), ("entailment", "sentence")):
-        entries = ShapesTask.from_options("num=200,names=color", task, split="train", seed=0, image_size=32)
+        scenes = ShapesSource.from_options("num=200,names=color", split="train", seed=0, image_size=32)
+        entries = ShapesTask(task, scenes)
         texts += [entries.entry(index)[0][field] for index in range(200)]
     train_tokenizer([*texts, *(2 * ANSWERS)], 400).save_pretrained(root / "words")
 

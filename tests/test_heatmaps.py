@@ -13,7 +13,7 @@ from softmask_fast.data.sources import open_source
 from softmask_fast.data.types import BadSample, Sample
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import image_pixels, tokenize
-from softmask_fast.evaluation.heatmaps import decode_image, explain, heatmap_page, overlay, peak
+from softmask_fast.evaluation.heatmaps import explain, heatmap_page, overlay, peak, shown_picture
 from softmask_fast.evaluation.plots import plot_curves, smooth
 
 
@@ -159,11 +159,11 @@ def test_smooth_keeps_constants_and_averages():
     np.testing.assert_allclose(smooth(np.array([0.0, 3.0, 0.0]), 3), [1.5, 1.0, 1.5])
 
 
-def test_decode_image_turns_and_scales():
-    wide = decode_image(jpeg(64, 32))
+def test_shown_picture_is_turned_and_scaled():
+    wide = shown_picture(jpeg(64, 32))
     assert wide.shape == (192, 384, 3)
     assert wide[100, 20, 1] < 60 < 200 < wide[100, 360, 1]  # red to the left, white to the right
-    turned = decode_image(jpeg(64, 32, orientation=6))  # 90 degrees clockwise: red on top
+    turned = shown_picture(jpeg(64, 32, orientation=6))  # 90 degrees clockwise: red on top
     assert turned.shape == (384, 192, 3)
     assert turned[20, 100, 1] < 60 < 200 < turned[360, 100, 1]
-    assert decode_image(np.zeros((800, 400, 3), np.uint8)).shape == (384, 192, 3)
+    assert shown_picture(np.zeros((800, 400, 3), np.uint8)).shape == (384, 192, 3)

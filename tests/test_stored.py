@@ -22,6 +22,7 @@ from test_train import finish, launch, metrics
 
 from softmask_fast.config import RENAMED
 from softmask_fast.data.sources import open_source
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.record import parse_record
 from softmask_fast.model.export import load_model
 
@@ -74,11 +75,7 @@ def test_a_stored_model_gives_the_same_outputs():
         assert found[name][0].tolist() == pytest.approx(values, **TOLERANCE), name
 
 
-def test_records_of_older_versions_are_read():
-    report = {"metric": "accuracy", "score": 0.5}
-    assert parse_record(json.dumps([{"task": "a", **report}, {"task": "b"}])) == {"reports": {"a": report, "b": {}}}
-    assert parse_record(json.dumps({"task": "a", **report})) == {"reports": {"a": report}}
-    line = {"step": 2, "epoch": 0.5, "headline": "accuracy", "value": 0.5, "eval_data": "e", "eval_size": None}
-    expected = {"step": 2, "epoch": 0.5, "data": "e", "headline": {"name": "accuracy", "value": 0.5}}
-    assert parse_record(json.dumps(line | {"task": "a", **report})) == expected | {"reports": {"a": report}}
-    assert parse_record(json.dumps(line | {"task": "a", "eval_size": 8}))["size"] == 8
+def test_a_record_of_an_older_version_is_refused_by_name():
+    for old in ([{"task": "a", "score": 0.5}], {"task": "a", "score": 0.5}):
+        with pytest.raises(UsageError, match="run/evaluation.json: .*older version"):
+            parse_record(json.dumps(old), Path("run/evaluation.json"))

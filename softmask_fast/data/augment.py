@@ -84,14 +84,9 @@ class AugmentConfig:
 def draw_parameters(
     config: AugmentConfig, generator: np.random.Generator, width: int, height: int, image_size: int
 ) -> dict[str, np.ndarray]:
-    """Draws the arguments (keys of `NEUTRAL`) of one image.
+    """Draws the arguments (keys of `NEUTRAL`) of an image of width x height pixels, to be resized to image_size.
 
-    Args:
-        config: Which augmentations are on.
-        generator: The random numbers; which ones are drawn depends only on `config`.
-        width: Of the image as stored, in pixels.
-        height: Of the image as stored, in pixels.
-        image_size: Side of the square result in pixels.
+    Which random numbers are drawn depends only on `config`.
     """
     values = dict(NEUTRAL)
     if config.crop:

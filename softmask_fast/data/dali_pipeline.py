@@ -65,36 +65,24 @@ def _definition(image_size: int, encoded: bool, arguments: frozenset[str], gpu: 
             image = fn.gaussian_blur(image, sigma=given["blur"])
     mirror = {"mirror": given["mirror"]} if "mirror" in given else {}
     return fn.crop_mirror_normalize(
-        image,
-        dtype=types.FLOAT,
-        output_layout="CHW",
-        mean=[255 * value for value in MEAN],
-        std=[255 * value for value in STD],
-        **mirror,
-    )
+        image, dtype=types.FLOAT, output_layout="CHW", mean=[255 * value for value in MEAN],
+        std=[255 * value for value in STD], **mirror,
+    )  # fmt: skip
 
 
 class DaliPipeline:
     """The pipeline for batches of up to `batch_size` images; at most one batch is scheduled at a time."""
 
     def __init__(
-        self,
-        *,
-        image_size: int,
-        batch_size: int,
-        encoded: bool,
-        arguments: frozenset[str] = frozenset(),
-        device: torch.device | str = "cpu",
-        num_threads: int = 1,
-    ):
+        self, *, image_size: int, batch_size: int, encoded: bool, arguments: frozenset[str] = frozenset(),
+        device: torch.device | str = "cpu", num_threads: int = 1,
+    ):  # fmt: skip
         """
         Args:
             image_size: Side of the square result in pixels.
-            batch_size: Largest number of images in a batch.
             encoded: True if images are files (bytes); False if they are (H, W, 3) uint8 arrays.
             arguments: What varies between images: `AugmentConfig.arguments()`.
             device: A CPU or CUDA device, on which the images are decoded and returned.
-            num_threads: CPU threads of DALI.
         """
         self.device = torch.device(device)
         if self.device.type not in ("cpu", "cuda"):
@@ -118,9 +106,7 @@ class DaliPipeline:
     ) -> None:
         """Starts a batch in the background, after the previous one has been fetched with `result`.
 
-        Args:
-            images: The images of the batch.
-            parameters: The arguments of each image, from `draw_parameters`; default: neutral ones.
+        parameters: the arguments of each image, from `draw_parameters`; default: neutral ones.
         """
         if self._encoded:
             images = [np.frombuffer(image, np.uint8) for image in images]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,6 +30,14 @@ class ImageFacts:
     width: int  # pixels, after the EXIF rotation
     height: int
     convert: bool  # True: decode the output of `convert_image` instead
+
+
+def read_image(path: str | Path) -> bytes:
+    """The content of an image file. Raises BadSample if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: not a valid path, such as one with a null byte
+        raise BadSample(f"image cannot be read: {error}") from error
 
 
 def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> ImageFacts:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMED_IN_ERROR = 10  # bad samples
-_SEARCHED = 1000  # further samples read to find as many
+_NAMED_IN_ERROR = 10  # bad samples that an error names
+_SEARCHED = 1000  # samples that are read, at most, to find so many
 
 BatchType = TypeVar("BatchType")
 
@@ -80,36 +80,21 @@ class SampleLoader(Generic[BatchType]):
     """
 
     def __init__(
-        self,
-        source: CaptionSource,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        batch_size: int,
-        image_size: int,
-        augment: AugmentConfig,
-        max_tokens: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        max_bad_fraction: float = 0.01,
-        max_pixels: int = MAX_PIXELS,
-        num_threads: int | None = None,
-        images_per_sample: int = 1,
-    ):
-        """
+        self, source: CaptionSource, tokenizer: PreTrainedTokenizerFast, *, batch_size: int, image_size: int,
+        augment: AugmentConfig, max_tokens: int, seed: int, rank: int = 0, world_size: int = 1,
+        device: torch.device | str = "cpu", max_bad_fraction: float = 0.01, max_pixels: int = MAX_PIXELS,
+        num_threads: int | None = None, images_per_sample: int = 1,
+    ):  # fmt: skip
+        """Raises UsageError if an option is out of range.
+
         Args:
             batch_size: Samples per batch of this rank.
-            image_size: Side of the square pixels.
             max_tokens: Longest caption, including its special tokens; longer ones are cut.
             seed: Of the order, the augmentation and the masks.
             device: Where DALI works and batches are returned.
             max_bad_fraction: Largest fraction of bad samples among those visited.
             max_pixels: Largest image, width times height.
             num_threads: Threads that check images, and as many again for DALI; default: `default_threads()`.
-
-        Raises:
-            UsageError: If an option is out of range.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
@@ -360,7 +345,6 @@ class SampleLoader(Generic[BatchType]):
         self._scheduled = selection
 
     def _take(self) -> tuple[_Selection, torch.Tensor]:
-        """The scheduled batch and its pixels."""
         while True:
             if self._scheduled is None:
                 self._schedule(self._select(self._progress))
@@ -438,14 +422,13 @@ class PretrainingLoader(SampleLoader[Batch]):
         input_ids, attention_mask = self._padded(captions)
         masked_ids, _ = self._padded([caption.ids for caption in masked])
         length = input_ids.shape[1]
+        positions = [caption.positions + row * length for row, caption in enumerate(masked)]
         return Batch(
             pixels=pixels,
             input_ids=input_ids,
             masked_ids=masked_ids,
             attention_mask=attention_mask,
-            mlm_positions=self._tensor(
-                np.concatenate([caption.positions + row * length for row, caption in enumerate(masked)])
-            ),
+            mlm_positions=self._tensor(np.concatenate(positions)),
             mlm_labels=self._tensor(np.concatenate([caption.labels for caption in masked])),
             word_index=self._tensor(np.array([caption.word_index for caption in masked], np.int64)),
             ids=self._tensor(self.source.image_ids[[sample.index for sample in samples]]),

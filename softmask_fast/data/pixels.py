@@ -22,30 +22,22 @@ _DALI_BATCH = 64
 
 
 def evaluation_pixels(
-    images: Sequence[bytes | np.ndarray],
-    image_size: int,
-    *,
-    device: torch.device | str = "cpu",
-    max_pixels: int = MAX_PIXELS,
-    impl: Literal["dali", "pil"] | None = None,
-) -> torch.Tensor:
+    images: Sequence[bytes | np.ndarray], image_size: int, *, device: torch.device | str = "cpu",
+    max_pixels: int = MAX_PIXELS, impl: Literal["dali", "pil"] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Resizes whole images (bicubic, antialiased) and normalizes them by MEAN and STD; nothing is random.
 
     DALI and PIL round differently: on 400 photographs, resized to 64 to 384 pixels, their values in [0, 255] differ by
     at most 0.2 on average and by at most 12.
 
     Args:
-        images: Encoded files or (H, W, 3) uint8 arrays.
-        image_size: Side of the square result in pixels.
+        images: Encoded files or (H, W, 3) uint8 arrays. BadSample is raised for one that cannot be used.
         device: Device of the result; DALI also decodes there.
         max_pixels: Largest width times height of an image.
-        impl: `"dali"` or `"pil"`; default: DALI if it is installed.
+        impl: The decoder; default: DALI if it is installed.
 
     Returns:
         (B, 3, image_size, image_size) float32.
-
-    Raises:
-        BadSample: If an image cannot be used.
     """
     impl = impl or _default_impl()
     if impl not in ("dali", "pil"):

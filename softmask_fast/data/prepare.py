@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from softmask_fast.data.images import check_image, convert_image
+from softmask_fast.data.images import check_image, convert_image, read_image
 from softmask_fast.data.parsing import parse_phrases, usable_captions
 from softmask_fast.data.shards import INDEX_SUFFIX, write_index
 from softmask_fast.data.sources import expand_names, expand_paths
@@ -68,17 +68,9 @@ class TableEntry:
 
 
 def make_shards(
-    pairs: Path,
-    images: Path,
-    out: Path,
-    *,
-    shard_size: int = 5000,
-    short_side: int | None = None,
-    image_column: str = "image",
-    caption_column: str = "caption",
-    workers: int | None = None,
-    progress: bool = False,
-) -> ShardsReport:
+    pairs: Path, images: Path, out: Path, *, shard_size: int = 5000, short_side: int | None = None,
+    image_column: str = "image", caption_column: str = "caption", workers: int | None = None, progress: bool = False,
+) -> ShardsReport:  # fmt: skip
     """Decodes every listed image and writes the good ones to out/shard-000000.tar, ..., each with an index.
 
     Rows of one image become one sample with several captions. Bad images are listed in out/bad.csv, the counts in
@@ -91,10 +83,8 @@ def make_shards(
         out: Folder of the shards, new or empty.
         shard_size: Listed images per shard.
         short_side: Images with a longer short side, in pixels, become JPEGs of that size.
-        image_column: Name of the column of image paths.
-        caption_column: Name of the column of captions.
+        image_column, caption_column: Names in the table.
         workers: Number of processes; default: all cores.
-        progress: Show a progress bar.
 
     Raises:
         UsageError: If an argument, the table or a folder is wrong; nothing has been written then.
@@ -216,10 +206,7 @@ def _sample(entry: TableEntry, plan: Plan) -> tuple[str, bytes, bytes, int]:
         raise BadSample(f"image lies outside of {plan.images}")
     if not os.path.isfile(path):
         raise BadSample("image does not exist")
-    try:
-        image = Path(path).read_bytes()
-    except OSError as error:
-        raise BadSample(f"image cannot be read: {error}") from error
+    image = read_image(path)
     facts = check_image(image)
     if plan.short_side is not None and min(facts.width, facts.height) > plan.short_side:
         extension, image = "jpg", _downsize(convert_image(image) if facts.convert else image, plan.short_side)

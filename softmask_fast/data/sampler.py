@@ -36,14 +36,9 @@ class HashSampler:
     def reshard(self, positions: Sequence[tuple[int, int]], rank: int, world_size: int) -> tuple[int, int, int]:
         """Where a rank continues after a run with another number of ranks.
 
-        No sample is left out; none is repeated if all ranks had visited equally many.
-
-        Args:
-            positions: (epoch, visits in it) at which each rank of the previous run stopped, in rank order.
-            rank: This rank, of `world_size` now.
-
-        Returns:
-            The epoch, this rank's position in it, and about how many samples of it all ranks together will visit twice.
+        No sample is left out; none is repeated if all ranks had visited equally many. positions are the (epoch, visits
+        in it) at which each rank of the previous run stopped, in rank order. Returns the epoch, this rank's position in
+        it, and about how many samples of it all ranks together will visit twice.
         """
         total, before = len(self._hashes), len(positions)
         ahead = [
@@ -71,14 +66,9 @@ class WindowedSampler:
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        counts: Sequence[int],
-        window: int,
-        *,
-        ahead: int = 0,
+        self, names: Sequence[str], counts: Sequence[int], window: int, *, ahead: int = 0,
         announce: Callable[[list[int]], None] = lambda shards: None,
-    ):
+    ):  # fmt: skip
         """names, counts: of the shards; announce: called with the shards of the `ahead` pieces that come next."""
         self._hashes = hash_names(names)
         self._counts = np.asarray(counts, np.int64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,24 +12,22 @@ from typing import Any
 import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from softmask_fast.config import DataConfig
+from softmask_fast.data.images import read_image
 from softmask_fast.data.parsing import distinct_keys, relative_names, usable_captions
 from softmask_fast.data.remote.options import RemoteOptions
 from softmask_fast.data.seeding import image_ids
 from softmask_fast.data.shards import ShardSource
 from softmask_fast.data.synthetic import ShapesSource
-from softmask_fast.data.types import BadSample, CaptionSource, Sample
+from softmask_fast.data.types import CaptionSource, Sample
 from softmask_fast.errors import UsageError
+from softmask_fast.utils import read_json
 
 
 def open_source(
-    data: str | Sequence[str],
-    *,
-    split: str = "train",
-    seed: int = 0,
-    image_size: int = 64,
-    remote: RemoteOptions | None = None,
-    image_root: str | None = None,
-) -> CaptionSource:
+    data: str | Sequence[str], *, split: str = "train", seed: int = 0, image_size: int = 64,
+    remote: RemoteOptions | None = None, image_root: str | None = None,
+) -> CaptionSource:  # fmt: skip
     """Opens `data` and lists its samples.
 
     Args:
@@ -66,6 +63,14 @@ def open_source(
     if lists:
         sources.append(JsonListSource(lists, image_root))
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
+
+
+def open_as_configured(data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> CaptionSource:
+    """`open_source` with the other options of a run's configuration."""
+    remote = RemoteOptions.of(options)
+    return open_source(
+        data, split=split, seed=seed, image_size=image_size, remote=remote, image_root=options.image_root
+    )
 
 
 def expand_names(data: str | Sequence[str]) -> list[str]:
@@ -119,10 +124,7 @@ class JsonListSource:
         self._images: list[str] = []
         self._captions: list[Any] = []
         for path in paths:
-            try:
-                entries = json.loads(Path(path).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UsageError(f"data: {path} is not valid JSON: {error}") from error
+            entries = read_json(path, "data")
             if not isinstance(entries, list):
                 raise UsageError(f"data: {path} must be a JSON list of objects, got {type(entries).__name__}")
             for number, entry in enumerate(entries):
@@ -141,11 +143,7 @@ class JsonListSource:
 
     def read(self, index: int) -> Sample:
         captions, skipped = usable_captions(self._captions[index], '"caption"')
-        try:
-            image = Path(self._images[index]).read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: no valid path, e.g. with a null byte
-            raise BadSample(f"image cannot be read: {error}") from error
-        return Sample(self.keys[index], image, captions, skipped_captions=skipped)
+        return Sample(self.keys[index], read_image(self._images[index]), captions, skipped_captions=skipped)
 
 
 class JoinedSource:

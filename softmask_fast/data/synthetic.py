@@ -19,17 +19,10 @@ from softmask_fast.data.types import Phrase, Sample
 from softmask_fast.errors import UsageError
 
 COLORS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (50, 80, 220),
-    "yellow": (240, 215, 50),
-    "orange": (245, 140, 30),
-    "purple": (140, 60, 180),
-    "pink": (245, 150, 190),
-    "cyan": (60, 205, 215),
-    "black": (20, 20, 20),
-    "white": (250, 250, 250),
-}
+    "red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 215, 50),
+    "orange": (245, 140, 30), "purple": (140, 60, 180), "pink": (245, 150, 190), "cyan": (60, 205, 215),
+    "black": (20, 20, 20), "white": (250, 250, 250),
+}  # fmt: skip
 SIZES = {"small": 0.11, "large": 0.16}  # half the width of an object, as a fraction of the image's
 NAMES = ("full", "color")  # of objects: "small red circle", or "red object", which is learned sooner
 DEFAULT_SCENES = {"train": 65_536, "val": 4096}
@@ -109,16 +102,9 @@ class ShapesSource:
     encoded = False
 
     def __init__(
-        self,
-        *,
-        num: int | None = None,
-        objects: tuple[int, int] = (2, 2),
-        colors: int = len(COLORS),
-        names: str = "full",
-        split: str = "train",
-        seed: int = 0,
-        image_size: int = 64,
-    ):
+        self, *, num: int | None = None, objects: tuple[int, int] = (2, 2), colors: int = len(COLORS),
+        names: str = "full", split: str = "train", seed: int = 0, image_size: int = 64,
+    ):  # fmt: skip
         """
         Args:
             num: Number of scenes; default: `DEFAULT_SCENES`.
@@ -193,12 +179,9 @@ class ShapesSource:
             raise IndexError(f"shapes: index {index} is outside [0, {self.num})")
         scene = self.scene(index)
         described = _describe(scene, self.name)
-        return Sample(
-            self.keys[index],
-            self.draw(index, scene),
-            [caption for caption, _ in described],
-            [phrase for _, phrases in described for phrase in phrases],
-        )
+        captions = [caption for caption, _ in described]
+        phrases = [phrase for _, own in described for phrase in own]
+        return Sample(self.keys[index], self.draw(index, scene), captions, phrases)
 
 
 def _describe(scene: Sequence[SceneObject], name: Callable[[SceneObject], str]) -> list[tuple[str, list[Phrase]]]:
@@ -221,7 +204,6 @@ def _chain(scene: Sequence[SceneObject], link: str) -> list[str | SceneObject]:
 
 
 def _caption(parts: Sequence[str | SceneObject], name: Callable[[SceneObject], str]) -> tuple[str, list[Phrase]]:
-    """A caption and its phrases."""
     words: list[str] = []
     spans: list[tuple[SceneObject, int, int]] = []  # object, its first word, number of words
     for part in parts:

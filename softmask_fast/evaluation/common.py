@@ -13,13 +13,12 @@ from torch import Tensor
 
 from softmask_fast.data.images import check_image
 from softmask_fast.data.pixels import evaluation_pixels
-from softmask_fast.data.types import BadSample
+from softmask_fast.data.types import BadSample, CaptionSource, Sample
 from softmask_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-    from softmask_fast.data.types import CaptionSource, Sample
     from softmask_fast.model.vision_language import VisionLanguageModel
 
 Item = TypeVar("Item")
@@ -49,8 +48,7 @@ def tokenize(model: VisionLanguageModel, tokenizer: Tokenizer, captions: list[st
 
 
 def image_pixels(model: VisionLanguageModel, samples: Sequence[Sample]) -> Tensor:
-    """The whole images without augmentation: (images, 3, image_size, image_size), in the order of the samples, on the
-    model's device."""
+    """The samples' whole images, without augmentation, on the model's device: (images, 3, image_size, image_size)."""
     images = [image for sample in samples for image in sample.images]
     return evaluation_pixels(images, model.config.image_size, device=next(model.parameters()).device)
 

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from softmask_fast.data.images import image_size
+from softmask_fast.data.types import CaptionSource, Phrase, Sample
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import GroundingScore, grounding_score, proposal_score
 from softmask_fast.evaluation.common import (
@@ -27,10 +28,9 @@ from softmask_fast.evaluation.tables import format_table, percent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-    from softmask_fast.data.types import CaptionSource, Phrase, Sample
     from softmask_fast.model.vision_language import VisionLanguageModel
 
-    Query = tuple[Sample, str, list[Phrase]]  # a sample, one of its captions, and phrases of that caption
+Query = tuple[Sample, str, list[Phrase]]  # a sample, one of its captions, and phrases of that caption
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,9 @@ class _Scores:
 
 
 def evaluate_grounding(
-    model: VisionLanguageModel,
-    tokenizer: Tokenizer,
-    source: CaptionSource,
-    *,
-    layer: int | None = None,
-    batch_size: int = 32,
-    limit: int | None = None,
-    progress: bool = False,
-) -> GroundingReport:
+    model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, *, layer: int | None = None,
+    batch_size: int = 32, limit: int | None = None, progress: bool = False,
+) -> GroundingReport:  # fmt: skip
     """Scores the heat map of every phrase that has boxes: pointing game, and relevance inside the boxes.
 
     The heat map of a phrase is the mean of its tokens' maps; for a phrase that is the whole caption, [CLS] and [SEP]
@@ -100,13 +94,10 @@ def evaluate_grounding(
     a part of the samples, and all return the report of all samples.
 
     Args:
-        model: a pretrained model.
-        tokenizer: its tokenizer.
         source: images with phrases and boxes.
         layer: fusion layer of the maps, 0 = first; default: the layer of the soft masks.
         batch_size: number of captions at a time.
         limit: evaluate only the first `limit` samples.
-        progress: show a progress bar.
 
     Raises:
         UsageError: if no sample has phrases with boxes, or an option is out of range.
@@ -147,7 +138,6 @@ def evaluate_grounding(
 
 
 def _score_caption(query: Query, maps: list[np.ndarray], spans: list[list[int]], scores: _Scores) -> None:
-    """Adds the scores of one caption's phrases."""
     sample, _, phrases = query
     scores.images.add(sample.key)
     for phrase, heat, span in zip(phrases, maps, spans, strict=True):

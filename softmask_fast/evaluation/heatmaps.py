@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -17,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageOps
+from PIL import Image
 
-from softmask_fast.data.images import check_image, convert_image
-from softmask_fast.data.types import Phrase, Sample
+from softmask_fast.data.images import check_image, decode_image
+from softmask_fast.data.types import CaptionSource, Phrase, Sample
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import Box, grounding_score
 from softmask_fast.evaluation.common import eval_mode, image_pixels, tokenize, usable_samples
@@ -30,7 +29,6 @@ from softmask_fast.evaluation.plots import save_figure
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-    from softmask_fast.data.types import CaptionSource
     from softmask_fast.model.vision_language import VisionLanguageModel
 
 COLORS = "inferno"
@@ -39,21 +37,13 @@ SHOWN_SIDE = 384  # longer side of an image inside a figure, in pixels
 
 
 def explain(
-    model: VisionLanguageModel,
-    tokenizer: Tokenizer,
-    image: bytes | np.ndarray,
-    text: str,
-    out: str | Path,
-    *,
+    model: VisionLanguageModel, tokenizer: Tokenizer, image: bytes | np.ndarray, text: str, out: str | Path, *,
     layer: int | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Draws one heat map for each word of a text over an image, and returns what the figure shows as numbers.
 
     Args:
-        model: a pretrained model.
-        tokenizer: its tokenizer.
         image: an encoded file, or (H, W, 3) uint8.
-        text: the words to explain.
         out: the PNG to write.
         layer: fusion layer of the maps, 0 = first; default: the layer of the soft masks.
 
@@ -68,7 +58,7 @@ def explain(
     words = text.split()
     if not words:
         raise UsageError("text: expected at least one word, got none")
-    picture = decode_image(image)
+    picture = shown_picture(image)
     phrases = [Phrase(caption=text, text=w, first_word=i, n_words=1, boxes=[]) for i, w in enumerate(words)]
     sample = Sample(key="image", image=image, captions=[text], phrases=phrases)
     with eval_mode(model):
@@ -99,8 +89,7 @@ def _draw_words(picture: np.ndarray, shown: dict[str, Any], maps: Sequence[np.nd
     rows = math.ceil((len(maps) + 1) / 5)
     columns = math.ceil((len(maps) + 1) / rows)
     height, width = picture.shape[:2]
-    panel = 2.3
-    size = columns * panel, rows * (panel * height / width + 0.5) + 0.9
+    size = columns * 2.3, rows * (2.3 * height / width + 0.5) + 0.9  # inches
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle("\n".join(textwrap.wrap(shown["text"], 26 * columns)), fontsize=13, fontweight="bold")
@@ -119,15 +108,9 @@ def _draw_words(picture: np.ndarray, shown: dict[str, Any], maps: Sequence[np.nd
 
 
 def heatmap_page(
-    model: VisionLanguageModel,
-    tokenizer: Tokenizer,
-    source: CaptionSource,
-    out: str | Path,
-    *,
-    images: int = 6,
-    words: int = 4,
-    layer: int | None = None,
-) -> None:
+    model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, out: str | Path, *, images: int = 6,
+    words: int = 4, layer: int | None = None,
+) -> None:  # fmt: skip
     """Draws a page of `images` rows: an image with its caption, then the heat maps of up to `words` of its phrases.
 
     The images are spread evenly over the source; one that cannot be read is replaced by the next. Boxes are drawn, and
@@ -146,7 +129,7 @@ def heatmap_page(
 
     panel = 2.1
     columns = 1 + max(len(phrases) for _, _, phrases in queries)
-    shown = [decode_image(sample.image) for sample, _, _ in queries]
+    shown = [shown_picture(sample.image) for sample, _, _ in queries]
     captions = ["\n".join(textwrap.wrap(caption, 30)) for _, caption, _ in queries]
     heights = [  # inches, of the image, its caption and a note
         panel * min(picture.shape[0] / picture.shape[1], 1.4) + 0.15 * max(2, caption.count("\n") + 1) + 0.2
@@ -172,14 +155,10 @@ def heatmap_page(
     save_figure(figure, out)
 
 
-def decode_image(image: bytes | np.ndarray) -> np.ndarray:
+def shown_picture(image: bytes | np.ndarray) -> np.ndarray:
     """The upright image, its longer side scaled to SHOWN_SIDE pixels: (H, W, 3) uint8."""
-    facts = check_image(image)
-    if isinstance(image, np.ndarray):
-        picture = Image.fromarray(image)
-    else:
-        encoded = convert_image(image) if facts.convert else image
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+    check_image(image)
+    picture = decode_image(image)
     scale = SHOWN_SIDE / max(picture.size)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     return np.asarray(picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
@@ -219,7 +198,9 @@ def _choose_queries(source: CaptionSource, images: int, words: int) -> list[tupl
     for _, sample in usable_samples(source, spread, skipped):
         if by_caption := boxed_phrases(sample):
             caption = max(by_caption, key=lambda text: len(by_caption[text]))
-            with_boxes.append((sample, caption, _distinct(by_caption[caption])[:words]))
+            # one phrase for each span of words
+            distinct = {(phrase.first_word, phrase.n_words): phrase for phrase in by_caption[caption]}
+            with_boxes.append((sample, caption, list(distinct.values())[:words]))
         else:
             caption = sample.captions[0]
             parts = caption.split()
@@ -234,22 +215,16 @@ def _choose_queries(source: CaptionSource, images: int, words: int) -> list[tupl
     return chosen
 
 
-def _distinct(phrases: Sequence[Phrase]) -> list[Phrase]:
-    """One phrase for each span of words."""
-    return list({(phrase.first_word, phrase.n_words): phrase for phrase in phrases}.values())
-
-
 def _draw_boxes(ax: Axes, picture: np.ndarray, heat: np.ndarray, boxes: Sequence[Box]) -> None:
     height, width = picture.shape[:2]
     for x1, y1, x2, y2 in boxes:
         corner, size = (x1 * width - 0.5, y1 * height - 0.5), ((x2 - x1) * width, (y2 - y1) * height)
         ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=1.8))
     score = grounding_score(heat, boxes)
-    if score.flat:
-        return
-    x, y = peak(heat)
-    color = GREEN if score.hit == 1 else RED
-    ax.plot(x * width, y * height, marker="X", markersize=9, color=color, markeredgecolor="white")
+    if not score.flat:
+        x, y = peak(heat)
+        color = GREEN if score.hit == 1 else RED
+        ax.plot(x * width, y * height, marker="X", markersize=9, color=color, markeredgecolor="white")
 
 
 def _show(ax: Axes, picture: np.ndarray, title: str, note: str = "") -> None:

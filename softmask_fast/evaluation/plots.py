@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from softmask_fast.errors import UsageError
+from softmask_fast.utils import replacing
 
 FEW_POINTS = 40  # a curve of at most so many points has markers
 
@@ -19,13 +19,8 @@ FEW_POINTS = 40  # a curve of at most so many points has markers
 def plot_curves(metrics: str | Path, out: str | Path, held_out: Sequence[dict[str, float]] = ()) -> None:
     """Draws every metric over the steps: one panel for losses, one for accuracies, and one for each other metric.
 
-    Args:
-        metrics: a metrics.jsonl; each line is a JSON object of "step" and numbers.
-        out: the PNG to write.
-        held_out: further records like those of the file.
-
-    Raises:
-        UsageError: if there are no metrics.
+    metrics is a metrics.jsonl: each line is a JSON object of "step" and numbers; held_out are further such objects.
+    Raises UsageError if there are no metrics.
     """
     records = [json.loads(line) for line in Path(metrics).read_text().splitlines() if line.strip()]
     records += held_out
@@ -72,9 +67,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def save_figure(figure: Figure, out: str | Path) -> None:
-    """Writes a PNG under a temporary name, then renames it."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".partial")
-    figure.savefig(temporary, format="png", dpi=130, facecolor="white")
-    os.replace(temporary, out)
+    """Writes a PNG, and its folder if there is none."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(Path(out)) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, facecolor="white")

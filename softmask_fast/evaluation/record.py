@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from softmask_fast.evaluation.tables import Report
+from softmask_fast.errors import UsageError
+from softmask_fast.evaluation.tables import Report
 
 
 def evaluation_record(
-    reports: Sequence[Report],
-    data: str,
-    size: int | None = None,
-    headline: tuple[str, float] | None = None,
+    reports: Sequence[Report], data: str, size: int | None = None, headline: tuple[str, float] | None = None,
     **about: Any,
-) -> dict[str, Any]:
-    """The record of one evaluation: evaluation.json, a line of evaluations.jsonl, and what `evaluate --json` writes.
+) -> dict[str, Any]:  # fmt: skip
+    """{"step", "epoch", "model", "data", "size", "headline": {"name", "value"}, "reports": {task: metrics}}, without
+    the keys that do not apply; see docs/training.md.
 
     Args:
-        reports: one for each task.
         data: the held-out data, as an option names it.
         size: most samples that are taken of it; None or 0: all.
         headline: name and value in [0, 1] of the metric that the best model is chosen by.
         about: what was evaluated: "step" and "epoch" of a run, or the "model" folder.
-
-    Returns:
-        {"step", "epoch", "model", "data", "size", "headline": {"name", "value"}, "reports": {task: metrics}}, without
-        the keys that do not apply; see docs/training.md.
     """
     record = about | {"data": data}
     if size:
@@ -39,20 +33,9 @@ def evaluation_record(
     return record | {"reports": {metrics.pop("task"): metrics for metrics in tasks}}
 
 
-def parse_record(text: str) -> dict[str, Any]:
-    """Read a record of `evaluation_record`, also as older versions wrote it.
-
-    They wrote a list of reports (pretraining), or one report with the other keys among its own (fine-tuning).
-    """
-    content = json.loads(text)
-    if isinstance(content, dict) and "reports" in content:
-        return content
-    if isinstance(content, list):
-        return {"reports": {metrics.pop("task"): metrics for metrics in content}}
-    names = {"step": "step", "epoch": "epoch", "eval_data": "data", "eval_size": "size"}
-    record = {new: content.pop(old) for old, new in names.items() if old in content}
-    if not record.get("size"):
-        record.pop("size", None)
-    if "headline" in content:
-        record["headline"] = {"name": content.pop("headline"), "value": content.pop("value")}
-    return record | {"reports": {content.pop("task"): content}}
+def parse_record(text: str, path: Path) -> dict[str, Any]:
+    """Read a record in the file `path`. Raises UsageError for one of an older version, which has no "reports"."""
+    record = json.loads(text)
+    if not isinstance(record, dict) or "reports" not in record:
+        raise UsageError(f'{path}: expected records with "reports", got one of an older version; evaluate again')
+    return record

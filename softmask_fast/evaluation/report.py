@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from softmask_fast.config import Config
-from softmask_fast.data.remote.options import RemoteOptions
-from softmask_fast.data.sources import open_source
-from softmask_fast.data.types import CaptionSource
+from softmask_fast.data.sources import open_as_configured
 from softmask_fast.evaluation.common import usable_samples
 from softmask_fast.evaluation.grounding import evaluate_grounding
 from softmask_fast.evaluation.heatmaps import heatmap_page
 from softmask_fast.evaluation.plots import plot_curves
 from softmask_fast.evaluation.retrieval import evaluate_retrieval
+from softmask_fast.evaluation.tables import Report
 from softmask_fast.model.export import load_model
-
-if TYPE_CHECKING:
-    from softmask_fast.evaluation.tables import Report
 
 RERANKED = 16  # candidates of each query that matching re-ranks
 
@@ -37,14 +33,8 @@ class PretrainingEvaluation:
     def __init__(self, config: Config, data: str) -> None:
         """Open the pairs. Raises UsageError when they cannot be read."""
         self.data, self.size = data, config.data.eval_size
-        self.source: CaptionSource = open_source(
-            data,
-            split="val",
-            seed=config.train.seed,
-            image_size=config.model.image_size,
-            remote=RemoteOptions.of(config.data),
-            image_root=config.data.image_root,
-        )
+        options = {"split": "val", "seed": config.train.seed, "image_size": config.model.image_size}
+        self.source = open_as_configured(data, config.data, **options)
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, limit: int, progress: bool) -> list[Report]:
         """The reports on the first `limit` pairs. A collective where there are several ranks."""
@@ -65,12 +55,9 @@ def held_out_pairs(config: Config) -> str | None:
 
 
 def report_run(
-    output: Path,
-    config: Config,
-    evaluation: PretrainingEvaluation | None,
-    reports: Sequence[Report],
+    output: Path, config: Config, evaluation: PretrainingEvaluation | None, reports: Sequence[Report],
     device: torch.device | str = "cpu",
-) -> None:
+) -> None:  # fmt: skip
     """Show what output/model has reached: print the tables, draw curves.png and heatmaps.png."""
     curves = output / "curves.png"
     plot_curves(output / "metrics.jsonl", curves)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from softmask_fast.data.types import CaptionSource, Sample
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import (
     batches,
@@ -27,7 +28,6 @@ from softmask_fast.evaluation.tables import format_table, percent
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-    from softmask_fast.data.types import CaptionSource, Sample
     from softmask_fast.model.vision_language import VisionLanguageModel
 
 RECALL_AT = (1, 5, 10)
@@ -74,16 +74,10 @@ class RetrievalReport:
 
 
 def evaluate_retrieval(
-    model: VisionLanguageModel,
-    tokenizer: Tokenizer,
-    source: CaptionSource,
-    *,
-    captions: Literal["first", "all"] = "first",
-    rerank: int = 16,
-    batch_size: int = 64,
-    limit: int | None = None,
+    model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, *,
+    captions: Literal["first", "all"] = "first", rerank: int = 16, batch_size: int = 64, limit: int | None = None,
     progress: bool = False,
-) -> RetrievalReport:
+) -> RetrievalReport:  # fmt: skip
     """Measures recall@1, 5 and 10 of text-to-image and image-to-text retrieval.
 
     Samples that cannot be read are skipped and reported. The tokens of all images and captions stay on the model's
@@ -91,15 +85,11 @@ def evaluate_retrieval(
     a part of the pairs, and all return the same report.
 
     Args:
-        model: a pretrained model.
-        tokenizer: its tokenizer.
-        source: images and captions.
         captions: "first" uses the first caption of each image. "all" uses every one: each is a query, and an image's
             query succeeds if any of its captions is among the first k (the protocol of COCO and Flickr30k).
         rerank: number of candidates of each query that ITM re-ranks, at least 10; 0 skips ITM.
         batch_size: number of images, or of captions, encoded at a time.
         limit: evaluate only the first `limit` samples.
-        progress: show progress bars.
 
     Raises:
         UsageError: for a source without a usable sample, or an option out of range.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import pickle
 import re
 import zipfile
@@ -35,6 +34,7 @@ from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.utils import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -180,10 +180,8 @@ def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = No
 
 def save_albef(model: VisionLanguageModel, path: str | Path, teacher: MomentumTeacher | None = None) -> None:
     """Writes `albef_state` under 'model', where ALBEF's scripts look for it, atomically."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    torch.save({"model": albef_state(model, teacher)}, temporary)
-    os.replace(temporary, path)
+    with replacing(Path(path)) as temporary:
+        torch.save({"model": albef_state(model, teacher)}, temporary)
 
 
 def albef_tokenizer(bert_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import asdict, fields
@@ -19,6 +18,7 @@ from softmask_fast.data.tokenizer import load_tokenizer
 from softmask_fast.errors import UsageError
 from softmask_fast.model.state import load_own_state, own_state, save_state
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.utils import read_json, write_json
 
 WEIGHTS, CONFIG, TOKENIZER, TASK = "model.safetensors", "config.json", "tokenizer", "task.json"
 
@@ -30,7 +30,6 @@ def save_model(
 
     Args:
         model: a VisionLanguageModel, or a model fine-tuned for a task, whose `task_record` goes into task.json.
-        tokenizer, directory: of the model.
         state: the weights; default: the model's own. Under ZeRO-3 these are empty: pass the gathered ones.
     """
     directory = Path(directory)
@@ -38,9 +37,9 @@ def save_model(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_state(own_state(model) if state is None else state, temporary / WEIGHTS)
-    (temporary / CONFIG).write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+    write_json(temporary / CONFIG, asdict(model.config))
     if not isinstance(model, VisionLanguageModel):
-        (temporary / TASK).write_text(json.dumps(model.task_record, indent=2) + "\n")
+        write_json(temporary / TASK, model.task_record)
     tokenizer.save_pretrained(temporary / TOKENIZER)
     if directory.exists():
         shutil.rmtree(directory)
@@ -72,13 +71,13 @@ def read_model_folder(directory: str | Path) -> tuple[ModelConfig, dict | None]:
     absent = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (directory / name).exists()]
     if absent:
         raise UsageError(f"model: expected a folder with {WEIGHTS}, {CONFIG}, {TOKENIZER}/; {directory} lacks {absent}")
-    options = _read_json(directory / CONFIG)
+    options = read_json(directory / CONFIG, "model")
     unknown = sorted(options.keys() - {f.name for f in fields(ModelConfig)})
     if unknown:
         raise UsageError(f"model: {directory / CONFIG} has unknown options {unknown}")
     # the weights are in the folder, wherever training started from
     options |= {"vision_weights": "random", "text_weights": "random", "model_weights": None}
-    task = _read_json(directory / TASK) if (directory / TASK).exists() else None
+    task = read_json(directory / TASK, "model") if (directory / TASK).exists() else None
     return ModelConfig(**options), task
 
 
@@ -89,13 +88,6 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise UsageError(f"model: {path} cannot be read: {error}") from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"model: {path} is not valid JSON: {error}") from error
 
 
 def pretrained_config(directory: str | Path) -> ModelConfig:

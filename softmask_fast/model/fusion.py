@@ -130,15 +130,9 @@ class FusionEncoder(nn.Module):
         return [layer.cross_attention.keys_values(image_tokens) for layer in self.layers]
 
     def forward(
-        self,
-        text: Tensor,
-        attention_mask: Tensor,
-        keys_values: list[KeyValue],
-        image_index: Tensor | None = None,
-        keep: Tensor | None = None,
-        positions: Tensor | None = None,
-        packing: Packing | None = None,
-    ) -> Tensor:
+        self, text: Tensor, attention_mask: Tensor, keys_values: list[KeyValue], image_index: Tensor | None = None,
+        keep: Tensor | None = None, positions: Tensor | None = None, packing: Packing | None = None,
+    ) -> Tensor:  # fmt: skip
         """text (S, L, C), attention_mask (S, L) bool and its packing -> fused tokens (S, L, C), 0 at padding.
 
         Sequence i attends to the image image_index[i], (S,) int64, by default to image i, soft-masked by keep (S, N)
@@ -156,14 +150,9 @@ class FusionEncoder(nn.Module):
         return run_layer(last, text, packing, keys_values[-1], *inputs, positions, checkpointing=self.checkpointing)
 
     def relevance_inputs(
-        self,
-        text: Tensor,
-        attention_mask: Tensor,
-        keys_values: list[KeyValue],
-        layer: int,
-        score: Callable[[Tensor], Tensor],
-        packing: Packing | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, text: Tensor, attention_mask: Tensor, keys_values: list[KeyValue], layer: int,
+        score: Callable[[Tensor], Tensor], packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Inputs of `word_gradcam` and `word_soft_mask` from one layer: query, key, value and the gradient of the score
         with respect to the attention output, all detached, (B, H, L, D) or (B, H, N, D).
 
@@ -172,8 +161,7 @@ class FusionEncoder(nn.Module):
         """
         packing = Packing.of(attention_mask) if packing is None else packing
         keys_values = [(key.detach(), value.detach()) for key, value in keys_values]
-        first_tokens = torch.arange(len(text), device=text.device) * text.shape[1]
-        chosen, last = self.layers[layer], self.layers[-1]
+        chosen, last, positions = self.layers[layer], self.layers[-1], first_tokens(text)
         with torch.no_grad():
             text = packing.pack(text)
             for below, key_value in zip(self.layers[:layer], keys_values, strict=False):
@@ -185,10 +173,10 @@ class FusionEncoder(nn.Module):
         def score_of(attended: Tensor) -> Tensor:
             hidden = chosen.finish(text, packing.pack(join_heads(attended)))
             if chosen is last:
-                return score(hidden[packing.rows_of(first_tokens)]).sum()
+                return score(hidden[packing.rows_of(positions)]).sum()
             for above, key_value in zip(self.layers[layer + 1 : -1], keys_values[layer + 1 :], strict=False):
                 hidden = above(hidden, packing, key_value, None, None, self.attention)
-            hidden = last.read(hidden, packing, keys_values[-1], None, None, self.attention, first_tokens)
+            hidden = last.read(hidden, packing, keys_values[-1], None, None, self.attention, positions)
             return score(hidden).sum()
 
         gradient = attention_output_gradient(score_of, attended)
@@ -196,6 +184,11 @@ class FusionEncoder(nn.Module):
         with torch.no_grad():
             value = chosen.cross_attention.biased(value)
         return query, key, value, gradient
+
+
+def first_tokens(text: Tensor) -> Tensor:
+    """The positions of [CLS] among the S * L tokens of text (S, L, C): (S,) int64."""
+    return torch.arange(len(text), device=text.device) * text.shape[1]
 
 
 def join_heads(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -10,17 +9,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from softmask_fast.errors import UsageError
+from softmask_fast.utils import replacing
 
 # Prefixes in older files -> those of today's modules.
 _RENAMED = {"contrast.": "queue."}  # the teacher's queue once belonged to its loss
 
 
 def save_state(state: dict[str, Tensor], path: str | Path) -> None:
-    """Writes tensors as safetensors, atomically: to a temporary file, then renamed."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
-    os.replace(temporary, path)
+    """Writes tensors as safetensors, atomically."""
+    with replacing(Path(path)) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:

@@ -59,10 +59,6 @@ class VisionEncoder(nn.Module):
         """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv), N = prefix_tokens + rows * columns."""
         return self.vit.forward_features(pixels)
 
-    def set_checkpointing(self, on: bool) -> None:
-        """Whether the backward pass recomputes the blocks' intermediates."""
-        self.vit.set_grad_checkpointing(on)
-
 
 def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
     """Loads timm's pretrained weights or those of a file; position embeddings are resampled to the encoder's grid.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError
-from softmask_fast.model.fusion import FusionEncoder, KeyValue
+from softmask_fast.model.fusion import FusionEncoder, KeyValue, first_tokens
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.text import MaskedLanguageHead, TextEncoder, initial_std
 from softmask_fast.model.vision import VisionEncoder
@@ -25,13 +25,7 @@ TEMPERATURE_RANGE = (0.001, 0.5)
 class VisionLanguageModel(nn.Module):
     """Encoders, heads and the contrastive temperature, with random weights; `load_pretrained` loads others.
 
-    Args:
-        config: sizes.
-        temperature: initial contrastive temperature.
-
-    Attributes:
-        grid_size: rows and columns of patches.
-        prefix_tokens: number of image tokens before the patches; the first one is [CLS].
+    Attributes: grid_size (rows and columns of patches), prefix_tokens (image tokens before the patches, first [CLS]).
     """
 
     def __init__(self, config: ModelConfig, temperature: float = 0.07):
@@ -58,7 +52,7 @@ class VisionLanguageModel(nn.Module):
         """
         for encoder in (self.text, self.fusion):
             encoder.attention, encoder.checkpointing = attention, checkpointing
-        self.vision.set_checkpointing(checkpointing)
+        self.vision.vit.set_grad_checkpointing(checkpointing)
         if compile:
             self.vision.compile(dynamic=False)
 
@@ -95,9 +89,8 @@ class VisionLanguageModel(nn.Module):
         """image_tokens (B, N, Cv), text_tokens (S, L, C), attention_mask (S, L) bool, image_index (S,) int64, the image
         of each text (None: image i for text i) -> logits (S, 2), [:, 1] for "matched"."""
         keys_values = self.fusion.keys_values(image_tokens)
-        first_tokens = torch.arange(len(text_tokens), device=text_tokens.device) * text_tokens.shape[1]
-        fused = self.fusion(text_tokens, attention_mask, keys_values, image_index, positions=first_tokens)
-        return self.match_head(fused)
+        positions = first_tokens(text_tokens)
+        return self.match_head(self.fusion(text_tokens, attention_mask, keys_values, image_index, positions=positions))
 
     def match_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """pixels (B, 3, image_size, image_size), input_ids (B, L) int64, attention_mask (B, L) bool -> logits (B, 2),
@@ -116,13 +109,9 @@ class VisionLanguageModel(nn.Module):
         return self.match_head(fused)[:, 1]
 
     def relevance_inputs(
-        self,
-        text_tokens: Tensor,
-        attention_mask: Tensor,
-        keys_values: list[KeyValue],
-        layer: int,
+        self, text_tokens: Tensor, attention_mask: Tensor, keys_values: list[KeyValue], layer: int,
         packing: Packing | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """`FusionEncoder.relevance_inputs` of the "matched" logit, without dropout."""
         training = self.training
         self.eval()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import (
@@ -24,9 +25,6 @@ from softmask_fast.evaluation.common import (
 from softmask_fast.evaluation.tables import format_table, format_title, percent
 from softmask_fast.tasks.base import TaskModel
 from softmask_fast.tasks.datasets import Example, ExampleSource
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 
 @dataclass(frozen=True)
@@ -57,28 +55,13 @@ class AnswerReport:
 
 
 def evaluate_answers(
-    model: TaskModel,
-    tokenizer: Tokenizer,
-    source: ExampleSource,
-    *,
-    batch_size: int = 64,
-    limit: int | None = None,
+    model: TaskModel, tokenizer: Tokenizer, source: ExampleSource, *, batch_size: int = 64, limit: int | None = None,
     progress: bool = False,
-) -> AnswerReport:
-    """Answers every example of a source once, and scores the answers if the source has labels.
+) -> AnswerReport:  # fmt: skip
+    """Answers the examples of a source, or the first `limit` of them, and scores the answers if there are labels.
 
     In a process group this is a collective: each rank answers a part, and all return the report of all examples.
-
-    Args:
-        model: a fine-tuned model.
-        tokenizer: its tokenizer.
-        source: the examples.
-        batch_size: number of examples at a time.
-        limit: answer only the first `limit` examples.
-        progress: show a progress bar.
-
-    Raises:
-        UsageError: if no example can be used, or an option is out of range.
+    Raises UsageError if no example can be used, or an option is out of range.
     """
     count = sample_count(source, batch_size, limit)
     skipped: dict[str, str] = {}

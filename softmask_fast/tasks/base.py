@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.model.fusion import first_tokens
 from softmask_fast.model.momentum import MomentumCopy, StepSettings
 from softmask_fast.model.text import initial_std
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar with graph, and metrics: scalars by name
 
@@ -50,8 +49,7 @@ class TaskModel(nn.Module):
         self.base.set_execution(*options)
 
     def loss(self, batch: TaskBatch, teacher: TaskModel | None, alpha: float) -> Loss:
-        """The loss of a batch, and further metrics. The teacher's predictions are soft targets with weight alpha; it is
-        None without distillation."""
+        """The loss of a batch, and further metrics. A teacher's predictions are soft targets of weight alpha."""
         raise NotImplementedError
 
     def predict(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Any]:
@@ -126,11 +124,6 @@ def classifier(width: int, classes: int) -> nn.Sequential:
         nn.init.normal_(layer.weight, std=initial_std(width))
         nn.init.zeros_(layer.bias)
     return head
-
-
-def first_tokens(text: Tensor) -> Tensor:
-    """The positions of [CLS] among the (S * L) tokens of text (S, L, C): (S,) int64."""
-    return torch.arange(len(text), device=text.device) * text.shape[1]
 
 
 def distilled_cross_entropy(logits: Tensor, target: Tensor, teacher_logits: Tensor | None, alpha: float) -> Tensor:

@@ -5,7 +5,6 @@ Labels and answers become `Example`s. Referring expressions become `Sample`s, as
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from softmask_fast.data.images import image_size
+from softmask_fast.data.images import image_size, read_image
 from softmask_fast.data.loader import SampleLoader
 from softmask_fast.data.parsing import distinct_keys, relative_names
 from softmask_fast.data.seeding import image_ids
 from softmask_fast.data.sources import expand_names, expand_paths
-from softmask_fast.data.types import BadSample, Phrase, Sample
+from softmask_fast.data.synthetic import ShapesSource
+from softmask_fast.data.types import Phrase, Sample
 from softmask_fast.errors import UsageError
 from softmask_fast.tasks.synthetic import ShapesTask
+from softmask_fast.utils import read_json
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ class EntryFormat:
     label: str | None = None  # name of the label field, if test files leave it out
 
     def parse(self, entry: Any, labeled: bool = True) -> tuple[str, Any, list[str]]:
-        """Returns the text, the target and the image paths. If not `labeled`, no entry may have a label, and the
-        target is None. Raises UsageError that names the field, what was expected and what came."""
+        """The text, the target and the image paths. If not `labeled`, no entry may have a label; the target is None."""
         if not isinstance(entry, dict):
             raise UsageError(f"expected an object, got {type(entry).__name__}")
         text = text_field(entry, self.text)
@@ -140,19 +140,11 @@ class JsonExamples(ExampleSource):
 
     def read(self, index: int) -> Example:
         text, target, paths = self._parsed[index]
-        try:
-            images = [Path(path).read_bytes() for path in paths]
-        except (OSError, ValueError) as error:  # ValueError: not a valid path
-            raise BadSample(f"image cannot be read: {error}") from error
-        return Example(self.keys[index], images, text, target, self._entries[index])
+        return Example(self.keys[index], [*map(read_image, paths)], text, target, self._entries[index])
 
 
 def _entries(path: Path) -> list[Any]:
-    """The list in a JSON file."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"data: {path} is not valid JSON: {error}") from error
+    entries = read_json(path, "data")
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"data: {path}: expected a list of objects, got {str(entries)[:60]}")
     return entries
@@ -177,26 +169,18 @@ class ShapesExamples(ExampleSource):
 def open_examples(
     data: str, task: str, form: EntryFormat, *, split: str, seed: int, image_size: int, image_root: str | None = None
 ) -> ExampleSource:
-    """Opens the examples of a task.
+    """Opens the examples of a task. Raises UsageError or OSError that names what is wrong.
 
     Args:
         data: "shapes", "shapes:num=4096,names=color" (see `ShapesSource.from_options`), or JSON files: separated by
             commas, or a pattern.
-        task: name of the task.
-        form: how to read an entry.
         split: "train": every entry needs its label. "val": all entries may lack it.
-        seed: of `shapes`.
-        image_size: side of the `shapes` images in pixels.
+        seed, image_size: of `shapes`.
         image_root: the folder of relative image paths; default: that of their JSON file.
-
-    Raises:
-        UsageError: names what is wrong.
-        OSError: names the file that is missing.
     """
     if data.split(":")[0] == "shapes":
-        options = data[len("shapes:") :]
-        entries = ShapesTask.from_options(options, task, split=split, seed=seed, image_size=image_size)
-        return ShapesExamples(entries, form)
+        scenes = ShapesSource.from_options(data[len("shapes:") :], split=split, seed=seed, image_size=image_size)
+        return ShapesExamples(ShapesTask(task, scenes), form)
     paths = expand_paths(expand_names(data))
     if other := [path for path in paths if path.suffix != ".json"]:
         raise UsageError(f"data: expected .json files or shapes for {task}, got {other[0]}")
@@ -214,13 +198,9 @@ class ExampleLoader(SampleLoader[TaskBatch]):
         rows = self._tokenize(selection, list(texts))
         input_ids, attention_mask = self._padded(rows)
         return TaskBatch(
-            pixels=pixels,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            targets=list(targets),
-            keys=[sample.key for sample in selection.samples],
-            token_count=sum(map(len, rows)),
-        )
+            pixels=pixels, input_ids=input_ids, attention_mask=attention_mask, targets=list(targets),
+            keys=[sample.key for sample in selection.samples], token_count=sum(map(len, rows)),
+        )  # fmt: skip
 
 
 class ExpressionSource:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.data.tokenizer import load_tokenizer
@@ -21,27 +21,16 @@ from softmask_fast.tasks.nlvr2 import NLVR2Model, TextAssignmentModel
 from softmask_fast.tasks.options import TaskConfig
 from softmask_fast.tasks.vqa import VQAModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
-
-    Loaded = tuple[VisionLanguageModel, Tokenizer]
-
 # The models with a head of their own, by the name of their task.
 MODELS: dict[str, type[TaskModel]] = {
     model.name: model for model in (VQAModel, NLVR2Model, EntailmentModel, TextAssignmentModel)
 }
 
 
-def start_model(options: TaskConfig, tokenizer: str | None) -> Loaded:
-    """Loads the pretrained model that fine-tuning starts from, and its tokenizer.
+def start_model(options: TaskConfig, tokenizer: str | None) -> tuple[VisionLanguageModel, Tokenizer]:
+    """Loads the pretrained model that fine-tuning starts from, and its tokenizer, or another one by name or folder.
 
-    Args:
-        options: `model` is a model folder or an ALBEF checkpoint; `image_size`, `max_tokens` and `hidden_dropout`
-            override the model's.
-        tokenizer: name or folder of another tokenizer; default: the model's.
-
-    Raises:
-        UsageError: says what to do if the model or the tokenizer is missing, or they do not fit each other.
+    Raises UsageError if one of them is missing, or they do not fit each other.
     """
     model = VisionLanguageModel(_override(weights_config(options.model, "model"), options))
     load_weights(model, options.model, "model", complete=False)
@@ -51,7 +40,7 @@ def start_model(options: TaskConfig, tokenizer: str | None) -> Loaded:
     return model, loaded
 
 
-def start_pair_model(options: TaskConfig) -> Loaded | None:
+def start_pair_model(options: TaskConfig) -> tuple[NLVR2Model, Tokenizer] | None:
     """Loads what text assignment has trained for NLVR2. Returns None if `options.model` is anything else."""
     path = Path(options.model)
     if not path.is_dir() or (read_model_folder(path)[1] or {}).get("task") != TextAssignmentModel.name:
@@ -65,13 +54,9 @@ def start_pair_model(options: TaskConfig) -> Loaded | None:
 def load_task_model(
     directory: str | Path, task: str, device: str | torch.device = "cpu"
 ) -> tuple[VisionLanguageModel | TaskModel, Tokenizer]:
-    """Loads a model folder that fine-tuning for `task` wrote.
+    """Loads a model folder that fine-tuning for `task` wrote: the model in eval mode, and its tokenizer.
 
-    Returns:
-        The model in eval mode, a plain one for tasks without a head, and its tokenizer.
-
-    Raises:
-        UsageError: names what is missing, or the task that the model is fine-tuned for.
+    A task without a head has a plain model. Raises UsageError that names what is missing, or the model's own task.
     """
     if task not in MODELS:
         return load_model(directory, device)

@@ -11,23 +11,21 @@ on image-caption pairs: does a caption belong to the left image, to the right on
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.data.types import Batch
 from softmask_fast.errors import UsageError
-from softmask_fast.model.fusion import FusionEncoder, KeyValue
+from softmask_fast.model.fusion import FusionEncoder, KeyValue, first_tokens
 from softmask_fast.model.text import initial_std
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
-from softmask_fast.tasks.base import ClassifierModel, Loss, TaskModel, first_tokens
+from softmask_fast.tasks.base import ClassifierModel, Loss, TaskModel
 from softmask_fast.tasks.datasets import EntryFormat, choice_field, text_field
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 LABELS = ("False", "True")
 LEFT, RIGHT, NEITHER = range(3)

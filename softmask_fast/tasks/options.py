@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from softmask_fast.config import DataConfig, MomentumConfig, TrainConfig, option
@@ -49,9 +49,6 @@ class FinetuneConfig:
     def name(self) -> str:
         return self.task
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 # ALBEF's configurations (its configs/*.yaml, batches per GPU on 8 GPUs), which use neither color jitter nor blur.
 _COMMON = {
@@ -72,12 +69,7 @@ ABOUT = "Fine-tune a pretrained vision-language model for a task."
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[FinetuneConfig, LaunchOptions]:
-    """Parse flags and an optional --config file; `options.parse_sections` says which wins.
-
-    Raises:
-        SystemExit: argparse, for unknown flags.
-        UsageError: for values out of range, and for a file with unknown options.
-    """
+    """Parse flags and an optional --config file by `parse_sections`. Raises UsageError for values out of range."""
     task, options, launch = parse_sections(SECTIONS, "task", DEFAULTS, None, ABOUT, argv)
     if options["data"] is None:
         raise UsageError(f"data: expected the training data of {task}, got none")

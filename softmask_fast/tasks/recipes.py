@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from softmask_fast.config import DataConfig, ObjectiveConfig
 from softmask_fast.data.loader import PretrainingLoader, SampleLoader
-from softmask_fast.data.remote.options import RemoteOptions
-from softmask_fast.data.sources import open_source
+from softmask_fast.data.sources import open_as_configured
 from softmask_fast.data.types import CaptionSource
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.grounding import GroundingReport, evaluate_grounding, map_layer
@@ -32,18 +32,13 @@ from softmask_fast.tasks.datasets import (
     open_expressions,
 )
 from softmask_fast.tasks.entailment import EntailmentModel
-from softmask_fast.tasks.models import load_task_model, start_model, start_pair_model
+from softmask_fast.tasks.models import start_model, start_pair_model
 from softmask_fast.tasks.nlvr2 import NLVR2Model, TextAssignmentModel
 from softmask_fast.tasks.options import FinetuneConfig, TaskConfig
 from softmask_fast.tasks.synthetic import ANSWERS
 from softmask_fast.tasks.vqa import VQAModel, read_answers
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
-
-    Source = CaptionSource | ExampleSource | ExpressionSource
-
-__all__ = ["TASKS", "Report", "Task", "load_task_model", "predictions"]
+Source = CaptionSource | ExampleSource | ExpressionSource
 
 
 class Task(ABC):
@@ -54,18 +49,10 @@ class Task(ABC):
 
     @abstractmethod
     def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> Source:
-        """Opens the samples to train on (`split` "train") or to evaluate on ("val").
+        """Opens the samples of `data` to train on (`split` "train") or to evaluate on ("val").
 
-        Args:
-            data: "shapes" and its options, or names of files.
-            options: how data is read; `data` and `eval_data` are not used.
-            split: "train" or "val".
-            seed: of `shapes`.
-            image_size: side of the `shapes` images in pixels.
-
-        Raises:
-            UsageError: names what is wrong.
-            OSError: names the file that is missing.
+        Of the options only those of reading count, not `data` and `eval_data`; seed and image_size are those of
+        `shapes`. Raises UsageError or OSError that names what is wrong.
         """
 
     @abstractmethod
@@ -98,8 +85,7 @@ class RetrievalTask(Task):
     loader = PretrainingLoader
 
     def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> CaptionSource:
-        scenes = {"split": split, "seed": seed, "image_size": image_size}
-        return open_source(data, **scenes, remote=RemoteOptions.of(options), image_root=options.image_root)
+        return open_as_configured(data, options, split=split, seed=seed, image_size=image_size)
 
     def model(self, config: FinetuneConfig) -> tuple[VisionLanguageModel, Tokenizer]:
         return start_model(config.options, config.data.tokenizer)
@@ -112,9 +98,7 @@ class RetrievalTask(Task):
     def evaluate(
         self, model: nn.Module, tokenizer: Tokenizer, source: Source, options: TaskConfig, **common: Any
     ) -> RetrievalReport:
-        rerank = 0
-        if options.candidates:
-            rerank = max(10, min(options.candidates, len(source)))
+        rerank = max(10, min(options.candidates, len(source))) if options.candidates else 0
         return evaluate_retrieval(model, tokenizer, source, captions=options.captions, rerank=rerank, **common)
 
     def headline(self, report: RetrievalReport) -> tuple[str, float]:

@@ -29,16 +29,10 @@ class ShapesTask:
         self.task, self.name = task, scenes.name
         self.keys = [f"{task}-{key}" for key in scenes.keys]
 
-    @classmethod
-    def from_options(cls, options: str, task: str, *, split: str, seed: int, image_size: int) -> ShapesTask:
-        """The options are those of `ShapesSource.from_options`, which raises their errors."""
-        return cls(task, ShapesSource.from_options(options, split=split, seed=seed, image_size=image_size))
-
     def __len__(self) -> int:
         return len(self._scenes)
 
     def entry(self, index: int) -> Entry:
-        """The entry at an index, and its images."""
         source = self._scenes
         return self._make(self, index, keyed_generator(source.seed, source.split, index, self.task))
 
@@ -135,8 +129,5 @@ def _neighbors(scene: Sequence[SceneObject], generator: np.random.Generator) -> 
 
 
 _MAKERS: dict[str, Callable[[ShapesTask, int, np.random.Generator], Entry]] = {
-    "vqa": _question,
-    "nlvr2": _pair,
-    "entailment": _statement,
-    "grounding": _expression,
-}
+    "vqa": _question, "nlvr2": _pair, "entailment": _statement, "grounding": _expression,
+}  # fmt: skip

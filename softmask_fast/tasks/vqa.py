@@ -9,17 +9,17 @@ As in ALBEF, the decoder starts from the fusion layers, the text encoder's embed
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertLMHeadModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.vqa_accuracy import FEWEST_ANNOTATORS, vqa_accuracy
@@ -27,9 +27,7 @@ from softmask_fast.model.text import bert_config
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
 from softmask_fast.tasks.base import Loss, TaskModel
 from softmask_fast.tasks.datasets import EntryFormat, Example, TaskBatch, one_image
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+from softmask_fast.utils import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +62,7 @@ def _is_list_of_texts(answers: Any) -> bool:
 
 def read_answers(path: str | Path) -> list[str]:
     """The distinct answers of a JSON list of texts, in order. Raises UsageError if the file holds anything else."""
-    try:
-        answers = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"answers: {path} is not valid JSON: {error}") from error
+    answers = read_json(path, "answers")
     if not _is_list_of_texts(answers):
         raise UsageError(f"answers: {path}: expected a JSON list of texts, got {str(answers)[:60]}")
     return list(dict.fromkeys(answers))
@@ -154,11 +149,9 @@ class VQAModel(TaskModel):
         ids and mask (A, La) are those of `answer_tokens`; states (A, L, C) and their mask belong to the questions.
         """
         written = self.decoder(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1].long(),
-            encoder_hidden_states=states,
+            input_ids=ids[:, :-1], attention_mask=mask[:, :-1].long(), encoder_hidden_states=states,
             encoder_attention_mask=states_mask.long(),
-        )
+        )  # fmt: skip
         return written.logits.float()
 
     def loss(self, batch: TaskBatch, teacher: VQAModel | None, alpha: float) -> Loss:
@@ -193,13 +186,11 @@ class VQAModel(TaskModel):
         count = min(self.candidates, len(self.answers))
         chosen = first.log_softmax(-1)[:, ids[:, 1]].topk(count).indices  # (B, count)
         answer, question = chosen.flatten(), torch.arange(len(states), device=ids.device).repeat_interleave(count)
-        scores = torch.cat(
-            [
-                self._log_probability(ids[a], mask[a], states[q], attention_mask[q])
-                for a, q in zip(answer.split(RANKING_BATCH), question.split(RANKING_BATCH), strict=True)
-            ]
-        )
-        best = chosen.gather(1, scores.unflatten(0, chosen.shape).argmax(1, keepdim=True))[:, 0]
+        scores = [
+            self._log_probability(ids[a], mask[a], states[q], attention_mask[q])
+            for a, q in zip(answer.split(RANKING_BATCH), question.split(RANKING_BATCH), strict=True)
+        ]
+        best = chosen.gather(1, torch.cat(scores).unflatten(0, chosen.shape).argmax(1, keepdim=True))[:, 0]
         return [self.answers[index] for index in best.tolist()]
 
     def _log_probability(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:

@@ -13,13 +13,16 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 import softmask_fast
 from softmask_fast.config import Config, renamed
 from softmask_fast.errors import UsageError
+from softmask_fast.evaluation.plots import save_figure
 from softmask_fast.evaluation.record import parse_record
 from softmask_fast.evaluation.report import PretrainingEvaluation, held_out_pairs
 from softmask_fast.options import spell
@@ -82,17 +85,12 @@ def run_ablation(
 
     Args:
         options: flags of train.py for all runs, with all parts on.
-        output: the folder of the runs and the table.
         seeds: runs of each row.
         deepspeed: path of DeepSpeed's configuration.
         launcher: options of the deepspeed launcher.
 
-    Returns:
-        The content of ablation.json.
-
-    Raises:
-        UsageError: for options that leave nothing to compare, or that differ from those of the folder.
-        RunEnded: for a run that was stopped or failed.
+    Returns the content of ablation.json. Raises UsageError for options that leave nothing to compare, or that differ
+    from those of the folder, and RunEnded for a run that was stopped or failed.
     """
     options = spell(options)
     config = check_options(options, seeds, deepspeed)
@@ -136,7 +134,7 @@ def check_options(options: Sequence[str], seeds: int, deepspeed: str) -> Config:
 
 def check_folder(output: Path, config: Config) -> None:
     """Store the options in the folder. Raises UsageError naming one that its earlier runs had otherwise."""
-    path, current = output / "options.json", json.loads(json.dumps(config.as_dict()))
+    path, current = output / "options.json", json.loads(json.dumps(asdict(config)))
     if path.exists():
         before = renamed(_flat(json.loads(path.read_text())))
         for name, value in _flat(current).items():
@@ -183,8 +181,8 @@ def summarize(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
     """row -> column -> values of all seeds, their mean, and their standard deviation (None for a single seed)."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for row in ROWS:
-        texts = [(run.folder / "evaluation.json").read_text() for run in runs if run.row == row]
-        reports = [parse_record(text)["reports"] for text in texts]
+        paths = [run.folder / "evaluation.json" for run in runs if run.row == row]
+        reports = [parse_record(path.read_text(), path)["reports"] for path in paths]
         table[row] = {}
         for column, path in METRICS.items():
             values = [_at(report, path) for report in reports]
@@ -217,14 +215,11 @@ def _cell(cell: dict[str, Any]) -> str:
 
 def plot(table: dict[str, dict[str, dict[str, Any]]], out: Path) -> None:
     """Draw a panel for each column: the means as bars, every seed as a point."""
-    from matplotlib.figure import Figure
-
-    from softmask_fast.evaluation.plots import save_figure
-
     columns = list(table["baseline"])
     wide = min(3, len(columns))
-    figure = Figure(figsize=(4.2 * wide, 3.2 * math.ceil(len(columns) / wide)), layout="constrained")
-    axes = figure.subplots(math.ceil(len(columns) / wide), wide, squeeze=False).flatten()
+    high = math.ceil(len(columns) / wide)
+    figure = Figure(figsize=(4.2 * wide, 3.2 * high), layout="constrained")
+    axes = figure.subplots(high, wide, squeeze=False).flatten()
     for ax, column in zip(axes, columns, strict=False):
         for position, (row, cells) in enumerate(table.items()):
             values = [100 * value for value in cells[column]["values"]]

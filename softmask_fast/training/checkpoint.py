@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import gather_objects
@@ -24,9 +25,6 @@ from softmask_fast.model.export import save_model
 from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.model.state import load_own_state, own_state, save_state
 from softmask_fast.training.ranks import run_on_all_ranks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 TRAINING_STATE, TEACHER, MODEL = "training_state.json", "teacher.safetensors", "model"
 
@@ -53,14 +51,9 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    directory: Path,
-    engine: deepspeed.DeepSpeedEngine,
-    teacher: MomentumCopy,
-    tokenizer: PreTrainedTokenizerFast,
-    state: dict[str, Any],
-    loader_state: dict[str, Any],
-    keep: int,
-) -> None:
+    directory: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumCopy, tokenizer: PreTrainedTokenizerFast,
+    state: dict[str, Any], loader_state: dict[str, Any], keep: int,
+) -> None:  # fmt: skip
     """Write directory/step-<state["step"]>, whole or not at all, and keep the newest `keep`. A collective.
 
     A checkpoint holds DeepSpeed's shards, the teacher with its queue, the model as a folder that `load_model` reads,
@@ -94,12 +87,8 @@ def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: Mome
     """Restore engine and teacher. A collective.
 
     ZeRO shards that another number of ranks wrote are converted to DeepSpeed's universal format, in a temporary folder.
-
-    Returns:
-        The saved state, with the data positions of all ranks that wrote it under "loaders".
-
-    Raises:
-        UsageError: when the folder holds no DeepSpeed checkpoint or cannot be converted.
+    Returns the saved state, with the data positions of all ranks that wrote it under "loaders". Raises UsageError when
+    the folder holds no DeepSpeed checkpoint or cannot be converted.
     """
     state = json.loads((path / TRAINING_STATE).read_text())
     universal = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from softmask_fast.config import TrainConfig
 from softmask_fast.errors import UsageError
 from softmask_fast.model.packing import choose_attention
+from softmask_fast.utils import read_json
 
 
 def check_execution(train: TrainConfig, deepspeed_config: dict[str, Any]) -> None:
@@ -27,15 +27,11 @@ def check_execution(train: TrainConfig, deepspeed_config: dict[str, Any]) -> Non
 def read_deepspeed_config(path: str, train: TrainConfig) -> dict[str, Any]:
     """Read a DeepSpeed configuration and fill in every "auto" from our options.
 
-    Raises:
-        UsageError: when the file cannot be read, or contradicts one of our options.
+    Raises UsageError when the file cannot be read, or contradicts one of our options.
     """
     if not Path(path).is_file():
         raise UsageError(f"--deepspeed: expected a JSON file, got {path!r}, which does not exist")
-    try:
-        config = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise UsageError(f"--deepspeed: {path} is not valid JSON: {error}") from error
+    config = read_json(path, "--deepspeed")
     ours = {
         "train_micro_batch_size_per_gpu": ("batch_size", train.batch_size),
         "gradient_accumulation_steps": ("gradient_accumulation_steps", train.gradient_accumulation_steps),

@@ -34,21 +34,13 @@ Parse = Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]]
 
 
 def run_script(
-    name: str,
-    argv: list[str] | None,
-    parse: Parse,
+    name: str, argv: list[str] | None, parse: Parse,
     work: Callable[[RunConfig, dict[str, Any], Path, StopRequest], None],
-) -> int:
+) -> int:  # fmt: skip
     """Run a script's work on this rank of the deepspeed launcher.
 
-    Args:
-        name: of the script, for messages.
-        argv: the arguments; None: those of the process.
-        parse: parses them.
-        work: called with the configuration, DeepSpeed's configuration, the output folder and the stop request.
-
-    Returns:
-        The exit status: 2 after one line about a user error that was found before the first step.
+    `work` is called with the configuration, DeepSpeed's configuration, the output folder and the stop request. Returns
+    the exit status: 2 after one line about a user error that was found before the first step.
     """
     config, launch = read_options(name, argv, parse)
     start_distributed(launch)
@@ -66,12 +58,9 @@ def run_script(
         if not lost_rank(error):
             raise
         rank, reason = dist.get_rank(), str(error).splitlines()[0]
-        print(
-            f"{name}: error: rank {rank} lost the connection to another rank ({reason}). When all hosts are back, "
-            f"resume with --output_dir {config.train.output_dir} --resume true",
-            file=sys.stderr,
-            flush=True,
-        )
+        lost = f"{name}: error: rank {rank} lost the connection to another rank ({reason})."
+        resume = f"When all hosts are back, resume with --output_dir {config.train.output_dir} --resume true"
+        print(lost, resume, file=sys.stderr, flush=True)
         os._exit(1)  # destroying the process group would wait for the lost rank
     return 0
 
@@ -118,11 +107,8 @@ def start_distributed(launch: LaunchOptions) -> None:
 def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, dict[str, Any], Path]:
     """Decide what the options leave open (bf16, the output folder), read DeepSpeed's configuration, make the folder.
 
-    Returns:
-        The configuration with all decided, DeepSpeed's configuration, and the output folder.
-
-    Raises:
-        AgreedUsageError: for options that this machine cannot run, and for those of `output_directory`.
+    Returns the configuration with all decided, DeepSpeed's configuration, and the output folder. Raises
+    AgreedUsageError for options that this machine cannot run, and as `output_directory` does.
     """
     bf16 = config.train.bf16
     if bf16 is None:
@@ -142,9 +128,8 @@ def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, di
 def output_directory(config: RunConfig) -> Path:
     """The run's output folder: chosen by rank 0, checked by all ranks, made by rank 0.
 
-    Raises:
-        AgreedUsageError: when the folder already holds a run and --resume is not given, when it cannot be made, and
-            when some hosts do not see it.
+    Raises AgreedUsageError when the folder already holds a run and --resume is not given, when it cannot be made, and
+    when some hosts do not see it.
     """
     choice = [config.train.output_dir]
     if choice[0] is None:
@@ -177,9 +162,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: str | None = None
         # The launcher forwards a signal to its process group, but not one that was sent to its first process alone.
-        self.launchers = [
-            process for process in psutil.Process().parents()[:2] if "deepspeed" in " ".join(process.cmdline())
-        ]
+        parents = psutil.Process().parents()[:2]
+        self.launchers = [process for process in parents if "deepspeed" in " ".join(process.cmdline())]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 

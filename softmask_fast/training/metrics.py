@@ -86,10 +86,6 @@ class MetricsLog:
         for name, value in metrics.items():
             self.board.add_scalar(f"held_out_{name.replace(' ', '_')}", value, step)
 
-    def advance(self) -> None:
-        """Move the progress bar by one step."""
-        self.bar.update()
-
     def close(self) -> None:
         self.bar.close()
         self.redirected.close()

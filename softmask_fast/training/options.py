@@ -16,22 +16,13 @@ ABOUT = "Pretrain a vision-language model with SoftMask++."
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Config, LaunchOptions]:
-    """Parse flags and an optional --config file; `parse_sections` says which wins.
-
-    Raises:
-        SystemExit: argparse, for unknown flags.
-        UsageError: for values out of range, and for a file with unknown options.
-    """
+    """Parse flags and an optional --config file by `parse_sections`. Raises UsageError for values out of range."""
     preset, options, launch = parse_sections(SECTIONS, "preset", PRESETS, "tiny", ABOUT, argv, _sizes_of_weights)
     return Config(preset, **build_sections(SECTIONS, options)), launch
 
 
 def make_config(preset: str = "tiny", **options: Any) -> Config:
-    """The configuration of a preset with some options changed.
-
-    Raises:
-        UsageError: for an unknown preset or option, and for values out of range.
-    """
+    """A preset with some options changed. Raises UsageError for unknown names, and for values out of range."""
     if preset not in PRESETS:
         raise UsageError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
     values = {f.name: f.default for section in SECTIONS.values() for f in fields(section)}

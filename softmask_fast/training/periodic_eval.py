@@ -9,28 +9,25 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import sample_count, usable_samples
 from softmask_fast.evaluation.record import evaluation_record, parse_record
 from softmask_fast.evaluation.report import PretrainingEvaluation
+from softmask_fast.evaluation.tables import Report
 from softmask_fast.model.export import save_model
 from softmask_fast.tasks.models import load_task_model
 from softmask_fast.tasks.options import FinetuneConfig
 from softmask_fast.tasks.recipes import TASKS
 from softmask_fast.training.metrics import drop_lines_after
 from softmask_fast.utils import write_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from softmask_fast.evaluation.tables import Report
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +68,7 @@ class Evaluator:
     def __init__(
         self, evaluation: PretrainingEvaluation | TaskEvaluation, output: Path, every_epochs: float = 0.0
     ) -> None:
-        """every_epochs: epochs between evaluations on the way; 0: none.
-
-        Raises:
-            UsageError: when none of the held-out samples can be used.
-        """
+        """every_epochs: epochs between evaluations on the way; 0: none. Raises UsageError if no sample can be used."""
         self.evaluation, self.output, self.every_epochs = evaluation, output, every_epochs
         self.count = sample_count(evaluation.source, 1, evaluation.size or None)
         skipped: dict[str, str] = {}
@@ -97,30 +90,17 @@ class Evaluator:
         self._last_step = last[0]
 
     def due(self, step: int) -> bool:
-        """Whether the model is to be evaluated after a step, and was not yet."""
+        """Whether the model is to be evaluated after a step and has not been yet."""
         return self._every_steps > 0 and step > self._last_step and step % self._every_steps == 0
 
     def evaluate(
-        self,
-        step: int,
-        epoch: float,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerFast,
-        weights: dict[str, Tensor],
+        self, step: int, epoch: float, model: nn.Module, tokenizer: PreTrainedTokenizerFast, weights: dict[str, Tensor],
         final: bool = False,
-    ) -> dict[str, float]:
+    ) -> dict[str, float]:  # fmt: skip
         """Evaluate the model after a step and keep it if it is the best so far. A collective.
 
-        Args:
-            step: optimizer steps done.
-            epoch: passes over the training data done.
-            model: is exported, with `weights`.
-            tokenizer: is exported beside it.
-            weights: the whole weights, on the CPU.
-            final: write evaluation.json as well.
-
-        Returns:
-            The headline metric by its name; empty for data without labels.
+        The model is exported with `weights`, whole and on the CPU. epoch: passes over the training data done; final:
+        write evaluation.json as well. Returns the headline metric by its name, nothing for data without labels.
         """
         candidate, first = self.output / CANDIDATE, dist.get_rank() == 0
         if first:
@@ -164,23 +144,21 @@ class Evaluator:
     def best(self, like: dict[str, Any]) -> dict[str, Any] | None:
         """The record of the model in best/, unless it has other data, another size or another headline than `like`."""
         path = self.output / BEST / RECORD
-        record = parse_record(path.read_text()) if path.exists() else None
-        return record if record and _comparable(record, like) else None
+        if not path.exists():
+            return None
+        record = parse_record(path.read_text(), path)
+        same = all(record.get(name) == like.get(name) for name in ("data", "size"))
+        return record if same and record["headline"]["name"] == like["headline"]["name"] else None
 
     def records(self) -> list[dict[str, Any]]:
         """All lines of evaluations.jsonl."""
         path = self.output / RECORDS
-        return [parse_record(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [parse_record(line, path) for line in path.read_text().splitlines()] if path.exists() else []
 
     def summary(self) -> str:
         """Which step was the best; empty for data without labels."""
         records = self.records()
         return f"best: {_describe(self.best(records[-1]))}, in {self.output / BEST}" if records else ""
-
-
-def _comparable(record: dict[str, Any], other: dict[str, Any]) -> bool:
-    same = all(record.get(name) == other.get(name) for name in ("data", "size"))
-    return same and record["headline"]["name"] == other["headline"]["name"]
 
 
 def _describe(record: dict[str, Any]) -> str:

@@ -20,13 +20,10 @@ class AgreedUsageError(UsageError):
 
 
 def run_on_all_ranks(work: Callable[[], Result]) -> Result:
-    """Run `work` on every rank; if it meets a user error on any, raise the first rank's on all. A collective.
+    """Run `work` on every rank and return its result on this one. A collective.
 
-    Returns:
-        What `work` returned on this rank.
-
-    Raises:
-        AgreedUsageError: on all ranks. Other errors pass unchanged, on the rank that met them.
+    If it meets a user error on any rank, all raise that of the first one as AgreedUsageError. Other errors pass
+    unchanged, on the rank that met them.
     """
     result, message = None, None
     try:

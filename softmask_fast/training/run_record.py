@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from softmask_fast.config import RunConfig, renamed
 from softmask_fast.errors import UsageError
 from softmask_fast.ops.registry import describe
-from softmask_fast.utils import installed_versions, write_json
+from softmask_fast.utils import installed_versions
 
 # options beside those of `TrainConfig` that a resumed run may change: none affects what is learned
 MAY_CHANGE = (
@@ -32,23 +33,14 @@ def run_record(config: RunConfig, device: torch.device, model: nn.Module, **abou
         "operators": {operator: chosen.get(device.type) for operator, chosen in describe().items()},
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         **about,
-        "config": config.as_dict(),
+        "config": asdict(config),
     }
 
 
-def write_run_record(output: Path, record: dict[str, Any], step: int) -> None:
-    """Write config.json, or beside it config-from-step-<step>.json of a resumed run."""
-    write_json(output / (f"config-from-step-{step:08d}.json" if step else "config.json"), record)
-
-
 def check_same_run(output: Path, config: RunConfig) -> None:
-    """Check that a resumed run keeps its options, except those of `TrainConfig` and `MAY_CHANGE`.
-
-    Raises:
-        UsageError: naming the first option that differs.
-    """
+    """Raise UsageError if a resumed run changes an option other than those of `TrainConfig` and `MAY_CHANGE`."""
     stored = json.loads((output / "config.json").read_text())["config"]
-    for section, options in config.as_dict().items():
+    for section, options in asdict(config).items():
         if section == "train" or not isinstance(options, dict):
             continue
         before = renamed(stored[section])

@@ -27,8 +27,9 @@ from softmask_fast.training.meters import DataTimer, FlopCount, HostCopy, StepPr
 from softmask_fast.training.metrics import MetricsLog
 from softmask_fast.training.periodic_eval import Evaluator
 from softmask_fast.training.ranks import mean_over_ranks, run_on_all_ranks
-from softmask_fast.training.run_record import check_same_run, run_record, write_run_record
+from softmask_fast.training.run_record import check_same_run, run_record
 from softmask_fast.training.schedule import learning_rate, step_settings
+from softmask_fast.utils import write_json
 
 logger = logging.getLogger("softmask_fast")
 
@@ -45,27 +46,16 @@ class Trainer:
     """Trains a model to the end, or until a stop is requested, and resumes to the last bit."""
 
     def __init__(
-        self,
-        step: nn.Module,
-        teacher: MomentumCopy,
-        loader: SampleLoader,
-        config: RunConfig,
-        deepspeed_config: dict[str, Any],
-        output: Path,
-        stop: StopRequest,
-        evaluator: Evaluator | None = None,
-    ) -> None:
+        self, step: nn.Module, teacher: MomentumCopy, loader: SampleLoader, config: RunConfig,
+        deepspeed_config: dict[str, Any], output: Path, stop: StopRequest, evaluator: Evaluator | None = None,
+    ) -> None:  # fmt: skip
         """Prepare the engine and, with `resume`, load the newest checkpoint. A collective, as are all methods.
 
         Args:
             step: forward is (batch, teacher, settings) -> (loss, metrics); its `model` is what the teacher averages.
-            teacher: the momentum copy of `step.model`.
             loader: batches of this rank.
             config: of the run, with nothing left open; see `prepare_run`.
-            deepspeed_config: content of DeepSpeed's configuration file.
-            output: the run's folder.
             stop: asked before every step.
-            evaluator: evaluates the model on the way and at the end.
 
         Raises:
             AgreedUsageError: when the checkpoint is of another run or cannot be loaded.
@@ -99,7 +89,8 @@ class Trainer:
             print(json.dumps(record, indent=2), flush=True)
             resumed = f", resuming after step {self.state.step}" if self.state.step else ""
             logger.info("writing to %s%s", output, resumed)
-            write_run_record(output, record, self.state.step)
+            name = f"config-from-step-{self.state.step:08d}.json" if self.state.step else "config.json"
+            write_json(output / name, record)
 
         # Start the meters.
         rate = matmul_rate(self.device, torch.bfloat16 if self.options.bf16 else torch.float32)
@@ -124,7 +115,7 @@ class Trainer:
             if self.state.step % self.options.log_steps == 0 or self.state.step == self.steps:
                 self.log_metrics(metrics)
             if self.log is not None:
-                self.log.advance()
+                self.log.bar.update()
             self.profiler.step()
 
             # Write a checkpoint, once in a while.
@@ -169,8 +160,7 @@ class Trainer:
 
     def log_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Log the metrics of the last step; `MetricsLog` documents the keys."""
-        waited = torch.tensor(self.timer.fraction())
-        memory = torch.tensor(peak_memory(self.device) / 2**30)
+        waited, memory = torch.tensor(self.timer.fraction()), torch.tensor(peak_memory(self.device) / 2**30)
         means = mean_over_ranks(metrics | {"data_wait": waited, "peak_memory_gib": memory}, self.device)
         counts = {"bad_samples": len(self.bad_samples()), "truncated_captions": self.loader.truncated_captions}
         if self.log is not None:
@@ -193,16 +183,10 @@ class Trainer:
             self.log.write_held_out(self.state.step, headline, seconds)
 
     def save(self) -> None:
-        """Write a checkpoint."""
         save_checkpoint(
-            self.output / "checkpoints",
-            self.engine,
-            self.teacher,
-            self.loader.tokenizer,
-            asdict(self.state),
-            self.loader.state_dict(),
-            self.options.keep_checkpoints,
-        )
+            self.output / "checkpoints", self.engine, self.teacher, self.loader.tokenizer, asdict(self.state),
+            self.loader.state_dict(), self.options.keep_checkpoints,
+        )  # fmt: skip
         self.saved_step = self.state.step
 
     def load(self) -> None:

@@ -61,7 +61,7 @@ class ShardCache:
             partial = self._reserve(url, path, size)
             try:
                 self._downloader.fetch(url, partial, size, sha256)
-                with self._space():
+                with self.lock("space"):
                     os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ class ShardCache:
                 f"cache_gigabytes: expected {size / 1e9:.3g} or more for {without_query(url)}, got {self.limit / 1e9:g}"
             )
         while True:
-            with self._space():
+            with self.lock("space"):
                 reserved = sum(self._reserved(path))
                 shards = sorted(self._shards())
                 used = reserved + sum(n for _, n, _ in shards)
@@ -116,9 +116,6 @@ class ShardCache:
             return path.stat().st_size == size  # differs after a power failure, or if the shard was replaced
         except FileNotFoundError:
             return False
-
-    def _space(self) -> FileLock:
-        return self.lock("space")
 
     @staticmethod
     def _name(url: str) -> str:

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import overload
 from urllib.parse import urlsplit
 
 import fsspec
@@ -34,6 +33,7 @@ from softmask_fast.data.shards import (
 )
 from softmask_fast.data.types import BadSample, Sample
 from softmask_fast.errors import UsageError
+from softmask_fast.utils import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -131,9 +131,8 @@ class RemoteShardSource:
                     self._index_shard(url, path)
                 else:
                     parse_index(content.splitlines(), without_query(index_url))
-                    temporary = path.with_name(f"{path.name}.partial")
-                    temporary.write_bytes(content)
-                    os.replace(temporary, path)
+                    with replacing(path) as temporary:
+                        temporary.write_bytes(content)
         return read_header(path)
 
     def _index_shard(self, url: str, path: Path) -> None:
@@ -182,10 +181,6 @@ class _Keys(Sequence[str]):
     def __len__(self) -> int:
         return len(self._source)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self._source.key(i) for i in range(*index.indices(len(self)))]
