@@ -197,8 +197,9 @@ def test_keep_alone_takes_no_pass_over_features(monkeypatch, device):
     from softmask_fast.ops.word_mask import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "mask_features", None)
-    inputs, word_index = draw((2, 2, 3, 5, 16), torch.float32, device)
-    assert word_soft_mask(*inputs, word_index, impl="triton").shape == (2, 5)
+    inputs, word_index = draw((2, 2, 3, 5, 16), torch.bfloat16, device)
+    empty, keep = torch.ops.softmask_fast.word_soft_mask(*inputs, word_index, None, 1, None, 0.25, "triton")
+    assert keep.shape == (2, 5) and empty.numel() == 0 and empty.dtype == torch.bfloat16
     with pytest.raises(TypeError, match="subscriptable"):
         word_soft_mask(*inputs, word_index, torch.ones(2, 5, 3, device=device), impl="triton")
 

@@ -32,21 +32,23 @@ def tiles(
     half = dtype != torch.float32
     any_strides = {} if dense else machine.launch_options
     if kernel == "word_map":
-        # H100, 2026-11-27, 12 heads, four at a time: 5.4 us at N 257 (4 warps; 8: 5.5), 6.1 at 577 (8 warps; 4: 7.0),
-        # 7.8 at 1,025 (8 warps; 4: 14.0; two heads at a time 9.0, all of them 10.7). Beyond, registers as at 1,025.
+        # H100, 2026-11-27, 12 heads, four at a time, the loop over them unrolled: 5.4 us at B 256, N 257 (4 warps; with
+        # 8 5.5), 6.1 at B 128, N 577 (8 warps; with 4 7.0), 7.8 at B 64, N 1,025 (8 warps; with 4 14.0; two heads at a
+        # time 9.0, 16 10.7). Above 2,048 tokens by the registers of that, not measured.
         block_n = max(16, next_power_of_2(tokens))
         return {
             "BLOCK_H": max(1, min(4, 16384 // block_n)), "BLOCK_N": block_n,
             "num_warps": 4 if block_n <= 512 else 8 if block_n <= 2048 else 16,
         }  # fmt: skip
     if kernel == "mask_features":
-        # H100, 2026-11-27, C 768: 69.5 us at B 256, N 257 (2.91 TB/s, a copy 3.02); 8 tokens, 3 tiles in turn: 70.6.
-        # float32 by the same bytes, not measured.
+        # H100, 2026-11-27, C 768: 69.5 us at B 256, N 257 (2.91 TB/s, a copy 3.02), 77.8 at B 128, N 577, 69.2 at B 64,
+        # N 1,025; 8 tokens, three tiles in turn: 70.6, 78.9, 70.1. float32 by the same bytes, not measured.
         return {"BLOCK_N": 16 if half else 8, "BLOCK_C": 16 if INTERPRETED else 256, "num_warps": 4, **any_strides}
     block_d = max(16, next_power_of_2(width))
     if kernel == "word_products":
-        # H100, 2026-11-27, D 64: 32 keys take 71.8 us at B 256, N 257 (2.8 TB/s, a copy 3.02), 80.1 at B 128, N 577 and
-        # 71.6 at B 64, N 1,025. Other widths and float32 by the same bytes, not measured.
+        # H100, 2026-11-27, D 64: 32 keys, 2 warps 71.8 us at B 256, N 257 (2.82 TB/s, a copy 3.02), 80.1 at B 128,
+        # N 577, 71.6 at B 64, N 1,025; three such tiles in turn 74.3, 82.9, 73.8. Other widths and float32 by the same
+        # bytes, not measured.
         block_n = 16 if INTERPRETED else (2048 if half else 1024) // block_d
         return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 2, **any_strides}
     if kernel in ("all_words_statistics", "all_words_map"):
