@@ -44,14 +44,15 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 KERNELS = {
     kernel.__name__: kernel
     for kernel in (
-        word_mask_kernels.word_products, word_mask_kernels.word_map, word_mask_kernels.all_words_statistics,
-        word_mask_kernels.all_words_map, attention_kernels.plan, attention_kernels.forward,
-        attention_kernels.backward_query, attention_kernels.backward_key_value, attention_kernels.backward_keep,
-        triton_kernels.row_sums, triton_kernels.row_terms, triton_negatives.row_negatives, triton_finish.merge,
-        triton_finish.finish, triton_backward.grad_rows, triton_backward.grad_keys,
+        word_mask_kernels.word_products, word_mask_kernels.word_map, word_mask_kernels.mask_features,
+        word_mask_kernels.all_words_statistics, word_mask_kernels.all_words_map, attention_kernels.plan,
+        attention_kernels.forward, attention_kernels.backward_query, attention_kernels.backward_key_value,
+        attention_kernels.backward_keep, triton_kernels.row_sums, triton_kernels.row_terms,
+        triton_negatives.row_negatives, triton_finish.merge, triton_finish.finish, triton_backward.grad_rows,
+        triton_backward.grad_keys,
     )
 }  # fmt: skip
-WITHOUT_PRODUCTS = ("plan", "word_products", "word_map", "merge", "finish")
+WITHOUT_PRODUCTS = ("plan", "word_products", "word_map", "mask_features", "merge", "finish")
 FOCAL = ("row_sums", "row_terms", "row_negatives", "merge", "finish", "grad_rows", "grad_keys")
 ATTENTION_FLAGS = {
     "forward": ("HAS_INDEX", "HAS_MASK", "HAS_KEEP", "HAS_BIAS"),
@@ -61,11 +62,13 @@ ATTENTION_FLAGS = {
 }
 WORD_MASK_FLAGS = {
     "word_products": ("HAS_MASK",),
-    "word_map": ("HAS_MASK", "NORMALISE", "HAS_FEATURES"),
+    "mask_features": (),
     "all_words_statistics": ("HAS_MASK",),
     "all_words_map": ("HAS_MASK",),
 }
-STRIDED = ("word_products", "word_map")  # take any strides; for the others the launch copies what is not dense
+WORD_MAP_FLAGS = ("HAS_MASK", "NORMALISE")
+# these and word_map take any strides; for the others the launch copies what is not dense
+STRIDED = ("word_products", "mask_features")
 # ORDER, ANY, HAS_TEACHER, HAS_IDS, STATS: as trained, as much as there is, gammas that do not expand, as little as CLIP
 FOCAL_FLAGS = (
     (2, False, True, True, True), (3, True, True, True, True), (-1, False, True, True, False),
@@ -122,6 +125,7 @@ def cases(target: str, everything: bool) -> list[Case]:
                 tiles = word_mask_launch.tiles(kernel, dtype, width, tokens, machine)
                 add(kernel, dtype, tiles, dict.fromkeys(names, flag))
                 if everything and kernel in STRIDED:
+                    tiles = word_mask_launch.tiles(kernel, dtype, width, tokens, machine, dense=False)
                     add(kernel, dtype, tiles, dict.fromkeys(names, flag), dense=False)
 
     def add_focal(dtype, width, order, any_positive, teacher, ids, stats):
@@ -141,10 +145,20 @@ def cases(target: str, everything: bool) -> list[Case]:
         add("merge", torch.float32, rows, terms)
         add("finish", torch.float32, rows, loss | {"STATS": stats})
 
+    def add_word_map(tokens, flags, dense=True):
+        tiles = word_mask_launch.tiles("word_map", torch.float32, 0, tokens, machine)
+        add("word_map", torch.float32, tiles, dict(zip(WORD_MAP_FLAGS, flags, strict=True)), dense)
+
+    for tokens in (257, 577, 1025, 4096):
+        add_word_map(tokens, (True, True))
     for dtype in (torch.bfloat16, torch.float32):
         add_attention(dtype, 64, True)
         add_focal(dtype, 256, *FOCAL_FLAGS[0])
     if everything:
+        for tokens in (16, 50, 100, 197, 257, 577, 1025, 4096, 8192, 16384):
+            for flags in itertools.product((False, True), repeat=2):
+                add_word_map(tokens, flags)
+            add_word_map(tokens, (True, True), dense=False)
         add_attention(torch.float16, 64, True)
         add_focal(torch.float16, 256, *FOCAL_FLAGS[0])
         for dtype in (torch.bfloat16, torch.float32):

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 IMPLS = ["reference", "cpp", "triton", "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # B, H, L, N, D
-SIZES = [(2, 3, 5, 7, 16), (1, 1, 1, 2, 8), (3, 2, 4, 65, 24), (2, 1, 3, 17, 33), (1, 2, 2, 130, 128)]
+SIZES = [(2, 3, 5, 7, 16), (1, 1, 1, 2, 8), (3, 2, 4, 65, 24), (2, 1, 3, 17, 33), (1, 2, 2, 130, 128), (2, 9, 2, 5, 16)]
 
 
 def draw(sizes, dtype, device, spread=1.0):
@@ -177,7 +177,7 @@ def test_nan_stays_nan_and_padding_is_not_read(impl, every_word, device):
         assert torch.equal(keep.isnan(), maps.isnan())
 
 
-@pytest.mark.parametrize("tokens", [577, 4096])
+@pytest.mark.parametrize("tokens", [257, 577, 1025, 4096])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_many_tokens(impl, tokens, device):
     require("word_mask", impl, device, torch.float32, 16)
@@ -188,7 +188,20 @@ def test_many_tokens(impl, tokens, device):
         for cast in ([tensor.double() for tensor in inputs], inputs)
     )
     keep = word_soft_mask(*inputs, word_index, key_mask=key_mask, impl=impl)
+    assert keep.min() == 0 and keep.max() == 1
     assert_as_accurate(keep, baseline, truth, torch.float32)
+
+
+def test_keep_alone_takes_no_pass_over_features(monkeypatch, device):
+    require("word_mask", "triton", device, torch.float32, 16)
+    from softmask_fast.ops.word_mask import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "mask_features", None)
+    inputs, word_index = draw((2, 2, 3, 5, 16), torch.bfloat16, device)
+    empty, keep = torch.ops.softmask_fast.word_soft_mask(*inputs, word_index, None, 1, None, 0.25, "triton")
+    assert keep.shape == (2, 5) and empty.numel() == 0 and empty.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="subscriptable"):
+        word_soft_mask(*inputs, word_index, torch.ones(2, 5, 3, device=device), impl="triton")
 
 
 @pytest.mark.parametrize("channels", [768, 767])

@@ -1,10 +1,9 @@
 """Kernels of word_gradcam and word_soft_mask in Triton. The formulas stand in ``reference.py``, launches in
 ``triton_launch.py``.
 
-One word: ``word_products`` streams K and V once, many programs per image, and leaves two numbers per head and token;
-    then
-``word_map`` makes the map and the mask of them and streams the features once. All words: two matrix passes, whose
-softmax statistics are all that is kept between them.
+One word, three launches: ``word_products`` streams K and V once, many programs per image, and leaves two numbers per
+head and token; ``word_map`` makes the map or the mask of an image of them, in one program; ``mask_features`` streams
+the features once. All words: two matrix passes, whose softmax statistics are all that is kept between them.
 """
 
 import triton
@@ -47,69 +46,66 @@ def word_products(
 
 @triton.jit
 def word_map(
-    p_logits, p_gradients, p_mask, p_features, p_map, p_masked,
-    mask_b, mask_n, features_b, features_n, features_c, masked_b, masked_n, masked_c,
-    H, N, C, prefix, constant_spread,
-    HAS_MASK: tl.constexpr, NORMALISE: tl.constexpr, HAS_FEATURES: tl.constexpr,
-    BLOCK_ALL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, WIDEN: tl.constexpr,
+    p_logits, p_gradients, p_mask, p_map, mask_b, mask_n, H, N, prefix, constant_spread,
+    HAS_MASK: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BLOCK_T), B): every program makes the whole map of its image (BLOCK_ALL >= N), for its minimum and
-    maximum, and writes the map (or keep, with NORMALISE) and the features of its own BLOCK_T tokens.
+    """Grid (B,), BLOCK_N >= N, BLOCK_H heads at a time. logits, gradients (B, H, N); map (B, N): the map of an image,
+    or keep with NORMALISE.
     """
-    image = tl.program_id(1).to(tl.int64)
-    every = tl.arange(0, BLOCK_ALL)
-    own = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_every, m_own = every < N, own < N
-    cam_every = tl.zeros((BLOCK_ALL,), tl.float32)
-    cam_own = tl.zeros((BLOCK_T,), tl.float32)
-    for head in range(0, H):
-        o_head = (image * H + head) * N
-        logits = tl.load(p_logits + o_head + every, mask=m_every, other=float("-inf"))
-        maximum = tl.max(logits, 0)
+    image = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)
+    m_keys = n < N
+    p_logits += image * H * N
+    p_gradients += image * H * N
+    cam = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, H, BLOCK_H):
+        head = first + tl.arange(0, BLOCK_H)
+        o_rows = head[:, None] * N + n[None, :]
+        m_rows = (head < H)[:, None] & m_keys[None, :]
+        logits = tl.load(p_logits + o_rows, mask=m_rows, other=float("-inf"))
+        gradients = tl.load(p_gradients + o_rows, mask=m_rows, other=0.0)
+        maximum = tl.max(logits, 1)
         maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
-        weights = tl.exp(logits - maximum)
-        total = tl.sum(weights, 0)
+        weights = tl.exp(logits - maximum[:, None])
+        total = tl.sum(weights, 1)
         inverse = tl.where(total == 0, 0.0, 1.0 / (total * H))
         # comparisons are false for NaN, so that a NaN stays: tl.maximum would drop it
-        if NORMALISE:
-            gradients = tl.load(p_gradients + o_head + every, mask=m_every, other=0.0)
-            cam_every += weights * inverse * tl.where(gradients < 0, 0.0, gradients)
-        else:
-            own_logits = tl.load(p_logits + o_head + own, mask=m_own, other=float("-inf"))
-            own_gradients = tl.load(p_gradients + o_head + own, mask=m_own, other=0.0)
-            cam_own += tl.exp(own_logits - maximum) * inverse * tl.where(own_gradients < 0, 0.0, own_gradients)
-    if NORMALISE:
-        # Taken from the map that has the minimum and maximum: computed again, on a GPU the compiler rounds it otherwise
-        # (fused multiply-add), and keep leaves [0, 1] by a few 1e-8.
-        cam_own = tl.gather(cam_every, tl.minimum(own, BLOCK_ALL - 1), 0)
-    patch = m_own & (own >= prefix)
-    result = cam_own
+        cam += tl.sum(weights * inverse[:, None] * tl.where(gradients < 0, 0.0, gradients), 0)
+    attended = m_keys
     if HAS_MASK:
-        attended = tl.load(p_mask + image * mask_b + own * mask_n, mask=m_own, other=0) != 0
-        patch = patch & attended
-        result = tl.where(attended, result, 0.0)
+        attended = tl.load(p_mask + image * mask_b + n * mask_n, mask=m_keys, other=0) != 0
+    result = tl.where(attended, cam, 0.0)
     if NORMALISE:
-        counted = m_every & (every >= prefix)
-        if HAS_MASK:
-            counted = counted & (tl.load(p_mask + image * mask_b + every * mask_n, mask=m_every, other=0) != 0)
-        low = tl.min(tl.where(counted, cam_every, float("inf")), 0)
-        high = tl.max(tl.where(counted, cam_every, 0.0), 0)
+        # All from the same registers: a map computed again may be rounded otherwise (fused multiply-add), and `/` is
+        # approximate on a GPU; either takes keep out of [0, 1] by a few 1e-8.
+        patch = attended & (n >= prefix)
+        low = tl.min(tl.where(patch, cam, float("inf")), 0)
+        high = tl.max(tl.where(patch, cam, 0.0), 0)
         spread = high - low
         varies = spread > constant_spread * high
-        keep = 1.0 - (cam_own - low) / tl.where(varies, spread, 1.0)
+        keep = 1.0 - tl.div_rn(cam - low, tl.where(varies, spread, 1.0))
+        keep = tl.where(keep < 0.0, 0.0, tl.where(keep > 1.0, 1.0, keep))
         keep = tl.where(patch, tl.where(varies, keep, 1.0), 1.0)
         result = tl.where(result == result, keep, float("nan"))
-    tl.store(p_map + image * N + own, result, mask=m_own)
-    if HAS_FEATURES:
-        own64 = own.to(tl.int64)
-        p_features += image * features_b
-        p_masked += image * masked_b
-        for first in range(0, C, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            tile = load_tile(p_features, own64 * features_n, c * features_c, m_own, c < C, WIDEN)
-            o_masked = (own64 * masked_n)[:, None] + (c * masked_c)[None, :]
-            masked = (tile.to(tl.float32) * result[:, None]).to(p_masked.dtype.element_ty)
-            tl.store(p_masked + o_masked, masked, mask=m_own[:, None] & (c < C)[None, :])
+    tl.store(p_map + image * N + n, result, mask=m_keys)
+
+
+@triton.jit
+def mask_features(
+    p_features, p_keep, p_masked, features_b, features_n, features_c, masked_b, masked_n, masked_c, N, C,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BLOCK_N), cdiv(C, BLOCK_C), B). masked (B, N, C): features times keep (B, N)."""
+    image = tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_keys, m_channels = n < N, c < C
+    n64, c64 = n.to(tl.int64), c.to(tl.int64)
+    keep = tl.load(p_keep + image * N + n, mask=m_keys, other=0.0)
+    features = load_tile(p_features + image * features_b, n64 * features_n, c64 * features_c, m_keys, m_channels, WIDEN)
+    masked = (features.to(tl.float32) * keep[:, None]).to(p_masked.dtype.element_ty)
+    o_masked = (n64 * masked_n)[:, None] + (c64 * masked_c)[None, :]
+    tl.store(p_masked + image * masked_b + o_masked, masked, mask=m_keys[:, None] & m_channels[None, :])
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -19,20 +21,36 @@ from softmask_fast.ops.word_mask import triton_kernels as kernels
 from softmask_fast.ops.word_mask.reference import CONSTANT_SPREAD
 
 
-def tiles(kernel: str, dtype: torch.dtype, width: int, tokens: int, machine: Machine) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages of a kernel, by sizes alone: the same in every run."""
-    block_d = max(16, next_power_of_2(width))
+@functools.cache
+def tiles(
+    kernel: str, dtype: torch.dtype, width: int, tokens: int, machine: Machine, dense: bool = True
+) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages of a kernel, by sizes and layout alone: the same in every run.
+
+    Without `dense` the elements of a row are apart: each has its own offset, which takes registers.
+    """
     half = dtype != torch.float32
-    if kernel == "word_products":
-        # 32 KiB of K and V in flight per program
-        block_n = 16 if INTERPRETED else 8192 // block_d if half else 4096 // block_d
-        return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 8 if half else 4}
+    any_strides = {} if dense else machine.launch_options
     if kernel == "word_map":
-        block_all = max(16, next_power_of_2(tokens))
+        # H100, 2026-11-27, 12 heads, four at a time, the loop over them unrolled: 5.4 us at B 256, N 257 (4 warps; with
+        # 8 5.5), 6.1 at B 128, N 577 (8 warps; with 4 7.0), 7.8 at B 64, N 1,025 (8 warps; with 4 14.0; two heads at a
+        # time 9.0, 16 10.7). Above 2,048 tokens by the registers of that, not measured.
+        block_n = max(16, next_power_of_2(tokens))
         return {
-            "BLOCK_ALL": block_all, "BLOCK_T": 16, "BLOCK_C": 16 if INTERPRETED else 256,
-            "num_warps": 4 if block_all <= 1024 else 8,
+            "BLOCK_H": max(1, min(4, 16384 // block_n)), "BLOCK_N": block_n,
+            "num_warps": 4 if block_n <= 512 else 8 if block_n <= 2048 else 16,
         }  # fmt: skip
+    if kernel == "mask_features":
+        # H100, 2026-11-27, C 768: 69.5 us at B 256, N 257 (2.91 TB/s, a copy 3.02), 77.8 at B 128, N 577, 69.2 at B 64,
+        # N 1,025; 8 tokens, three tiles in turn: 70.6, 78.9, 70.1. float32 by the same bytes, not measured.
+        return {"BLOCK_N": 16 if half else 8, "BLOCK_C": 16 if INTERPRETED else 256, "num_warps": 4, **any_strides}
+    block_d = max(16, next_power_of_2(width))
+    if kernel == "word_products":
+        # H100, 2026-11-27, D 64: 32 keys, 2 warps 71.8 us at B 256, N 257 (2.82 TB/s, a copy 3.02), 80.1 at B 128,
+        # N 577, 71.6 at B 64, N 1,025; three such tiles in turn 74.3, 82.9, 73.8. Other widths and float32 by the same
+        # bytes, not measured.
+        block_n = 16 if INTERPRETED else (2048 if half else 1024) // block_d
+        return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 2, **any_strides}
     if kernel in ("all_words_statistics", "all_words_map"):
         wide = block_d > 64
         block_n = 64 if half and not INTERPRETED and not (wide and kernel == "all_words_map") else 32
@@ -54,8 +72,7 @@ def word_gradcam(
     scale: float,
 ) -> Tensor:
     if word_index is not None:
-        products = _word_products(query, key, value, grad_output, word_index, key_mask, scale)
-        return _word_map(*products, key_mask, None, None)[1]
+        return _one_word(query, key, value, grad_output, word_index, key_mask, scale, None)
     query, key, value, grad_output = (with_aligned_rows(tensor, 1) for tensor in (query, key, value, grad_output))
     batch, heads, length, width = query.shape
     tokens = key.shape[2]
@@ -90,11 +107,25 @@ def word_soft_mask(
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    products = _word_products(query, key, value, grad_output, word_index, key_mask, scale)
-    return _word_map(*products, key_mask, features, prefix_tokens)
+    keep = _one_word(query, key, value, grad_output, word_index, key_mask, scale, prefix_tokens)
+    if features is None:
+        return query.new_empty(0), keep
+    masked = torch.empty_like(features)
+    if masked.numel() == 0:
+        return masked, keep
+    batch, tokens, channels = features.shape
+    dense = features.stride(2) == masked.stride(2) == 1
+    options = tiles("mask_features", features.dtype, 0, tokens, machine_of(query.device), dense)
+    with device_of(query):
+        grid = (-(-tokens // options["BLOCK_N"]), -(-channels // options["BLOCK_C"]), batch)
+        kernels.mask_features[grid](
+            features, keep, masked, *features.stride(), *masked.stride(), tokens, channels,
+            WIDEN=element_options(features.dtype)["WIDEN"], **options,
+        )  # fmt: skip
+    return masked, keep
 
 
-def _word_products(
+def _one_word(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -102,41 +133,30 @@ def _word_products(
     word_index: Tensor,
     key_mask: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Logits and gradients of one word per image, (B, H, N) each."""
+    prefix_tokens: int | None,
+) -> Tensor:
+    """(B, N): the map of one word per image, or keep where ``prefix_tokens`` is given."""
     batch, heads, length, width = query.shape
     tokens = key.shape[2]
+    result = query.new_empty((batch, tokens), dtype=torch.float32)
+    if result.numel() == 0:
+        return result
     logits = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     gradients = torch.empty_like(logits)
-    if logits.numel() == 0:
-        return logits, gradients
-    options = tiles("word_products", query.dtype, width, tokens, machine_of(query.device))
+    machine = machine_of(query.device)
+    mask_strides, has_mask = strides(key_mask, 2), key_mask is not None
     with device_of(query):
-        kernels.word_products[(-(-tokens // options["BLOCK_N"]), heads, batch)](
-            query, key, value, grad_output, word_index.contiguous(), key_mask, logits, gradients,
-            *query.stride(), *key.stride(), *value.stride(), *grad_output.stride(), *strides(key_mask, 2),
-            heads, length, tokens, width, scale, HAS_MASK=key_mask is not None, **options,
+        if heads:
+            dense = key.stride(3) == value.stride(3) == 1
+            options = tiles("word_products", query.dtype, width, tokens, machine, dense)
+            kernels.word_products[(-(-tokens // options["BLOCK_N"]), heads, batch)](
+                query, key, value, grad_output, word_index.contiguous(), key_mask, logits, gradients,
+                *query.stride(), *key.stride(), *value.stride(), *grad_output.stride(), *mask_strides,
+                heads, length, tokens, width, scale, HAS_MASK=has_mask, **options,
+            )  # fmt: skip
+        kernels.word_map[(batch,)](
+            logits, gradients, key_mask, result, *mask_strides, heads, tokens, prefix_tokens or 0, CONSTANT_SPREAD,
+            HAS_MASK=has_mask, NORMALISE=prefix_tokens is not None,
+            **tiles("word_map", torch.float32, 0, tokens, machine),
         )  # fmt: skip
-    return logits, gradients
-
-
-def _word_map(
-    logits: Tensor, gradients: Tensor, key_mask: Tensor | None, features: Tensor | None, prefix_tokens: int | None
-) -> tuple[Tensor, Tensor]:
-    """(masked features or an empty tensor, map), the map normalised to keep where ``prefix_tokens`` is given."""
-    batch, heads, tokens = logits.shape
-    result = logits.new_empty((batch, tokens))
-    masked = logits.new_empty(0) if features is None else torch.empty_like(features)
-    if result.numel() == 0:
-        return masked, result
-    dtype = logits.dtype if features is None else features.dtype
-    options = tiles("word_map", dtype, 0, tokens, machine_of(logits.device))
-    with device_of(logits):
-        kernels.word_map[(-(-tokens // options["BLOCK_T"]), batch)](
-            logits, gradients, key_mask, features, result, masked,
-            *strides(key_mask, 2), *strides(features, 3), *strides(None if features is None else masked, 3),
-            heads, tokens, 0 if features is None else features.shape[2], prefix_tokens or 0, CONSTANT_SPREAD,
-            HAS_MASK=key_mask is not None, NORMALISE=prefix_tokens is not None, HAS_FEATURES=features is not None,
-            WIDEN=element_options(dtype)["WIDEN"], **options,
-        )  # fmt: skip
-    return masked, result
+    return result
