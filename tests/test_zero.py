@@ -52,7 +52,7 @@ def test_another_number_of_ranks_resumes(tmp_path):
     for ranks, steps in ((2, 3), (1, 6), (2, 9)):
         options = same | dict(ranks=ranks, batch_size=8 // ranks, max_steps=steps, resume=steps > 3)
         text = run_cases("0,1,3", tmp_path / "cut", **options)
-        assert steps == 3 or "going on in epoch 0, where about 0 of 256 samples will be visited twice" in text
+        assert steps == 3 or "continuing in epoch 0, where about 0 of 256 samples will be visited twice" in text
     whole = metrics(tmp_path / "whole" / "1")
     last = "checkpoints/step-00000009/teacher.safetensors"
     teacher = load_file(tmp_path / "whole" / "1" / last)
