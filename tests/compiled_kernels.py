@@ -113,7 +113,7 @@ def cases(target: str, everything: bool) -> list[Case]:
 
     def add_attention(dtype, width, flag):
         for rows, tokens in ((150, 257), (120, 257), (45, 257), (20, 4096)):
-            own_keys = attention_launch.can_own_keys(dtype, width, rows, False, machine)
+            own_keys = attention_launch.can_own_keys(dtype, width, rows, True, False, machine)
             for kernel, names in ATTENTION_FLAGS.items():
                 flags = dict.fromkeys(names, flag) | {"EXACT": dtype == torch.float32}
                 chunks = {"backward_key_value": (1, attention_launch.IMAGES_PER_PROGRAM)}.get(kernel, (None,))
@@ -123,7 +123,10 @@ def cases(target: str, everything: bool) -> list[Case]:
                     add(kernel, dtype, attention_launch.tiles(kernel, dtype, width, rows, machine), flags)
                 if own_keys and kernel == "backward_rows":
                     tiles = attention_launch.tiles(kernel, dtype, width, rows, machine, own_keys)
-                    add(kernel, dtype, tiles, flags | {"OWNS_KEYS": True, "HAS_MASK": False})
+                    for index in (True, False):
+                        own = {"OWNS_KEYS": True, "HAS_MASK": False, "HAS_INDEX": index}
+                        if attention_launch.can_own_keys(dtype, width, rows, index, False, machine):
+                            add(kernel, dtype, tiles, flags | own)
             for kernel, names in WORD_MASK_FLAGS.items():
                 tiles = word_mask_launch.tiles(kernel, dtype, width, tokens, machine)
                 add(kernel, dtype, tiles, dict.fromkeys(names, flag))

@@ -252,11 +252,19 @@ def backward_rows(
             tile * BLOCK_M + tl.arange(0, BLOCK_M), start, count, p_order, L, HAS_INDEX
         )
         o_query = sequence * query_s + head64 * query_h + token * query_l
-        query = load_tile(p_query, o_query, d * query_d, m_rows, m_d, WIDEN)
         o_grad = sequence * grad_s + head64 * grad_h + token * grad_l
         grad = load_tile(p_grad, o_grad, d * grad_d, m_rows, m_d, WIDEN)
         o_row = (sequence * H + head) * L + token
         shift, inverse = load_statistics(p_statistics, o_row, m_rows, EXACT)
+        if not EXACT:
+            o_output = sequence * output_s + head64 * output_h + token * output_l
+            attended = load_tile(p_output, o_output, d * output_d, m_rows, m_d, True)
+            if HAS_BIAS:
+                bias = tl.load(p_bias + head64 * bias_h + d * bias_d, mask=m_d, other=0.0).to(tl.float32)
+                attended = attended - bias[None, :]
+            delta = tl.sum(grad.to(tl.float32) * attended, 1)
+        # read after delta is made, which has no registers to spare
+        query = load_tile(p_query, o_query, d * query_d, m_rows, m_d, WIDEN)
         if EXACT:
             delta = tl.zeros((BLOCK_M,), tl.float32)
             for first in range(0, last, BLOCK_N):
@@ -284,13 +292,6 @@ def backward_rows(
                     BLOCK_C, WIDEN, PRECISION,
                 )  # fmt: skip
                 delta += tl.sum(weights * weights_gradient, 1)
-        else:
-            o_output = sequence * output_s + head64 * output_h + token * output_l
-            attended = load_tile(p_output, o_output, d * output_d, m_rows, m_d, True)
-            if HAS_BIAS:
-                bias = tl.load(p_bias + head64 * bias_h + d * bias_d, mask=m_d, other=0.0).to(tl.float32)
-                attended = attended - bias[None, :]
-            delta = tl.sum(grad.to(tl.float32) * attended, 1)
         tl.store(p_delta + o_row, delta, mask=m_rows)
         d_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for first in range(0, last, BLOCK_N):
