@@ -46,7 +46,7 @@ KERNELS = {
     for kernel in (
         word_mask_kernels.word_products, word_mask_kernels.word_map, word_mask_kernels.mask_features,
         word_mask_kernels.all_words_statistics, word_mask_kernels.all_words_map, attention_kernels.plan,
-        attention_kernels.forward, attention_kernels.backward_query, attention_kernels.backward_key_value,
+        attention_kernels.forward, attention_kernels.backward_rows, attention_kernels.backward_key_value,
         attention_kernels.backward_keep, triton_kernels.row_sums, triton_kernels.row_terms,
         triton_negatives.row_negatives, triton_finish.merge, triton_finish.finish, triton_backward.grad_rows,
         triton_backward.grad_keys,
@@ -56,7 +56,7 @@ WITHOUT_PRODUCTS = ("plan", "word_products", "word_map", "mask_features", "merge
 FOCAL = ("row_sums", "row_terms", "row_negatives", "merge", "finish", "grad_rows", "grad_keys")
 ATTENTION_FLAGS = {
     "forward": ("HAS_INDEX", "HAS_MASK", "HAS_KEEP", "HAS_BIAS"),
-    "backward_query": ("HAS_INDEX", "HAS_MASK", "HAS_KEEP", "HAS_BIAS"),
+    "backward_rows": ("HAS_INDEX", "HAS_MASK", "HAS_KEEP", "HAS_BIAS"),
     "backward_key_value": ("HAS_INDEX", "HAS_MASK", "HAS_KEEP"),
     "backward_keep": ("HAS_INDEX", "HAS_MASK"),
 }
@@ -115,12 +115,21 @@ def cases(target: str, everything: bool) -> list[Case]:
         found.append(Case(target, kernel, dtype, tuple((flags | tiles).items()), dense))
 
     def add_attention(dtype, width, flag):
-        for rows, tokens in ((150, 257), (30, 4096)):
+        for rows, tokens in ((150, 257), (120, 257), (45, 257), (20, 4096)):
+            own_keys = attention_launch.can_own_keys(dtype, width, rows, True, False, machine)
             for kernel, names in ATTENTION_FLAGS.items():
-                flags = dict.fromkeys(names, flag)
-                if kernel in ("backward_query", "backward_key_value"):
-                    flags["EXACT_DELTA"] = dtype == torch.float32
-                add(kernel, dtype, attention_launch.tiles(kernel, dtype, width, rows, machine), flags)
+                flags = dict.fromkeys(names, flag) | {"EXACT": dtype == torch.float32}
+                chunks = {"backward_key_value": (1, attention_launch.IMAGES_PER_PROGRAM)}.get(kernel, (None,))
+                for chunk in chunks[: 1 + own_keys]:
+                    flags |= {} if chunk is None else {"CHUNK": chunk}
+                    flags |= {"OWNS_KEYS": False} if kernel == "backward_rows" else {}
+                    add(kernel, dtype, attention_launch.tiles(kernel, dtype, width, rows, machine), flags)
+                if own_keys and kernel == "backward_rows":
+                    tiles = attention_launch.tiles(kernel, dtype, width, rows, machine, own_keys)
+                    for index in (True, False):
+                        own = {"OWNS_KEYS": True, "HAS_MASK": False, "HAS_INDEX": index}
+                        if attention_launch.can_own_keys(dtype, width, rows, index, False, machine):
+                            add(kernel, dtype, tiles, flags | own)
             for kernel, names in WORD_MASK_FLAGS.items():
                 tiles = word_mask_launch.tiles(kernel, dtype, width, tokens, machine)
                 add(kernel, dtype, tiles, dict.fromkeys(names, flag))
@@ -192,8 +201,8 @@ def compile_case(case: Case):
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            strides = case.dense and re.search(r"_[bshlnm]$", name) and name not in ("mask_b", "keep_s")
-            if strides or name in ("C", "D", "KEYS_PER_SPLIT"):
+            strides = case.dense and re.search(r"_[bshlnm]$", name) and name != "mask_b"
+            if strides or name in ("C", "D", "columns", "KEYS_PER_SPLIT"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     target = triton.backends.compiler.GPUTarget(*TARGETS[case.target].arguments)

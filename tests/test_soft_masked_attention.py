@@ -89,6 +89,34 @@ def test_every_order_of_sequences(impl, device):
         compare(tensors, torch.float32, impl, image_index=image_index)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_images_of_few_and_of_many_rows(impl, dtype, device):
+    """In one call: none, one sequence, exactly a tile of rows, one sequence more, several tiles."""
+    require("soft_masked_attention", impl, device, dtype, 16)
+    length = 32 if device.type == "cuda" else 4  # the Triton kernels take tiles of 128 rows, interpreted of 16
+    image_index = torch.arange(5).repeat_interleave(torch.tensor([0, 1, 4, 5, 9]))[torch.randperm(19)].to(device)
+    tensors, _ = draw((19, 5, 1, length, 35, 16), dtype, device)
+    compare(tensors, dtype, impl, image_index=image_index)
+    del tensors["keep"], tensors["value_bias"]
+    actual = compare(tensors, dtype, impl, image_index=image_index)
+    for name in ("key", "value"):
+        assert torch.equal(actual[name][0], torch.zeros_like(actual[name][0])), name
+
+
+@pytest.mark.parametrize("impl", ["triton"])
+def test_keys_that_nobody_sees_may_be_nan(impl, device):
+    """An image without a sequence has zero gradients whatever is in it."""
+    require("soft_masked_attention", impl, device, torch.bfloat16, 16)
+    tensors, _ = draw((4, 3, 1, 3, 9, 16), torch.bfloat16, device)
+    tensors["key"][1], tensors["value"][1] = (float("nan"),) * 2
+    options = {"image_index": torch.tensor([2, 0, 2, 2], device=device), "impl": impl}
+    actual = with_gradients(soft_masked_attention, tensors, torch.ones_like(tensors["query"]), **options)
+    for name, tensor in actual.items():
+        assert tensor.isfinite().all(), name
+    assert not actual["key"][1].any() and not actual["value"][1].any()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_saturated_softmax(impl, device):
     require("soft_masked_attention", impl, device, torch.float32, 16)
