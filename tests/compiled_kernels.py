@@ -17,7 +17,14 @@ from typing import NamedTuple
 import torch
 import triton
 
-from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_kernels, triton_negatives
+from softmask_fast.ops.focal_itc import (
+    triton_backward,
+    triton_finish,
+    triton_kernels,
+    triton_negatives,
+    triton_symmetric,
+    triton_symmetric_launch,
+)
 from softmask_fast.ops.focal_itc import triton_launch as focal_launch
 from softmask_fast.ops.soft_masked_attention import triton_kernels as attention_kernels
 from softmask_fast.ops.soft_masked_attention import triton_launch as attention_launch
@@ -49,10 +56,12 @@ KERNELS = {
         attention_kernels.forward, attention_kernels.backward_rows, attention_kernels.backward_key_value,
         attention_kernels.backward_keep, triton_kernels.row_sums, triton_kernels.row_terms,
         triton_negatives.row_negatives, triton_finish.merge, triton_finish.finish, triton_backward.grad_rows,
-        triton_backward.grad_keys,
+        triton_backward.grad_keys, triton_symmetric.symmetric_sums, triton_symmetric.add_parts,
+        triton_symmetric.symmetric_finish, triton_symmetric.symmetric_gradient,
     )
 }  # fmt: skip
-WITHOUT_PRODUCTS = ("plan", "word_products", "word_map", "mask_features", "merge", "finish")
+WITHOUT_PRODUCTS = ("plan", "word_products", "word_map", "mask_features", "merge", "finish", "add_parts")
+SYMMETRIC = ("symmetric_sums", "symmetric_finish", "symmetric_gradient")
 FOCAL = ("row_sums", "row_terms", "row_negatives", "merge", "finish", "grad_rows", "grad_keys")
 ATTENTION_FLAGS = {
     "forward": ("HAS_INDEX", "HAS_MASK", "HAS_KEEP", "HAS_BIAS"),
@@ -74,10 +83,11 @@ FOCAL_FLAGS = (
     (2, False, True, True, True), (3, True, True, True, True), (-1, False, True, True, False),
     (0, False, False, False, False), (1, True, False, True, True),
 )  # fmt: skip
-FLOATS = ("scale", "constant_spread", "gamma", "alpha")
+FLOATS = ("scale", "constant_spread", "gamma", "alpha", "magnify")
 POINTERS = {
     "*i1": "mask", "*i64": "index word ids key_ids count dominant negative", "*i32": "starts order spans places",
-    "*fp32": "keep statistics delta d_keep logits gradients map temperature sums terms loss state grad_inverse largest",
+    "*fp32": "keep statistics delta d_keep logits gradients map temperature sums terms loss state grad_inverse largest "
+    "row_parts column_parts row_sums column_sums parts with_products",
 }  # fmt: skip
 POINTERS = {f"p_{name}": kind for kind, names in POINTERS.items() for name in names.split()}
 
@@ -158,11 +168,18 @@ def cases(target: str, everything: bool) -> list[Case]:
         tiles = word_mask_launch.tiles("word_map", torch.float32, 0, tokens, machine)
         add("word_map", torch.float32, tiles, dict(zip(WORD_MAP_FLAGS, flags, strict=True)), dense)
 
+    def add_symmetric(dtype, width, order):
+        for kernel in ("symmetric_sums", "symmetric_gradient"):
+            add(kernel, dtype, triton_symmetric_launch.tiles(width, machine), {})
+        add("symmetric_finish", dtype, triton_symmetric_launch.finish_tiles(width, machine), {"ORDER": order})
+        add("add_parts", torch.float32, {"BLOCK_B": triton_symmetric_launch.ADD_ROWS}, {"FIRST": False})
+
     for tokens in (257, 577, 1025, 4096):
         add_word_map(tokens, (True, True))
     for dtype in (torch.bfloat16, torch.float32):
         add_attention(dtype, 64, True)
         add_focal(dtype, 256, *FOCAL_FLAGS[0])
+    add_symmetric(torch.bfloat16, 256, 0)
     if everything:
         for tokens in (16, 50, 100, 197, 257, 577, 1025, 4096, 8192, 16384):
             for flags in itertools.product((False, True), repeat=2):
@@ -170,6 +187,9 @@ def cases(target: str, everything: bool) -> list[Case]:
             add_word_map(tokens, (True, True), dense=False)
         add_attention(torch.float16, 64, True)
         add_focal(torch.float16, 256, *FOCAL_FLAGS[0])
+        for dtype, width in itertools.product((torch.bfloat16, torch.float16), (16, 32, 48, 80, 256)):
+            for order in (-1, 0, 1, 2, 3) if width == 256 else (2,):
+                add_symmetric(dtype, width, order)
         for dtype in (torch.bfloat16, torch.float32):
             for width, flag in ((64, False), (16, True), (32, True), (128, True)):
                 add_attention(dtype, width, flag)
@@ -190,9 +210,12 @@ def compile_case(case: Case):
     for place, name in enumerate(inspect.signature(kernel.fn).parameters):
         if name in values:
             signature[name], constants[name] = "constexpr", values[name]
+        elif options.get("TMA") and name in ("p_image", "p_text"):
+            rows = options["BLOCK_B" if name == "p_image" else "BLOCK_K"]
+            signature[name] = f"tensordesc<{TYPES[case.dtype][1:]}[{rows}, {options['BLOCK_D']}]>"
         elif name.startswith("p_"):
             signature[name] = POINTERS.get(name, TYPES[case.dtype])
-            if case.kernel in FOCAL and name == "p_grad":  # of the losses, elsewhere of rows
+            if case.kernel in FOCAL + SYMMETRIC and name == "p_grad":  # of the losses, elsewhere of rows
                 signature[name] = "*fp32"
             attributes[(place,)] = [["tt.divisibility", 16]]
         elif name in FLOATS:
@@ -201,7 +224,8 @@ def compile_case(case: Case):
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            strides = case.dense and re.search(r"_[bshlnm]$", name) and name != "mask_b"
+            odd = ("mask_b", "parts_n", "row_parts_n")  # strides that are no multiple of 16
+            strides = case.dense and re.search(r"_[bshlnm]$", name) and name not in odd
             if strides or name in ("C", "D", "columns", "KEYS_PER_SPLIT"):
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)

@@ -17,12 +17,14 @@ from softmask_fast.ops.focal_itc.reference import Options, RowResult
 __all__ = ["FocalITCStats", "focal_itc_loss"]
 
 _TRITON = "softmask_fast.ops.focal_itc.triton_launch"
+_TRITON_SYMMETRIC = "softmask_fast.ops.focal_itc.triton_symmetric_launch"
 registry.register(
     "focal_itc",
     operators.streaming(
         "triton",
         registry.lazily(_TRITON, "Forward"),
         registry.lazily(_TRITON, "backward"),
+        symmetric=tuple(registry.lazily(_TRITON_SYMMETRIC, part) for part in ("covers", "forward", "backward")),
         unavailable_reason=functools.partial(triton_support.unavailable_reason, largest=1024, what="features"),
         automatic_on=("cuda",),
     ),
@@ -30,7 +32,7 @@ registry.register(
         "cpp",
         cpp.Forward,
         cpp.backward,
-        symmetric=(cpp.symmetric_forward, cpp.symmetric_backward),
+        symmetric=(cpp.symmetric_covers, cpp.symmetric_forward, cpp.symmetric_backward),
         unavailable_reason=cpu_unavailable_reason,
         automatic_on=("cpu",),
     ),

@@ -181,6 +181,11 @@ class _LogitGradient:
         return -self.of_inverse.sum().to(self.dtype)
 
 
+def symmetric_covers(image: Tensor, ids: Tensor | None, options: Options) -> bool:
+    """Both directions together, whatever the options."""
+    return True
+
+
 def symmetric_forward(
     image: Tensor, text: Tensor, temperature: Tensor, ids: Tensor | None, options: Options
 ) -> tuple[Tensor, ...]:

@@ -104,10 +104,10 @@ class BlockwiseForward:
 def streaming(
     name: str, forward: type[BlockwiseForward], backward, symmetric=None, **keywords
 ) -> registry.Implementation:
-    """An ``Implementation`` made of the two parts that stream, and where it has them of those of symmetric.py."""
+    """An ``Implementation`` made of the two parts that stream, and where it has them of the three of symmetric.py."""
     parts = {"forward": forward, "backward": backward}
     if symmetric is not None:
-        parts["symmetric_forward"], parts["symmetric_backward"] = symmetric
+        parts["symmetric_covers"], parts["symmetric_forward"], parts["symmetric_backward"] = symmetric
     return registry.Implementation(name, parts, **keywords)
 
 

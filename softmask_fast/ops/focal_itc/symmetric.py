@@ -1,7 +1,8 @@
 """Both directions of a batch that is its own keys, as operators: a product <x_i, y_j> is of image row i and text row j.
 
 An implementation with the parts "symmetric_forward" and "symmetric_backward" computes each tile of products once for
-both directions, half of the matrix products of two directions; with another one these operators are just the two.
+both directions, half of the matrix products of two directions, where its "symmetric_covers"(image, ids, options) says
+so; else, and with another implementation, these operators are just the two.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from softmask_fast.ops.focal_itc import operators
 from softmask_fast.ops.focal_itc.operators import OPTIONS, no_second_derivative, resolve, stream_forward
 from softmask_fast.ops.focal_itc.reference import Options, RowResult
+from softmask_fast.ops.registry import Implementation
 
 torch.library.define(
     "softmask_fast::focal_itc_symmetric",
@@ -45,13 +47,18 @@ def focal_itc_directions(
     return [RowResult(loss[i], *statistics[i].unbind(0), hard_negative[i]) for i in range(2)]
 
 
+def _together(run: Implementation, image: Tensor, ids: Tensor | None, options: Options) -> bool:
+    """Whether the implementation does both directions together. Forward and backward must agree, so no more decides."""
+    return "symmetric_covers" in run and run["symmetric_covers"](image, ids, options)
+
+
 @torch.library.impl("softmask_fast::focal_itc_symmetric", "CompositeExplicitAutograd")
 def _forward(image, text, temperature, ids, *options_and_impl):
     *options, impl = options_and_impl
     options = Options(*options)
     with torch.autocast(image.device.type, enabled=False):
         run = resolve(impl, image)
-        if "symmetric_forward" in run:
+        if _together(run, image, ids, options):
             return run["symmetric_forward"](image, text, temperature, ids, options)
         results = (
             stream_forward(run, rows, keys, temperature, None, ids, ids, options._replace(direction=direction))
@@ -69,7 +76,7 @@ def _backward(
     options = Options(*options)
     with torch.autocast(image.device.type, enabled=False):
         run = resolve(impl, image)
-        if "symmetric_backward" in run:
+        if _together(run, image, ids, options):
             return run["symmetric_backward"](
                 grad_loss, image, text, temperature, ids, row_state, dominant, wants_image, wants_text,
                 wants_temperature, options,
