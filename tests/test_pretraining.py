@@ -15,6 +15,7 @@ from softmask_fast.model.momentum import MomentumTeacher, StepSettings
 from softmask_fast.model.pretraining import PretrainingStep, draw_any_other
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import FeatureQueue
+from softmask_fast.ops.collectives import index_rows
 from softmask_fast.training.options import make_config
 
 PAIRS, TOKENS, VOCABULARY = 4, 8, 40
@@ -318,3 +319,20 @@ def test_two_ranks_with_gathered_negatives_are_one_process_with_the_joined_batch
     for half in halves:
         for name, value in expected["queue"].items():
             torch.testing.assert_close(half["queue"][name], value)
+
+
+def test_rows_that_occur_often_have_the_same_gradient_in_every_run():
+    """As hard negatives do; with several threads the gradient of plain indexing adds in any order."""
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 64, 128, generator=generator, requires_grad=True)
+    index = torch.randint(8, (256,), generator=generator)
+    weight = torch.randn(256, 64, 128, generator=generator)
+    assert torch.equal(index_rows(x, index), x[index])
+    torch.set_num_threads(2)
+    try:
+        first, *others = [torch.autograd.grad(index_rows(x, index), x, weight)[0] for _ in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for other in others)
+    torch.testing.assert_close(first, torch.zeros_like(x).index_add_(0, index, weight))

@@ -21,7 +21,7 @@ from softmask_fast.model.momentum import MomentumTeacher, StepSettings
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import FocalITCLoss, FocalITCStats, word_soft_mask
-from softmask_fast.ops.collectives import exchange, take_rows, world_size
+from softmask_fast.ops.collectives import exchange, index_rows, take_rows, world_size
 
 MATCHED, NOT_MATCHED, NOT_SCORED = 1, 0, -100  # labels of ITM
 
@@ -189,7 +189,7 @@ class PretrainingStep(nn.Module):
             text, mask = take_rows(text, other_text), take_rows(mask.byte(), other_text).bool()
         else:
             other_image, other_text = ((rows - _first_row(len(mask))).clamp(min=0) for rows in chosen)
-            images, text, mask = image_tokens, text[other_text], mask[other_text]
+            images, text, mask = image_tokens, index_rows(text, other_text), mask[other_text]
         wrong_image = replace(pairs, image_index=other_image, target=image_target)
         return images, wrong_image, Sequences(text, mask, pairs.image_index, target=text_target)
 

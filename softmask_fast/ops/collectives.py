@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -130,6 +131,17 @@ class _Gather(torch.autograd.Function):
         return ctx.joined.scatter_sum(grad), None
 
 
+def index_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]` for x (B, ...) and index (S,) int64 -> (S, ...), with the same gradient in every run.
+
+    Rows that occur several times add up in the order of the index. The gradient of `x[index]` itself adds by atomics on
+    a CPU with several threads, in any order.
+    """
+    if not x.requires_grad or x.ndim < 2:
+        return x[index]
+    return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])
+
+
 def take_rows(x: Tensor, index: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Rows of the joined batch, fetched from the ranks that own them; their gradients go back there.
 
@@ -145,7 +157,7 @@ def take_rows(x: Tensor, index: Tensor, group: dist.ProcessGroup | None = None) 
         ValueError: on every rank, if the size of a row differs between ranks or an index of any rank is out of range.
     """
     if world_size(group) == 1:
-        return x[index]
+        return index_rows(x, index)
     sizes, lengths, counts = exchange([len(x), x[:1].numel(), len(index)], group).unbind(1)
     if len(set(lengths[sizes > 0].tolist())) > 1:
         raise ValueError(f"x: expected rows of one size on every rank, got {lengths.tolist()} elements per row")
@@ -160,7 +172,7 @@ def take_rows(x: Tensor, index: Tensor, group: dist.ProcessGroup | None = None) 
     mine = valid & (wanted >= joined.offset) & (wanted < joined.offset + joined.rows)
     owner = torch.bucketize(wanted[joined.rank, : len(index)], torch.tensor(joined.offsets[1:]), right=True)
     arrival = torch.argsort(owner, stable=True).argsort()  # position of each wanted row among those that arrive
-    rows = x[(wanted[mine] - joined.offset).to(x.device)]
+    rows = index_rows(x, (wanted[mine] - joined.offset).to(x.device))
     received = torch.bincount(owner, minlength=joined.world).tolist()
     return _AllToAll.apply(rows, mine.sum(1).tolist(), received, group)[arrival.to(x.device)]
 
