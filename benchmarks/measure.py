@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,34 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 PHASES = ("forward", "both")  # both: forward and backward
+
+
+def _processor_seconds() -> tuple[float, float, float]:
+    """Of this moment: the time, what all processors have worked so far, and what this process and those that it
+    started have."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    busy = sum(fields[:8]) - fields[3] - fields[4]  # all but idle and iowait
+    parents, worked = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            fields = path.read_text().rpartition(")")[2].split()
+            parents[int(path.parent.name)] = int(fields[1])
+            worked[int(path.parent.name)] = sum(map(int, fields[11:15]))  # its own, and of those it has waited for
+    ours, found = {os.getpid()}, 0
+    while len(ours) > found:
+        found = len(ours)
+        ours |= {process for process, parent in parents.items() if parent in ours}
+    ticks = os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), busy / ticks, sum(worked.get(process, 0) for process in ours) / ticks
+
+
+_START = _processor_seconds()
+
+
+def busy_elsewhere() -> float:
+    """How many processors other processes have kept busy since this module was imported, on average (Linux)."""
+    elapsed, busy, own = (now - start for now, start in zip(_processor_seconds(), _START, strict=True))
+    return max(0.0, (busy - own) / elapsed)
 
 
 @dataclass
@@ -228,7 +257,8 @@ def environment() -> dict:
         "triton": _version("triton"),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if ON_GPU else None,
         "python": platform.python_version(),
-        "load": round(os.getloadavg()[0], 2),
+        "processors": os.cpu_count(),
+        "busy_elsewhere": round(busy_elsewhere(), 2),
     }
 
 

@@ -19,15 +19,42 @@ MARKERS = ("<!-- benchmarks: begin, written by `make report` -->", "<!-- benchma
 COMMAND = "pytest benchmarks --benchmark-only --save-results"
 # Every key that a results file must have; see measure.environment and measure.compare.
 RUN_KEYS = (
-    "device", "slug", "threads", "date", "commit", "softmask_fast", "torch", "triton", "driver", "load", "ceilings",
+    "device", "slug", "threads", "date", "commit", "softmask_fast", "torch", "triton", "driver", "ceilings",
     "rows",
 )  # fmt: skip
 ROW_KEYS = (
     "benchmark", "case", "dtype", "variant", "ours", "floor", "baseline", "ceiling", "seconds", "extra_memory", "share",
     "missing",
 )  # fmt: skip
+# How variants are called in tables and plots, and their color there: the same on every page.
+VARIANTS = {
+    "cpp": ("ours, C++", "#d62728"),
+    "triton": ("ours, Triton", "#d62728"),
+    "cuda": ("ours, CUDA", "#ff7f0e"),
+    "cpp + projection": ("ours with its projection, C++", "#d62728"),
+    "triton + projection": ("ours with its projection, Triton", "#d62728"),
+    "fast": ("ours", "#d62728"),
+    "streamed": ("ours, plain PyTorch in blocks", "#e377c2"),
+    "reference": ("the definition, plain PyTorch", "#1f77b4"),
+    "eager": ("PyTorch, eager", "#bcbd22"),
+    "compiled": ("PyTorch, compiled", "#17becf"),
+    "ALBEF hooks": ("ALBEF's hooks", "#2ca02c"),
+    "hooks": ("attention maps by autograd", "#9467bd"),
+    "maps": ("attention maps by autograd", "#9467bd"),
+    "bytes": ("reading and writing alone", "#7f7f7f"),
+    "sdpa_gathered": ("SDPA on gathered keys", "#2ca02c"),
+    "sdpa_unmasked": ("SDPA without masks", "#7f7f7f"),
+    "flex": ("FlexAttention", "#9467bd"),
+    "projected": ("ALBEF: every sequence projected", "#2ca02c"),
+    "open_clip": ("open_clip", "#2ca02c"),
+    "inf_cl": ("Inf-CL", "#9467bd"),
+    "liger": ("Liger-Kernel", "#8c564b"),
+    "torch_fused": ("PyTorch, fused linear cross-entropy", "#9edae5"),
+}
+BUSY_ELSEWHERE = 0.15  # of the processors: a machine whose others work more than that is too loaded for the front page
 # What a size of a case is called where it is the only one that changes from case to case.
 AXES = {"word_soft_mask": "N", "soft_masked_attention": "N", "focal_itc": "B", "focal_itc_queue": "B"}
+AXIS_LABELS = {"N": "image tokens (N)", "B": "pairs in a batch (B)"}
 # The page that shows one size of each benchmark, the paper's where it has one, and which sizes these are.
 FRONT = "README.md"
 FRONT_SIZES: dict[str, dict[str, tuple]] = {
@@ -93,6 +120,35 @@ def seconds(row: dict) -> float | None:
     return row["seconds"].get("both", row["seconds"].get("forward"))
 
 
+def same_variant(row: dict, other: dict) -> bool:
+    return all(row[key] == other[key] for key in ("benchmark", "variant"))
+
+
+def label(row: dict) -> str:
+    """The name of a row's variant for people; of the step, "reference" is ALBEF's way."""
+    if row["benchmark"] == "step" and row["variant"] == "reference":
+        return "ALBEF's way"
+    return VARIANTS.get(row["variant"], (row["variant"], None))[0]
+
+
+def busy_elsewhere(run: dict) -> float:
+    """Processors that others kept busy; older files have the machine's load instead, their own threads included."""
+    return run["busy_elsewhere"] if "busy_elsewhere" in run else max(0.0, run["load"] - run["threads"])
+
+
+def unfit(run: dict) -> str | None:
+    """Why a run's figures must not stand on the front page; None if they may."""
+    busy, processors = busy_elsewhere(run), run.get("processors", run["threads"])
+    if busy > BUSY_ELSEWHERE * processors:
+        return f"other processes kept {busy:.2g} of the {processors} processors busy"
+    for row in run["rows"]:
+        for share in () if row["floor"] else row["share"].values():
+            if share > 1:
+                where = f"{row['benchmark']}, {case_text(row['case'])}: {row['variant']}"
+                return f"{where} reaches {100 * share:.0f} % of the {row['ceiling']} ceiling, so one of them is wrong"
+    return None
+
+
 def main_phase(row: dict) -> str:
     return "both" if "both" in row["seconds"] else "forward"
 
@@ -126,12 +182,13 @@ def case_text(case: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def machine_text(run: dict) -> str:
+def machine_text(run: dict, separator: str = "; ") -> str:
     rates = run["ceilings"]
     driver = f", driver {run['driver']}" if run["driver"] else f", {run['threads']} threads"
     commit = (run["commit"] or "unknown")[:12]
     return (
-        f"{run['device']}{driver}, torch {run['torch']}, commit {commit}, {run['date'][:10]}, load {run['load']}; "
+        f"{run['device']}{driver}, torch {run['torch']}, commit {commit}, {run['date'][:10]}, "
+        f"{busy_elsewhere(run):.2g} processors busy with other work{separator}"
         f"measured: copy {rates['copy'] / 1e9:,.0f} GB/s, matrix product {rates['matmul'] / 1e12:.3g} TFLOP/s"
     )
 
@@ -174,34 +231,41 @@ def run_tables(run: dict) -> list[str]:
 
 
 def summary(run: dict) -> list[str]:
-    """A Markdown table of a run: for each case the usual way, the best other one, and ours."""
+    """A Markdown table of a run: for each case the usual way, the best other one, ours, and the floor: less work."""
     lines = [
         f"**{machine_text(run)}**",
         "",
-        "| | the usual way | best alternative | ours | ours is faster by | extra memory | of the ceiling |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| | the usual way | best alternative | ours | x the usual way | x the best alternative | less work "
+        "| extra memory | of the ceiling |",
+        "| --- |" + " --- |" * 3 + " ---: |" * 2 + " --- |" * 3,
     ]
     for rows in groups(run["rows"]):
         timed = [row for row in rows if seconds(row) is not None]
         phase = "both" if any("both" in row["seconds"] for row in timed) else "forward"
-        timed = [row for row in timed if phase in row["seconds"] and not row["floor"]]
+        timed = [row for row in timed if phase in row["seconds"]]
+        floor = next((row for row in timed if row["floor"]), None)
+        timed = [row for row in timed if not row["floor"]]
         ours = min((row for row in timed if row["ours"]), key=seconds, default=None)
         base = next((row for row in timed if row["variant"] == row["baseline"]), None)
         if ours is None:
             continue
         best = min((row for row in timed if not row["ours"] and row is not base), key=seconds, default=None)
-        times = [f"{time_text(seconds(row))} ({row['variant']})" if row else "-" for row in (base, best, ours)]
-        factors = [f"{seconds(row) / seconds(ours):.1f} x" for row in (base, best) if row]
-        memory = [memory_text(row["extra_memory"].get(phase)) for row in (base, ours) if row]
-        share = f"{100 * ours['share'][phase]:.0f} % ({ours['ceiling']})" if phase in ours["share"] else "-"
         title = f"`{ours['benchmark']}`{' and backward' if phase == 'both' else ''}"
-        cells = [f"{title}<br>{case_text(ours['case'])}, {ours['dtype']}", *times]
-        cells += [", ".join(factors) or "-", " -> ".join(memory), share]
+        cells = [f"{title}<br>{case_text(ours['case'])}, {ours['dtype']}"]
+        cells += [f"{time_text(seconds(row))} ({label(row)})" if row else "-" for row in (base, best, ours)]
+        cells += [f"{seconds(row) / seconds(ours):.1f}" if row else "-" for row in (base, best)]
+        cells += [f"{time_text(seconds(floor))} ({label(floor)})" if floor else "-"]
+        cells += [" -> ".join(memory_text(row["extra_memory"].get(phase)) for row in (base, ours) if row)]
+        cells += [f"{100 * ours['share'][phase]:.0f} % ({ours['ceiling']})" if phase in ours["share"] else "-"]
         lines.append(f"| {' | '.join(cells)} |")
     absent: dict[str, list[str]] = {}
     for row in run["rows"]:
         for phase, reason in row["missing"].items():
-            name = row["variant"] if phase == "all" else f"{row['variant']}, {phase}"
+            name = label(row) if phase == "all" else f"{label(row)}, {phase}"
+            axis = AXES.get(row["benchmark"])
+            wanted = "both" if phase == "both" else main_phase(row)
+            if axis and any(wanted in other["seconds"] for other in run["rows"] if same_variant(row, other)):
+                name += f" at {axis} {row['case'][axis]:,}"
             absent.setdefault(reason, [])
             if name not in absent[reason]:
                 absent[reason].append(name)
@@ -233,13 +297,14 @@ def plot(run: dict, benchmark: str, path: Path) -> bool:
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
         style = {"linewidth": 2.6, "zorder": 3} if mine[0]["ours"] and name != "reference" else {"linewidth": 1.2}
+        style |= {"color": VARIANTS.get(name, (name, None))[1]}
         style |= {"linestyle": ":"} if mine[0]["floor"] else {}
         sizes = [row["case"][axis] for row in mine]
-        panels[0].plot(sizes, [1e3 * row["seconds"][phase] for row in mine], marker="o", label=name, **style)
+        panels[0].plot(sizes, [1e3 * row["seconds"][phase] for row in mine], marker="o", label=label(mine[0]), **style)
         # below a page the resident memory of a process says nothing
         panels[1].plot(sizes, [max(row["extra_memory"][phase], 4096) / 2**20 for row in mine], marker="o", **style)
-    for panel, label in zip(panels, ("time, ms", "memory beyond inputs and results, MiB"), strict=True):
-        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
+    for panel, quantity in zip(panels, ("time, ms", "memory beyond inputs and results, MiB"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel=AXIS_LABELS[axis], ylabel=quantity)
         ticks = sorted({row["case"][axis] for row in rows})
         panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
         panel.minorticks_off()
@@ -248,7 +313,8 @@ def plot(run: dict, benchmark: str, path: Path) -> bool:
         panel.grid(alpha=0.3)
     fixed = ", ".join(f"{name} {size}" for name, size in json.loads(rest).items())
     what = "forward and backward" if phase == "both" else "forward"
-    figure.suptitle(f"{benchmark}, {what}: {fixed}, {rows[0]['dtype']}\n{machine_text(run)}", fontsize=9)
+    title = f"{benchmark}, {what}: {fixed}, {rows[0]['dtype']}"
+    figure.suptitle("\n".join((title, machine_text(run, ";\n"))), fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     figure.supxlabel(COMMAND, fontsize=7, family="monospace")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,16 +334,24 @@ def insert(text: str, block: list[str], name: str) -> str:
 
 
 def write_front(results: Path, page: Path, images: Path) -> None:
-    """Writes the section of the front page: of the latest GPU and CPU, a row of each benchmark and one plot."""
-    runs, block = newest(results), []
-    latest = {run["driver"] is None: run["slug"] for run in sorted(runs, key=lambda run: run["date"])}
-    for run in (run for run in runs if run["slug"] in latest.values()):
-        rows = [
-            row
+    """Writes the section of the front page: of the latest GPU and CPU, a row of each benchmark and one plot.
+
+    A run that is not fit for it is left out, and said so.
+    """
+    fit, block = [], []
+    for run in newest(results):
+        shown = [
+            row | {"missing": {}}
             for row in run["rows"]
             if all(row["case"][name] in sizes for name, sizes in FRONT_SIZES[row["benchmark"]].items())
         ]
-        block += ["", *summary(run | {"rows": [row | {"missing": {}} for row in rows]}), ""]
+        if reason := unfit(run | {"rows": shown}):
+            print(f"{page.name}: left out {run['slug']} of {run['date']}: {reason}; measure again on an idle machine")
+        else:
+            fit.append(run | {"shown": shown})
+    latest = {run["driver"] is None: run["slug"] for run in sorted(fit, key=lambda run: run["date"])}
+    for run in (run for run in fit if run["slug"] in latest.values()):
+        block += ["", *summary(run | {"rows": run["shown"]}), ""]
         picture = images / f"benchmarks-soft_masked_attention-{run['slug']}.png"
         if plot(run, "soft_masked_attention", picture):
             block += [f"![soft_masked_attention on {run['device']}]({os.path.relpath(picture, page.parent)})", ""]

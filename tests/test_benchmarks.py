@@ -19,7 +19,7 @@ import report  # noqa: E402
 @pytest.fixture
 def rates(monkeypatch):
     """Ceilings of no particular machine: measuring them takes longer than these tests should."""
-    monkeypatch.setattr(measure, "ceilings", lambda: {"copy": 1e9, "matmul": 1e12})
+    monkeypatch.setattr(measure, "ceilings", lambda: {"copy": 1e13, "matmul": 1e12})
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def run(rates):
             "elsewhere": measure.Variant(missing={"all": "its kernels need another machine"}),
         }
         rows += measure.compare("word_soft_mask", {"B": 1, "N": size}, variants, "usual", "copy", 1e-6, seconds=0.05)
-    return measure.environment() | {"ceilings": measure.ceilings(), "rows": rows}
+    return measure.environment() | {"busy_elsewhere": 0.0, "ceilings": measure.ceilings(), "rows": rows}
 
 
 def test_comparison_refuses_a_wrong_result(rates):
@@ -51,7 +51,7 @@ def test_comparison_refuses_a_wrong_result(rates):
 def test_rows(run):
     usual, fast, elsewhere, *_ = run["rows"]
     assert fast["ours"] and not usual["ours"]
-    assert fast["share"]["forward"] == pytest.approx(8000 / fast["seconds"]["forward"] / 1e9)
+    assert fast["share"]["forward"] == pytest.approx(8000 / fast["seconds"]["forward"] / 1e13)
     assert elsewhere["seconds"] == {} and elsewhere["missing"] == {"all": "its kernels need another machine"}
 
 
@@ -101,6 +101,7 @@ def test_report_is_idempotent_and_tells_what_did_not_run(run, tmp_path):
     for row in run["rows"]:
         assert not row["ours"] or report.time_text(row["seconds"]["forward"]) in once
     assert "- elsewhere: its kernels need another machine" in once
+    assert "| x the usual way | x the best alternative |" in once
     (picture,) = (tmp_path / "images").iterdir()
     assert f"images/{picture.name}" in once and picture.read_bytes()[:4] == b"\x89PNG"
 
@@ -123,6 +124,39 @@ def test_the_front_page_shows_one_size_of_each_on_the_latest_machine(run, tmp_pa
     report.write_front(tmp_path / "results", page, tmp_path / "images")
     assert page.read_text().count("| `word_soft_mask`") == 1 and "N 257" in page.read_text()
     assert "docs/benchmarks.md" in page.read_text()
+
+
+def test_the_front_page_refuses_a_loaded_machine_and_more_than_the_ceiling(run, tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text("\n".join(report.MARKERS))
+    rows = [row | {"case": row["case"] | {"N": 257}} for row in run["rows"]]
+    fast = next(row for row in rows if row["ours"])
+    loaded = {"busy_elsewhere": 0.5 * run["processors"], "rows": rows}
+    old = {"load": run["threads"] + 0.5 * run["processors"], "rows": rows}
+    beyond = {"rows": [*rows, fast | {"share": {"forward": 1.2}}]}
+    for change, reason in (
+        (loaded, "processors busy; measure again on an idle machine"),
+        (old, "processors busy; measure again"),
+        (beyond, "word_soft_mask, B 1, N 257: fast reaches 120 % of the copy ceiling, so one of them is wrong"),
+    ):
+        changed = run | change
+        if "load" in change:
+            del changed["busy_elsewhere"]
+        report.save(tmp_path / "results", changed)
+        report.write_front(tmp_path / "results", page, tmp_path / "images")
+        assert reason in capsys.readouterr().out and "| `word_soft_mask`" not in page.read_text()
+
+
+def test_every_variant_has_a_name_and_a_color():
+    for file in report.RESULTS.glob("*/*.json"):
+        for row in json.loads(file.read_text())["rows"]:
+            assert row["variant"] in report.VARIANTS
+
+
+def test_a_variant_that_ran_at_another_size_is_named_with_its_own(run):
+    missing = {"forward": {}, "missing": {"all": "would take about 9 s"}}
+    run["rows"].append(run["rows"][0] | {"case": {"B": 1, "N": 4000}, "seconds": {}} | missing)
+    assert "- usual at N 4,000: would take about 9 s" in report.summary(run)
 
 
 def test_every_page_of_the_report_has_its_markers():
