@@ -46,11 +46,21 @@ def read_deepspeed_config(path: str, train: TrainConfig) -> dict[str, Any]:
     return config
 
 
-def create_engine(step: nn.Module, config: dict[str, Any], train: TrainConfig) -> deepspeed.DeepSpeedEngine:
-    """Wrap the step. The optimizer is AdamW unless the DeepSpeed configuration names one (for offloading, say)."""
+def parameter_groups(step: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
+    """The trained parameters as an optimizer takes them: weight decay is for matrices alone."""
     decayed = [p for p in step.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in step.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = None if "optimizer" in config else torch.optim.AdamW(groups, lr=train.learning_rate)
+    return [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def create_optimizer(step: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of a run whose DeepSpeed configuration names none."""
+    return torch.optim.AdamW(parameter_groups(step, train), lr=train.learning_rate)
+
+
+def create_engine(step: nn.Module, config: dict[str, Any], train: TrainConfig) -> deepspeed.DeepSpeedEngine:
+    """Wrap the step. The optimizer is ours unless the DeepSpeed configuration names one (for offloading, say)."""
+    groups = parameter_groups(step, train)
+    optimizer = None if "optimizer" in config else create_optimizer(step, train)
     engine, *_ = deepspeed.initialize(model=step, model_parameters=groups, optimizer=optimizer, config=config)
     return engine
