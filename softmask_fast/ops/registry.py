@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 # (device, dtype, width) -> why an implementation cannot run, or None. `width` is the innermost size, which kernels are
 # specialized for: the head width of attention, the projection width of the contrastive loss.
@@ -142,3 +144,39 @@ def choices(
             taken = name
         reasons[name] = reason
     return reasons
+
+
+def plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing but this process' own call will ever see what an operator does with these tensors.
+
+    Then a plain `autograd.Function` around the implementation does, which costs the host a fraction of a registered
+    operator. False under `torch.compile`, tracing, dispatch modes (fake tensors, counting), `torch.func`, forward-mode
+    differentiation and for subclasses of tensors: they need the registered operator.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    ):
+        return False
+    for tensor in tensors:
+        if type(tensor) is not Tensor and tensor is not None and type(tensor) is not torch.nn.Parameter:
+            return False
+    return True
+
+
+def refuse_transforms(operator: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError where PyTorch would lose the derivative of an operator, or fail without its name."""
+    if torch.compiler.is_compiling():
+        return
+    functorch, given = torch._C._functorch, [tensor for tensor in tensors if tensor is not None]
+    forward_mode = forward_ad._current_level >= 0
+    if any(functorch.is_gradtrackingtensor(tensor) or functorch.is_batchedtensor(tensor) for tensor in given):
+        what = "forward mode" if forward_mode else "torch.func"
+    elif forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        what = "forward mode"
+    else:
+        return
+    raise RuntimeError(f"{operator}: {what} is not supported; use torch.autograd.grad")

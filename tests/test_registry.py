@@ -1,0 +1,66 @@
+"""When an operator may skip its registration, and which derivatives are refused by name."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from softmask_fast.ops.registry import plain_eager, refuse_transforms
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_plain_eager_is_for_plain_tensors_alone():
+    x = torch.randn(3)
+    assert plain_eager(x, None, nn.Parameter(x))
+    assert not plain_eager(x, x.as_subclass(Subclass))
+    with FlopCounterMode(display=False):
+        assert not plain_eager(x)
+    with forward_ad.dual_level():
+        assert not plain_eager(x)
+    seen = []
+
+    def look(y):
+        seen.append(plain_eager(y))
+        return y + 1
+
+    make_fx(look, tracing_mode="fake")(x)
+    torch.func.grad(lambda y: look(y).sum())(x)
+    torch.jit.trace(look, x, check_trace=False)
+    assert seen and not any(seen)
+    compiled = torch.compile(lambda y: y + (1 if plain_eager(y) else 2), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), x + 2)
+
+
+TRANSFORMS = {
+    "jvp": ("forward mode", lambda f, x: torch.func.jvp(f, (x,), (x,))),
+    "jacfwd": ("forward mode", lambda f, x: torch.func.jacfwd(f)(x)),
+    "jvp of grad": ("forward mode", lambda f, x: torch.func.jvp(torch.func.grad(f), (x,), (x,))),
+    "grad": ("torch.func", lambda f, x: torch.func.grad(f)(x)),
+    "jacrev": ("torch.func", lambda f, x: torch.func.jacrev(f)(x)),
+    "vmap": ("torch.func", lambda f, x: torch.func.vmap(f)(x)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_refused(transform):
+    def operator(x):
+        refuse_transforms("operator", None, x)
+        return x.sum()
+
+    what, apply = TRANSFORMS[transform]
+    with pytest.raises(RuntimeError, match=f"^operator: {what} is not supported; use torch.autograd.grad$"):
+        apply(operator, torch.randn(3))
+
+
+def test_forward_mode_is_refused_where_there_is_a_tangent():
+    x = torch.randn(3)
+    with forward_ad.dual_level():
+        refuse_transforms("operator", x)
+        with pytest.raises(RuntimeError, match="^operator: forward mode is not supported"):
+            refuse_transforms("operator", x, forward_ad.make_dual(x, x))
+    torch.func.grad(lambda y: (refuse_transforms("operator", x), y.sum())[1])(x)  # not an input of the transform
