@@ -83,9 +83,10 @@ FOCAL_FLAGS = (
     (2, False, True, True, True), (3, True, True, True, True), (-1, False, True, True, False),
     (0, False, False, False, False), (1, True, False, True, True),
 )  # fmt: skip
-FLOATS = ("scale", "constant_spread", "gamma", "alpha", "magnify")
+FLOATS = ("scale", "constant_spread", "gamma", "magnify")
 POINTERS = {
-    "*i1": "mask", "*i64": "index word ids key_ids count dominant negative", "*i32": "starts order spans places",
+    "*i1": "mask", "*i64": "index word ids key_ids count dominant negative seed", "*fp64": "alpha",
+    "*i32": "starts order spans places",
     "*fp32": "keep statistics delta d_keep logits gradients map temperature sums terms loss state grad_inverse largest "
     "row_parts column_parts row_sums column_sums parts with_products",
 }  # fmt: skip

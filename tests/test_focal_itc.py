@@ -299,7 +299,7 @@ def test_a_row_draws_the_same_negative_alone_as_in_its_batch():
 
 
 def test_sampler_noise_is_independent_and_exponential():
-    noise = negative_log_exponential(row_keys(0, 64, 11, 0, torch.device("cpu")), 0, 4096, torch.float64)
+    noise = negative_log_exponential(row_keys(0, 64, torch.tensor(11), 0), 0, 4096, torch.float64)
     exponential = torch.exp(-noise)
     assert exponential.mean().item() == pytest.approx(1, abs=0.01)
     assert exponential.var().item() == pytest.approx(1, abs=0.03)
@@ -307,12 +307,12 @@ def test_sampler_noise_is_independent_and_exponential():
     assert (
         chi_square(torch.histc(uniform, 64, 0, 1), torch.full((64,), 1 / 64)) < 103.4
     )  # 63 degrees of freedom, 99.9 %
-    other = torch.exp(-negative_log_exponential(row_keys(0, 64, 11, 1, torch.device("cpu")), 0, 4096, torch.float64))
+    other = torch.exp(-negative_log_exponential(row_keys(0, 64, torch.tensor(11), 1), 0, 4096, torch.float64))
     pairs = [(uniform[:, 1:], uniform[:, :-1]), (uniform[1:], uniform[:-1]), (uniform, torch.exp(-other))]
     for first, second in pairs:
         assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1].item()) < 0.01
     # any window of rows and columns gives the same numbers
-    window = negative_log_exponential(row_keys(5, 3, 11, 0, torch.device("cpu")), 100, 7, torch.float64)
+    window = negative_log_exponential(row_keys(5, 3, torch.tensor(11), 0), 100, 7, torch.float64)
     assert torch.equal(window, noise[5:8, 100:107])
 
 
@@ -344,6 +344,10 @@ def call(**changes):
         ({"gamma": float("inf")}, ValueError, "gamma: expected a finite number"),
         ({"gamma": float("nan")}, ValueError, "gamma: expected a number of at least 0, got nan"),
         ({"alpha": 1.5}, ValueError, "alpha: expected a number from 0 to 1, got 1.5"),
+        ({"alpha": torch.zeros(1)}, ValueError, r"alpha: expected size \(\), got \(1,\)"),
+        ({"alpha": torch.tensor(1)}, TypeError, "alpha: expected dtype float16 or .*, got int64"),
+        ({"alpha": torch.tensor(0.0), "teacher_image": None}, ValueError, "teacher_image: .* as alpha is a tensor"),
+        ({"seed": torch.tensor(1.0)}, TypeError, "seed: expected dtype int64, got float32"),
         ({"teacher_image": None}, ValueError, "teacher_image: expected a tensor .* as alpha is 0.4"),
         ({"teacher_text": torch.zeros(5, 9).double()}, ValueError, r"teacher_text: expected size \(5, 8\)"),
         ({"key_ids": torch.zeros(13, dtype=torch.int64)}, ValueError, "ids: expected the ids of the rows"),

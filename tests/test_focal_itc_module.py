@@ -392,7 +392,8 @@ def test_blocks_of_keys_may_come_in_any_order(impl, gamma):
     require("focal_itc", impl, device, torch.float32, 16)
     rows, teacher, keys = (tensor.to(device) for tensor in (unit(6, 0), unit(6, 1), unit(40, 2)))
     keys[10::10] = keys[0] = rows[0]
-    options = Options(gamma, 0.4, False, 0, True, 0, len(keys), 5, 0)
+    numbers = torch.tensor(0.4, dtype=torch.float64, device=device), torch.tensor(5, device=device)  # alpha, seed
+    options = Options(*numbers, gamma, False, 0, 0, len(keys), 0)
     results = []
     for order in ([0, 10, 20, 30], [20, 10, 0, 30], [30, 20, 10, 0]):
         run = resolve(impl, rows)["forward"](rows, torch.tensor(0.1, device=device), teacher, None, options)

@@ -214,9 +214,10 @@ def operator_arguments(impl, dtype, ids):
     temperature = torch.tensor(0.1, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
     row_ids = torch.arange(18, device=device) % 5 if ids else None
     key_ids = torch.arange(30, device=device) % 6 if ids else None
-    options = (2.0, 0.4, False, 0, True, 0, 30, 1, 0, impl)
+    numbers = torch.tensor(0.4, dtype=torch.float64, device=device), torch.tensor(1, device=device)  # alpha, seed
+    options = (2.0, False, 0, 0, 30, 0, impl)
     leaves = (image.requires_grad_(), text_keys.requires_grad_(), temperature.requires_grad_())
-    return (*leaves, teacher, row_ids, key_ids, *options)
+    return (*leaves, teacher, row_ids, key_ids, *numbers, *options)
 
 
 @pytest.mark.parametrize("ids", [False, True])
@@ -229,8 +230,8 @@ def test_opcheck(impl, ids):
         torch.library.opcheck(
             torch.ops.softmask_fast.focal_itc_backward.default,
             (
-                torch.ones_like(loss), *(argument.detach() for argument in arguments[:4]), *arguments[4:6], row_state,
-                dominant, *wants, *arguments[6:],
+                torch.ones_like(loss), *(argument.detach() for argument in arguments[:4]), *arguments[4:8], row_state,
+                dominant, *wants, *arguments[8:],
             ),
         )  # fmt: skip
 
@@ -258,6 +259,40 @@ def test_compiles_as_one_graph(impl):
             loss, accuracy, negatives = function(*leaves, alpha, seed)
             results.append((loss.detach(), accuracy, negatives, *torch.autograd.grad(loss, leaves)))
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "reference"])
+def test_alpha_and_seed_may_be_tensors(name):
+    """The same bits as by the numbers, also compiled; only the C++ implementation reads them on the host."""
+    device = device_of(name)
+    require("focal_itc", name, device, torch.float32, 16)
+    tensors = inputs(18, 30, 24, torch.float32, device=device)
+
+    def step(image, text, alpha, seed):
+        loss, stats = focal_itc_loss(
+            image, text, *tensors[2:4], temperature=0.1, teacher_image=tensors[4], teacher_text=tensors[5], alpha=alpha,
+            return_stats=True, seed=seed, impl=name,
+        )  # fmt: skip
+        return loss, stats.image_hard_negative, stats.text_hard_negative
+
+    def results(function, *numbers):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors[:2]]
+        loss, *negatives = function(*leaves, *numbers)
+        return loss.detach(), *negatives, *torch.autograd.grad(loss, leaves)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for alpha, seed in ((0.4, -(2**40) - 7), (0.0, 2**33 + 5), (1.0, 3)):
+        expected = results(step, alpha, seed)
+        given = torch.tensor(alpha, dtype=torch.float64, device=device), torch.tensor(seed, device=device)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            actual = results(step, *given)
+        for found in (actual, results(compiled, *given)):
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        read = any(event.key == "aten::_local_scalar_dense" for event in profile.key_averages())
+        assert not read or name == "cpp" or INTERPRETED
+    single = torch.tensor(0.25, device=device)
+    for found, expected in zip(results(step, single, 3), results(step, 0.25, 3), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_second_derivatives_are_refused(impl):
@@ -317,7 +352,8 @@ def blockwise(impl, tensors, gamma, ids, key_ids, borders):
     """The operator's outputs and gradients, with the keys in the blocks between ``borders``."""
     image, _, _, text_keys, teacher, _ = tensors
     temperature = torch.tensor(0.1, device=image.device)
-    options = Options(gamma, 0.4, False, 2, True, 0, text_keys.shape[0], 5, 0)
+    numbers = torch.tensor(0.4, dtype=torch.float64, device=image.device), torch.tensor(5, device=image.device)
+    options = Options(*numbers, gamma, False, 2, 0, text_keys.shape[0], 0)
     parts = [slice(*pair) for pair in itertools.pairwise(borders)]
     parts = [(text_keys[part], None if key_ids is None else key_ids[part], part.start) for part in parts]
     implementation = operators.resolve(impl, image)

@@ -104,8 +104,9 @@ def test_opcheck(impl, with_ids):
     image, text = (tensor.requires_grad_() for tensor in inputs(18, 18, 24, torch.float32, device=device)[:2])
     temperature = torch.tensor(0.1, device=device, requires_grad=True)
     ids = torch.arange(18, device=device) % 5 if with_ids else None
-    options = (2.0, 0.0, False, 0, True, 0, 18, 1, 0, impl)
-    arguments = (image, text, temperature, ids, *options)
+    options = (2.0, False, 0, 0, 18, 0, impl)
+    numbers = None, torch.tensor(1, device=device)  # alpha, seed
+    arguments = (image, text, temperature, ids, *numbers, *options)
     torch.library.opcheck(torch.ops.softmask_fast.focal_itc_symmetric.default, arguments)
     with torch.no_grad():
         loss, row_state, dominant, _, _ = torch.ops.softmask_fast.focal_itc_symmetric(*arguments)
@@ -113,7 +114,7 @@ def test_opcheck(impl, with_ids):
     for wants in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         torch.library.opcheck(
             torch.ops.softmask_fast.focal_itc_symmetric_backward.default,
-            (torch.ones_like(loss), *inputs_alone, ids, row_state, dominant, *wants, *options),
+            (torch.ones_like(loss), *inputs_alone, ids, *numbers, row_state, dominant, *wants, *options),
         )
 
 
@@ -215,7 +216,7 @@ def test_two_byte_elements_take_few_launches(triton_launch, monkeypatch):
     focal_itc_loss(image, text, temperature=0.1, ids=torch.arange(20, device=image.device), impl="triton").backward()
     focal_itc_loss(image, text, temperature=0.1, return_stats=True, impl="triton")[0].backward()
     assert launched == ["forward", "backward"]
-    options = Options(2.0, 0.0, False, 0, False, 0, 20, 0, 0)
+    options = Options(None, None, 2.0, False, 0, 0, 20, 0)
     assert triton_launch.covers(image, None, options)
     assert not triton_launch.covers(image.float(), None, options)
 
@@ -224,9 +225,9 @@ def test_two_byte_elements_opcheck_and_compile(triton_launch):
     device = device_of("triton")
     image, text = (tensor.to(device).requires_grad_() for tensor in inputs(18, 18, 24, torch.bfloat16)[:2])
     temperature = torch.tensor(0.1, device=device, requires_grad=True)
-    options = (2.0, 0.0, False, 0, False, 0, 18, 1, 0, "triton")
+    options = (2.0, False, 0, 0, 18, 0, "triton")
     torch.library.opcheck(
-        torch.ops.softmask_fast.focal_itc_symmetric.default, (image, text, temperature, None, *options)
+        torch.ops.softmask_fast.focal_itc_symmetric.default, (image, text, temperature, None, None, None, *options)
     )
 
     def loss(*inputs):

@@ -97,17 +97,44 @@ def check_gamma(gamma: object) -> float:
     return gamma
 
 
-def check_teachers(image: Tensor, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float) -> float:
-    """Returns alpha as a float. Raises unless it is in [0, 1] and the teachers are like `image`, or None at alpha 0."""
-    alpha = check_number("alpha", alpha, at_least=0)
-    if alpha > 1:
-        raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
+def check_teachers(
+    image: Tensor, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float | Tensor
+) -> Tensor | None:
+    """Returns alpha as a 0-dim float64 tensor on the device of `image`, None where it is the number 0.
+
+    Raises unless it is in [0, 1], which of a tensor is not read, and the teachers are like `image`, or None at alpha 0.
+    """
+    soft = isinstance(alpha, Tensor)
+    if soft:
+        check_tensor("alpha", alpha, (), like=("image", image))
+    else:
+        alpha = check_number("alpha", alpha, at_least=0)
+        if alpha > 1:
+            raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
+        soft = alpha > 0
     for name, teacher in (("teacher_image", teacher_image), ("teacher_text", teacher_text)):
         if teacher is not None:
             check_tensor(name, teacher, tuple(image.shape), like=("image", image), same_dtype=True)
-        elif alpha > 0:
-            raise ValueError(f"{name}: expected a tensor of size {tuple(image.shape)} as alpha is {alpha}, got None")
-    return alpha
+        elif soft:
+            what = "a tensor" if isinstance(alpha, Tensor) else alpha
+            raise ValueError(f"{name}: expected a tensor of size {tuple(image.shape)} as alpha is {what}, got None")
+    return as_device_number(alpha, torch.float64, image) if soft else None
+
+
+def check_seed(seed: int | Tensor, image: Tensor) -> Tensor:
+    """Returns the seed as a 0-dim int64 tensor on the device of `image`; raises unless it is one or fits into one."""
+    if isinstance(seed, Tensor):
+        check_tensor("seed", seed, (), dtypes=(torch.int64,), like=("image", image))
+    else:
+        check_integer("seed", seed, -(2**63), 2**63 - 1)
+    return as_device_number(seed, torch.int64, image)
+
+
+def as_device_number(value: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A number as a 0-dim tensor without gradient; of a tensor the host reads nothing."""
+    if isinstance(value, Tensor):
+        return value.detach().to(dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def check_integer(name: str, value: object, low: int, high: int | None) -> None:

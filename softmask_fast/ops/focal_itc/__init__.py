@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from softmask_fast.ops import registry, triton_support
-from softmask_fast.ops.checks import as_scalar, check_choice, check_gamma, check_integer, check_teachers, check_tensor
+from softmask_fast.ops.checks import (
+    as_scalar,
+    check_choice,
+    check_gamma,
+    check_integer,
+    check_seed,
+    check_teachers,
+    check_tensor,
+)
 from softmask_fast.ops.extension import cpu_unavailable_reason
 from softmask_fast.ops.focal_itc import cpp, operators, reference, streamed, symmetric
 from softmask_fast.ops.focal_itc.reference import Options, RowResult
@@ -69,7 +77,7 @@ def focal_itc_loss(
     gamma: float = 2.0,
     teacher_image: Tensor | None = None,
     teacher_text: Tensor | None = None,
-    alpha: float = 0.0,
+    alpha: float | Tensor = 0.0,
     ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     positives: str = "mean",
@@ -77,7 +85,7 @@ def focal_itc_loss(
     reduction: str = "mean",
     return_stats: bool = False,
     negative_range: tuple[int, int] | None = None,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, FocalITCStats]:
     """Contrastive loss of B image-text pairs, its terms weighted by ``(1 - p)^gamma``, mean of the two directions.
@@ -93,7 +101,9 @@ def focal_itc_loss(
         temperature: positive float, or a 0-dim tensor, which gets its gradient.
         gamma: focal exponent, >= 0; 0 is plain cross-entropy. 0, 1, 2 and 3 are the fastest.
         teacher_image, teacher_text: (B, d) momentum features of the same rows, constants. Needed where alpha > 0.
-        alpha: weight in [0, 1] of the teacher's soft targets ``softmax(teacher @ keys.T / temperature)``.
+        alpha: weight in [0, 1] of the teacher's soft targets ``softmax(teacher @ keys.T / temperature)``. A number, or
+            a 0-dim tensor on the device of the features, which the device alone reads: its range is not checked, as
+            the host would have to wait for it, and the teachers are used whatever it holds.
         ids, key_ids: (B,) and (M,) int64; the keys whose id equals the row's are its positives, each duplicate counts.
             A row without one raises. ``key_ids`` defaults to ``ids`` where the keys default to the batch. Without ids
             the positive of row i is key ``row_offset + i``.
@@ -103,7 +113,8 @@ def focal_itc_loss(
         reduction: "mean" or "sum" over the rows, or "none" for the (B,) losses.
         return_stats: also return ``FocalITCStats``.
         negative_range: (first, last + 1) key columns from which hard negatives are drawn; all keys by default.
-        seed: of the hard negatives. A draw depends on (seed, direction, row_offset + row) and the row's softmax alone.
+        seed: of the hard negatives: a number, or a 0-dim int64 tensor, as alpha. A draw depends on (seed, direction,
+            row_offset + row) and the row's softmax alone.
         impl: implementation by name; None takes the best one that runs here.
 
     Returns:
@@ -137,20 +148,27 @@ def focal_itc_loss(
     check_choice("positives", positives, ("mean", "any"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     first_negative, last_negative = _check_negative_range(negative_range, keys)
-    check_integer("seed", seed, -(2**63), 2**63 - 1)
+    seed = check_seed(seed, image)
     temperature = as_scalar(temperature, image)
 
     options = Options(
-        gamma, alpha, positives == "any", row_offset, return_stats, first_negative, last_negative, seed, direction=0
+        alpha,
+        seed if return_stats else None,
+        gamma,
+        positives == "any",
+        row_offset,
+        first_negative,
+        last_negative,
+        direction=0,
     )
     with torch.autocast(image.device.type, enabled=False):
-        if own_keys and key_ids is ids and alpha == 0 and impl != "reference":
+        if own_keys and key_ids is ids and alpha is None and impl != "reference":
             results = symmetric.focal_itc_directions(image, text, temperature, ids, options, impl=impl)
         else:
             run = reference.focal_itc_direction
             if impl != "reference":
                 run = functools.partial(operators.focal_itc_direction, impl=impl)
-            teachers = [teacher.detach() if alpha > 0 else None for teacher in (teacher_image, teacher_text)]
+            teachers = [None if alpha is None else teacher.detach() for teacher in (teacher_image, teacher_text)]
             results = [
                 run(image, text_keys, temperature, teachers[0], ids, key_ids, options),
                 run(text, image_keys, temperature, teachers[1], ids, key_ids, options._replace(direction=1)),

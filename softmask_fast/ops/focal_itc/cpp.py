@@ -26,6 +26,10 @@ def expansion_order(gamma: float) -> int:
     return int(gamma) if gamma in (0, 1, 2, 3) else -1
 
 
+def _number(alpha: Tensor | None) -> float:
+    return 0.0 if alpha is None else float(alpha)
+
+
 class _Products:
     """Buffers for the products of one block of rows with one tile of keys."""
 
@@ -58,6 +62,7 @@ class Forward(BlockwiseForward):
     ):
         super().__init__(rows, temperature, teacher_rows, ids, options)
         self.order, self.inverse = expansion_order(options.gamma), 1 / float(temperature)
+        self.seed = int(options.seed) if options.stats else 0
         self.passes = 1 if self.order >= 0 else 2
         self.sums = torch.empty(rows.shape[0], SUMS, dtype=torch.float64)
         self.places = torch.empty(rows.shape[0], PLACES, dtype=torch.int64)
@@ -94,7 +99,7 @@ class Forward(BlockwiseForward):
         else:
             operators.focal_itc_sums(
                 *common, start, max(self.order, 0), options.stats, options.first_negative, options.last_negative,
-                options.seed, options.direction, options.row_offset + part.start, self.sums[part], self.places[part],
+                self.seed, options.direction, options.row_offset + part.start, self.sums[part], self.places[part],
             )  # fmt: skip
 
     def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -102,7 +107,7 @@ class Forward(BlockwiseForward):
         results = torch.empty(1 + ROW_STATES + 3, batch)
         columns = torch.empty(2, batch, dtype=torch.int64)
         torch.ops.softmask_fast_cpp.focal_itc_finish(
-            self.sums, self.places, self.count, self.inverse, options.gamma, self.order, options.alpha,
+            self.sums, self.places, self.count, self.inverse, options.gamma, self.order, _number(options.alpha),
             options.any_positive, results, columns,
         )  # fmt: skip
         loss, row_state, statistics = results.split([1, ROW_STATES, 3])
@@ -164,7 +169,7 @@ class _LogitGradient:
         self.grad_loss, self.row_state, self.dominant = grad_loss.contiguous(), row_state, dominant
         self.positives, self.options = positives, options
         self.order, self.inverse = expansion_order(options.gamma), 1 / float(temperature)
-        self.dtype = temperature.dtype
+        self.dtype, self.alpha = temperature.dtype, _number(options.alpha)
         self.of_inverse = torch.zeros(grad_loss.shape[0], dtype=torch.float64)
 
     def replace(self, part: slice, student: Tensor, teacher: Tensor | None, first_key: int) -> None:
@@ -172,7 +177,7 @@ class _LogitGradient:
         positives, options = self.positives, self.options
         torch.ops.softmask_fast_cpp.focal_itc_gradient(
             student, teacher, self.inverse, first_key, positives.columns, positives.first[part], positives.count[part],
-            options.gamma, self.order, options.alpha, options.any_positive, self.grad_loss[part],
+            options.gamma, self.order, self.alpha, options.any_positive, self.grad_loss[part],
             self.row_state[:, part], self.dominant[part], self.of_inverse[part],
         )  # fmt: skip
 

@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from softmask_fast.ops.checks import as_scalar, check_choice, check_gamma, check_integer, check_teachers, check_tensor
+from softmask_fast.ops.checks import (
+    as_scalar,
+    check_choice,
+    check_gamma,
+    check_integer,
+    check_seed,
+    check_teachers,
+    check_tensor,
+)
 from softmask_fast.ops.collectives import JoinedBatch, exchange, world_size
 from softmask_fast.ops.focal_itc import FocalITCStats, focal_itc_loss, statistics
 from softmask_fast.ops.focal_itc.feature_queue import FeatureQueue, Features
@@ -83,13 +91,13 @@ class FocalITCLoss(nn.Module):
         temperature: float | Tensor,
         teacher_image: Tensor | None = None,
         teacher_text: Tensor | None = None,
-        alpha: float = 0.0,
+        alpha: float | Tensor = 0.0,
         ids: Tensor | None = None,
         queue: FeatureQueue | None = None,
         use_queue: bool = True,
         return_stats: bool = False,
         negatives: str = "keys",
-        seed: int = 0,
+        seed: int | Tensor = 0,
     ) -> Tensor | tuple[Any, ...]:
         """The loss of this rank's rows; a collective if there are several ranks.
 
@@ -99,7 +107,7 @@ class FocalITCLoss(nn.Module):
             teacher_image, teacher_text: (B, d) momentum features of the same pairs, constants. Required for
                 `gather="momentum"`, whose keys they are, and for alpha > 0. They are what enters the queue; without
                 them the features themselves do.
-            alpha: weight in [0, 1] of the teacher's soft targets.
+            alpha: weight in [0, 1] of the teacher's soft targets, a number or a tensor as in `focal_itc_loss`.
             ids: (B,) int64 identities of the images; all keys with a row's id are its positives. Without ids the only
                 positive is the row's own pair. Queued features keep their ids; those without ids match no image.
             queue: use this queue in place of the module's own, and leave it to the caller to update it.
@@ -107,7 +115,8 @@ class FocalITCLoss(nn.Module):
             return_stats: also return `FocalITCStats`. Its hard negatives are key numbers: a row of the joined batch, or
                 the number of its rows + a slot of the queue.
             negatives: where hard negatives come from: "keys" (all), "batch" (the joined batch), "rank" (this rank's).
-            seed: of the hard negatives. With the same seed on all ranks they are those of the joined batch.
+            seed: of the hard negatives, a number or a tensor. With the same seed on all ranks they are those of the
+                joined batch.
 
         Returns:
             The loss, a scalar; with `return_stats` (loss, stats). If `queue` is given, one more element follows: the
@@ -122,7 +131,8 @@ class FocalITCLoss(nn.Module):
         if queue is not None and queue.size == 0:
             queue = None
         rows = Features(image, text, ids)
-        self._check(rows, teacher_image, teacher_text, alpha, queue)
+        alpha = self._check(rows, teacher_image, teacher_text, alpha, queue)
+        seed = check_seed(seed, image)
         check_choice("negatives", negatives, NEGATIVES)
         teacher = None if teacher_image is None else Features(teacher_image, teacher_text, ids)
         joined = self._join(rows, teacher, queue)
@@ -139,15 +149,17 @@ class FocalITCLoss(nn.Module):
         # Contrast
         keys = joined.total + (0 if queued is None else queue.size)
         ranges = {"keys": (0, keys), "batch": (0, joined.total), "rank": (joined.offset, joined.offset + joined.rows)}
-        options = dict(alpha=alpha, negative_range=ranges[negatives], return_stats=return_stats, seed=seed)
+        options = dict(negative_range=ranges[negatives], return_stats=return_stats, seed=seed)
         if ring:
-            loss, stats = self._ring(joined, rows, teacher, queued, as_scalar(temperature, image), **options)
+            loss, stats = self._ring(
+                joined, rows, teacher, queued, as_scalar(temperature, image), alpha=alpha, **options
+            )
         else:
             image_keys, text_keys, key_ids = self._gather_keys(joined, rows, newest, queued)
             result = focal_itc_loss(
                 image, text, image_keys, text_keys, key_ids=key_ids, temperature=temperature, gamma=self.gamma,
                 teacher_image=teacher_image, teacher_text=teacher_text, ids=ids, positives=self.positives,
-                row_offset=joined.offset, impl=self.impl, **options,
+                row_offset=joined.offset, impl=self.impl, alpha=0.0 if alpha is None else alpha, **options,
             )  # fmt: skip
             loss, stats = result if return_stats else (result, None)
         if joined.total != joined.rows * joined.world:
@@ -182,26 +194,26 @@ class FocalITCLoss(nn.Module):
 
     def _ring(
         self, joined: JoinedBatch, rows: Features, teacher: Features | None, queued: Features | None,
-        temperature: Tensor, *, alpha: float, negative_range: tuple[int, int], return_stats: bool, seed: int,
+        temperature: Tensor, *, alpha: Tensor | None, negative_range: tuple[int, int], return_stats: bool, seed: Tensor,
     ) -> tuple[Tensor, FocalITCStats | None]:  # fmt: skip
         """`focal_itc_loss` with keys that travel around the ranks."""
-        check_integer("seed", seed, -(2**63), 2**63 - 1)
-        shared = self.gamma, float(alpha), self.positives == "any", joined.offset, return_stats, *negative_range, seed
+        seed = seed if return_stats else None
+        shared = alpha, seed, self.gamma, self.positives == "any", joined.offset, *negative_range
         options = [Options(*shared, direction) for direction in range(2)]
-        teachers = (teacher.image.detach(), teacher.text.detach()) if alpha > 0 else (None, None)
+        teachers = (None, None) if alpha is None else (teacher.image.detach(), teacher.text.detach())
         results = ring_rows(*rows, temperature, teachers, queued, joined, options, self.impl)
         loss = ((results[0].loss + results[1].loss) / 2).mean()
         return loss, statistics(*results) if return_stats else None
 
     def _check(
-        self, rows: Features, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float,
+        self, rows: Features, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float | Tensor,
         queue: FeatureQueue | None,
-    ) -> None:  # fmt: skip
-        """All that one rank can check by itself, before anything travels."""
+    ) -> Tensor | None:  # fmt: skip
+        """All that one rank can check by itself, before anything travels; alpha as `check_teachers` returns it."""
         image, text, ids = rows
         check_tensor("image", image, ("B", "d" if queue is None else queue.width))
         check_tensor("text", text, tuple(image.shape), like=("image", image), same_dtype=True)
-        check_teachers(image, teacher_image, teacher_text, alpha)
+        alpha = check_teachers(image, teacher_image, teacher_text, alpha)
         if (teacher_image is None) != (teacher_text is None):
             missing, other = ("image", "text") if teacher_image is None else ("text", "image")
             raise ValueError(f"teacher_{missing}: expected a tensor along with teacher_{other}, got None")
@@ -211,6 +223,7 @@ class FocalITCLoss(nn.Module):
             check_tensor("ids", ids, (len(image),), dtypes=(torch.int64,), like=("image", image))
         if queue is not None and queue.queue_ids.device != image.device:
             raise ValueError(f"image: expected device {queue.queue_ids.device} as the queue, got {image.device}")
+        return alpha
 
     def _join(self, rows: Features, teacher: Features | None, queue: FeatureQueue | None) -> JoinedBatch:
         """The sizes of all ranks. Raises ValueError on all of them if they do not fit together."""

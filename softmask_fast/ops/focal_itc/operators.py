@@ -26,21 +26,23 @@ DOMINANT_GRADIENT = 8  # dloss_i / ds_ij of the most probable key; `streamed` ha
 ROW_STATES = 9
 
 OPTIONS = (
-    "float gamma, float alpha, bool any_positive, SymInt row_offset, bool stats, SymInt first_negative, "
-    "SymInt last_negative, SymInt seed, int direction, str? impl"
+    "float gamma, bool any_positive, SymInt row_offset, SymInt first_negative, "
+    "SymInt last_negative, int direction, str? impl"
 )
 torch.library.define(
     "softmask_fast::focal_itc",
-    "(Tensor rows, Tensor keys, Tensor temperature, Tensor? teacher_rows, Tensor? ids, Tensor? key_ids, "
-    f"{OPTIONS}) -> (Tensor loss, Tensor row_state, Tensor dominant, Tensor statistics, Tensor hard_negative)",
+    "(Tensor rows, Tensor keys, Tensor temperature, Tensor? teacher_rows, Tensor? ids, Tensor? key_ids, Tensor? alpha, "
+    f"Tensor? seed, {OPTIONS}) -> (Tensor loss, Tensor row_state, Tensor dominant, Tensor statistics, "
+    "Tensor hard_negative)",
 )
 torch.library.define(
     "softmask_fast::focal_itc_backward",
     "(Tensor grad_loss, Tensor rows, Tensor keys, Tensor temperature, Tensor? teacher_rows, Tensor? ids, "
-    "Tensor? key_ids, Tensor row_state, Tensor dominant, bool wants_rows, bool wants_keys, bool wants_temperature, "
-    f"{OPTIONS}) -> (Tensor grad_rows, Tensor grad_keys, Tensor grad_temperature)",
+    "Tensor? key_ids, Tensor? alpha, Tensor? seed, Tensor row_state, Tensor dominant, bool wants_rows, "
+    f"bool wants_keys, bool wants_temperature, {OPTIONS}) -> (Tensor grad_rows, Tensor grad_keys, "
+    "Tensor grad_temperature)",
 )
-_INPUTS = 6  # tensors before the options
+_INPUTS = 8  # tensors before the options
 
 
 def focal_itc_direction(
@@ -142,15 +144,15 @@ def stream_forward(
 
 @torch.library.impl("softmask_fast::focal_itc_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, row_state, dominant, wants_rows, wants_keys,
-    wants_temperature, *options_and_impl,
+    grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, alpha, seed, row_state, dominant, wants_rows,
+    wants_keys, wants_temperature, *options_and_impl,
 ):  # fmt: skip
     *options, impl = options_and_impl
     run = resolve(impl, rows)["backward"]
     with torch.autocast(rows.device.type, enabled=False):
         return run(
             grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, row_state, dominant, wants_rows, wants_keys,
-            wants_temperature, Options(*options),
+            wants_temperature, Options(alpha, seed, *options),
         )  # fmt: skip
 
 
@@ -174,8 +176,8 @@ def fake_outputs(temperature: Tensor, options: Options, size: tuple[int, ...]) -
 
 @torch.library.register_fake("softmask_fast::focal_itc_backward")
 def _backward_fake(
-    grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, row_state, dominant, wants_rows, wants_keys,
-    wants_temperature, *options_and_impl,
+    grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, alpha, seed, row_state, dominant, wants_rows,
+    wants_keys, wants_temperature, *options_and_impl,
 ):  # fmt: skip
     return fake_gradients((rows, keys, temperature), (wants_rows, wants_keys, wants_temperature))
 

@@ -35,15 +35,23 @@ SECOND_DERIVATIVE = "focal_itc_loss: second derivatives are not supported"
 class Options(NamedTuple):
     """What does not change from row to row; every implementation of one direction takes it."""
 
+    alpha: Tensor | None  # () float64; None: no soft targets
+    seed: Tensor | None  # () int64, of the hard negatives; None: no statistics
     gamma: float
-    alpha: float
     any_positive: bool  # positives="any"
     row_offset: int  # the key column of row 0's positive; the global number of row 0
-    stats: bool
     first_negative: int  # a hard negative comes from the key columns first_negative ... last_negative - 1
     last_negative: int
-    seed: int  # int64
     direction: int  # 0: image rows, 1: text rows; keeps the two samplers apart
+
+    @property
+    def stats(self) -> bool:
+        return self.seed is not None
+
+    @property
+    def hard(self) -> float | Tensor:
+        """The weight of the hard targets."""
+        return 1.0 if self.alpha is None else 1 - self.alpha
 
 
 class RowResult(NamedTuple):
@@ -131,7 +139,7 @@ def focal_itc_direction(
     rows: Tensor,  # (B, d)
     keys: Tensor,  # (M, d)
     temperature: Tensor,  # () float32 or float64
-    teacher_rows: Tensor | None,  # (B, d), needed where alpha > 0
+    teacher_rows: Tensor | None,  # (B, d), needed with soft targets
     ids: Tensor | None,  # (B,) int64
     key_ids: Tensor | None,  # (M,) int64
     options: Options,
@@ -142,18 +150,18 @@ def focal_itc_direction(
     positive = positive_mask(rows.shape[0], keys.shape[0], ids, key_ids, options.row_offset, rows.device)
     log_p = torch.log_softmax(rows @ keys.T / temperature, dim=1)
     target = None
-    if options.alpha > 0:
+    if options.alpha is not None:
         with torch.no_grad():
             target = options.alpha * torch.softmax(teacher_rows.to(dtype) @ keys.T / temperature, dim=1)
     if not options.any_positive:
-        hard = positive * ((1 - options.alpha) / positive.sum(dim=1, keepdim=True, dtype=dtype))
+        hard = positive * (positive.sum(dim=1, keepdim=True, dtype=dtype).reciprocal() * options.hard)
         target = hard if target is None else target + hard
     loss = log_p.new_zeros(log_p.shape[0])
     if target is not None:
         loss = (target * focal_cross_entropy(log_p, options.gamma)).sum(dim=1)
     if options.any_positive:
         log_mass = torch.logsumexp(log_p.masked_fill(~positive, -torch.inf), dim=1)
-        loss = loss + (1 - options.alpha) * focal_cross_entropy(log_mass, options.gamma)
+        loss = loss + options.hard * focal_cross_entropy(log_mass, options.gamma)
     if not options.stats:
         return RowResult(loss, None, None, None, None)
     return RowResult(loss, *_statistics(log_p.detach(), positive, options))
@@ -164,7 +172,7 @@ def _statistics(log_p: Tensor, positive: Tensor, options: Options) -> tuple[Tens
     correct = positive.gather(1, log_p.argmax(dim=1, keepdim=True)).squeeze(1).to(p.dtype)
     entropy = -(p * log_p).sum(dim=1)
     positive_probability = (p * positive).sum(dim=1)
-    noise_keys = row_keys(options.row_offset, p.shape[0], options.seed, options.direction, p.device)
+    noise_keys = row_keys(options.row_offset, p.shape[0], options.seed, options.direction)
     score = log_p + negative_log_exponential(noise_keys, 0, p.shape[1], p.dtype)
     column = torch.arange(p.shape[1], device=p.device)
     barred = positive | (column < options.first_negative) | (column >= options.last_negative)

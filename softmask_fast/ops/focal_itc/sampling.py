@@ -26,28 +26,15 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def row_keys(first_row: int, rows: int, seed: int, direction: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two 32-bit hash keys for each of the rows ``first_row ... first_row + rows - 1``, as int64 tensors (rows,)."""
-    low, high = seed % 2**32, seed // 2**32 % 2**32
-    stream = _mix(torch.full((), low, dtype=torch.int64, device=device) ^ (0x9E3779B9 * direction))
-    first = _mix((torch.arange(first_row, first_row + rows, device=device) + stream) & _MASK)
+def row_keys(first_row: int, rows: int, seed: Tensor, direction: int) -> tuple[Tensor, Tensor]:
+    """Two 32-bit hash keys for each of the rows ``first_row ... first_row + rows - 1``, as int64 tensors (rows,).
+
+    ``seed``: () int64, never read by the host.
+    """
+    low, high = seed & _MASK, seed >> 32 & _MASK
+    stream = _mix(low ^ (0x9E3779B9 * direction))
+    first = _mix((torch.arange(first_row, first_row + rows, device=seed.device) + stream) & _MASK)
     return first, _mix(first ^ high ^ 0x85EBCA6B)
-
-
-def stream_keys(seed: int, direction: int) -> tuple[int, int]:
-    """What depends on the seed in ``row_keys``, for kernels: (upper half, stream), 32 bits each as signed integers."""
-
-    def mix(x: int) -> int:
-        x ^= x >> 16
-        x = (x * 0x7FEB352D) & _MASK
-        x ^= x >> 15
-        x = (x * 0x846CA68B) & _MASK
-        return x ^ (x >> 16)
-
-    def signed(x: int) -> int:
-        return x - 2**32 if x >= 2**31 else x
-
-    return signed(seed >> 32 & _MASK), signed(mix(seed & _MASK ^ (0x9E3779B9 * direction)))
 
 
 def negative_log_exponential(

@@ -80,7 +80,7 @@ class _Tile:
         self.positive = positive_tile(self.part, self.column, ids, key_ids, options.row_offset)
 
     def target(self) -> Tensor | None:
-        """alpha t + hard on the positives; "any" leaves the second out, alpha = 0 the first."""
+        """alpha t + hard on the positives; "any" leaves the second out, no alpha the first."""
         target = None
         if self.teacher is not None:
             below_max = (self.teacher - self.state[operators.TEACHER_MAX]) / self.temperature
@@ -94,9 +94,7 @@ class _Tile:
         """Score and key number of the best hard negative of each row in this tile; -inf where it has none."""
         options = self.options
         rows, columns = self.products.shape
-        noise_keys = row_keys(
-            options.row_offset + self.part.start, rows, options.seed, options.direction, self.column.device
-        )
+        noise_keys = row_keys(options.row_offset + self.part.start, rows, options.seed, options.direction)
         noise = negative_log_exponential(noise_keys, self.first_key, columns, self.log_p.dtype)
         barred = self.positive | (self.column < options.first_negative) | (self.column >= options.last_negative)
         score, choice = (self.log_p + noise).masked_fill(barred, -torch.inf).max(dim=1)
@@ -168,7 +166,7 @@ class Forward(operators.BlockwiseForward):
             self.row_state[operators.TEACHER_MAX] = self.teacher.max
             self.row_state[operators.TEACHER_LOG_SUM] = self.teacher.log()
         if not self.options.any_positive:
-            self.row_state[operators.HARD] = (1 - self.options.alpha) / self.count.to(self.loss.dtype)
+            self.row_state[operators.HARD] = self.count.to(self.loss.dtype).reciprocal() * self.options.hard
 
     def _add_terms(self, part: slice, tile: _Tile) -> None:
         gamma = self.options.gamma
@@ -193,9 +191,9 @@ class Forward(operators.BlockwiseForward):
         log_mass = below_max + state[operators.POSITIVE_LOG_SUM] - state[operators.LOG_SUM]
         self.statistics[2] = log_mass.exp()
         if options.any_positive:
-            state[operators.HARD] = (1 - options.alpha) * focal_weight(log_mass, options.gamma)
+            state[operators.HARD] = options.hard * focal_weight(log_mass, options.gamma)
             state[operators.WEIGHT] += state[operators.HARD]
-            self.loss += (1 - options.alpha) * focal_cross_entropy(log_mass, options.gamma)
+            self.loss += options.hard * focal_cross_entropy(log_mass, options.gamma)
         statistics, hard_negative = self.statistics, self.hard_negative
         if not options.stats:
             statistics, hard_negative = statistics.new_empty(3, 0), hard_negative.new_empty(0)

@@ -17,16 +17,16 @@ from softmask_fast.ops.registry import Implementation
 
 torch.library.define(
     "softmask_fast::focal_itc_symmetric",
-    f"(Tensor image, Tensor text, Tensor temperature, Tensor? ids, {OPTIONS}) -> (Tensor loss, Tensor row_state, "
-    "Tensor dominant, Tensor statistics, Tensor hard_negative)",
+    "(Tensor image, Tensor text, Tensor temperature, Tensor? ids, Tensor? alpha, Tensor? seed, "
+    f"{OPTIONS}) -> (Tensor loss, Tensor row_state, Tensor dominant, Tensor statistics, Tensor hard_negative)",
 )
 torch.library.define(
     "softmask_fast::focal_itc_symmetric_backward",
-    "(Tensor grad_loss, Tensor image, Tensor text, Tensor temperature, Tensor? ids, Tensor row_state, Tensor dominant, "
-    f"bool wants_image, bool wants_text, bool wants_temperature, {OPTIONS}) -> (Tensor grad_image, Tensor grad_text, "
-    "Tensor grad_temperature)",
+    "(Tensor grad_loss, Tensor image, Tensor text, Tensor temperature, Tensor? ids, Tensor? alpha, Tensor? seed, "
+    "Tensor row_state, Tensor dominant, bool wants_image, bool wants_text, bool wants_temperature, "
+    f"{OPTIONS}) -> (Tensor grad_image, Tensor grad_text, Tensor grad_temperature)",
 )
-_INPUTS = 4  # tensors before the options
+_INPUTS = 6  # tensors before the options
 
 
 def focal_itc_directions(
@@ -69,11 +69,11 @@ def _forward(image, text, temperature, ids, *options_and_impl):
 
 @torch.library.impl("softmask_fast::focal_itc_symmetric_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad_loss, image, text, temperature, ids, row_state, dominant, wants_image, wants_text, wants_temperature,
-    *options_and_impl,
+    grad_loss, image, text, temperature, ids, alpha, seed, row_state, dominant, wants_image, wants_text,
+    wants_temperature, *options_and_impl,
 ):  # fmt: skip
     *options, impl = options_and_impl
-    options = Options(*options)
+    options = Options(alpha, seed, *options)
     with torch.autocast(image.device.type, enabled=False):
         run = resolve(impl, image)
         if _together(run, image, ids, options):
@@ -100,8 +100,8 @@ def _forward_fake(image, text, temperature, ids, *options_and_impl):
 
 @torch.library.register_fake("softmask_fast::focal_itc_symmetric_backward")
 def _backward_fake(
-    grad_loss, image, text, temperature, ids, row_state, dominant, wants_image, wants_text, wants_temperature,
-    *options_and_impl,
+    grad_loss, image, text, temperature, ids, alpha, seed, row_state, dominant, wants_image, wants_text,
+    wants_temperature, *options_and_impl,
 ):  # fmt: skip
     return operators.fake_gradients((image, text, temperature), (wants_image, wants_text, wants_temperature))
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from softmask_fast.ops.focal_itc.triton_kernels import (
     LN_2,
     LOG2_E,
+    load_alpha,
     may_have_positives,
     multiply,
     positive_tile,
@@ -59,9 +60,7 @@ def focal_weight(log2_p, p, gamma, ORDER: tl.constexpr):
 
 
 @triton.jit
-def logit_gradient(
-    products, momentum, state, gamma, alpha, scale, ORDER: tl.constexpr, HAS_TEACHER: tl.constexpr
-):
+def logit_gradient(products, momentum, state, gamma, alpha, scale, ORDER: tl.constexpr, HAS_TEACHER: tl.constexpr):
     """dloss_i / ds_ij of a tile as if it had no positive and no dominant key, and x; formulas in ``reference.py``."""
     x = relative(products, state[0], scale)
     log2_p = x - state[1]
@@ -95,10 +94,10 @@ def with_few(
 
 @triton.jit
 def grad_rows(
-    p_grad, p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_spans, p_temperature, p_state, p_dominant, p_grad_rows,
-    p_grad_inverse,
+    p_grad, p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_spans, p_temperature, p_alpha, p_state, p_dominant,
+    p_grad_rows, p_grad_inverse,
     rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
-    B, M, D, first_key, row_offset, gamma, alpha, KEYS_PER_SPLIT,
+    B, M, D, first_key, row_offset, gamma, KEYS_PER_SPLIT,
     ORDER: tl.constexpr, ANY: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, WANTS_ROWS: tl.constexpr,
     RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -114,6 +113,7 @@ def grad_rows(
     d = tl.arange(0, BLOCK_D)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = LOG2_E / tl.load(p_temperature)
+    alpha = load_alpha(p_alpha, HAS_TEACHER)
     p_rows += first_row.to(tl.int64) * rows_b
     rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, d * rows_d, m_rows, d < D, WIDEN)
     teacher = rows
@@ -174,10 +174,10 @@ def grad_rows(
 
 @triton.jit
 def grad_keys(
-    p_grad, p_largest, p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_spans, p_temperature, p_state, p_dominant,
-    p_grad_keys,
+    p_grad, p_largest, p_rows, p_teacher, p_keys, p_ids, p_key_ids, p_spans, p_temperature, p_alpha, p_state,
+    p_dominant, p_grad_keys,
     rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d,
-    B, M, D, first_key, row_offset, gamma, alpha,
+    B, M, D, first_key, row_offset, gamma,
     ORDER: tl.constexpr, ANY: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr,
     RESIDENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -192,6 +192,7 @@ def grad_keys(
     d = tl.arange(0, BLOCK_D)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = LOG2_E / tl.load(p_temperature)
+    alpha = load_alpha(p_alpha, HAS_TEACHER)
     largest = tl.load(p_largest)
     p_keys += first.to(tl.int64) * keys_m
     keys = load_tile(p_keys, tl.arange(0, BLOCK_K) * keys_m, d * keys_d, m_keys, d < D, WIDEN)

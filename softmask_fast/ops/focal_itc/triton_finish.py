@@ -25,6 +25,7 @@ from softmask_fast.ops.focal_itc.triton_kernels import (
     H,
     T,
     focal,
+    load_alpha,
     log1p,
     pairs_of_zeros,
     raise_maximum,
@@ -146,8 +147,8 @@ def expand(p_pairs, B, m_rows, log_sum, total, ORDER: tl.constexpr):
 
 @triton.jit
 def finish(
-    p_sums, p_places, p_terms, p_count, p_temperature, p_loss, p_state, p_dominant, p_statistics, p_negative,
-    B, gamma, alpha,
+    p_sums, p_places, p_terms, p_count, p_temperature, p_alpha, p_loss, p_state, p_dominant, p_statistics, p_negative,
+    B, gamma,
     ORDER: tl.constexpr, HAS_TEACHER: tl.constexpr, ANY: tl.constexpr, STATS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_B),): loss, row state (see operators.py) and statistics from the merged sums.
@@ -157,6 +158,7 @@ def finish(
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_rows = row < B
     scale = LOG2_E / tl.load(p_temperature)
+    alpha = load_alpha(p_alpha, HAS_TEACHER)
     p_sums += row
     p_places += row
     maximum = tl.load(p_sums + MAX * B, mask=m_rows, other=0.0)

@@ -98,6 +98,15 @@ def multiply(
 
 
 @triton.jit
+def load_alpha(p_alpha, HAS_TEACHER: tl.constexpr):
+    """The weight of the soft targets, a float64 on the device; 0 without a teacher."""
+    alpha = 0.0
+    if HAS_TEACHER:
+        alpha = tl.load(p_alpha).to(tl.float32)
+    return alpha
+
+
+@triton.jit
 def relative(products, reference, scale):
     """x of a tile: the difference comes first, so that differences of large logits stay exact."""
     return (products - reference) * scale

@@ -9,7 +9,6 @@ from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_k
 from softmask_fast.ops.focal_itc.operators import ROW_STATES, BlockwiseForward
 from softmask_fast.ops.focal_itc.positives import PositiveLists
 from softmask_fast.ops.focal_itc.reference import Options
-from softmask_fast.ops.focal_itc.sampling import stream_keys
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
     Machine,
@@ -141,10 +140,10 @@ class Forward(BlockwiseForward):
             if options.stats:
                 sizes = tiles("row_negatives", *given)
                 triton_negatives.row_negatives[-(-batch // sizes["BLOCK_B"]), splits](
-                    rows, keys, self.ids, key_ids, self.temperature, sums[-splits:], places[-splits:],
+                    rows, keys, self.ids, key_ids, self.temperature, options.seed, sums[-splits:], places[-splits:],
                     *rows.stride(), *keys.stride(), batch, total, width, first_key,
-                    options.row_offset, options.first_negative, options.last_negative,
-                    *stream_keys(options.seed, options.direction), keys_per_split,
+                    options.row_offset, options.first_negative, options.last_negative, options.direction,
+                    keys_per_split,
                     HAS_IDS=self.ids is not None, **sizes, **element_options(rows.dtype),
                 )  # fmt: skip
             triton_finish.merge[(-(-batch // MERGE_ROWS),)](
@@ -161,8 +160,8 @@ class Forward(BlockwiseForward):
         hard_negative = dominant.new_empty(batch if options.stats else 0)
         with device_of(self.rows):
             triton_finish.finish[(-(-batch // MERGE_ROWS),)](
-                self.sums, self.places, self.terms, self.count, self.temperature, loss, row_state, dominant, statistics,
-                hard_negative, batch, options.gamma, options.alpha, ORDER=self.order, ANY=options.any_positive,
+                self.sums, self.places, self.terms, self.count, self.temperature, options.alpha, loss, row_state,
+                dominant, statistics, hard_negative, batch, options.gamma, ORDER=self.order, ANY=options.any_positive,
                 STATS=options.stats, HAS_TEACHER=self.teacher_rows is not None, BLOCK_B=MERGE_ROWS,
             )  # fmt: skip
         return loss, row_state, dominant, statistics, hard_negative
@@ -202,9 +201,10 @@ def backward(
     rows, keys = with_aligned_rows(rows, 1), with_aligned_rows(keys, 1)
     teacher_rows = with_aligned_rows(teacher_rows, 1)
     (batch, width), total = rows.shape, keys.shape[0]
-    inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, row_state, dominant)
+    inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, options.alpha, row_state)
+    inputs += (dominant,)
     strides = _strides(rows, teacher_rows, keys)
-    scalars = (batch, total, width, first_key, options.row_offset, options.gamma, options.alpha)
+    scalars = (batch, total, width, first_key, options.row_offset, options.gamma)
     given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options))
     grad_rows, grad_keys, grad_temperature = rows.new_empty(0), keys.new_empty(0), temperature.new_empty(0)
     with device_of(rows):

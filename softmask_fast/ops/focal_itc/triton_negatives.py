@@ -46,9 +46,9 @@ def gumbel(row, column, seed_high, stream):
 
 @triton.jit
 def row_negatives(
-    p_rows, p_keys, p_ids, p_key_ids, p_temperature, p_sums, p_places,
+    p_rows, p_keys, p_ids, p_key_ids, p_temperature, p_seed, p_sums, p_places,
     rows_b, rows_d, keys_m, keys_d,
-    B, M, D, first_key, row_offset, first_negative, last_negative, seed_high, stream, KEYS_PER_SPLIT,
+    B, M, D, first_key, row_offset, first_negative, last_negative, direction, KEYS_PER_SPLIT,
     HAS_IDS: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,8 +58,9 @@ def row_negatives(
     m_rows = row < B
     d = tl.arange(0, BLOCK_D)
     scale = LOG2_E / tl.load(p_temperature)
-    seed_high = seed_high.to(tl.uint32, bitcast=True)
-    stream = stream.to(tl.uint32, bitcast=True)
+    seed = tl.load(p_seed)
+    seed_high = (seed >> 32).to(tl.uint32)
+    stream = mix(seed.to(tl.uint32) ^ tl.where(direction == 1, 0x9E3779B9, 0).to(tl.uint32))
     p_rows += first_row.to(tl.int64) * rows_b
     rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, d * rows_d, m_rows, d < D, WIDEN)
     p_sums += tl.program_id(1).to(tl.int64) * SUMS * B + row
