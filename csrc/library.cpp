@@ -19,11 +19,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(softmask_fast_cpp, m) {
     // cpu/soft_masked_attention.cpp
     m.def(
         "soft_masked_attention(Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? image_index, "
-        "Tensor? value_bias, Tensor? key_mask, float scale, Tensor(a!) output, Tensor(b!) statistics) -> ()");
+        "Tensor? boundaries, Tensor? value_bias, Tensor? key_mask, float scale, Tensor(a!) output, "
+        "Tensor(b!) statistics) -> ()");
     m.def(
         "soft_masked_attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? keep, "
-        "Tensor? image_index, Tensor? key_mask, Tensor statistics, float scale, Tensor(a!)? d_query, "
-        "Tensor(b!)? d_key, Tensor(c!)? d_value, Tensor(d!)? d_keep_by_head) -> ()");
+        "Tensor? image_index, Tensor? boundaries, Tensor? key_mask, Tensor statistics, float scale, "
+        "Tensor(a!)? d_query, Tensor(b!)? d_key, Tensor(c!)? d_value, Tensor(d!)? d_keep_by_head) -> ()");
 
     // cpu/focal_itc.cpp
     m.def(

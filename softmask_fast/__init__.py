@@ -15,8 +15,10 @@ if TYPE_CHECKING:
         FeatureQueue,
         FocalITCLoss,
         FocalITCStats,
+        ImagePlan,
         attention_output_gradient,
         focal_itc_loss,
+        plan_image_index,
         soft_masked_attention,
         word_gradcam,
         word_soft_mask,
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "FeatureQueue", "FocalITCLoss", "FocalITCStats", "__version__", "attention_output_gradient", "focal_itc_loss",
-    "load_model", "soft_masked_attention", "word_gradcam", "word_soft_mask",
+    "FeatureQueue", "FocalITCLoss", "FocalITCStats", "ImagePlan", "__version__", "attention_output_gradient",
+    "focal_itc_loss", "load_model", "plan_image_index", "soft_masked_attention", "word_gradcam", "word_soft_mask",
 ]  # fmt: skip
 
 

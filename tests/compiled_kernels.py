@@ -86,7 +86,7 @@ FOCAL_FLAGS = (
 FLOATS = ("scale", "constant_spread", "gamma", "magnify")
 POINTERS = {
     "*i1": "mask", "*i64": "index word ids key_ids count dominant negative seed", "*fp64": "alpha",
-    "*i32": "starts order spans places",
+    "*i32": "plan boundaries spans places",
     "*fp32": "keep statistics delta d_keep logits gradients map temperature sums terms loss state grad_inverse largest "
     "row_parts column_parts row_sums column_sums parts with_products",
 }  # fmt: skip
@@ -120,7 +120,9 @@ def cases(target: str, everything: bool) -> list[Case]:
     Every tile comes with all that the kernel can do; the usual ones with less of it as well, and for float16.
     """
     machine = TARGETS[target].machine
-    found = [Case(target, "plan", torch.float32, (("BLOCK", 1024),), True)]
+    found = [
+        Case(target, "plan", torch.float32, (("PACKED", packed), ("BLOCK", 1024)), True) for packed in (False, True)
+    ]
 
     def add(kernel, dtype, tiles, flags, dense=True):
         found.append(Case(target, kernel, dtype, tuple((flags | tiles).items()), dense))
@@ -129,18 +131,23 @@ def cases(target: str, everything: bool) -> list[Case]:
         for rows, tokens in ((150, 257), (120, 257), (45, 257), (20, 4096)):
             own_keys = attention_launch.can_own_keys(dtype, width, rows, True, False, machine)
             for kernel, names in ATTENTION_FLAGS.items():
-                flags = dict.fromkeys(names, flag) | {"EXACT": dtype == torch.float32}
+                flags = dict.fromkeys(names, flag) | {"EXACT": dtype == torch.float32, "PACKED": False}
                 chunks = {"backward_key_value": (1, attention_launch.IMAGES_PER_PROGRAM)}.get(kernel, (None,))
                 for chunk in chunks[: 1 + own_keys]:
                     flags |= {} if chunk is None else {"CHUNK": chunk}
                     flags |= {"OWNS_KEYS": False} if kernel == "backward_rows" else {}
-                    add(kernel, dtype, attention_launch.tiles(kernel, dtype, width, rows, machine), flags)
+                    tiles = attention_launch.tiles(kernel, dtype, width, rows, machine)
+                    add(kernel, dtype, tiles, flags)
+                    if flag:
+                        add(kernel, dtype, tiles, flags | {"PACKED": True})
                 if own_keys and kernel == "backward_rows":
                     tiles = attention_launch.tiles(kernel, dtype, width, rows, machine, own_keys)
                     for index in (True, False):
                         own = {"OWNS_KEYS": True, "HAS_MASK": False, "HAS_INDEX": index}
                         if attention_launch.can_own_keys(dtype, width, rows, index, False, machine):
                             add(kernel, dtype, tiles, flags | own)
+                            if index and flag:
+                                add(kernel, dtype, tiles, flags | own | {"PACKED": True})
             for kernel, names in WORD_MASK_FLAGS.items():
                 tiles = word_mask_launch.tiles(kernel, dtype, width, tokens, machine)
                 add(kernel, dtype, tiles, dict.fromkeys(names, flag))

@@ -42,24 +42,39 @@ struct Grouping {
     }
 };
 
+// The rows of one sequence: row l is (outer, head, first + l) of the query. Packed, all sequences are rows of one.
+struct Sequence {
+    int64_t outer, first, length;
+};
+
 struct Problem {
     Rows query, key, value;
     std::optional<Rows> keep;
     const bool* key_mask;
     int64_t mask_image, mask_token;
     int64_t sequences, images, heads, length, tokens, width;
+    const int32_t* boundaries;  // (sequences + 1,) of packed rows, or null
     float scale;
     Grouping groups;
 
+    Sequence sequence(int64_t s) const {
+        if (!boundaries) return {s, 0, length};
+        return {0, boundaries[s], boundaries[s + 1] - boundaries[s]};
+    }
+    int64_t row_of(const Sequence& sequence, int64_t head, int64_t row) const {
+        return (sequence.outer * heads + head) * length + row;
+    }
     int64_t padded_width() const { return padded(width); }
     int64_t padded_tokens() const { return padded(tokens); }
 };
 
 Problem describe(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& keep,
-    const std::optional<Tensor>& image_index, const std::optional<Tensor>& key_mask, double scale) {
+    const std::optional<Tensor>& image_index, const std::optional<Tensor>& boundaries,
+    const std::optional<Tensor>& key_mask, double scale) {
     STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: expected 4 dimensions");
-    const int64_t sequences = query.size(0), heads = query.size(1), length = query.size(2), width = query.size(3);
+    const int64_t sequences = boundaries ? boundaries->numel() - 1 : query.size(0);
+    const int64_t heads = query.size(1), length = query.size(2), width = query.size(3);
     const int64_t images = key.size(0), tokens = key.size(2);
     check_sizes(key, "key", {images, heads, tokens, width});
     check_sizes(value, "value", {images, heads, tokens, width});
@@ -70,9 +85,20 @@ Problem describe(
     } else {
         check_sizes(query, "query", {images, heads, length, width});
     }
+    const int32_t* first = nullptr;
+    if (boundaries) {
+        STD_TORCH_CHECK(query.size(0) == 1 && image_index, "boundaries: expected packed rows and an image_index");
+        check_dtype(*boundaries, "boundaries", ScalarType::Int);
+        check_contiguous(*boundaries, "boundaries");
+        first = boundaries->const_data_ptr<int32_t>();
+        for (int64_t s = 0; s < sequences; ++s)
+            STD_TORCH_CHECK(
+                0 <= first[s] && first[s] <= first[s + 1] && first[s + 1] <= length,
+                "boundaries: expected ascending values from 0 to ", length);
+    }
     Problem p{
         Rows(query, "query"), Rows(key, "key"), Rows(value, "value"), std::nullopt, nullptr, 0, 0, sequences, images,
-        heads, length, tokens, width, static_cast<float>(scale), Grouping(image_index, sequences, images)};
+        heads, length, tokens, width, first, static_cast<float>(scale), Grouping(image_index, sequences, images)};
     if (keep) {
         check_sizes(*keep, "keep", {sequences, tokens});
         p.keep.emplace(*keep, "keep");
@@ -173,15 +199,16 @@ SOFTMASK_CLONES void forward_task(
     transpose(values, p.tokens, p.width, keys);
     pack(p.value, image, head, p.tokens, p.width, values);
     for (int64_t g = p.groups.start[image]; g < p.groups.start[image + 1]; ++g) {
-        const int64_t sequence = p.groups.order[g];
-        token_factors(p, image, sequence, keep, bias);
-        for (int64_t first = 0; first < p.length; first += BLOCK) {
-            const int64_t count = std::min(BLOCK, p.length - first);
+        const int64_t index = p.groups.order[g];
+        const Sequence sequence = p.sequence(index);
+        token_factors(p, image, index, keep, bias);
+        for (int64_t begin = 0; begin < sequence.length; begin += BLOCK) {
+            const int64_t count = std::min(BLOCK, sequence.length - begin), first = sequence.first + begin;
             for (int64_t l = 0; l < count; ++l)
-                load(p.query.at(sequence, head, first + l), p.width, p.scale, queries + l * wide);
+                load(p.query.at(sequence.outer, head, first + l), p.width, p.scale, queries + l * wide);
             multiply(queries, wide, 1, keys, length, logits, length, count, length, p.width, false);
             for (int64_t l = 0; l < count; ++l) {
-                float* place = statistics + ((sequence * p.heads + head) * p.length + first + l) * 2;
+                float* place = statistics + p.row_of(sequence, head, first + l) * 2;
                 softmax_row(logits + l * length, keep, bias, length, place);
             }
             multiply(logits, length, 1, values, wide, rows, wide, count, wide, p.tokens, false);
@@ -189,7 +216,7 @@ SOFTMASK_CLONES void forward_task(
                 float* row = rows + l * wide;
                 if (value_bias)
                     for (int64_t d = 0; d < p.width; ++d) row[d] += value_bias[head * p.width + d];
-                store(row, p.width, 1.0f, output.at(sequence, head, first + l));
+                store(row, p.width, 1.0f, output.at(sequence.outer, head, first + l));
             }
         }
     }
@@ -251,19 +278,20 @@ SOFTMASK_CLONES void backward_task(
     std::fill(d_keys, d_keys + p.tokens * wide, 0.0f);
     std::fill(d_values, d_values + p.tokens * wide, 0.0f);
     for (int64_t g = p.groups.start[image]; g < p.groups.start[image + 1]; ++g) {
-        const int64_t sequence = p.groups.order[g];
-        token_factors(p, image, sequence, keep, bias);
+        const int64_t index = p.groups.order[g];
+        const Sequence sequence = p.sequence(index);
+        token_factors(p, image, index, keep, bias);
         std::fill(d_keep, d_keep + length, 0.0f);
-        for (int64_t first = 0; first < p.length; first += BLOCK) {
-            const int64_t count = std::min(BLOCK, p.length - first);
+        for (int64_t begin = 0; begin < sequence.length; begin += BLOCK) {
+            const int64_t count = std::min(BLOCK, sequence.length - begin), first = sequence.first + begin;
             for (int64_t l = 0; l < count; ++l) {
-                load(p.query.at(sequence, head, first + l), p.width, p.scale, queries + l * wide);
-                load(gradients.grad_output.at(sequence, head, first + l), p.width, 1.0f, grad_rows + l * wide);
+                load(p.query.at(sequence.outer, head, first + l), p.width, p.scale, queries + l * wide);
+                load(gradients.grad_output.at(sequence.outer, head, first + l), p.width, 1.0f, grad_rows + l * wide);
             }
             multiply(queries, wide, 1, keys_transposed, length, logits, length, count, length, p.width, false);
             multiply(grad_rows, wide, 1, values_transposed, length, grads, length, count, length, p.width, false);
             for (int64_t l = 0; l < count; ++l) {
-                const float* row = gradients.statistics + ((sequence * p.heads + head) * p.length + first + l) * 2;
+                const float* row = gradients.statistics + p.row_of(sequence, head, first + l) * 2;
                 softmax_row_backward(
                     logits + l * length, grads + l * length, keep, bias, length, row,
                     gradients.keep_by_head ? d_keep : nullptr);
@@ -271,14 +299,14 @@ SOFTMASK_CLONES void backward_task(
             if (gradients.query) {
                 multiply(logits, length, 1, keys, wide, d_queries, wide, count, wide, p.tokens, false);
                 for (int64_t l = 0; l < count; ++l)
-                    store(d_queries + l * wide, p.width, p.scale, gradients.query->at(sequence, head, first + l));
+                    store(d_queries + l * wide, p.width, p.scale, gradients.query->at(sequence.outer, head, first + l));
             }
             if (gradients.key) multiply(logits, 1, length, queries, wide, d_keys, wide, p.tokens, wide, count, true);
             if (gradients.value)
                 multiply(grads, 1, length, grad_rows, wide, d_values, wide, p.tokens, wide, count, true);
         }
         if (gradients.keep_by_head)
-            std::copy(d_keep, d_keep + p.tokens, gradients.keep_by_head + (sequence * p.heads + head) * p.tokens);
+            std::copy(d_keep, d_keep + p.tokens, gradients.keep_by_head + (index * p.heads + head) * p.tokens);
     }
     for (int64_t n = 0; n < p.tokens; ++n) {
         if (gradients.key) store(d_keys + n * wide, p.width, 1.0f, gradients.key->at(image, head, n));
@@ -297,11 +325,12 @@ void for_every_head(const Problem& p, int64_t floats, const Task& task) {
 
 void soft_masked_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& keep,
-    const std::optional<Tensor>& image_index, const std::optional<Tensor>& value_bias,
-    const std::optional<Tensor>& key_mask, double scale, const Tensor& output, const Tensor& statistics) {
-    const Problem p = describe(query, key, value, keep, image_index, key_mask, scale);
-    check_sizes(output, "output", {p.sequences, p.heads, p.length, p.width});
-    check_sizes(statistics, "statistics", {p.sequences, p.heads, p.length, 2});
+    const std::optional<Tensor>& image_index, const std::optional<Tensor>& boundaries,
+    const std::optional<Tensor>& value_bias, const std::optional<Tensor>& key_mask, double scale, const Tensor& output,
+    const Tensor& statistics) {
+    const Problem p = describe(query, key, value, keep, image_index, boundaries, key_mask, scale);
+    check_sizes(output, "output", {query.size(0), p.heads, p.length, p.width});
+    check_sizes(statistics, "statistics", {query.size(0), p.heads, p.length, 2});
     check_dtype(statistics, "statistics", ScalarType::Float);
     check_contiguous(statistics, "statistics");
     std::vector<float> bias;
@@ -320,19 +349,20 @@ void soft_masked_attention(
 
 void soft_masked_attention_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
-    const std::optional<Tensor>& keep, const std::optional<Tensor>& image_index, const std::optional<Tensor>& key_mask,
-    const Tensor& statistics, double scale, const std::optional<Tensor>& d_query, const std::optional<Tensor>& d_key,
+    const std::optional<Tensor>& keep, const std::optional<Tensor>& image_index,
+    const std::optional<Tensor>& boundaries, const std::optional<Tensor>& key_mask, const Tensor& statistics,
+    double scale, const std::optional<Tensor>& d_query, const std::optional<Tensor>& d_key,
     const std::optional<Tensor>& d_value, const std::optional<Tensor>& d_keep_by_head) {
-    const Problem p = describe(query, key, value, keep, image_index, key_mask, scale);
-    check_sizes(grad_output, "grad_output", {p.sequences, p.heads, p.length, p.width});
-    check_sizes(statistics, "statistics", {p.sequences, p.heads, p.length, 2});
+    const Problem p = describe(query, key, value, keep, image_index, boundaries, key_mask, scale);
+    check_sizes(grad_output, "grad_output", {query.size(0), p.heads, p.length, p.width});
+    check_sizes(statistics, "statistics", {query.size(0), p.heads, p.length, 2});
     check_dtype(statistics, "statistics", ScalarType::Float);
     check_contiguous(statistics, "statistics");
     Gradients gradients{
         Rows(grad_output, "grad_output"), statistics.const_data_ptr<float>(), std::nullopt, std::nullopt, std::nullopt,
         nullptr};
     if (d_query) {
-        check_sizes(*d_query, "d_query", {p.sequences, p.heads, p.length, p.width});
+        check_sizes(*d_query, "d_query", {query.size(0), p.heads, p.length, p.width});
         gradients.query.emplace(*d_query, "d_query");
     }
     if (d_key) {

@@ -9,23 +9,31 @@ import torch
 from torch import Tensor
 
 from softmask_fast.ops import registry, triton_support
-from softmask_fast.ops.checks import cast_for_autocast, check_has_tokens, check_index_range, check_number, check_tensor
+from softmask_fast.ops.checks import cast_for_autocast, check_has_tokens, check_number, check_tensor
 from softmask_fast.ops.extension import cpu_unavailable_reason
 from softmask_fast.ops.soft_masked_attention import cpp, reference
+from softmask_fast.ops.soft_masked_attention.image_plan import ImagePlan, check_sequences, plan_image_index
+
+__all__ = ["ImagePlan", "plan_image_index", "soft_masked_attention"]
 
 _TRITON = "softmask_fast.ops.soft_masked_attention.triton_launch"
 registry.register(
     "soft_masked_attention",
     registry.Implementation(
         "triton",
-        {name: registry.lazily(_TRITON, name) for name in ("forward", "backward")},
+        {name: registry.lazily(_TRITON, name) for name in ("forward", "backward", "plan")},
         triton_support.unavailable_reason,
         automatic_on=("cuda",),
     ),
     registry.Implementation(
-        "cpp", {"forward": cpp.forward, "backward": cpp.backward}, cpu_unavailable_reason, automatic_on=("cpu",)
+        "cpp",
+        {"forward": cpp.forward, "backward": cpp.backward, "plan": reference.plan},
+        cpu_unavailable_reason,
+        automatic_on=("cpu",),
     ),
-    registry.Implementation("reference", {"forward": reference.forward, "backward": reference.backward}),
+    registry.Implementation(
+        "reference", {"forward": reference.forward, "backward": reference.backward, "plan": reference.plan}
+    ),
 )
 
 
@@ -35,7 +43,8 @@ def soft_masked_attention(
     value: Tensor,
     keep: Tensor | None = None,
     *,
-    image_index: Tensor | None = None,
+    image_index: Tensor | ImagePlan | None = None,
+    boundaries: Tensor | None = None,
     value_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
@@ -48,12 +57,14 @@ def soft_masked_attention(
     sequences.
 
     Args:
-        query: (S, H, L, D), any strides, like all arguments.
+        query: (S, H, L, D), any strides, like all arguments; or, with ``boundaries``, packed rows (T, H, D).
         key, value: (B, H, N, D) projections of the unmasked image tokens without bias, dtype and device of ``query``.
         keep: (S, N), 1 = token seen in full, 0 = token masked out (its key and value are then zero vectors, which still
             take part in the softmax). Any floating dtype. None: all ones.
         image_index: (S,) int64, the image of each sequence, in any order and number. None: S == B, sequence i sees
-            image i.
+            image i. A plan of it, made once by ``plan_image_index``, saves that work in every call that shares it.
+        boundaries: (S + 1,) int32, ascending from 0: sequence i is the packed rows boundaries[i] to
+            boundaries[i + 1] - 1. Rows behind the last are nobody's: output and gradient are zero. A plan has its own.
         value_bias: (H, D) bias of the value projection, any floating dtype. A key bias has no effect on attention.
         key_mask: (B, N) bool, True where a token takes part at all. Without any, the output is ``value_bias`` (or
             zero).
@@ -61,16 +72,25 @@ def soft_masked_attention(
         impl: "reference", "triton" or "cpp"; None picks the best one that can run here.
 
     Returns:
-        (S, H, L, D) of the dtype of ``query``. Gradients flow to query, key, value, keep and value_bias, once; results
-        are bitwise reproducible.
+        A tensor of the size and dtype of ``query``. Gradients flow to query, key, value, keep and value_bias, once;
+        results are bitwise reproducible.
 
     Raises:
         TypeError, ValueError: naming the argument. On a GPU the values of ``image_index`` are not read on the host: a
         sequence with an index out of range gives NaN there.
     """
-    check_tensor("query", query, ("S", "H", "L", "D"))
+    plan = image_index if isinstance(image_index, ImagePlan) else None
+    if plan is not None:
+        if boundaries is not None:
+            raise ValueError("boundaries: expected None beside a plan, which has its own")
+        image_index, boundaries = plan.image_index, plan.boundaries
+    check_tensor("query", query, ("S", "H", "L", "D") if boundaries is None else ("T", "H", "D"))
     query, key, value = cast_for_autocast(query, key, value)
-    sequences, heads, _, width = query.shape
+    heads, width = query.shape[1], query.shape[-1]
+    sequences = query.shape[0]
+    if boundaries is not None:
+        check_tensor("boundaries", boundaries, ("S + 1",), dtypes=(torch.int32,), like=("query", query))
+        sequences = boundaries.shape[0] - 1
     check_tensor("key", key, ("B", heads, "N", width), like=("query", query), same_dtype=True)
     check_has_tokens(key)
     images, _, tokens, _ = key.shape
@@ -79,6 +99,11 @@ def soft_masked_attention(
         check_tensor("image_index", image_index, (sequences,), dtypes=(torch.int64,), like=("query", query))
     elif images != sequences:
         raise ValueError(f"image_index: expected a tensor for {sequences} sequences of {images} images, got None")
+    elif boundaries is not None:
+        image_index = torch.arange(images, device=query.device)
+    if plan is not None and (plan.images, plan.rows) != (images, query.shape[0]):
+        made_for = f"{images} images and {query.shape[0]} {'sequences' if boundaries is None else 'rows'}"
+        raise ValueError(f"image_index: expected a plan for {made_for}, got one for {plan.images} and {plan.rows}")
     if keep is not None:
         check_tensor("keep", keep, (sequences, tokens), like=("query", query))
     if value_bias is not None:
@@ -87,8 +112,9 @@ def soft_masked_attention(
         check_tensor("key_mask", key_mask, (images, tokens), dtypes=(torch.bool,), like=("query", query))
     scale = width**-0.5 if scale is None else check_number("scale", scale)
     output, _ = torch.ops.softmask_fast.soft_masked_attention(
-        query, key, value, keep, image_index, value_bias, key_mask, scale, impl
-    )
+        query, key, value, keep, image_index, boundaries, None if plan is None else plan.table, value_bias, key_mask,
+        scale, impl,
+    )  # fmt: skip
     return output
 
 
@@ -97,46 +123,64 @@ def soft_masked_attention(
 
 torch.library.define(
     "softmask_fast::soft_masked_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? image_index, Tensor? value_bias, Tensor? key_mask, "
-    "float scale, str? impl=None) -> (Tensor output, Tensor statistics)",
+    "(Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? image_index, Tensor? boundaries, Tensor? table, "
+    "Tensor? value_bias, Tensor? key_mask, float scale, str? impl=None) -> (Tensor output, Tensor statistics)",
 )
 torch.library.define(
     "softmask_fast::soft_masked_attention_backward",
     "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? keep, Tensor? image_index, "
-    "Tensor? value_bias, Tensor? key_mask, Tensor output, Tensor statistics, float scale, bool query_gradient, "
-    "bool key_value_gradient, bool keep_gradient, str? impl=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? boundaries, Tensor? table, Tensor? value_bias, Tensor? key_mask, Tensor output, Tensor statistics, "
+    "float scale, bool query_gradient, bool key_value_gradient, bool keep_gradient, str? impl=None) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl("softmask_fast::soft_masked_attention", "CompositeExplicitAutograd")
-def _forward(query, key, value, keep, image_index, value_bias, key_mask, scale, impl=None):
-    if image_index is not None:
-        check_index_range("image_index", image_index, key.shape[0])
-    run = registry.resolve("soft_masked_attention", impl, query.device, query.dtype, query.shape[3])["forward"]
-    return run(query, key, value, keep, image_index, value_bias, key_mask, scale)
+def _forward(query, key, value, keep, image_index, boundaries, table, value_bias, key_mask, scale, impl=None):
+    if image_index is not None and table is None:  # a plan has been checked
+        check_sequences(image_index, key.shape[0], boundaries, query.shape[0])
+    run = registry.resolve("soft_masked_attention", impl, query.device, query.dtype, query.shape[-1])["forward"]
+    others = (key, value, keep, image_index, boundaries, table, value_bias, key_mask, scale)
+    if boundaries is None:
+        return run(query, *others)
+    output, statistics = run(_as_one_sequence(query), *others)
+    return _as_rows(output), statistics
+
+
+def _as_one_sequence(rows: Tensor) -> Tensor:
+    """The form in which implementations take packed rows: (T, H, D) -> (1, H, T, D)."""
+    return rows.transpose(0, 1)[None]
+
+
+def _as_rows(sequence: Tensor) -> Tensor:
+    return sequence[0].transpose(0, 1)
 
 
 @torch.library.impl("softmask_fast::soft_masked_attention_backward", "CompositeExplicitAutograd")
 def _backward(
-    grad_output, query, key, value, keep, image_index, value_bias, key_mask, output, statistics, scale,
-    query_gradient, key_value_gradient, keep_gradient, impl=None,
+    grad_output, query, key, value, keep, image_index, boundaries, table, value_bias, key_mask, output, statistics,
+    scale, query_gradient, key_value_gradient, keep_gradient, impl=None,
 ):  # fmt: skip
-    run = registry.resolve("soft_masked_attention", impl, query.device, query.dtype, query.shape[3])["backward"]
-    return run(
-        grad_output, query, key, value, keep, image_index, value_bias, key_mask, output, statistics, scale,
-        query_gradient, key_value_gradient, keep_gradient,
+    run = registry.resolve("soft_masked_attention", impl, query.device, query.dtype, query.shape[-1])["backward"]
+    if boundaries is not None:
+        grad_output, query, output = (_as_one_sequence(rows) for rows in (grad_output, query, output))
+    d_query, *gradients = run(
+        grad_output, query, key, value, keep, image_index, boundaries, table, value_bias, key_mask, output, statistics,
+        scale, query_gradient, key_value_gradient, keep_gradient,
     )  # fmt: skip
+    return _as_rows(d_query) if boundaries is not None and query_gradient else d_query, *gradients
 
 
 @torch.library.register_fake("softmask_fast::soft_masked_attention")
-def _forward_fake(query, key, value, keep, image_index, value_bias, key_mask, scale, impl=None):
-    return torch.empty_like(query), query.new_empty((*query.shape[:3], 2), dtype=reference.compute_dtype(query.dtype))
+def _forward_fake(query, key, value, keep, image_index, boundaries, table, value_bias, key_mask, scale, impl=None):
+    rows = query.shape[:3] if boundaries is None else (1, query.shape[1], query.shape[0])
+    return torch.empty_like(query), query.new_empty((*rows, 2), dtype=reference.compute_dtype(query.dtype))
 
 
 @torch.library.register_fake("softmask_fast::soft_masked_attention_backward")
 def _backward_fake(
-    grad_output, query, key, value, keep, image_index, value_bias, key_mask, output, statistics, scale,
-    query_gradient, key_value_gradient, keep_gradient, impl=None,
+    grad_output, query, key, value, keep, image_index, boundaries, table, value_bias, key_mask, output, statistics,
+    scale, query_gradient, key_value_gradient, keep_gradient, impl=None,
 ):  # fmt: skip
     return (
         torch.empty_like(query) if query_gradient else query.new_empty(0),
@@ -147,29 +191,32 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, keep, image_index, value_bias, key_mask, ctx.scale, ctx.impl = inputs
+    *tensors, ctx.scale, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, keep, image_index, value_bias, key_mask, *output)
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _autograd(ctx, grad_output, grad_statistics):
     if grad_output is None:
-        return (None,) * 9
-    query, key, value, keep, image_index, value_bias, key_mask, output, statistics = ctx.saved_tensors
-    wants_query, wants_key, wants_value, wants_keep, _, wants_bias, *_ = ctx.needs_input_grad
+        return (None,) * 11
+    *inputs, output, statistics = ctx.saved_tensors
+    wants_query, wants_key, wants_value, wants_keep, _, _, _, wants_bias, *_ = ctx.needs_input_grad
     wants_key_value = wants_key or wants_value
     d_query = d_key = d_value = d_keep = d_bias = None
     if wants_query or wants_key_value or wants_keep:
         d_query, d_key, d_value, d_keep = torch.ops.softmask_fast.soft_masked_attention_backward(
-            grad_output, query, key, value, keep, image_index, value_bias, key_mask, output, statistics, ctx.scale,
-            wants_query, wants_key_value, wants_keep, ctx.impl,
-        )  # fmt: skip
+            grad_output, *inputs, output, statistics, ctx.scale, wants_query, wants_key_value, wants_keep, ctx.impl
+        )
     if wants_bias:
-        d_bias = grad_output.sum((0, 2), dtype=reference.compute_dtype(grad_output.dtype)).to(value_bias.dtype)
+        boundaries, bias = inputs[5], inputs[7]
+        if boundaries is not None:  # nobody's rows have no bias
+            row = torch.arange(grad_output.shape[0], device=grad_output.device)
+            grad_output = torch.where((row < boundaries[-1])[:, None, None], grad_output, 0)[:, :, None]
+        d_bias = grad_output.sum((0, 2), dtype=reference.compute_dtype(grad_output.dtype)).to(bias.dtype)
     return (
         d_query if wants_query else None, d_key if wants_key else None, d_value if wants_value else None,
-        d_keep if wants_keep else None, None, d_bias, None, None, None,
+        d_keep if wants_keep else None, None, None, None, d_bias, None, None, None,
     )  # fmt: skip
 
 

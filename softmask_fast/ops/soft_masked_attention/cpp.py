@@ -12,15 +12,17 @@ def forward(
     value: Tensor,
     keep: Tensor | None,
     image_index: Tensor | None,
+    boundaries: Tensor | None,
+    table: Tensor | None,
     value_bias: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    output = torch.empty_like(query)
-    statistics = query.new_empty((*query.shape[:3], 2), dtype=torch.float32)
+    output = _rows_like(query, boundaries)
+    statistics = _rows_like(query.new_empty((*query.shape[:3], 2), dtype=torch.float32), boundaries)
     torch.ops.softmask_fast_cpp.soft_masked_attention(
-        query, key, value, _half_or_float(keep), _dense(image_index), _half_or_float(value_bias), key_mask, scale,
-        output, statistics,
+        query, key, value, _half_or_float(keep), _dense(image_index), _dense(boundaries), _half_or_float(value_bias),
+        key_mask, scale, output, statistics,
     )  # fmt: skip
     return output, statistics
 
@@ -32,6 +34,8 @@ def backward(
     value: Tensor,
     keep: Tensor | None,
     image_index: Tensor | None,
+    boundaries: Tensor | None,
+    table: Tensor | None,
     value_bias: Tensor | None,
     key_mask: Tensor | None,
     output: Tensor,
@@ -41,17 +45,22 @@ def backward(
     key_value_gradient: bool,
     keep_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_query = torch.empty_like(query) if query_gradient else None
+    d_query = _rows_like(query, boundaries) if query_gradient else None
     d_key = torch.empty_like(key) if key_value_gradient else None
     d_value = torch.empty_like(value) if key_value_gradient else None
-    sequences, heads, _, _ = query.shape
-    by_head = query.new_empty((sequences, heads, key.shape[2]), dtype=torch.float32) if keep_gradient else None
+    _, heads, tokens, _ = key.shape
+    by_head = query.new_empty((len(keep), heads, tokens), dtype=torch.float32) if keep_gradient else None
     torch.ops.softmask_fast_cpp.soft_masked_attention_backward(
-        grad_output, query, key, value, _half_or_float(keep), _dense(image_index), key_mask, statistics, scale,
-        d_query, d_key, d_value, by_head,
+        grad_output, query, key, value, _half_or_float(keep), _dense(image_index), _dense(boundaries), key_mask,
+        statistics, scale, d_query, d_key, d_value, by_head,
     )  # fmt: skip
     d_keep = by_head.sum(1).to(keep.dtype) if keep_gradient else None
     return tuple(query.new_empty(0) if tensor is None else tensor for tensor in (d_query, d_key, d_value, d_keep))
+
+
+def _rows_like(rows: Tensor, boundaries: Tensor | None) -> Tensor:
+    """Room for a result; packed rows may belong to no sequence, and are zero then."""
+    return torch.empty_like(rows) if boundaries is None else torch.zeros_like(rows)
 
 
 def _half_or_float(tensor: Tensor | None) -> Tensor | None:

@@ -19,6 +19,9 @@ rows with its own keep. K and V are never gathered, and every dK_n, dV_n is one 
 Of every row the forward pass saves the maximum of z and the inverse of sum_n exp(z_n - maximum): A comes back from them
 without the rounding of a log-sum-exp, which costs digits where logits are large. Rows without any attended key have
 maximum 0 and inverse sum 0, hence A = 0: their output is b_v alone and no gradient flows.
+
+Packed rows (1, H, T, D), where rows ``boundaries[s]`` to ``boundaries[s + 1] - 1`` are sequence s, are the same as
+sequences padded to one length, whose padding is dropped. Rows of no sequence are zero.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softmask_fast.ops.checks import compute_dtype, without_autocast
@@ -96,6 +100,47 @@ def _blocks(image_index: Tensor | None, images: int) -> Iterator[_Block]:
         start += count
 
 
+@dataclass(frozen=True)
+class _Packing:
+    """Rows of all sequences, one after the other, and their places among S sequences of length L."""
+
+    sequences: int
+    length: int
+    places: Tensor  # (rows of any sequence,) int64
+
+    @classmethod
+    def of(cls, boundaries: Tensor) -> _Packing:
+        lengths = boundaries.diff().long()
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        token = torch.arange(len(sequence), device=lengths.device) - boundaries[sequence]
+        length = int(lengths.max()) if len(lengths) else 0
+        return cls(len(lengths), length, sequence * length + token)
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """(1, H, T, D) -> (S, H, L, D), zeros at padding."""
+        _, heads, _, width = rows.shape
+        padded = rows.new_zeros((self.sequences * self.length, heads, width))
+        padded[self.places] = rows[0].transpose(0, 1)[: len(self.places)]
+        return padded.view(self.sequences, self.length, heads, width).transpose(1, 2)
+
+    def pack(self, padded: Tensor, rows: Tensor) -> Tensor:
+        """(S, H, L, D) written into the places of ``rows`` (1, H, T, D), which it returns."""
+        rows[0].transpose(0, 1)[: len(self.places)] = padded.transpose(1, 2).flatten(0, 1)[self.places]
+        return rows
+
+
+def plan(image_index: Tensor, images: int, boundaries: Tensor | None, rows: int) -> Tensor:
+    """The table of an `ImagePlan`: (B + 2 + S,) packed (B + 2 + 2 T,), int32, see ``triton_kernels.plan``."""
+    owner = torch.where((image_index < 0) | (image_index >= images), images, image_index)
+    if boundaries is not None:
+        row = torch.arange(rows, dtype=torch.int32, device=boundaries.device)
+        sequence = torch.searchsorted(boundaries[1:].contiguous(), row, right=True)
+        owner = F.pad(owner, (0, 1), value=images + 1)[sequence]  # rows of no sequence come last
+    order = owner.argsort(stable=True)
+    starts = torch.searchsorted(owner[order], torch.arange(images + 2, device=owner.device))
+    return torch.cat((starts, order) if boundaries is None else (starts, order, sequence[order])).to(torch.int32)
+
+
 def _logits(queries: Tensor, key: Tensor, keep: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     """z (b, H, n_slots, L, N) of stacked queries (b, H, n_slots, L, D)."""
     logits = queries.flatten(2, 3).mul(scale) @ key.mT
@@ -114,12 +159,19 @@ def forward(
     value: Tensor,  # (B, H, N, D)
     keep: Tensor | None,  # (S, N)
     image_index: Tensor | None,  # (S,)
+    boundaries: Tensor | None,  # (S + 1,)
+    table: Tensor | None,  # of an `ImagePlan`, which only kernels need
     value_bias: Tensor | None,  # (H, D)
     key_mask: Tensor | None,  # (B, N), True = attend
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (S, H, L, D) and the softmax statistics (S, H, L, 2): maximum and inverse sum."""
     dtype = compute_dtype(query.dtype)
+    if boundaries is not None:
+        packing = _Packing.of(boundaries)
+        padded = forward(packing.pad(query), key, value, keep, image_index, None, None, value_bias, key_mask, scale)
+        rooms = torch.zeros_like(query), query.new_zeros((*query.shape[:3], 2), dtype=dtype)
+        return tuple(packing.pack(rows, room) for rows, room in zip(padded, rooms, strict=True))
     output = torch.empty_like(query)  # of the same strides, like every result
     statistics = query.new_empty((*query.shape[:3], 2), dtype=dtype)
     for block in _blocks(image_index, key.shape[0]):
@@ -152,6 +204,8 @@ def backward(
     value: Tensor,
     keep: Tensor | None,
     image_index: Tensor | None,
+    boundaries: Tensor | None,
+    table: Tensor | None,
     value_bias: Tensor | None,
     key_mask: Tensor | None,
     output: Tensor,  # (S, H, L, D)
@@ -165,6 +219,14 @@ def backward(
 
     delta is summed from the maps here; kernels that hold no row of them take it from ``output``.
     """
+    if boundaries is not None:
+        packing = _Packing.of(boundaries)
+        d_query, *others = backward(
+            packing.pad(grad_output), packing.pad(query), key, value, keep, image_index, None, None, value_bias,
+            key_mask, packing.pad(output), packing.pad(statistics), scale, query_gradient, key_value_gradient,
+            keep_gradient,
+        )  # fmt: skip
+        return packing.pack(d_query, torch.zeros_like(query)) if query_gradient else d_query, *others
     dtype = compute_dtype(query.dtype)
     d_query = torch.empty_like(query) if query_gradient else query.new_empty(0)
     d_key = torch.empty_like(key) if key_value_gradient else query.new_empty(0)

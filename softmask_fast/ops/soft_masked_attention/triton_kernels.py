@@ -1,8 +1,8 @@
 """Kernels of soft_masked_attention in Triton; formulas in ``reference.py``, launches in ``triton_launch.py``.
 
 A caption has too few rows for a tile of a tensor core, so the rows of all sequences of an image are stacked: row r of
-an image is token ``r % L`` of its sequence ``r // L``, and every row brings the keep of its own sequence. ``order``
-lists the sequences by image, ``starts`` says where each image's begin (see ``plan``).
+an image is token ``r % L`` of its sequence ``r // L``, and every row brings the keep of its own sequence. The plan
+lists the sequences by image and says where each image's begin; with PACKED it lists rows (see ``plan``).
 
 EXACT is for float32 inputs. Half precision takes the faster way wherever its rounding is not felt there.
 
@@ -20,8 +20,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def plan(p_index, p_starts, p_order, S, B, BLOCK: tl.constexpr):
-    """order: the sequences by image, ascending; starts (B + 2). Sequences without a valid image belong to image B.
+def plan(p_index, p_boundaries, p_plan, S, B, R, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """p_plan: starts (B + 2), then order (R,): the sequences by image, ascending; packed: the rows by image, and then
+    the sequence of each, (R,). Sequences without a valid image belong to image B; rows of no sequence are left out.
 
     One program per image scans all indices twice; no sort, no atomics, nothing returns to the host.
     """
@@ -29,43 +30,74 @@ def plan(p_index, p_starts, p_order, S, B, BLOCK: tl.constexpr):
     before = 0
     for first in range(0, S, BLOCK):
         sequence = first + tl.arange(0, BLOCK)
-        index = tl.load(p_index + sequence, mask=sequence < S, other=0)
-        index = tl.where((index < 0) | (index >= B), B, index)
-        before += tl.sum(((index < image) & (sequence < S)).to(tl.int32), 0)
-    tl.store(p_starts + image, before)
-    if image == B:
-        tl.store(p_starts + B + 1, S)
+        index, _, count = rows_of_sequences(sequence, p_index, p_boundaries, S, B, R, PACKED)
+        before += tl.sum(tl.where(index < image, count, 0), 0)
+    tl.store(p_plan + image, tl.minimum(before, R))
+    p_order = p_plan + B + 2
     for first in range(0, S, BLOCK):
         sequence = first + tl.arange(0, BLOCK)
-        index = tl.load(p_index + sequence, mask=sequence < S, other=0)
-        index = tl.where((index < 0) | (index >= B), B, index)
-        mine = ((index == image) & (sequence < S)).to(tl.int32)
-        tl.store(p_order + before + tl.cumsum(mine, 0) - 1, sequence, mask=mine != 0)
-        before += tl.sum(mine, 0)
+        index, begin, count = rows_of_sequences(sequence, p_index, p_boundaries, S, B, R, PACKED)
+        count = tl.where(index == image, count, 0)
+        place = before + tl.cumsum(count, 0) - count
+        for row in range(0, tl.max(count, 0)):
+            mine = (row < count) & (place + row < R)
+            tl.store(p_order + place + row, begin + row, mask=mine)
+            if PACKED:
+                tl.store(p_order + R + place + row, sequence, mask=mine)
+        before += tl.sum(count, 0)
+    if image == B:
+        tl.store(p_plan + B + 1, tl.minimum(before, R))
 
 
 @triton.jit
-def group_of(image, p_starts, HAS_INDEX: tl.constexpr):
-    """First place in ``order`` and number of the image's sequences; without an index sequence i belongs to image i."""
+def rows_of_sequences(sequence, p_index, p_boundaries, S, B, R, PACKED: tl.constexpr):
+    """Image, first row and number of rows of sequences; of the padded form each is one row here. What ``boundaries``
+    say is held to the R rows that exist.
+    """
+    exists = sequence < S
+    index = tl.load(p_index + sequence, mask=exists, other=0)
+    index = tl.where((index < 0) | (index >= B), B, index)
+    begin, count = sequence, exists.to(tl.int32)
+    if PACKED:
+        begin = tl.maximum(tl.minimum(tl.load(p_boundaries + sequence, mask=exists, other=0), R), 0)
+        end = tl.minimum(tl.load(p_boundaries + sequence + 1, mask=exists, other=0), R)
+        count = tl.maximum(end - begin, 0)
+    return index, begin, count
+
+
+@triton.jit
+def group_of(image, p_plan, L, HAS_INDEX: tl.constexpr, PACKED: tl.constexpr):
+    """First place in ``order`` and number of rows of an image; without an index sequence i belongs to image i."""
     if HAS_INDEX:
-        start = tl.load(p_starts + image)
-        count = tl.load(p_starts + image + 1) - start
+        start = tl.load(p_plan + image)
+        rows = tl.load(p_plan + image + 1) - start
+        if not PACKED:
+            rows = rows * L
     else:
         start = image
-        count = image * 0 + 1
-    return start, count
+        rows = image * 0 + L
+    return start, rows
 
 
 @triton.jit
-def stacked_rows(rows, start, count, p_order, L, HAS_INDEX: tl.constexpr):
-    """Sequence (int64), token, validity of stacked rows."""
-    valid = rows < count * L
-    slot = tl.where(valid, start + rows // L, start)
-    if HAS_INDEX:
-        sequence = tl.load(p_order + slot, mask=valid, other=0)
+def stacked_rows(places, start, rows, p_plan, B, L, HAS_INDEX: tl.constexpr, PACKED: tl.constexpr):
+    """Of the stacked rows ``places`` of an image: sequence (int64) and token, by which they are found; the sequence
+    whose keep they have; validity. Packed rows are found as the tokens of one sequence of all L rows.
+    """
+    valid = places < rows
+    if PACKED:
+        slot = tl.where(valid, start + places, start)
+        row = tl.load(p_plan + B + 2 + slot, mask=valid, other=0)
+        owner = tl.load(p_plan + B + 2 + L + slot, mask=valid, other=0)
+        sequence, token = (row * 0).to(tl.int64), row
     else:
-        sequence = slot
-    return sequence.to(tl.int64), rows % L, valid
+        slot = tl.where(valid, start + places // L, start)
+        if HAS_INDEX:
+            owner = tl.load(p_plan + B + 2 + slot, mask=valid, other=0)
+        else:
+            owner = slot
+        sequence, token = owner.to(tl.int64), places % L
+    return sequence, token, owner, valid
 
 
 @triton.jit
@@ -125,12 +157,13 @@ def masked_logits(scores, keep, p_mask, o_mask, m_keys, HAS_KEEP: tl.constexpr, 
 
 @triton.jit
 def forward(
-    p_query, p_key, p_value, p_keep, p_bias, p_mask, p_starts, p_order, p_output, p_statistics,
+    p_query, p_key, p_value, p_keep, p_bias, p_mask, p_plan, p_output, p_statistics,
     query_s, query_h, query_l, query_d, key_b, key_h, key_n, key_d, value_b, value_h, value_n, value_d,
     output_s, output_h, output_l, output_d, keep_s, bias_h, bias_d, mask_b, mask_n,
     B, H, L, N, D, columns, scale, SPLIT,
     EXACT: tl.constexpr,
-    HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_INDEX: tl.constexpr, PACKED: tl.constexpr,
+    HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +174,7 @@ def forward(
     """
     i_program = tl.program_id(0)
     split, head, image = i_program % SPLIT, (i_program // SPLIT) % H, i_program // (SPLIT * H)
-    start, count = group_of(image, p_starts, HAS_INDEX)
+    start, n_rows = group_of(image, p_plan, L, HAS_INDEX, PACKED)
     d = tl.arange(0, BLOCK_D)
     m_d = d < D
     factor = logit_factor(scale, EXACT)
@@ -149,9 +182,9 @@ def forward(
     p_key += image64 * key_b + head64 * key_h
     p_value += image64 * value_b + head64 * value_h
     again = split * BLOCK_M
-    for tile in range(split, tl.cdiv(count * L, BLOCK_M), SPLIT):
-        sequence, token, m_rows = stacked_rows(
-            tile * BLOCK_M + tl.arange(0, BLOCK_M), start, count, p_order, L, HAS_INDEX
+    for tile in range(split, tl.cdiv(n_rows, BLOCK_M), SPLIT):
+        sequence, token, owner, m_rows = stacked_rows(
+            tile * BLOCK_M + tl.arange(0, BLOCK_M), start, n_rows, p_plan, B, L, HAS_INDEX, PACKED
         )
         o_query = sequence * query_s + head64 * query_h + token * query_l
         query = load_tile(p_query, o_query, d * query_d, m_rows, m_d, WIDEN)
@@ -170,7 +203,7 @@ def forward(
             keep = scores
             if HAS_KEEP:
                 keep = load_keep(
-                    p_keep, (sequence.to(tl.int32) * keep_s)[:, None], n[None, :], (n < columns)[None, :]
+                    p_keep, (owner * keep_s)[:, None], n[None, :], (n < columns)[None, :]
                 )  # fmt: skip
             logits = masked_logits(
                 scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
@@ -193,7 +226,9 @@ def forward(
             rows = rows + bias[None, :]
         rows = tl.where(image < B, rows, float("nan"))
         # made again: kept through the loop over the keys, the places of the rows spilled registers
-        sequence, token, m_rows = stacked_rows(again + tl.arange(0, BLOCK_M), start, count, p_order, L, HAS_INDEX)
+        sequence, token, owner, m_rows = stacked_rows(
+            again + tl.arange(0, BLOCK_M), start, n_rows, p_plan, B, L, HAS_INDEX, PACKED
+        )
         again += SPLIT * BLOCK_M
         o_output = sequence * output_s + head64 * output_h + token * output_l
         tl.store(
@@ -208,7 +243,7 @@ def forward(
 
 @triton.jit
 def backward_rows(
-    p_grad, p_query, p_key, p_value, p_keep, p_bias, p_mask, p_starts, p_order, p_output, p_statistics, p_delta,
+    p_grad, p_query, p_key, p_value, p_keep, p_bias, p_mask, p_plan, p_output, p_statistics, p_delta,
     p_d_query, p_d_key, p_d_value,
     grad_s, grad_h, grad_l, grad_d, query_s, query_h, query_l, query_d, key_b, key_h, key_n, key_d,
     value_b, value_h, value_n, value_d, output_s, output_h, output_l, output_d,
@@ -216,7 +251,8 @@ def backward_rows(
     d_value_b, d_value_h, d_value_n, d_value_d, keep_s, bias_h, bias_d, mask_b, mask_n,
     B, H, L, N, D, columns, scale, SPLIT,
     OWNS_KEYS: tl.constexpr, EXACT: tl.constexpr,
-    HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_INDEX: tl.constexpr, PACKED: tl.constexpr,
+    HAS_KEEP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +266,7 @@ def backward_rows(
     """
     i_program = tl.program_id(0)
     split, head, image = i_program % SPLIT, (i_program // SPLIT) % H, i_program // (SPLIT * H)
-    start, count = group_of(image, p_starts, HAS_INDEX)
+    start, n_rows = group_of(image, p_plan, L, HAS_INDEX, PACKED)
     d = tl.arange(0, BLOCK_D)
     m_d = d < D
     factor = logit_factor(scale, EXACT)
@@ -239,17 +275,17 @@ def backward_rows(
     p_value += image64 * value_b + head64 * value_h
     last = tl.where(image < B, N, 0)
     present = last  # nothing is read of an image without rows, whose gradients are zero
-    tiles = tl.cdiv(count * L, BLOCK_M)
+    tiles = tl.cdiv(n_rows, BLOCK_M)
     if OWNS_KEYS:
         p_d_key += image64 * d_key_b + head64 * d_key_h
         p_d_value += image64 * d_value_b + head64 * d_value_h
         fits = tiles <= 1
-        present = tl.where(count > 0, last, 0)
+        present = tl.where(n_rows > 0, last, 0)
         tiles = tl.maximum(tiles, 1)
     again = split * BLOCK_M
     for tile in range(split, tiles, SPLIT):
-        sequence, token, m_rows = stacked_rows(
-            tile * BLOCK_M + tl.arange(0, BLOCK_M), start, count, p_order, L, HAS_INDEX
+        sequence, token, owner, m_rows = stacked_rows(
+            tile * BLOCK_M + tl.arange(0, BLOCK_M), start, n_rows, p_plan, B, L, HAS_INDEX, PACKED
         )
         o_query = sequence * query_s + head64 * query_h + token * query_l
         o_grad = sequence * grad_s + head64 * grad_h + token * grad_l
@@ -279,7 +315,7 @@ def backward_rows(
                 keep = scores
                 if HAS_KEEP:
                     keep = load_keep(
-                        p_keep, (sequence.to(tl.int32) * keep_s)[:, None], n[None, :], (n < columns)[None, :]
+                        p_keep, (owner * keep_s)[:, None], n[None, :], (n < columns)[None, :]
                     )  # fmt: skip
                 logits = masked_logits(
                     scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
@@ -306,7 +342,7 @@ def backward_rows(
             keep = scores
             if HAS_KEEP:
                 keep = load_keep(
-                    p_keep, (sequence.to(tl.int32) * keep_s)[:, None], n[None, :], (n < columns)[None, :]
+                    p_keep, (owner * keep_s)[:, None], n[None, :], (n < columns)[None, :]
                 )  # fmt: skip
             logits = masked_logits(
                 scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
@@ -333,7 +369,9 @@ def backward_rows(
             d_query = tl.dot(logits_gradient, key, d_query, input_precision=PRECISION)
         d_query = tl.where(image < B, d_query * scale, float("nan"))
         # made again: kept through the loop over the keys, the places of the rows spilled registers
-        sequence, token, m_rows = stacked_rows(again + tl.arange(0, BLOCK_M), start, count, p_order, L, HAS_INDEX)
+        sequence, token, owner, m_rows = stacked_rows(
+            again + tl.arange(0, BLOCK_M), start, n_rows, p_plan, B, L, HAS_INDEX, PACKED
+        )
         again += SPLIT * BLOCK_M
         o_d_query = sequence * d_query_s + head64 * d_query_h + token * d_query_l
         tl.store(
@@ -345,12 +383,13 @@ def backward_rows(
 
 @triton.jit
 def backward_key_value(
-    p_grad, p_query, p_key, p_value, p_keep, p_mask, p_starts, p_order, p_statistics, p_delta, p_d_key, p_d_value,
+    p_grad, p_query, p_key, p_value, p_keep, p_mask, p_plan, p_statistics, p_delta, p_d_key, p_d_value,
     grad_s, grad_h, grad_l, grad_d, query_s, query_h, query_l, query_d, key_b, key_h, key_n, key_d,
     value_b, value_h, value_n, value_d, d_key_b, d_key_h, d_key_n, d_key_d, d_value_b, d_value_h, d_value_n, d_value_d,
     keep_s, mask_b, mask_n,
     B, H, L, N, D, columns, scale, fitting,
-    CHUNK: tl.constexpr, EXACT: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_MASK: tl.constexpr,
+    CHUNK: tl.constexpr, EXACT: tl.constexpr,
+    HAS_INDEX: tl.constexpr, PACKED: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -367,8 +406,8 @@ def backward_key_value(
     head64 = head.to(tl.int64)
     for place in range(0, CHUNK):
         image = tl.program_id(2) * CHUNK + place
-        start, count = group_of(tl.minimum(image, B - 1), p_starts, HAS_INDEX)
-        if (image < B) & (count * L > fitting):
+        start, n_rows = group_of(tl.minimum(image, B - 1), p_plan, L, HAS_INDEX, PACKED)
+        if (image < B) & (n_rows > fitting):
             image64 = image.to(tl.int64)
             p_image_key = p_key + (image64 * key_b + head64 * key_h)
             p_image_value = p_value + (image64 * value_b + head64 * value_h)
@@ -376,9 +415,9 @@ def backward_key_value(
             value = load_tile(p_image_value, n * value_n, d * value_d, m_keys, m_d, WIDEN)
             d_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             d_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            for first in range(0, count * L, BLOCK_M):
-                sequence, token, m_rows = stacked_rows(
-                    first + tl.arange(0, BLOCK_M), start, count, p_order, L, HAS_INDEX
+            for first in range(0, n_rows, BLOCK_M):
+                sequence, token, owner, m_rows = stacked_rows(
+                    first + tl.arange(0, BLOCK_M), start, n_rows, p_plan, B, L, HAS_INDEX, PACKED
                 )
                 o_query = sequence * query_s + head64 * query_h + token * query_l
                 query = load_tile(p_query, o_query, d * query_d, m_rows, m_d, WIDEN)
@@ -410,7 +449,7 @@ def backward_key_value(
                 keep = scores
                 if HAS_KEEP:
                     keep = load_keep(
-                        p_keep, (sequence.to(tl.int32) * keep_s)[None, :], n[:, None], (n < columns)[:, None]
+                        p_keep, (owner * keep_s)[None, :], n[:, None], (n < columns)[:, None]
                     )  # fmt: skip
                 logits = masked_logits(
                     scores, keep, p_mask, (image64 * mask_b + n * mask_n)[:, None], m_keys[:, None], HAS_KEEP, HAS_MASK
@@ -434,11 +473,11 @@ def backward_key_value(
 
 @triton.jit
 def backward_keep(
-    p_grad, p_query, p_key, p_value, p_keep, p_mask, p_index, p_statistics, p_delta, p_d_keep,
+    p_grad, p_query, p_key, p_value, p_keep, p_mask, p_index, p_boundaries, p_statistics, p_delta, p_d_keep,
     grad_s, grad_h, grad_l, grad_d, query_s, query_h, query_l, query_d, key_b, key_h, key_n, key_d,
     value_b, value_h, value_n, value_d, keep_s, mask_b, mask_n,
     B, H, L, N, D, columns, scale,
-    EXACT: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr, HAS_INDEX: tl.constexpr, PACKED: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -449,6 +488,11 @@ def backward_keep(
         image = tl.load(p_index + sequence)
     exists = (image >= 0) & (image < B)
     image64, sequence64 = tl.where(exists, image, 0).to(tl.int64), sequence.to(tl.int64)
+    begin, end, o_sequence = sequence * 0, sequence * 0 + L, sequence64
+    if PACKED:
+        begin = tl.maximum(tl.load(p_boundaries + sequence), 0)
+        end = tl.minimum(tl.load(p_boundaries + sequence + 1), L)
+        o_sequence = sequence64 * 0
     d = tl.arange(0, BLOCK_D)
     m_d = d < D
     factor = logit_factor(scale, EXACT)
@@ -462,14 +506,14 @@ def backward_keep(
         p_head_value = p_value + image64 * value_b + head * value_h
         key = load_tile(p_head_key, n * key_n, d * key_d, m_keys, m_d, WIDEN)
         value = load_tile(p_head_value, n * value_n, d * value_d, m_keys, m_d, WIDEN)
-        for first in range(0, L, BLOCK_M):
+        for first in range(begin, end, BLOCK_M):
             token = first + tl.arange(0, BLOCK_M)
-            m_rows = token < L
-            o_query = sequence64 * query_s + head * query_h + token.to(tl.int64) * query_l
+            m_rows = token < end
+            o_query = o_sequence * query_s + head * query_h + token.to(tl.int64) * query_l
             query = load_tile(p_query, o_query, d * query_d, m_rows, m_d, WIDEN)
-            o_grad = sequence64 * grad_s + head * grad_h + token.to(tl.int64) * grad_l
+            o_grad = o_sequence * grad_s + head * grad_h + token.to(tl.int64) * grad_l
             grad = load_tile(p_grad, o_grad, d * grad_d, m_rows, m_d, WIDEN)
-            o_row = (sequence64 * H + head) * L + token
+            o_row = (o_sequence * H + head) * L + token
             shift, inverse = load_statistics(p_statistics, o_row, m_rows, EXACT)
             delta = tl.load(p_delta + o_row, mask=m_rows, other=0.0)
             scores = factor * products(

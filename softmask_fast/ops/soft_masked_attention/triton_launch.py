@@ -74,15 +74,15 @@ def can_own_keys(dtype: torch.dtype, width: int, rows: int, indexed: bool, maske
     return INTERPRETED or (fits and rows <= (ONE_TILE if indexed else 48))
 
 
-def _plan(image_index: Tensor | None, images: int) -> tuple[Tensor | None, Tensor | None]:
-    if image_index is None:
-        return None, None
-    sequences = len(image_index)
-    starts = torch.empty(images + 2, dtype=torch.int32, device=image_index.device)
-    order = torch.empty(sequences, dtype=torch.int32, device=image_index.device)
-    block = 64 if INTERPRETED else 1024
-    kernels.plan[(images + 1,)](image_index.contiguous(), starts, order, sequences, images, BLOCK=block)
-    return starts, order
+def plan(image_index: Tensor, images: int, boundaries: Tensor | None, rows: int) -> Tensor:
+    packed = boundaries is not None
+    table = torch.empty(images + 2 + (2 if packed else 1) * rows, dtype=torch.int32, device=image_index.device)
+    with device_of(image_index):
+        kernels.plan[(images + 1,)](
+            image_index.contiguous(), boundaries.contiguous() if packed else None, table,
+            len(image_index), images, rows, PACKED=packed, BLOCK=64 if INTERPRETED else 1024,
+        )  # fmt: skip
+    return table
 
 
 def forward(
@@ -91,30 +91,34 @@ def forward(
     value: Tensor,
     keep: Tensor | None,
     image_index: Tensor | None,
+    boundaries: Tensor | None,
+    table: Tensor | None,
     value_bias: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    result = torch.empty_like(query)
-    query, key, value = with_aligned_rows(query, 1), with_aligned_rows(key, 2), with_aligned_rows(value, 2)
-    value_bias, keep, output = with_aligned_rows(value_bias, 1), with_aligned_rows(keep, 2), _room_for(result)
+    result, packed = torch.empty_like(query), boundaries is not None
+    query = with_aligned_rows(query, 1 + packed)  # packed rows are found by 32-bit offsets
+    key, value = with_aligned_rows(key, 2), with_aligned_rows(value, 2)
+    value_bias, keep, output = with_aligned_rows(value_bias, 1), with_aligned_rows(keep, 2), _room_for(result, packed)
     sequences, heads, length, width = query.shape
     images, _, tokens, _ = key.shape
     statistics = query.new_empty((sequences, heads, length, 2), dtype=torch.float32)
     if query.numel() == 0:
         return result, statistics
     with device_of(query):
-        starts, order = _plan(image_index, images)
+        if image_index is not None and table is None:
+            table = plan(image_index, images, boundaries, sequences * length if packed else sequences)
         rows = -(-sequences * length // max(images, 1))
         options = tiles("forward", query.dtype, width, rows, machine_of(query.device))
         split = -(-rows // options["BLOCK_M"])
         kernels.forward[(split * heads * _groups(images, image_index),)](
-            query, key, value, keep, value_bias, key_mask, starts, order, output, statistics,
+            query, key, value, keep, value_bias, key_mask, table, output, statistics,
             *query.stride(), *key.stride(), *value.stride(), *output.stride(),
             *strides(keep, 2)[:1], *strides(value_bias, 2), *strides(key_mask, 2),
             images, heads, length, tokens, width, _columns(keep), scale, split,
             HAS_KEEP=keep is not None, HAS_BIAS=value_bias is not None,
-            **_common_options(query, image_index, key_mask), **options,
+            **_common_options(query, image_index, packed, key_mask), **options,
         )  # fmt: skip
     return _cut_to(result, output), statistics
 
@@ -126,6 +130,8 @@ def backward(
     value: Tensor,
     keep: Tensor | None,
     image_index: Tensor | None,
+    boundaries: Tensor | None,
+    table: Tensor | None,
     value_bias: Tensor | None,
     key_mask: Tensor | None,
     output: Tensor,
@@ -135,15 +141,17 @@ def backward(
     key_value_gradient: bool,
     keep_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nothing = query.new_empty(0)
+    nothing, packed = query.new_empty(0), boundaries is not None
     results = [torch.empty_like(tensor) for tensor in ((query, key, value) if key_value_gradient else (query,))]
-    d_query, d_key, d_value = [_room_for(result) for result in results] + [nothing] * (3 - len(results))
-    output, value_bias = with_aligned_rows(output, 1), with_aligned_rows(value_bias, 1)
-    grad_output, query = with_aligned_rows(grad_output, 1), with_aligned_rows(query, 1)
+    d_query, d_key, d_value = [_room_for(result, packed and result is results[0]) for result in results] + [nothing] * (
+        3 - len(results)
+    )
+    value_bias = with_aligned_rows(value_bias, 1)
+    output, grad_output, query = (with_aligned_rows(rows, 1 + packed) for rows in (output, grad_output, query))
     key, value, kept = with_aligned_rows(key, 2), with_aligned_rows(value, 2), with_aligned_rows(keep, 2)
     sequences, heads, length, width = query.shape
     images, _, tokens, _ = key.shape
-    d_keep = query.new_empty((sequences, tokens), dtype=torch.float32) if keep_gradient else nothing
+    d_keep = query.new_empty(keep.shape, dtype=torch.float32) if keep_gradient else nothing
     delta = query.new_empty((sequences, heads, length), dtype=torch.float32)
     if query.numel() == 0:
         gradients = [result.zero_() for result in results] + [nothing] * (3 - len(results))
@@ -151,10 +159,11 @@ def backward(
     inputs = (*grad_output.stride(), *query.stride(), *key.stride(), *value.stride())
     masks = (*strides(kept, 2)[:1], *strides(key_mask, 2))
     sizes = (images, heads, length, tokens, width, _columns(kept), scale)
-    common = _common_options(query, image_index, key_mask)
+    common = _common_options(query, image_index, packed, key_mask)
     with device_of(query):
         machine = machine_of(query.device)
-        starts, order = _plan(image_index, images)
+        if image_index is not None and table is None:
+            table = plan(image_index, images, boundaries, sequences * length if packed else sequences)
         rows = -(-sequences * length // max(images, 1))
         # How many rows each image has is known on the device alone. Where they are few on average, the first kernel
         # finishes the images that fit its tile, and the second one looks for the others, if there can be any.
@@ -165,7 +174,7 @@ def backward(
         fitting = options["BLOCK_M"] if own_keys else -1
         split = 1 if own_keys else -(-rows // options["BLOCK_M"])
         kernels.backward_rows[(split * heads * _groups(images, image_index),)](
-            grad_output, query, key, value, kept, value_bias, key_mask, starts, order, output, statistics, delta,
+            grad_output, query, key, value, kept, value_bias, key_mask, table, output, statistics, delta,
             d_query, d_key, d_value,
             *inputs, *output.stride(), *d_query.stride(),
             *strides(d_key if own_keys else None, 4), *strides(d_value if own_keys else None, 4),
@@ -178,15 +187,16 @@ def backward(
             chunk = IMAGES_PER_PROGRAM if own_keys else 1
             options = tiles("backward_key_value", query.dtype, width, rows, machine)
             kernels.backward_key_value[(-(-tokens // options["BLOCK_N"]), heads, -(-images // chunk))](
-                grad_output, query, key, value, kept, key_mask, starts, order, statistics, delta, d_key, d_value,
+                grad_output, query, key, value, kept, key_mask, table, statistics, delta, d_key, d_value,
                 *inputs, *d_key.stride(), *d_value.stride(), *masks, *sizes, fitting,
                 CHUNK=chunk, HAS_KEEP=keep is not None, **common, **options,
             )  # fmt: skip
         if keep_gradient:
             options = tiles("backward_keep", query.dtype, width, rows, machine)
-            kernels.backward_keep[(-(-tokens // options["BLOCK_N"]), sequences)](
+            kernels.backward_keep[(-(-tokens // options["BLOCK_N"]), len(keep))](
                 grad_output, query, key, value, kept, key_mask,
-                None if image_index is None else image_index.contiguous(), statistics, delta, d_keep,
+                None if image_index is None else image_index.contiguous(),
+                boundaries.contiguous() if packed else None, statistics, delta, d_keep,
                 *inputs, *masks, *sizes, **common, **options,
             )  # fmt: skip
             d_keep = d_keep.to(keep.dtype)
@@ -195,10 +205,14 @@ def backward(
     return d_query if query_gradient else nothing, d_key, d_value, d_keep
 
 
-def _room_for(result: Tensor) -> Tensor:
-    """What the kernels write in place of ``result``: itself, or wider rows, see ``with_aligned_rows``."""
+def _room_for(result: Tensor, zeroed: bool) -> Tensor:
+    """What the kernels write in place of ``result``: itself, or wider rows, see ``with_aligned_rows``. Zeroed where
+    packed rows may belong to no sequence, whom no kernel visits.
+    """
     missing = -result.shape[-1] % 16
-    return result.new_empty(*result.shape[:-1], result.shape[-1] + missing) if missing else result
+    far = zeroed and result.shape[2] * result.stride(2) >= 2**31
+    room = result.new_empty(*result.shape[:-1], result.shape[-1] + missing) if missing or far else result
+    return room.zero_() if zeroed else room
 
 
 def _cut_to(result: Tensor, room: Tensor) -> Tensor:
@@ -210,8 +224,10 @@ def _groups(images: int, image_index: Tensor | None) -> int:
     return images if image_index is None else images + 1
 
 
-def _common_options(query: Tensor, image_index: Tensor | None, key_mask: Tensor | None) -> dict[str, object]:
-    present = {"HAS_INDEX": image_index is not None, "HAS_MASK": key_mask is not None}
+def _common_options(
+    query: Tensor, image_index: Tensor | None, packed: bool, key_mask: Tensor | None
+) -> dict[str, object]:
+    present = {"HAS_INDEX": image_index is not None, "PACKED": packed, "HAS_MASK": key_mask is not None}
     return {"EXACT": query.dtype == torch.float32, **present, **element_options(query.dtype)}
 
 
