@@ -33,7 +33,7 @@ from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.train import sample_captions
-from softmask_fast.training.meters import FlopCount
+from softmask_fast.training.meters import OperationCounter
 from softmask_fast.training.options import make_config
 from softmask_fast.utils import write_text
 
@@ -119,15 +119,10 @@ tested: two machines as network namespaces without ssh, a rank killed; 2, then 1
 def operations_per_pair(pairs: int = 32) -> float:
     """Of the base preset's step without the contrastive loss, momentum copy included."""
     config, model, teacher, batch, mode = fake_problem("base", pairs)
-    with mode:
-        count = FlopCount()
-
-        def work():
-            loss, _ = PretrainingStep(model, config.objectives, bf16=True)(batch, teacher, SETTINGS)
-            loss.backward()
-
-        count.run(work)
-    return count.operations / pairs
+    with mode, OperationCounter() as counter:
+        loss, _ = PretrainingStep(model, config.objectives, bf16=True)(batch, teacher, SETTINGS)
+        loss.backward()
+    return counter.operations / pairs
 
 
 def contrast_operations(ranks: int, pairs: int, width: int, queue: int) -> float:
@@ -218,7 +213,7 @@ def main() -> None:
 
     inputs = [
         ("parameters", f"{parameters / 1e6:.0f} M", "counted"),
-        ("operations a pair, contrast aside", f"{operations / 1e9:.0f} G", "counted (`FlopCount`)"),
+        ("operations a pair, contrast aside", f"{operations / 1e9:.0f} G", "counted (`OperationCounter`)"),
         (
             "CPU time an image (read, check, decode, distort to 256 px)",
             f"{1e3 * cores:.1f} core-ms",

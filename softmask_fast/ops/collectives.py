@@ -6,6 +6,7 @@ Every function is a collective: all ranks of the group call it. Without `torch.d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,10 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_alone = False  # whether `one_rank` is on
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """Within it every group has one rank, this one, and nothing travels."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """The number of ranks in the group (None: the default one); 1 without `torch.distributed`."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    """The number of ranks in the group (None: the default one); 1 without `torch.distributed` and in `one_rank`."""
+    return 1 if _alone or not dist.is_available() or not dist.is_initialized() else dist.get_world_size(group)
 
 
 def exchange(values: Sequence[int], group: dist.ProcessGroup | None = None) -> Tensor:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.profiler import ProfilerActivity, profile, schedule
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from softmask_fast.ops.collectives import one_rank
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product, the best of ten; 100 % utilization in the log."""
+    """Operations per second of a large matrix product of random numbers, the best of ten; 100 % utilization in the log.
+
+    Of ones a GPU makes more products a second: it draws less power where few bits change.
+    """
     size = 8192 if device.type == "cuda" else 1024
-    left = torch.ones(size, size, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
 
     def seconds() -> float:
         start = time.perf_counter()
-        left @ left
+        torch.mm(left, right, out=product)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -40,34 +52,92 @@ def peak_memory(device: torch.device) -> int:
 
 
 class FlopCount:
-    """Operations of a forward and backward pass on this device, counted during the first one.
+    """Operations of a step's forward and backward pass on this device, counted without a computation.
 
-    Counts matrix products, convolutions, PyTorch's attention and ours, and what activation checkpointing recomputes;
-    the contrastive loss is not counted. Counting does not change the results.
+    Counts matrix products, convolutions, PyTorch's attention and ours, and what activation checkpointing recomputes.
+    Not counted: the contrastive loss, and what `gathered_negatives` adds for images of other ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, step: nn.Module, teacher: nn.Module, device: torch.device) -> None:
+        """Copy the modules without their numbers, to `device`, before DeepSpeed parts the weights among ranks."""
         self.operations: int | None = None
+        self._noted: tuple | None = None
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        tensors = (x for module in (step, teacher) for x in (*module.parameters(), *module.buffers()))
+        self._copies = copy.deepcopy((step, teacher), {id(x): self._without_numbers(x, device) for x in tensors})
 
-    def run(self, work: Callable[..., Result], *arguments: object) -> Result:
-        """Call `work(*arguments)`, and count its operations the first time."""
+    def _without_numbers(self, tensor: Tensor, device: torch.device) -> Tensor:
+        with self._mode:
+            fake = torch.empty_like(tensor, device=device)
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+    def note(self, batch: Any, *settings: Any) -> None:
+        """Note the first `step(batch, teacher, *settings)`, to be counted by `count`."""
+        if self._noted is None:
+            tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+            tensors = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
+            fake = {
+                n: self._without_numbers(x, x.device) for n, x in tensors.items() if x.is_cuda or x.is_floating_point()
+            }
+            self._noted = replace(batch, **fake), settings
+
+    def count(self) -> None:
+        """Count what was noted, the first time; later do nothing."""
         if self.operations is not None:
-            return work(*arguments)
-        ours = torch.ops.softmask_fast
-        formulas = {
-            ours.soft_masked_attention: lambda query, key, *_, **__: _attention_operations(2, query, key),
-            ours.soft_masked_attention_backward: lambda _, query, key, *__, **___: _attention_operations(5, query, key),
-        }
-        counter = FlopCounterMode(display=False, custom_mapping=formulas)
-        with torch.compiler.set_stance("force_eager"), counter:
-            result = work(*arguments)
-        self.operations = counter.get_total_flops()
+            return
+        (step, teacher), (batch, settings) = self._copies, self._noted
+        with one_rank(), torch.compiler.set_stance("force_eager"), self._mode, OperationCounter() as counter:
+            loss, _ = step(batch, teacher, *settings)
+            loss.backward()
+        self.operations, self._copies, self._noted = counter.operations, None, ()
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts `operations` within a FakeTensorMode. Operators on fake tensors and on a GPU compute nothing; those on a
+    CPU's real tensors run, so that a batch's lengths and indices keep their values. What is read of a fake one is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.formulas = 0, flop_registry | other_formulas()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.ops.prim.device.default:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
+        on_gpu = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda"
+        if on_gpu or any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                return 1
+            result = function(*args, **kwargs)
+        else:
+            with unset_fake_temporarily():
+                result = function(*args, **kwargs)
+        if formula := self.formulas.get(function._overloadpacket):
+            self.operations += formula(*args, **kwargs, out_val=result)
         return result
 
 
-def _attention_operations(products: int, query: torch.Size, key: torch.Size) -> int:
-    sequences, heads, length, width = query
-    return products * 2 * sequences * heads * length * key[2] * width
+def other_formulas() -> dict[Any, Callable[..., int]]:
+    """Of the attention that PyTorch's `flop_registry` lacks."""
+    import torch.nn.attention.varlen  # defines its operators
+
+    ours, aten, varlen = torch.ops.softmask_fast, torch.ops.aten, torch.ops.torch_attn
+    return {
+        ours.soft_masked_attention: lambda query, key, *_, **__: _attention(2, query, key),
+        ours.soft_masked_attention_backward: lambda _, query, key, *__, **___: _attention(5, query, key),
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, *_, **__: _attention(2, query, key),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda _, query, key, *__, **___: _attention(5, query, key)
+        ),
+        # of packed captions, as if all were as long as the longest
+        varlen._varlen_attn: lambda query, *others, **__: 2 * 2 * query.numel() * others[5],
+        varlen._varlen_attn_backward: lambda _, query, *others, **__: 5 * 2 * query.numel() * others[8],
+    }
+
+
+def _attention(products: int, query: Tensor, key: Tensor) -> int:
+    """query (S, H, L, D), key (B, H, N, D)."""
+    return products * 2 * query.numel() * key.shape[2]
 
 
 class DataTimer:

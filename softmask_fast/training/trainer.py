@@ -29,6 +29,7 @@ from softmask_fast.training.periodic_eval import Evaluator
 from softmask_fast.training.ranks import mean_over_ranks, run_on_all_ranks
 from softmask_fast.training.run_record import check_same_run, run_record
 from softmask_fast.training.schedule import learning_rate, step_settings
+from softmask_fast.training.step_times import StepTimes
 from softmask_fast.utils import write_json
 
 logger = logging.getLogger("softmask_fast")
@@ -64,6 +65,7 @@ class Trainer:
         self.teacher, self.loader, self.evaluator = teacher, loader, evaluator
         for network in (step.model, teacher.model):
             network.set_execution(self.options.attention, self.options.activation_checkpointing, self.options.compile)
+        self.flops = FlopCount(step, teacher, loader.device)
         self.engine = create_engine(step, deepspeed_config, self.options)
         self.model, self.device = self.engine.module.model, self.engine.device
         self.rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -93,11 +95,13 @@ class Trainer:
             write_json(output / name, record)
 
         # Start the meters.
-        rate = matmul_rate(self.device, torch.bfloat16 if self.options.bf16 else torch.float32)
+        dtype = torch.bfloat16 if self.options.bf16 else torch.float32
+        rate = matmul_rate(self.device, dtype)
+        logger.info("matrix products: %.4g TFLOP/s in %s, the 100 %% of flops_utilisation", rate / 1e12, dtype)
         self.log = None
         if self.rank == 0:
             self.log = MetricsLog(output, self.state.step, self.steps, self.pairs_per_step, rate)
-        self.flops, self.timer = FlopCount(), DataTimer()
+        self.timer, self.times = DataTimer(), StepTimes(self.device)
         self.profiler = StepProfiler(output / "trace.json", self.options.profile if self.rank == 0 else 0)
 
     def train(self) -> bool:
@@ -109,7 +113,9 @@ class Trainer:
                 self.evaluate(full_state(self.model))
 
             # Train on one batch of every rank and micro step.
+            self.times.begin()
             metrics = self.train_step()
+            self.flops.count()  # after the first step, which it would delay
 
             # Log, once in a while.
             if self.state.step % self.options.log_steps == 0 or self.state.step == self.steps:
@@ -117,6 +123,9 @@ class Trainer:
             if self.log is not None:
                 self.log.bar.update()
             self.profiler.step()
+            self.times.end("the rest")
+            if text := self.times.finish():
+                logger.info(text)
 
             # Write a checkpoint, once in a while.
             if self.state.step % self.options.checkpoint_steps == 0 and self.state.step < self.steps:
@@ -132,9 +141,13 @@ class Trainer:
             settings = step_settings(self.config, self.state.step, micro_step, self.rank, self.steps_per_epoch)
             torch.manual_seed(settings.seed)  # dropout depends on the step alone, so a resumed run draws the same
             batch = self.timer.next(self.loader)
-            metrics = self.flops.run(self.forward_backward, batch, settings)
+            self.times.end("data")
+            self.flops.note(batch, settings)
+            metrics = self.forward_backward(batch, settings)
             self.engine.step()
+            self.times.end("optimizer")
         self.teacher.update(full_weights(self.model))
+        self.times.end("momentum copy")
         self.state.step += 1
         self.state.pairs += self.pairs_per_step
         schedule = {"learning_rate": rate, "alpha": settings.alpha}
@@ -149,8 +162,11 @@ class Trainer:
         loss, metrics = self.engine(batch, self.teacher, settings)
         copy = HostCopy(loss)
         self.engine.backward(loss)
+        self.times.end("forward and backward")
         # The host waits for the loss once the backward pass is queued, so that a GPU never runs dry.
-        if not math.isfinite(copy.value):
+        finite = math.isfinite(copy.value)
+        self.times.end("waiting for the GPU")
+        if not finite:
             values = ", ".join(f"{name} {value.item():.6g}" for name, value in metrics.items() if value.ndim == 0)
             raise FloatingPointError(
                 f"step {self.state.step + 1}: the loss is not finite ({values}). Samples: {', '.join(batch.keys)}. "
