@@ -204,7 +204,7 @@ def loader_milliseconds(batches: int = 6) -> float:
     with tempfile.TemporaryDirectory() as folder:
         config = make_config("base", **TOY | {"batch_size": LOADED_PAIRS})
         source, _ = train.open_sources(config, Path(folder))
-        tokenizer = train_tokenizer(train.sample_captions(source), config.model.vocab_size)
+        tokenizer = train_tokenizer(train.sample_captions(source, 1_000), config.model.vocab_size)
     options = dict(image_size=config.model.image_size, max_tokens=config.model.max_tokens, batch_size=LOADED_PAIRS)
     augment = AugmentConfig.of(config.data)
     seconds = []

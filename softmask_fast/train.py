@@ -90,7 +90,8 @@ def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreT
         elif named is not None:
             tokenizer = load_tokenizer(named)
         else:
-            tokenizer = train_tokenizer(sample_captions(source), config.model.vocab_size)
+            images = 20_000 if source.encoded else 1_000  # photographs; drawn scenes have few words
+            tokenizer = train_tokenizer(sample_captions(source, images), config.model.vocab_size)
         with replacing(folder) as temporary:
             tokenizer.save_pretrained(temporary)
 
@@ -105,8 +106,8 @@ def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreT
     return run_on_all_ranks(load)
 
 
-def sample_captions(source: CaptionSource, images: int = 20_000) -> Iterator[str]:
-    """The captions of up to `images` images, spread evenly over the source: plenty for a vocabulary."""
+def sample_captions(source: CaptionSource, images: int) -> Iterator[str]:
+    """The captions of up to `images` images, spread evenly over the source."""
     for index in range(0, len(source), math.ceil(len(source) / images)):
         try:
             yield from source.read(index).captions

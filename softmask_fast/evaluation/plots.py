@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from softmask_fast.errors import UsageError
 from softmask_fast.utils import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FEW_POINTS = 40  # a curve of at most so many points has markers
 
@@ -22,6 +25,8 @@ def plot_curves(metrics: str | Path, out: str | Path, held_out: Sequence[dict[st
     metrics is a metrics.jsonl: each line is a JSON object of "step" and numbers; held_out are further such objects.
     Raises UsageError if there are no metrics.
     """
+    from matplotlib.figure import Figure  # slow to import, and only needed at the end
+
     records = [json.loads(line) for line in Path(metrics).read_text().splitlines() if line.strip()]
     records += held_out
     names = list(dict.fromkeys(name for record in records for name in record if name != "step"))

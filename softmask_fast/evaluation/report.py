@@ -12,7 +12,6 @@ from softmask_fast.config import Config
 from softmask_fast.data.sources import open_as_configured
 from softmask_fast.evaluation.common import usable_samples
 from softmask_fast.evaluation.grounding import evaluate_grounding
-from softmask_fast.evaluation.heatmaps import heatmap_page
 from softmask_fast.evaluation.plots import plot_curves
 from softmask_fast.evaluation.retrieval import evaluate_retrieval
 from softmask_fast.evaluation.tables import Report
@@ -59,6 +58,8 @@ def report_run(
     device: torch.device | str = "cpu",
 ) -> None:  # fmt: skip
     """Show what output/model has reached: print the tables, draw curves.png and heatmaps.png."""
+    from softmask_fast.evaluation.heatmaps import heatmap_page  # imports matplotlib, which training does not wait for
+
     curves = output / "curves.png"
     plot_curves(output / "metrics.jsonl", curves)
     if evaluation is None:

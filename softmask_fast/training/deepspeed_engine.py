@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from softmask_fast.config import TrainConfig
 from softmask_fast.errors import UsageError
 from softmask_fast.model.packing import choose_attention
 from softmask_fast.utils import read_json
+
+MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
 def check_execution(train: TrainConfig, deepspeed_config: dict[str, Any]) -> None:
@@ -62,5 +65,9 @@ def create_engine(step: nn.Module, config: dict[str, Any], train: TrainConfig) -
     """Wrap the step. The optimizer is ours unless the DeepSpeed configuration names one (for offloading, say)."""
     groups = parameter_groups(step, train)
     optimizer = None if "optimizer" in config else create_optimizer(step, train)
+    if optimizer is not None:  # DeepSpeed would import its Muon, which compiles at once, to see that ours is another
+        sys.modules.setdefault(MUON, None)
     engine, *_ = deepspeed.initialize(model=step, model_parameters=groups, optimizer=optimizer, config=config)
+    if sys.modules.get(MUON, MUON) is None:
+        del sys.modules[MUON]
     return engine

@@ -67,8 +67,7 @@ class FlopCount:
         self._copies = copy.deepcopy((step, teacher), {id(x): self._without_numbers(x, device) for x in tensors})
 
     def _without_numbers(self, tensor: Tensor, device: torch.device) -> Tensor:
-        with self._mode:
-            fake = torch.empty_like(tensor, device=device)
+        fake = FakeTensor(self._mode, torch.empty_like(tensor, device="meta", requires_grad=False), device)
         return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
     def note(self, batch: Any, *settings: Any) -> None:

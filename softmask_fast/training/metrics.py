@@ -6,14 +6,17 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from softmask_fast.utils import write_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
@@ -51,13 +54,20 @@ class MetricsLog:
         path = directory / "metrics.jsonl"
         drop_lines_after(path, first_step)
         self.file = open(path, "a", buffering=1)
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+        self.directory, self.first_step = directory, first_step
         interval = 0.2 if sys.stderr.isatty() else 20.0  # seconds
         self.bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=interval)
         self.redirected = ExitStack()  # prints log messages above the bar
         self.redirected.enter_context(logging_redirect_tqdm())
         self.pairs_per_step, self.matmul_rate = pairs_per_step, matmul_rate
         self.since, self.since_step = time.monotonic(), first_step
+
+    @cached_property
+    def board(self) -> SummaryWriter:
+        """Opened for the first line, so that the first step does not wait for the import."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.first_step + 1)
 
     def write(self, step: int, metrics: dict[str, float], operations: int) -> None:
         """Log the metrics of a step that took `operations` operations on one device."""
