@@ -32,7 +32,7 @@ def run(images, parameters, config=AUGMENT, batch_size=None, device="cpu", threa
         device=device,
         num_threads=threads,
     )
-    pipeline.schedule(images, parameters)
+    pipeline.schedule(images, {name: np.stack([values[name] for values in parameters]) for name in NEUTRAL})
     return pipeline.result()
 
 

@@ -27,7 +27,7 @@ def _definition(image_size: int, encoded: bool, arguments: frozenset[str], gpu: 
     """The graph. Operators exist only for the `arguments` that can differ from neutral, and run only on the images that
     need them."""
     given = {name: fn.external_source(name=name) for name in sorted(arguments)}
-    image = fn.external_source(name="image", layout=None if encoded else "HWC")
+    image = fn.external_source(name="image", layout=None if encoded else "HWC", no_copy=True)
     if encoded:
         # hw_decoder_load=1: which decoder takes a file must not depend on its position in the batch
         options = {"hw_decoder_load": 1.0, "jpeg_fancy_upsampling": True} if gpu else {}
@@ -102,25 +102,34 @@ class DaliPipeline:
         self._pipeline.build()
 
     def schedule(
-        self, images: Sequence[bytes | np.ndarray], parameters: Sequence[Mapping[str, np.ndarray]] | None = None
+        self, images: Sequence[bytes | np.ndarray], parameters: Mapping[str, np.ndarray] | None = None
     ) -> None:
         """Starts a batch in the background, after the previous one has been fetched with `result`.
 
-        parameters: the arguments of each image, from `draw_parameters`; default: neutral ones.
+        Args:
+            images: They are read in place, so they may not change before `result` has returned. Files may also be
+                (size,) uint8 arrays.
+            parameters: The arguments of all images, (B, ...) each, named as in `NEUTRAL`; default: neutral ones.
         """
         if self._encoded:
-            images = [np.frombuffer(image, np.uint8) for image in images]
-        self._pipeline.feed_input("image", list(images))
+            images = [np.frombuffer(image, np.uint8) if isinstance(image, bytes) else image for image in images]
+        self._images = list(images)  # kept alive
+        self._pipeline.feed_input("image", self._images)
         for name in self._arguments:
-            values = [sample[name] for sample in parameters] if parameters else [NEUTRAL[name]] * len(images)
-            self._pipeline.feed_input(name, np.stack(values))
+            values = np.stack([NEUTRAL[name]] * len(images)) if parameters is None else parameters[name]
+            self._pipeline.feed_input(name, values)
         self._pipeline.schedule_run()
 
     def result(self) -> torch.Tensor:
         """The scheduled batch: (B, 3, image_size, image_size) float32, normalized by MEAN and STD."""
-        (output,) = self._pipeline.share_outputs()
-        pixels = torch.empty(tuple(output.as_tensor().shape()), dtype=torch.float32, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(output.as_tensor(), pixels, cuda_stream=stream)
+        try:
+            (output,) = self._pipeline.share_outputs()
+        finally:
+            self._images = []
+        if self.device.type == "cpu":
+            pixels = torch.from_dlpack(output.as_tensor())  # not copied: DALI's executor allocates every batch anew
+        else:
+            pixels = torch.empty(tuple(output.as_tensor().shape()), dtype=torch.float32, device=self.device)
+            feed_ndarray(output.as_tensor(), pixels, cuda_stream=torch.cuda.current_stream(self.device))
         self._pipeline.release_outputs()
         return pixels

@@ -1,26 +1,31 @@
-"""Training loaders: endless streams of batches in keyed order that survive bad samples and resume exactly."""
+"""Training loaders: endless streams of batches in keyed order that survive bad samples and resume exactly.
+
+The order, the replacement of bad samples and the position in the stream are decided here. Visits of that order are
+prepared ahead, by threads or worker processes (`data.workers`), and DALI makes the pixels.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from softmask_fast.data.augment import AugmentConfig, draw_parameters
-from softmask_fast.data.images import MAX_PIXELS, ImageFacts, check_image, convert_image
+from softmask_fast.data.augment import AugmentConfig
+from softmask_fast.data.images import MAX_PIXELS
+from softmask_fast.data.preparing import FACTS, Column, Job, Prepared, Preparer, PretrainingPreparer, cut, join
 from softmask_fast.data.sampler import HashSampler, WindowedSampler, local_ranks
-from softmask_fast.data.seeding import keyed_generator
-from softmask_fast.data.text_masking import TextMasker
-from softmask_fast.data.types import BadSample, Batch, CaptionSource, Sample, UnreachableFile
+from softmask_fast.data.transfer import Transfer
+from softmask_fast.data.types import BadSample, Batch, CaptionSource, UnreachableFile
+from softmask_fast.data.workers import ThreadPool, WorkerError, WorkerPool
 from softmask_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _NAMED_IN_ERROR = 10  # bad samples that an error names
 _SEARCHED = 1000  # samples that are read, at most, to find so many
+_JOB = 64  # visits that a worker process prepares at a time, at most
+_MOST_WORKERS = 8
 
 BatchType = TypeVar("BatchType")
 
@@ -39,16 +46,15 @@ class BadDataError(RuntimeError):
 
 
 @dataclass
-class _LoadedSample:
-    """One visit to a good sample: everything but its pixels."""
+class _Chunk:
+    """Consecutive visits of the stream, which are prepared together."""
 
-    index: int
-    key: str
-    epoch: int
-    images: list[bytes | np.ndarray]
-    parameters: list[dict[str, np.ndarray]]  # of each image
-    content: Any  # what `_choose` returned
-    skipped_captions: int
+    visits: list[tuple[int, int, int]]  # epoch, position in this rank's order of the epoch, index
+    keys: list[str]
+    prepared: Prepared | None = None
+    problems: dict[int, BadSample | UnreachableFile] = field(default_factory=dict)  # by number of the visit, ascending
+    visit: int = 0  # the number of the next one
+    row: int = 0  # its place among the prepared samples
 
 
 @dataclass
@@ -66,24 +72,43 @@ class _Selection:
     """The samples of the next batch, and the position in the stream after them."""
 
     progress: _Progress
-    samples: list[_LoadedSample] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)  # new bad samples among them: key -> reason
+    keys: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    pieces: list[tuple[Prepared, int, int]] = field(default_factory=list)  # from which to which prepared sample
+    last: int = -1  # index of the sample visited last
+    finished: int = 0  # chunks that end in it
+    transfer: Transfer | None = None
+
+    def column(self, name: str) -> Column:
+        return join([cut(prepared.columns[name], *part) for prepared, *part in self.pieces])
+
+    def images(self, each: int) -> list[bytes | np.ndarray]:
+        return join([prepared.images[each * start : each * stop] for prepared, start, stop in self.pieces])
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """(images, ...) each."""
+        names = self.pieces[0][0].parameters
+        rows = {name: join([prepared.parameters[name][a:b] for prepared, a, b in self.pieces]) for name in names}
+        return {name: values.reshape(-1, *values.shape[2:]) for name, values in rows.items()}
 
 
 class SampleLoader(Generic[BatchType]):
-    """Endless iterator over the batches of this rank. Subclasses define a batch by `_choose` and `_collate`.
+    """Endless iterator over the batches of this rank. Subclasses define a batch by a `Preparer` and two methods.
 
     Every epoch has its own order over the whole source, dealt to the ranks (see `data.sampler`). A bad sample is
-    skipped and replaced by the next one; a batch may span the end of an epoch. Threads read and check images ahead of
-    time, and DALI works on the next batch while the caller trains on this one. `bad` holds the bad samples so far, key
-    -> reason.
+    skipped and replaced by the next one; a batch may span the end of an epoch. Threads or worker processes read and
+    check images ahead of time, and DALI works on the next batch while the caller trains on this one. `bad` holds the
+    bad samples so far, key -> reason.
     """
+
+    preparer: ClassVar[type[Preparer]]
 
     def __init__(
         self, source: CaptionSource, tokenizer: PreTrainedTokenizerFast, *, batch_size: int, image_size: int,
         augment: AugmentConfig, max_tokens: int, seed: int, rank: int = 0, world_size: int = 1,
         device: torch.device | str = "cpu", max_bad_fraction: float = 0.01, max_pixels: int = MAX_PIXELS,
-        num_threads: int | None = None, images_per_sample: int = 1,
+        num_threads: int | None = None, workers: int = 0, images_per_sample: int = 1, **prepare: Any,
     ):  # fmt: skip
         """Raises UsageError if an option is out of range.
 
@@ -94,7 +119,9 @@ class SampleLoader(Generic[BatchType]):
             device: Where DALI works and batches are returned.
             max_bad_fraction: Largest fraction of bad samples among those visited.
             max_pixels: Largest image, width times height.
-            num_threads: Threads that check images, and as many again for DALI; default: `default_threads()`.
+            num_threads: Threads of DALI, and without workers as many again that prepare; default: `default_threads()`.
+            workers: Processes that prepare the samples; 0: threads of this one do. The batches are the same.
+            prepare: Further arguments of the `preparer`.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
@@ -106,47 +133,65 @@ class SampleLoader(Generic[BatchType]):
             raise UsageError(f"data: {len(source)} samples are too few for world_size {world_size}")
         if not 0 <= max_bad_fraction <= 1:
             raise UsageError(f"max_bad_fraction: expected in [0, 1], got {max_bad_fraction}")
+        if workers < 0:
+            raise UsageError(f"data_workers: expected at least 0, got {workers}")
         self.source, self.tokenizer, self.batch_size, self.image_size = source, tokenizer, batch_size, image_size
         self.augment, self.max_tokens, self.seed = augment, max_tokens, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.max_bad_fraction, self.max_pixels = max_bad_fraction, max_pixels
+        self.max_bad_fraction = max_bad_fraction
         self.num_threads = default_threads() if num_threads is None else num_threads
         self.bad: dict[str, str] = {}
 
         self._rank_samples = len(range(rank, len(source), world_size))  # visits of this rank in an epoch
         self._sampler: HashSampler | WindowedSampler = getattr(source, "sampler", None) or HashSampler(source.keys)
+        self._locate = getattr(source, "locate", lambda index: index)
         self._truncated_keys: set[str] = set()
-        facts = [("width", np.int32), ("height", np.int32), ("convert", bool)]
-        self._facts = np.zeros((len(source), images_per_sample), facts)
-        self._special = tokenizer("")["input_ids"]  # [CLS], and [SEP] where the tokenizer puts one
-        self._pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="softmask-data")
+        self._facts = np.zeros((len(source), images_per_sample), FACTS)
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+        preparer = self.preparer(
+            source, tokenizer, augment=augment, image_size=image_size, max_tokens=max_tokens, max_pixels=max_pixels,
+            seed=seed, **prepare,
+        )  # fmt: skip
+        # Jobs of equal size: small ones divide a batch among all threads, large ones cost this thread less.
+        jobs = -(-batch_size // _JOB) if workers else min(batch_size, self.num_threads)
+        self._job_size = -(-batch_size // jobs)
+        # held at a time: those of the batch in DALI, of a part of the next one, and prepared ahead
+        self._capacity = jobs + 1 + 2 * max(jobs, workers)
+        self._pool: ThreadPool | WorkerPool
+        if workers:
+            self._pool = WorkerPool(preparer, workers, self._capacity)
+        else:
+            self._pool = ThreadPool(preparer, self.num_threads)
         self._closed = False
         self._progress = _Progress()
-        self._visits: deque[tuple[int, int, int, Future[_LoadedSample]]] = deque()
+        self._chunks: deque[_Chunk] = deque()  # submitted and not released, in order
         self._restart()
 
     def __iter__(self) -> Iterator[BatchType]:
         return self
 
-    def _choose(self, sample: Sample, epoch: int) -> Any:
-        """What enters the batch besides the images; depends only on the sample, the seed and the epoch."""
+    def _arrays(self, selection: _Selection) -> dict[str, np.ndarray]:
+        """What goes to the device with the pixels."""
         raise NotImplementedError
 
-    def _collate(self, selection: _Selection, pixels: torch.Tensor) -> BatchType:
-        """Makes a batch. pixels: (batch_size * images_per_sample, 3, size, size), the images of each sample in turn."""
+    def _batch(self, selection: _Selection, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> BatchType:
+        """Makes a batch. pixels: (batch_size * images_per_sample, 3, size, size), the images of each sample in turn;
+        tensors: the `_arrays` on the device."""
         raise NotImplementedError
 
     def __next__(self) -> BatchType:
-        """Raises BadDataError if too many samples are bad, UnreachableFile if a shard cannot be downloaded."""
+        """Raises BadDataError if too many samples are bad, UnreachableFile if a shard cannot be downloaded, WorkerError
+        if a worker process was killed."""
         if self._closed:
             raise ValueError("the loader is closed")
         if self._failure is not None:
             raise self._failure
         current, pixels = self._take()
-        batch = self._collate(current, pixels)
+        batch = self._batch(current, pixels, current.transfer.tensors())
         self.bad.update(current.bad)
         self._progress = current.progress
-        with suppress(BadDataError, UnreachableFile):  # this batch is good; the next call raises
+        with suppress(BadDataError, UnreachableFile, WorkerError):  # this batch is good; the next call raises
             self._schedule(self._select(current.progress))
         return batch
 
@@ -209,11 +254,11 @@ class SampleLoader(Generic[BatchType]):
         return {**states[0], **counts, **own}
 
     def close(self) -> None:
-        """Stops the threads and frees the pipeline."""
+        """Ends the threads or worker processes and frees the pipeline."""
         if not self._closed:
             self._closed = True
-            self._pool.shutdown(wait=True, cancel_futures=True)
             del self._pipeline
+            self._pool.close()
 
     def __enter__(self) -> SampleLoader[BatchType]:
         return self
@@ -227,13 +272,13 @@ class SampleLoader(Generic[BatchType]):
 
     def _restart(self) -> None:
         """Drops what was loaded ahead and continues after the last returned batch."""
-        for *_, future in self._visits:
-            future.cancel()
+        self._pool.drop()
+        self._chunks.clear()
         self._known_bad = dict(self.bad)
         self._stream = self._visit_stream(self._progress.epoch, self._progress.position)
-        self._visits.clear()
+        self._at = 0  # the place among them of the next one to visit
         self._scheduled: _Selection | None = None
-        self._failure: BadDataError | UnreachableFile | None = None
+        self._failure: BadDataError | UnreachableFile | WorkerError | None = None
         images = self._facts.shape[1] * self.batch_size
         self._pipeline = self._new_pipeline(images, arguments=self.augment.arguments(), num_threads=self.num_threads)
 
@@ -252,59 +297,91 @@ class SampleLoader(Generic[BatchType]):
                 yield epoch, visit, index
             epoch, position = epoch + 1, 0
 
-    def _next_visit(self) -> tuple[int, int, int, Future[_LoadedSample]]:
-        """The next visit; keeps the threads busy with those after it."""
-        while len(self._visits) < 2 * self.batch_size:
-            epoch, position, index = next(self._stream)
-            self._visits.append((epoch, position, index, self._pool.submit(self._load_sample, epoch, index)))
-        return self._visits.popleft()
+    def _request(self) -> None:
+        """Keeps those busy who prepare."""
+        while len(self._chunks) < self._capacity:
+            visits = list(islice(self._stream, self._job_size))
+            epochs, _, indices = map(list, zip(*visits, strict=True))
+            chunk = _Chunk(visits, [self.source.keys[index] for index in indices])
+            self._pool.submit(Job(epochs, chunk.keys, [*map(self._locate, indices)], self._facts[indices]))
+            self._chunks.append(chunk)
 
-    def _load_sample(self, epoch: int, index: int) -> _LoadedSample:
-        """Runs in a thread. Raises BadSample or UnreachableFile."""
-        key = self.source.keys[index]
-        if key in self._known_bad:
-            raise BadSample(self._known_bad[key])
-        sample = self.source.read(index)
-        images, parameters = [], []
-        for number, image in enumerate(sample.images):
-            facts = self._check(index, number, image)
-            images.append(convert_image(image) if facts.convert else image)
-            names = (self.seed, epoch, key, "image")
-            generator = keyed_generator(*names, number) if number else keyed_generator(*names)
-            parameters.append(draw_parameters(self.augment, generator, facts.width, facts.height, self.image_size))
-        content = self._choose(sample, epoch)
-        return _LoadedSample(index, key, epoch, images, parameters, content, sample.skipped_captions)
+    def _next_chunk(self, selection: _Selection) -> _Chunk:
+        """The earliest chunk with a visit left, prepared."""
+        if self._at < len(self._chunks) and self._chunks[self._at].visit == len(self._chunks[self._at].visits):
+            self._at += 1
+            selection.finished += 1
+        try:
+            self._request()
+            if self._at == len(self._chunks):  # this batch alone holds all of them, as hardly any sample is good
+                for prepared, *_ in selection.pieces:
+                    prepared.images = [i.copy() if isinstance(i, np.ndarray) else i for i in prepared.images]
+                self._release(selection)
+                self._request()
+            chunk = self._chunks[self._at]
+            if chunk.prepared is None:
+                self._receive(chunk)
+        except BaseException as error:
+            stopped = RuntimeError(f"the loader was interrupted by {type(error).__name__}; make a new one")
+            self._failure = error if isinstance(error, Exception) else stopped
+            raise
+        return chunk
 
-    def _check(self, index: int, number: int, image: bytes | np.ndarray) -> ImageFacts:
-        """Checks the `number`-th image of a sample; decodes it in full at its first visit only."""
-        known = self._facts[index, number]
-        if known["width"]:
-            return ImageFacts(int(known["width"]), int(known["height"]), bool(known["convert"]))
-        facts = check_image(image, self.max_pixels)
-        self._facts[index, number] = (facts.width, facts.height, facts.convert)
-        return facts
+    def _receive(self, chunk: _Chunk) -> None:
+        chunk.prepared = self._pool.receive()
+        self._facts[[index for *_, index in chunk.visits]] = chunk.prepared.facts
+        problems = dict(chunk.prepared.problems)
+        if self._known_bad:  # also by DALI or in an earlier run
+            known = {visit: key for visit, key in enumerate(chunk.keys) if key in self._known_bad}
+            problems |= {visit: BadSample(self._known_bad[key]) for visit, key in known.items()}
+        chunk.problems = dict(sorted(problems.items()))
+
+    def _release(self, selection: _Selection) -> None:
+        """Gives up the chunks that ended in a selection whose images are no longer needed."""
+        for _ in range(selection.finished):
+            self._chunks.popleft()
+            self._pool.release()
+        self._at -= selection.finished
+        selection.finished = 0
+
+    def _visit(self, selection: _Selection, most: int) -> BadSample | UnreachableFile | None:
+        """Selects up to `most` good samples in a row, at least one; or skips the next one and returns its problem."""
+        chunk = self._next_chunk(selection)
+        first = chunk.visit
+        stop = next((visit for visit in chunk.problems if visit >= first), len(chunk.visits))
+        problem = chunk.problems.get(first)
+        if problem is None:
+            chunk.visit = min(stop, first + most)
+            end = chunk.row + chunk.visit - first
+            selection.pieces.append((chunk.prepared, chunk.row, end))
+            selection.keys += chunk.keys[first : chunk.visit]
+            selection.indices += [index for *_, index in chunk.visits[first : chunk.visit]]
+            chunk.row = end
+        else:
+            chunk.visit += 1
+            chunk.row += first not in chunk.prepared.problems
+        selection.progress.epoch, position, selection.last = chunk.visits[chunk.visit - 1]
+        selection.progress.position = position + 1
+        return problem
 
     def _select(self, progress: _Progress) -> _Selection:
         """The next `batch_size` good samples after `progress`."""
         selection = _Selection(replace(progress))
         bad_in_a_row = 0
-        while len(selection.samples) < self.batch_size:
-            epoch, position, index, future = self._next_visit()
-            selection.progress.epoch, selection.progress.position = epoch, position + 1
-            try:
-                sample = future.result()
-            except BadSample as error:
+        while (missing := self.batch_size - len(selection.keys)) > 0:
+            problem = self._visit(selection, missing)
+            if problem is None:
+                bad_in_a_row = 0
+            elif isinstance(problem, UnreachableFile):  # continuing would skip its samples
+                self._failure = problem
+                raise problem
+            else:
                 bad_in_a_row += 1
-                self._note_bad(self.source.keys[index], str(error), selection, epoch)
+                self._note_bad(self.source.keys[selection.last], str(problem), selection, selection.progress.epoch)
                 if bad_in_a_row >= self._rank_samples:
-                    raise self._fail("no sample of this rank can be used") from error
-                continue
-            except UnreachableFile as error:  # continuing would skip its samples
-                self._failure = error
-                raise
-            bad_in_a_row = 0
-            selection.samples.append(sample)
-            selection.progress.skipped_captions += sample.skipped_captions
+                    raise self._fail("no sample of this rank can be used") from problem
+        selection.progress.skipped_captions += int(selection.column("skipped_captions").sum())
+        self._count_cut_texts(selection)
         return selection
 
     def _note_bad(self, key: str, reason: str, selection: _Selection, epoch: int) -> None:
@@ -316,19 +393,18 @@ class SampleLoader(Generic[BatchType]):
         seen = min(len(self.source), self._rank_samples * (epoch + 1))
         limit = int(self.max_bad_fraction * seen + 1e-9)
         if len(self._known_bad) > limit:
-            self._search_bad()
+            self._search_bad(selection)
             raise self._fail(
                 f"more than {limit} of {seen} samples cannot be used (max_bad_fraction {self.max_bad_fraction:g})"
             )
 
-    def _search_bad(self) -> None:
+    def _search_bad(self, selection: _Selection) -> None:
         """Reads some more samples, so that the error can name several bad ones."""
         for _ in range(min(_SEARCHED, self._rank_samples)):
             if len(self._known_bad) >= _NAMED_IN_ERROR:
                 return
-            _, _, index, future = self._next_visit()
-            if isinstance(error := future.exception(), BadSample):
-                self._known_bad.setdefault(self.source.keys[index], str(error))
+            if isinstance(problem := self._visit(selection, 1), BadSample):
+                self._known_bad.setdefault(self.source.keys[selection.last], str(problem))
 
     def _fail(self, message: str) -> BadDataError:
         """The error to raise, now and in every later call."""
@@ -338,10 +414,8 @@ class SampleLoader(Generic[BatchType]):
         return self._failure
 
     def _schedule(self, selection: _Selection) -> None:
-        self._pipeline.schedule(
-            [image for sample in selection.samples for image in sample.images],
-            [parameters for sample in selection.samples for parameters in sample.parameters],
-        )
+        selection.transfer = Transfer(self._arrays(selection), self.device, self._copies)
+        self._pipeline.schedule(selection.images(self._facts.shape[1]), selection.parameters())
         self._scheduled = selection
 
     def _take(self) -> tuple[_Selection, torch.Tensor]:
@@ -350,93 +424,86 @@ class SampleLoader(Generic[BatchType]):
                 self._schedule(self._select(self._progress))
             selection, self._scheduled = self._scheduled, None
             try:
-                return selection, self._pipeline.result()
+                pixels = self._pipeline.result()
             except RuntimeError as error:
                 self._drop_undecodable(selection, error)
+                continue
+            self._release(selection)
+            return selection, pixels
 
     def _drop_undecodable(self, selection: _Selection, error: RuntimeError) -> None:
         """Marks the images that failed in DALI, though not in PIL, as bad and goes back to retry the batch."""
         undecodable = {}
-        for sample in selection.samples:
-            single = self._new_pipeline(len(sample.images))
-            single.schedule(sample.images)
+        each = self._facts.shape[1]
+        images = selection.images(each)
+        for number, key in enumerate(selection.keys):
+            single = self._new_pipeline(each)
+            single.schedule(images[each * number : each * (number + 1)])
             try:
                 single.result()
             except RuntimeError as reason:
-                undecodable[sample.key] = f"image cannot be decoded by DALI: {str(reason).splitlines()[0]}"
+                undecodable[key] = f"image cannot be decoded by DALI: {str(reason).splitlines()[0]}"
         if not undecodable:
+            self._failure = error
             raise error
         self._restart()
         for key, reason in undecodable.items():
             self._note_bad(key, reason, selection, selection.progress.epoch)
         self.bad.update(undecodable)
 
-    def _tokenize(self, selection: _Selection, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text with special tokens, (L,) int64, cut to `max_tokens`; counts those that are cut."""
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
-        room = self.max_tokens - len(self._special)
-        rows = []
-        for sample, ids in zip(selection.samples, encoded["input_ids"], strict=True):
-            if len(ids) > room:
-                selection.progress.truncated_captions += 1
-                if sample.key not in self._truncated_keys:  # logged at the first visit only
-                    self._truncated_keys.add(sample.key)
-                    total = len(ids) + len(self._special)
-                    logger.info("text of %s cut from %d to %d tokens", sample.key, total, self.max_tokens)
-            rows.append(np.array([self._special[0], *ids[:room], *self._special[1:]], np.int64))
-        return rows
-
-    def _padded(self, rows: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pads token rows: input_ids (B, L) int64 and attention_mask (B, L) bool, on the device."""
-        lengths = np.array([len(row) for row in rows])
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        ids = np.full(mask.shape, self.tokenizer.pad_token_id, np.int64)
-        ids[mask] = np.concatenate(rows)
-        return self._tensor(ids), self._tensor(mask)
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
+    def _count_cut_texts(self, selection: _Selection) -> None:
+        tokens = selection.column("tokens")
+        for row in np.flatnonzero(tokens > self.max_tokens):
+            selection.progress.truncated_captions += 1
+            key = selection.keys[row]
+            if key not in self._truncated_keys:  # logged at the first visit only
+                self._truncated_keys.add(key)
+                logger.info("text of %s cut from %d to %d tokens", key, tokens[row], self.max_tokens)
 
 
 class PretrainingLoader(SampleLoader[Batch]):
     """Batches of images and captions, with masked words."""
 
+    preparer = PretrainingPreparer
+
     def __init__(
         self, source: CaptionSource, tokenizer: PreTrainedTokenizerFast, *, mask_probability: float = 0.15, **options
     ):
         """mask_probability: fraction of the word pieces that are masked; options: those of `SampleLoader`."""
-        self._masker = TextMasker(tokenizer, mask_probability)
-        super().__init__(source, tokenizer, **options)
+        super().__init__(source, tokenizer, mask_probability=mask_probability, **options)
 
-    def _choose(self, sample: Sample, epoch: int) -> str:
-        """One of the captions."""
-        return sample.captions[keyed_generator(self.seed, epoch, sample.key, "caption").integers(len(sample.captions))]
+    def _arrays(self, selection: _Selection) -> dict[str, np.ndarray]:
+        captions, positions = selection.column("input_ids"), selection.column("mlm_positions")
+        input_ids, attention_mask = captions.padded(self.tokenizer.pad_token_id)
+        masked_ids, _ = selection.column("masked_ids").padded(self.tokenizer.pad_token_id)
+        first = np.arange(len(input_ids)) * input_ids.shape[1]  # flat position of each row
+        return {
+            "input_ids": input_ids,
+            "masked_ids": masked_ids,
+            "attention_mask": attention_mask,
+            "mlm_positions": positions.values + np.repeat(first, positions.lengths),
+            "mlm_labels": selection.column("mlm_labels").values,
+            "word_index": selection.column("word_index"),
+            "ids": self.source.image_ids[selection.indices],
+        }
 
-    def _collate(self, selection: _Selection, pixels: torch.Tensor) -> Batch:
-        samples = selection.samples
-        captions = self._tokenize(selection, [sample.content for sample in samples])
-        masked = [
-            self._masker.mask(ids, keyed_generator(self.seed, sample.epoch, sample.key, "mask"))
-            for sample, ids in zip(samples, captions, strict=True)
-        ]
-        input_ids, attention_mask = self._padded(captions)
-        masked_ids, _ = self._padded([caption.ids for caption in masked])
-        length = input_ids.shape[1]
-        positions = [caption.positions + row * length for row, caption in enumerate(masked)]
-        return Batch(
-            pixels=pixels,
-            input_ids=input_ids,
-            masked_ids=masked_ids,
-            attention_mask=attention_mask,
-            mlm_positions=self._tensor(np.concatenate(positions)),
-            mlm_labels=self._tensor(np.concatenate([caption.labels for caption in masked])),
-            word_index=self._tensor(np.array([caption.word_index for caption in masked], np.int64)),
-            ids=self._tensor(self.source.image_ids[[sample.index for sample in samples]]),
-            keys=[sample.key for sample in samples],
-            token_count=sum(len(ids) for ids in captions),
-        )
+    def _batch(self, selection: _Selection, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Batch:
+        token_count = int(selection.column("input_ids").lengths.sum())
+        return Batch(pixels=pixels, **tensors, keys=selection.keys, token_count=token_count)
 
 
 def default_threads() -> int:
     """The cores of this process divided by the ranks on this machine, from 1 to 16."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) // local_ranks()))
+    return max(1, min(16, cores_per_rank()))
+
+
+def default_workers(device: torch.device) -> int:
+    """Half of a rank's cores, up to 8, where a GPU trains; none on a CPU, where training itself uses all cores, nor
+    with fewer than 4 cores."""
+    cores = cores_per_rank()
+    return min(_MOST_WORKERS, cores // 2) if device.type == "cuda" and cores >= 4 else 0
+
+
+def cores_per_rank() -> int:
+    """The cores of this process divided by the ranks on this machine."""
+    return len(os.sched_getaffinity(0)) // local_ranks()

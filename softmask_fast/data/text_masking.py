@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 REPLACE_BY_MASK = 0.8  # BERT: 80 % [MASK], 10 % a random word piece, 10 % unchanged
 REPLACE_BY_RANDOM = 0.1
@@ -59,7 +62,9 @@ class TextMasker:
 
         words = np.flatnonzero(self._word_start[ids])
         words = words if len(words) else candidates
-        unmasked = np.setdiff1d(words, chosen, assume_unique=True)
+        hidden = np.zeros(len(ids), bool)
+        hidden[chosen] = True
+        unmasked = words[~hidden[words]]
         words = unmasked if len(unmasked) else words
         word_index = int(words[generator.integers(len(words))]) if len(words) else min(1, len(ids) - 1)
         return MaskedCaption(masked, chosen, ids[chosen], word_index)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
 from softmask_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class BadSample(UsageError):
@@ -57,7 +59,9 @@ class Sample:
 class CaptionSource(Protocol):
     """Samples by index. Reading is thread-safe and deterministic.
 
-    A source may bring its own `sampler` (a sampler of `data.sampler`); otherwise the loader shuffles all of it.
+    A source may bring its own `sampler` (a sampler of `data.sampler`); otherwise the loader shuffles all of it. Worker
+    processes are sent a pickled copy. If that would be large, a source also has `locate(index)`, which gives all that
+    `load(located)` needs to read the sample, and pickles nothing else.
     """
 
     keys: Sequence[str]  # unique

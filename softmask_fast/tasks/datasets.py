@@ -6,7 +6,7 @@ Labels and answers become `Example`s. Referring expressions become `Sample`s, as
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from softmask_fast.data.images import image_size, read_image
 from softmask_fast.data.loader import SampleLoader
 from softmask_fast.data.parsing import distinct_keys, relative_names
+from softmask_fast.data.preparing import Column, Preparer, Ragged
 from softmask_fast.data.seeding import image_ids
 from softmask_fast.data.sources import expand_names, expand_paths
 from softmask_fast.data.synthetic import ShapesSource
@@ -187,19 +188,27 @@ def open_examples(
     return JsonExamples(paths, form, image_root, training=split == "train")
 
 
+class ExamplePreparer(Preparer):
+    """Tokenizes the text of each example."""
+
+    def columns(self, samples: Sequence[Example], visits: Sequence[tuple[int, str]]) -> dict[str, Column]:
+        rows, tokens = self.tokenize([example.text for example in samples])
+        return {"tokens": tokens, "input_ids": Ragged.of(rows), "targets": [example.target for example in samples]}
+
+
 class ExampleLoader(SampleLoader[TaskBatch]):
     """Training batches of examples."""
 
-    def _choose(self, sample: Example, epoch: int) -> tuple[str, Any]:
-        return sample.text, sample.target
+    preparer = ExamplePreparer
 
-    def _collate(self, selection: Any, pixels: torch.Tensor) -> TaskBatch:
-        texts, targets = zip(*(sample.content for sample in selection.samples), strict=True)
-        rows = self._tokenize(selection, list(texts))
-        input_ids, attention_mask = self._padded(rows)
+    def _arrays(self, selection: Any) -> dict[str, np.ndarray]:
+        input_ids, attention_mask = selection.column("input_ids").padded(self.tokenizer.pad_token_id)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _batch(self, selection: Any, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> TaskBatch:
         return TaskBatch(
-            pixels=pixels, input_ids=input_ids, attention_mask=attention_mask, targets=list(targets),
-            keys=[sample.key for sample in selection.samples], token_count=sum(map(len, rows)),
+            pixels=pixels, **tensors, targets=selection.column("targets"), keys=selection.keys,
+            token_count=int(selection.column("input_ids").lengths.sum()),
         )  # fmt: skip
 
 

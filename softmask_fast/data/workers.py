@@ -1,0 +1,242 @@
+"""Who prepares samples: threads of this process, or worker processes that leave its interpreter alone.
+
+Both take jobs and return their results in the same order, so that nothing depends on who they are. A worker process
+imports neither torch nor DALI. It ignores Ctrl-C and SIGTERM, and ends with this process, however that ends. Image
+bytes come back through shared memory: each worker owns slots, which are written and read in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+import numpy as np
+
+from softmask_fast.data.preparing import Job, Prepared, Preparer
+from softmask_fast.errors import UsageError
+
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from softmask_fast.data.workers import serve; serve(*map(int, sys.argv[2:]))"
+)
+# one thread each: the libraries would start one a core
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_LOOK = 0.2  # seconds between two looks at whether a process still lives
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+class WorkerError(RuntimeError):
+    """A worker process has ended, or failed at something other than a sample."""
+
+
+class ThreadPool:
+    """Prepares in threads of this process."""
+
+    def __init__(self, preparer: Preparer, threads: int):
+        self._preparer, self._futures = preparer, deque[Future[Prepared]]()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="softmask-data")
+
+    def submit(self, job: Job) -> None:
+        self._futures.append(self._pool.submit(self._preparer.prepare, job))
+
+    def receive(self) -> Prepared:
+        """The result of the earliest job not received yet."""
+        result = self._futures[0].result()
+        self._futures.popleft()
+        return result
+
+    def release(self) -> None:
+        """Says that the images of the earliest result not released yet are no longer needed."""
+
+    def drop(self) -> None:
+        """Forgets all jobs and results."""
+        for future in self._futures:
+            future.cancel()
+        self._futures.clear()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class WorkerPool:
+    """Prepares in worker processes, to which the jobs go in turn; used as `ThreadPool`.
+
+    At most `capacity` jobs may be submitted and not released. Raises WorkerError, which names the process, when one has
+    ended.
+    """
+
+    def __init__(self, preparer: Preparer, workers: int, capacity: int):
+        """Starts the processes. Raises UsageError if the preparer, which holds the source, cannot be pickled."""
+        self._slots = -(-capacity // workers)
+        self._submitted = self._received = self._released = 0
+        self._workers: list[_Worker] = []
+        try:
+            content = pickle.dumps(preparer)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UsageError(f"data_workers: expected 0, as these data cannot be sent to workers: {error}") from error
+        with open(os.memfd_create("softmask-preparer"), "wb") as file:
+            file.write(content)
+            file.flush()
+            masked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which the processes inherit
+            try:
+                self._workers += [_Worker(number, file.fileno(), self._slots) for number in range(workers)]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+    def submit(self, job: Job) -> None:
+        worker, slot = self._place(self._submitted)
+        self._submitted += 1
+        worker.send((slot, job))
+
+    def receive(self) -> Prepared:
+        worker, slot = self._place(self._received)
+        message = worker.receive(self._check)
+        self._received += 1
+        if isinstance(message, str):
+            raise WorkerError(f"{worker.name} failed:\n{message}")
+        prepared, shapes = message
+        prepared.images = worker.slots[slot].read(shapes)
+        return prepared
+
+    def release(self) -> None:
+        self._released += 1
+
+    def drop(self) -> None:
+        while self._received < self._submitted:
+            self.receive()
+        self._released = self._received
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()  # it has nothing to save
+        for worker in self._workers:
+            worker.process.wait()
+            worker.close()
+        self._workers.clear()
+
+    def _place(self, number: int) -> tuple[_Worker, int]:
+        """The worker and the slot of the `number`-th job."""
+        turn, worker = divmod(number, len(self._workers))
+        return self._workers[worker], turn % self._slots
+
+    def _check(self) -> None:
+        for worker in self._workers:
+            worker.check()
+
+
+class _Slot:
+    """Shared memory for the images of one job at a time. It grows as needed."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+        self._memory = np.empty(0, np.uint8)
+
+    def write(self, images: Sequence[bytes | np.ndarray]) -> list[tuple[int, ...]]:
+        """Returns the shape of each image; that of a file is its size."""
+        offset = 0
+        for image in images:
+            content = memoryview(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image).cast("B")
+            while content:
+                written = os.pwrite(self.descriptor, content, offset)
+                offset, content = offset + written, content[written:]
+        return [image.shape if isinstance(image, np.ndarray) else (len(image),) for image in images]
+
+    def read(self, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        """Views of the images, uint8; valid until the next `write`."""
+        ends = np.cumsum([np.prod(shape) for shape in shapes], dtype=np.int64).tolist()
+        if ends and ends[-1] > len(self._memory):
+            self._memory = np.frombuffer(mmap.mmap(self.descriptor, ends[-1]), np.uint8)
+        starts = [0, *ends[:-1]]
+        views = [self._memory[start:end] for start, end in zip(starts, ends, strict=True)]
+        return [view if len(shape) == 1 else view.reshape(shape) for view, shape in zip(views, shapes, strict=True)]
+
+
+class _Worker:
+    """A worker process, seen from the process that started it."""
+
+    def __init__(self, number: int, preparer: int, slots: int):
+        """preparer: descriptor of the file that holds it."""
+        self.slots = [_Slot(os.memfd_create(f"softmask-images-{number}")) for _ in range(slots)]
+        self._connection, theirs = Pipe()
+        descriptors = [theirs.fileno(), preparer, *(slot.descriptor for slot in self.slots)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _START, json.dumps(sys.path), *map(str, [os.getpid(), *descriptors])],
+            pass_fds=descriptors, stdin=subprocess.DEVNULL, env=os.environ | _ENVIRONMENT,
+        )  # fmt: skip
+        theirs.close()
+        self.name = f"data worker {number} (process {self.process.pid})"
+
+    def send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:
+            self._report()
+
+    def receive(self, check: Any) -> Any:
+        """The next message; calls `check` before and while waiting for it."""
+        check()
+        try:
+            while not self._connection.poll(_LOOK):
+                check()
+            return self._connection.recv()
+        except (EOFError, OSError):
+            self._report()
+
+    def check(self) -> None:
+        if self.process.poll() is not None:
+            self._report()
+
+    def close(self) -> None:
+        self._connection.close()
+        for slot in self.slots:
+            os.close(slot.descriptor)
+
+    def _report(self) -> None:
+        status = self.process.wait()
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        raise WorkerError(f"{self.name} {how}; resume the run from its last checkpoint") from None
+
+
+def serve(parent: int, connection: int, preparer: int, *slots: int) -> None:
+    """The work of a worker process, until the process `parent` ends. The other arguments are descriptors."""
+    pipe, jobs = Connection(connection), queue.SimpleQueue()
+    threading.Thread(target=_receive_jobs, args=(pipe, parent, jobs), daemon=True).start()
+    memory = [_Slot(slot) for slot in slots]
+    try:
+        with mmap.mmap(preparer, 0, prot=mmap.PROT_READ) as content:
+            own = pickle.loads(content)
+        while True:
+            slot, job = jobs.get()
+            prepared = own.prepare(job)
+            shapes = memory[slot].write(prepared.images)
+            prepared.images = []
+            pipe.send((prepared, shapes))
+    except BaseException:
+        pipe.send(traceback.format_exc())
+        threading.Event().wait()  # until the answer is read and this process ended
+
+
+def _receive_jobs(pipe: Connection, parent: int, jobs: queue.SimpleQueue) -> None:
+    """Passes jobs on; ends the process when its parent is gone, also while that waits for another's job.
+
+    The end of the pipe shows only when all copies of its other end are closed: hence the look at the parent.
+    """
+    try:
+        while os.getppid() == parent:
+            if pipe.poll(1.0):
+                jobs.put(pipe.recv())
+    finally:
+        os._exit(0)
