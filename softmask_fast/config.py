@@ -151,7 +151,13 @@ class DataConfig:
     color: bool = option(True, "Brightness, contrast and saturation jitter.")
     blur: bool = option(True, "Gaussian blur with probability 0.5.")
     max_bad_fraction: float = option(0.01, "Fraction of unusable samples at which training stops.")
-    data_threads: int | None = option(None, "Threads that read and augment; default: all cores.")
+    data_threads: int | None = option(
+        None, "Threads that decode and augment and, without data_workers, read; default: all cores, at most 16."
+    )
+    data_workers: int | None = option(
+        None, "Processes that read, check, tokenize and mask, 0: threads do. Default: where a rank has a GPU and 4 or "
+        "more cores, half of them, at most 8; else 0.",
+    )  # fmt: skip
     cache_dir: str | None = option(None, "Cache of shards by URL; default: ~/.cache/softmask_fast.")
     cache_gigabytes: float = option(64.0, "Size limit of cache_dir, for all ranks of a machine together.")
     shuffle_shards: int = option(8, "Shards by URL that a rank mixes at a time; part of the data order.")

@@ -17,6 +17,8 @@ ADAPTERS = {"ops", "ground", "model", "adapters"}
 # Modules, lightest first, and the libraries that they must not load.
 LIGHT = {
     "softmask_fast": ("torch", "numpy"),
+    "softmask_fast.data.workers": ("torch", "transformers", "fsspec", "nvidia.dali"),  # what workers start with
+    "softmask_fast.tasks.datasets": ("torch", "transformers", "fsspec", "nvidia.dali"),
     "softmask_fast.ops": ("triton", "transformers", "timm", "nvidia.dali", "deepspeed", "matplotlib"),
     "softmask_fast.evaluation": ("transformers", "timm", "nvidia.dali", "deepspeed", "matplotlib"),
     "softmask_fast.model.pretraining": ("nvidia.dali", "deepspeed", "matplotlib"),

@@ -137,7 +137,7 @@ def test_resume_in_the_middle_gives_the_same_continuation(remote, server, tmp_pa
         state = json.loads(json.dumps(batches.state_dict()))
         expected = [next(batches) for _ in range(12)]
     elsewhere = remote(cache_dir=str(tmp_path / "other"), prefetch_shards=0, cache_gigabytes=1.0)
-    with loader(elsewhere, **options) as batches:
+    with loader(elsewhere, workers=rank, **options) as batches:
         batches.load_state_dict(state)
         for batch in expected:
             got = next(batches)
@@ -245,13 +245,14 @@ def test_a_shard_that_stays_away_is_an_error_with_url_and_cause(server, remote, 
             open_source(url, remote=options)
 
 
-def test_a_shard_lost_during_training_stops_it_for_good(server, remote, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_lost_during_training_stops_it_for_good(server, remote, tmp_path, workers):
     source = remote(shuffle_shards=1, prefetch_shards=0)
     for path in (tmp_path / "cache" / "shards").glob("*-s-5.tar"):
         path.unlink()
     server.faults["/s-5.tar"] = ["404"] * 100
     seen = []
-    with loader(source, batch_size=1) as batches:
+    with loader(source, batch_size=1, workers=workers) as batches:
         with pytest.raises(UnreachableFile, match="s-5.tar"):
             for _ in range(48):
                 seen += next(batches).keys

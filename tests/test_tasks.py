@@ -23,8 +23,9 @@ from softmask_fast.evaluation.vqa_accuracy import vqa_accuracy
 from softmask_fast.model.export import load_model, save_model
 from softmask_fast.tasks.answers import evaluate_answers
 from softmask_fast.tasks.base import distilled_cross_entropy
-from softmask_fast.tasks.datasets import ExampleLoader, open_examples, open_expressions
+from softmask_fast.tasks.datasets import open_examples, open_expressions
 from softmask_fast.tasks.entailment import EntailmentModel
+from softmask_fast.tasks.loader import ExampleLoader
 from softmask_fast.tasks.models import load_task_model
 from softmask_fast.tasks.nlvr2 import LEFT, NEITHER, RIGHT, NLVR2Model, TextAssignmentModel, assign
 from softmask_fast.tasks.options import FinetuneConfig, TaskConfig
@@ -141,7 +142,7 @@ def test_json_files_give_the_batches_of_what_they_hold(tmp_path, tokenizer, task
         source.keys = [f"{index}" for index in range(6)]  # the order and the distortions depend on the keys
         loader = ExampleLoader(
             source, tokenizer, batch_size=4, image_size=16, augment=AugmentConfig(), max_tokens=20, seed=1,
-            num_threads=1, images_per_sample=images,
+            num_threads=1, images_per_sample=images, workers=int(data == str(path)),
         )  # fmt: skip
         with loader:
             batches.append([next(loader) for _ in range(3)])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from softmask_fast.data.types import BadSample
 
@@ -70,6 +70,8 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(f"image is too large: {error}") from error
+    except UnidentifiedImageError as error:  # whose message holds an address
+        raise BadSample("image cannot be decoded: no image file, or of no known format") from error
     # on damaged bytes PIL's decoders raise nearly anything (OSError, SyntaxError, struct.error, zlib.error, ...)
     except Exception as error:
         raise BadSample(f"image cannot be decoded: {error}") from error

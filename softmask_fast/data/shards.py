@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from softmask_fast.data.parsing import distinct_keys, parse_phrases, relative_names, usable_captions
 from softmask_fast.data.seeding import image_ids
@@ -72,11 +72,20 @@ class ShardSource:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
     def read(self, index: int) -> Sample:
-        shard, members = self._entries[index]
+        return self.load(self.locate(index))
+
+    def locate(self, index: int) -> tuple[str, Path, Members]:
+        return self.keys[index], *self._entries[index]
+
+    def load(self, located: tuple[str, Path, Members]) -> Sample:
+        key, shard, members = located
         try:
             with FileIO(shard) as file:
-                return read_sample(self.keys[index], members, file)
+                return read_sample(key, members, file)
         except OSError as error:
             raise BadSample(f"shard cannot be read: {error}") from error
 

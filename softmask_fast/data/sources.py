@@ -57,7 +57,7 @@ def open_source(
     lists = [path for path in paths if path.suffix == ".json"]
     if unknown := sorted(set(paths) - set(shards) - set(lists)):
         raise UsageError(f"data: expected .tar shards, .json lists or folders of shards, got {unknown[0]}")
-    sources: list[CaptionSource] = []
+    sources: list[ShardSource | JsonListSource] = []
     if shards:
         sources.append(ShardSource(shards))
     if lists:
@@ -141,9 +141,19 @@ class JsonListSource:
     def __len__(self) -> int:
         return len(self._images)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
     def read(self, index: int) -> Sample:
-        captions, skipped = usable_captions(self._captions[index], '"caption"')
-        return Sample(self.keys[index], read_image(self._images[index]), captions, skipped_captions=skipped)
+        return self.load(self.locate(index))
+
+    def locate(self, index: int) -> tuple[str, str, Any]:
+        return self.keys[index], self._images[index], self._captions[index]
+
+    def load(self, located: tuple[str, str, Any]) -> Sample:
+        key, image, raw = located
+        captions, skipped = usable_captions(raw, '"caption"')
+        return Sample(key, read_image(image), captions, skipped_captions=skipped)
 
 
 class JoinedSource:
@@ -151,7 +161,7 @@ class JoinedSource:
 
     encoded = True
 
-    def __init__(self, sources: Sequence[CaptionSource]):
+    def __init__(self, sources: Sequence[ShardSource | JsonListSource]):
         self._sources = sources
         self._starts = np.cumsum([0] + [len(source) for source in sources])
         self.keys = distinct_keys([key for source in sources for key in source.keys])
@@ -160,7 +170,16 @@ class JoinedSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_sources": self._sources}
+
     def read(self, index: int) -> Sample:
+        return self.load(self.locate(index))
+
+    def locate(self, index: int) -> tuple[str, int, Any]:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        sample = self._sources[number].read(index - int(self._starts[number]))
-        return replace(sample, key=self.keys[index])
+        return self.keys[index], number, self._sources[number].locate(index - int(self._starts[number]))
+
+    def load(self, located: tuple[str, int, Any]) -> Sample:
+        key, number, place = located
+        return replace(self._sources[number].load(place), key=key)

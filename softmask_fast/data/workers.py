@@ -8,6 +8,7 @@ bytes come back through shared memory: each worker owns slots, which are written
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import pickle
@@ -20,6 +21,7 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate, pairwise
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -156,11 +158,10 @@ class _Slot:
 
     def read(self, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
         """Views of the images, uint8; valid until the next `write`."""
-        ends = np.cumsum([np.prod(shape) for shape in shapes], dtype=np.int64).tolist()
-        if ends and ends[-1] > len(self._memory):
+        ends = list(accumulate(map(math.prod, shapes), initial=0))
+        if ends[-1] > len(self._memory):
             self._memory = np.frombuffer(mmap.mmap(self.descriptor, ends[-1]), np.uint8)
-        starts = [0, *ends[:-1]]
-        views = [self._memory[start:end] for start, end in zip(starts, ends, strict=True)]
+        views = [self._memory[start:end] for start, end in pairwise(ends)]
         return [view if len(shape) == 1 else view.reshape(shape) for view, shape in zip(views, shapes, strict=True)]
 
 

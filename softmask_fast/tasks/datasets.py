@@ -1,4 +1,4 @@
-"""Examples of the tasks: read from ALBEF's JSON files or drawn by `shapes`, one by one and in training batches.
+"""Examples of the tasks: read from ALBEF's JSON files or drawn by `shapes`. As `data.preparing`, without torch.
 
 Labels and answers become `Example`s. Referring expressions become `Sample`s, as pretraining and grounding read them.
 """
@@ -6,16 +6,14 @@ Labels and answers become `Example`s. Referring expressions become `Sample`s, as
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from softmask_fast.data.images import image_size, read_image
-from softmask_fast.data.loader import SampleLoader
 from softmask_fast.data.parsing import distinct_keys, relative_names
 from softmask_fast.data.preparing import Column, Preparer, Ragged
 from softmask_fast.data.seeding import image_ids
@@ -25,6 +23,9 @@ from softmask_fast.data.types import Phrase, Sample
 from softmask_fast.errors import UsageError
 from softmask_fast.tasks.synthetic import ShapesTask
 from softmask_fast.utils import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,14 @@ class ExampleSource:
 
     def read(self, index: int) -> Example:
         """Raises BadSample if an image cannot be read."""
+        return self.load(self.locate(index))
+
+    def locate(self, index: int) -> Any:
+        """All that `load` needs of one example: see `CaptionSource`."""
+        return index
+
+    def load(self, located: Any) -> Example:
+        """Raises as `read` does."""
         raise NotImplementedError
 
 
@@ -139,9 +148,15 @@ class JsonExamples(ExampleSource):
         self.keys = distinct_keys(names)
         self.image_ids = image_ids(relative_names([images[0] for _, _, images in self._parsed]))
 
-    def read(self, index: int) -> Example:
-        text, target, paths = self._parsed[index]
-        return Example(self.keys[index], [*map(read_image, paths)], text, target, self._entries[index])
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def locate(self, index: int) -> tuple[str, tuple[str, Any, list[str]], dict[str, Any]]:
+        return self.keys[index], self._parsed[index], self._entries[index]
+
+    def load(self, located: tuple[str, tuple[str, Any, list[str]], dict[str, Any]]) -> Example:
+        key, (text, target, paths), entry = located
+        return Example(key, [*map(read_image, paths)], text, target, entry)
 
 
 def _entries(path: Path) -> list[Any]:
@@ -161,7 +176,7 @@ class ShapesExamples(ExampleSource):
         self.keys = entries.keys
         self.image_ids = image_ids(self.keys)
 
-    def read(self, index: int) -> Example:
+    def load(self, index: int) -> Example:
         entry, images = self._entries.entry(index)
         text, target, _ = self._form.parse(entry)
         return Example(self.keys[index], list(images), text, target, entry)
@@ -196,22 +211,6 @@ class ExamplePreparer(Preparer):
         return {"tokens": tokens, "input_ids": Ragged.of(rows), "targets": [example.target for example in samples]}
 
 
-class ExampleLoader(SampleLoader[TaskBatch]):
-    """Training batches of examples."""
-
-    preparer = ExamplePreparer
-
-    def _arrays(self, selection: Any) -> dict[str, np.ndarray]:
-        input_ids, attention_mask = selection.column("input_ids").padded(self.tokenizer.pad_token_id)
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-    def _batch(self, selection: Any, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> TaskBatch:
-        return TaskBatch(
-            pixels=pixels, **tensors, targets=selection.column("targets"), keys=selection.keys,
-            token_count=int(selection.column("input_ids").lengths.sum()),
-        )  # fmt: skip
-
-
 class ExpressionSource:
     """Referring expressions as captions, each a phrase with the box of the object it names."""
 
@@ -222,9 +221,19 @@ class ExpressionSource:
     def __len__(self) -> int:
         return len(self._examples)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_examples": self._examples}
+
     def read(self, index: int) -> Sample:
         """Raises BadSample if the image cannot be used."""
-        example = self._examples.read(index)
+        return self.load(self.locate(index))
+
+    def locate(self, index: int) -> Any:
+        return self._examples.locate(index)
+
+    def load(self, located: Any) -> Sample:
+        """Raises as `read` does."""
+        example = self._examples.load(located)
         image, text = example.images[0], example.text
         box, proposals = example.target
         if box is None:

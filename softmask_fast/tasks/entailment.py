@@ -6,6 +6,7 @@ without a suffix is a .jpg, as in ALBEF. The metric is accuracy over the three c
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -26,4 +27,4 @@ class EntailmentModel(ClassifierModel):
 
     name = "entailment"
     classes = CLASSES
-    form = EntryFormat("sentence", lambda entry: choice_field(entry, "label", CLASSES), _image, "label")
+    form = EntryFormat("sentence", partial(choice_field, name="label", choices=CLASSES), _image, "label")

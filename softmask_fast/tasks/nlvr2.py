@@ -11,6 +11,7 @@ on image-caption pairs: does a caption belong to the left image, to the right on
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class NLVR2Model(PairModel, ClassifierModel):
     name = "nlvr2"
     images_per_example = 2
     classes = LABELS
-    form = EntryFormat("sentence", lambda entry: choice_field(entry, "label", LABELS), _images, "label")
+    form = EntryFormat("sentence", partial(choice_field, name="label", choices=LABELS), _images, "label")
 
     def fused(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The fused [CLS], (B, C). pixels: (2 * B, 3, size, size), the left and the right image of each pair."""

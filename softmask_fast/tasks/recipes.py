@@ -25,13 +25,13 @@ from softmask_fast.tasks.answers import AnswerReport, evaluate_answers
 from softmask_fast.tasks.base import TaskModel, TaskStep
 from softmask_fast.tasks.datasets import (
     EntryFormat,
-    ExampleLoader,
     ExampleSource,
     ExpressionSource,
     open_examples,
     open_expressions,
 )
 from softmask_fast.tasks.entailment import EntailmentModel
+from softmask_fast.tasks.loader import ExampleLoader
 from softmask_fast.tasks.models import start_model, start_pair_model
 from softmask_fast.tasks.nlvr2 import NLVR2Model, TextAssignmentModel
 from softmask_fast.tasks.options import FinetuneConfig, TaskConfig

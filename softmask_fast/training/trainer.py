@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from softmask_fast.config import RunConfig
 from softmask_fast.data.augment import AugmentConfig
-from softmask_fast.data.loader import SampleLoader
+from softmask_fast.data.loader import SampleLoader, default_workers
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.model.export import save_model
 from softmask_fast.model.momentum import MomentumCopy, StepSettings
@@ -251,4 +251,5 @@ def loader_options(config: RunConfig, device: torch.device) -> dict[str, Any]:
         "device": device,
         "max_bad_fraction": config.data.max_bad_fraction,
         "num_threads": config.data.data_threads,
+        "workers": default_workers(device) if config.data.data_workers is None else config.data.data_workers,
     }

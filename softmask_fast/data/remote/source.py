@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
@@ -75,13 +76,24 @@ class RemoteShardSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_urls": self._urls, "_headers": self._headers, "_cache": self._cache}
+
     def read(self, index: int) -> Sample:
         """Downloads the shard if it is not cached. Raises BadSample or UnreachableFile."""
+        return self.load(self.locate(index))
+
+    def locate(self, index: int) -> tuple[str, int, Members]:
         shard, number = self._locate(index)
         keys, members = self._index(shard)
+        return keys[number], shard, members[number]
+
+    def load(self, located: tuple[str, int, Members]) -> Sample:
+        """Raises as `read` does."""
+        key, shard, members = located
         with self._open(shard) as file:
             try:
-                return read_sample(keys[number], members[number], file)
+                return read_sample(key, members, file)
             except OSError as error:
                 raise BadSample(f"shard cannot be read: {error}") from error
 
