@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(softmask_fast_cpp, m) {
     // cpu/word_mask.cpp
     m.def(
         "word_gradcam(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor? word_index, "
-        "Tensor? key_mask, float scale, Tensor(a!) cam) -> ()");
+        "Tensor? key_mask, Tensor? log_sum_exp, float? soft_cap, float scale, Tensor(a!) cam) -> ()");
     m.def(
         "word_soft_mask(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor word_index, "
         "Tensor? features, int prefix_tokens, Tensor? key_mask, float scale, float constant_spread, "

@@ -241,7 +241,7 @@ def _library(name: str) -> dict[str, Any]:
 
 
 def _cpu_architectures(path: Path) -> list[str]:
-    """Read from the names of the functions that exist once per instruction set; see csrc/cpu/vector.h."""
+    """Read from the names of the functions that exist once per instruction set; see csrc/cpu/simd.h."""
     clones = set(re.findall(rb"arch_x86_64_(v\d)", path.read_bytes()))
     return [f"x86-64-{clone.decode()}" for clone in sorted(clones, reverse=True)] + [platform.machine()]
 

@@ -70,12 +70,12 @@ ATTENTION_FLAGS = {
     "backward_keep": ("HAS_INDEX", "HAS_MASK"),
 }
 WORD_MASK_FLAGS = {
-    "word_products": ("HAS_MASK",),
+    "word_products": ("HAS_MASK", "HAS_SUM", "HAS_CAP"),
     "mask_features": (),
-    "all_words_statistics": ("HAS_MASK",),
-    "all_words_map": ("HAS_MASK",),
+    "all_words_statistics": ("HAS_MASK", "HAS_CAP"),
+    "all_words_map": ("HAS_MASK", "HAS_SUM", "HAS_CAP"),
 }
-WORD_MAP_FLAGS = ("HAS_MASK", "NORMALISE")
+WORD_MAP_FLAGS = ("HAS_MASK", "HAS_SUM", "NORMALISE")
 # these and word_map take any strides; for the others the launch copies what is not dense
 STRIDED = ("word_products", "mask_features")
 # ORDER, ANY, HAS_TEACHER, HAS_IDS, STATS: as trained, as much as there is, gammas that do not expand, as little as CLIP
@@ -83,12 +83,12 @@ FOCAL_FLAGS = (
     (2, False, True, True, True), (3, True, True, True, True), (-1, False, True, True, False),
     (0, False, False, False, False), (1, True, False, True, True),
 )  # fmt: skip
-FLOATS = ("scale", "constant_spread", "gamma", "magnify")
+FLOATS = ("scale", "soft_cap", "constant_spread", "gamma", "magnify")
 POINTERS = {
     "*i1": "mask", "*i64": "index word ids key_ids count dominant negative seed", "*fp64": "alpha",
     "*i32": "plan boundaries spans places",
-    "*fp32": "keep statistics delta d_keep logits gradients map temperature sums terms loss state grad_inverse largest "
-    "row_parts column_parts row_sums column_sums parts with_products",
+    "*fp32": "keep sum statistics delta d_keep logits gradients map temperature sums terms loss state grad_inverse "
+    "largest row_parts column_parts row_sums column_sums parts with_products",
 }  # fmt: skip
 POINTERS = {f"p_{name}": kind for kind, names in POINTERS.items() for name in names.split()}
 
@@ -146,11 +146,23 @@ def cases(target: str, everything: bool) -> list[Case]:
                         own = {"OWNS_KEYS": True, "HAS_MASK": False, "HAS_INDEX": index}
                         if attention_launch.can_own_keys(dtype, width, rows, index, False, machine):
                             add(kernel, dtype, tiles, flags | own)
-                            if index and flag:
+                            if (
+                                index
+                                and flag
+                                and attention_launch.can_own_keys(
+                                    dtype, width, rows, index, False, machine, packed=True
+                                )
+                            ):
                                 add(kernel, dtype, tiles, flags | own | {"PACKED": True})
             for kernel, names in WORD_MASK_FLAGS.items():
                 tiles = word_mask_launch.tiles(kernel, dtype, width, tokens, machine)
                 add(kernel, dtype, tiles, dict.fromkeys(names, flag))
+                add(
+                    kernel,
+                    dtype,
+                    tiles,
+                    dict.fromkeys(names, flag) | ({"HAS_SUM": False} if "HAS_SUM" in names else {}),
+                )
                 if everything and kernel in STRIDED:
                     tiles = word_mask_launch.tiles(kernel, dtype, width, tokens, machine, dense=False)
                     add(kernel, dtype, tiles, dict.fromkeys(names, flag), dense=False)
@@ -183,16 +195,17 @@ def cases(target: str, everything: bool) -> list[Case]:
         add("add_parts", torch.float32, {"BLOCK_B": triton_symmetric_launch.ADD_ROWS}, {"FIRST": False})
 
     for tokens in (257, 577, 1025, 4096):
-        add_word_map(tokens, (True, True))
+        add_word_map(tokens, (True, False, True))
+        add_word_map(tokens, (True, True, False))
     for dtype in (torch.bfloat16, torch.float32):
         add_attention(dtype, 64, True)
         add_focal(dtype, 256, *FOCAL_FLAGS[0])
     add_symmetric(torch.bfloat16, 256, 0)
     if everything:
         for tokens in (16, 50, 100, 197, 257, 577, 1025, 4096, 8192, 16384):
-            for flags in itertools.product((False, True), repeat=2):
+            for flags in itertools.product((False, True), repeat=3):
                 add_word_map(tokens, flags)
-            add_word_map(tokens, (True, True), dense=False)
+            add_word_map(tokens, (True, False, True), dense=False)
         add_attention(torch.float16, 64, True)
         add_focal(torch.float16, 256, *FOCAL_FLAGS[0])
         for dtype, width in itertools.product((torch.bfloat16, torch.float16), (16, 32, 48, 80, 256)):

@@ -1,10 +1,9 @@
 // The CUDA kernels on a CPU, for tests: csrc/cuda/word_mask.cu as it stands, host code and all, over a device in software.
 //
-// Every thread of every block of a cluster is a fiber, which runs until it waits for others (a warp exchange, a barrier of
-// its block or cluster). The scheduler ranks the warps at random and runs a warp only when all before it wait: some run as
-// far ahead of others as the barriers allow, and a missing barrier shows. Shared memory is NaN when a block starts and NaN
-// again when it exits, so reading what nobody wrote, or the memory of a block that is gone, shows too. Waiting that never
-// ends aborts.
+// Every thread of a block is a fiber, which runs until it waits for others (a warp exchange, a barrier of its block). The
+// scheduler ranks the warps at random and runs a warp only when all before it wait: some run as far ahead of others as the
+// barriers allow, and a missing barrier shows. The blocks of a launch run one after the other, in random order. Shared memory
+// is NaN when a block starts, so reading what nobody wrote shows too. Waiting that never ends aborts.
 
 #define SOFTMASK_DEVICE_CUH  // in the place of csrc/cuda/device.cuh
 
@@ -36,26 +35,22 @@ struct Block {
     Barrier barrier;
     std::vector<Barrier> warps;
     std::vector<float> exchanged;  // one place per thread
-    int rank, running;
+    unsigned index;
 };
 
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
-    Block* block;
     int thread;
-    long ticket;  // generation of the cluster's barrier when it arrived there
     bool done;
 };
 
 constexpr size_t STACK_BYTES = 64 * 1024;
-std::vector<std::unique_ptr<Block>> cluster;
+Block block;
 std::vector<Fiber> fibers;
-Barrier cluster_barrier;
 Fiber* current = nullptr;
 ucontext_t scheduler;
 bool progress = false;
-unsigned first_block;  // of the cluster that runs
 void (*kernel_call)() = nullptr;
 
 void pause() { swapcontext(&current->context, &scheduler); }
@@ -76,20 +71,9 @@ void wait_for(const Barrier& barrier, long generation) {
 }
 
 // What csrc/cuda/device.cuh gives.
-float* shared_memory() { return current->block->shared.data(); }
-
-struct Cluster {
-    static int rank() { return current->block->rank; }
-    static int size() { return static_cast<int>(cluster.size()); }
-    static void arrive() { current->ticket = arrive_at(cluster_barrier, fibers.size()); }
-    static void wait() { wait_for(cluster_barrier, current->ticket); }
-    static const float* of_block(float* place, int rank) {
-        return cluster[rank]->shared.data() + (place - current->block->shared.data());
-    }
-};
+float* shared_memory() { return block.shared.data(); }
 
 float exchange(float value, int other_lane_bits) {
-    Block& block = *current->block;
     Barrier& warp = block.warps[current->thread / WARP];
     block.exchanged[current->thread] = value;
     wait_for(warp, arrive_at(warp, WARP));
@@ -131,8 +115,7 @@ struct Place {
 Place threadIdx, blockIdx;
 
 void __syncthreads() {
-    Barrier& barrier = current->block->barrier;
-    wait_for(barrier, arrive_at(barrier, current->block->exchanged.size()));
+    wait_for(block.barrier, arrive_at(block.barrier, fibers.size()));
 }
 
 using std::max;
@@ -142,8 +125,6 @@ void run_fiber() {
     kernel_call();
     current->done = true;
     progress = true;
-    if (--current->block->running == 0)
-        std::fill(current->block->shared.begin(), current->block->shared.end(), NAN);
     pause();
 }
 
@@ -159,7 +140,7 @@ bool run_warp(int warp) {
         for (int i = warp * WARP; i < (warp + 1) * WARP; ++i) {
             current = &fibers[i];
             threadIdx.x = current->thread;
-            blockIdx.x = first_block + current->block->rank;
+            blockIdx.x = block.index;
             if (!current->done) swapcontext(&scheduler, &current->context);
         }
         moved = moved || progress;
@@ -167,24 +148,17 @@ bool run_warp(int warp) {
     return moved;
 }
 
-void run_cluster(int blocks, int threads, size_t shared_bytes, std::mt19937& random) {
-    cluster.clear();
-    cluster_barrier = {};
-    for (int rank = 0; rank < blocks; ++rank) {
-        cluster.push_back(std::make_unique<Block>());
-        Block& block = *cluster.back();
-        block.shared.assign(shared_bytes / sizeof(float), NAN);
-        block.warps.resize(threads / WARP);
-        block.exchanged.assign(threads, NAN);
-        block.rank = rank;
-        block.running = threads;
-    }
-    fibers.resize(blocks * threads);
-    for (int i = 0; i < blocks * threads; ++i) {
+void run_block(unsigned index, int threads, size_t shared_bytes, std::mt19937& random) {
+    block.shared.assign(shared_bytes / sizeof(float), NAN);
+    block.barrier = {};
+    block.warps.assign(threads / WARP, {});
+    block.exchanged.assign(threads, NAN);
+    block.index = index;
+    fibers.resize(threads);
+    for (int i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
         if (!fiber.stack) fiber.stack.reset(new char[STACK_BYTES]);
-        fiber.block = cluster[i / threads].get();
-        fiber.thread = i % threads;
+        fiber.thread = i;
         fiber.done = false;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -208,12 +182,13 @@ void run_cluster(int blocks, int threads, size_t shared_bytes, std::mt19937& ran
 // The kernel finds its registration in the test's own namespace, and tensors of the CPU.
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(namespace_, key, m) static void implementations(torch::stable::detail::StableLibrary& m)
+#define SOFTMASK_SCRATCH 512
 #include "../csrc/cuda/word_mask.cu"
 
 STABLE_TORCH_LIBRARY(softmask_fast_cuda_on_cpu, m) {
     m.def(
         "word_gradcam(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor? word_index, "
-        "Tensor? key_mask, float scale, Tensor(a!) cam) -> ()");
+        "Tensor? key_mask, Tensor? log_sum_exp, float? soft_cap, float scale, Tensor(a!) cam) -> ()");
     m.def(
         "word_soft_mask(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor word_index, "
         "Tensor? features, int prefix_tokens, Tensor? key_mask, float scale, float constant_spread, "
@@ -221,39 +196,27 @@ STABLE_TORCH_LIBRARY(softmask_fast_cuda_on_cpu, m) {
 }
 _STABLE_TORCH_LIBRARY_IMPL(softmask_fast_cuda_on_cpu, CPU, m, 0) { implementations(m); }
 
-// The parts of the CUDA runtime and of PyTorch that the launch calls. CUDA_ON_CPU_GENERATION in the environment is the
-// generation of the device: 8 has no clusters, CUDA_ON_CPU_SEED seeds the order in which its threads run.
-static int from_environment(const char* name, int otherwise) {
-    const char* value = std::getenv(name);
-    return value ? std::atoi(value) : otherwise;
-}
-
+// The parts of the CUDA runtime and of PyTorch that the launch calls. CUDA_ON_CPU_SEED in the environment seeds the order in
+// which threads and blocks run.
 static softmask::Problem problem;
-static void (*kernel)(softmask::Problem);
+static softmask::Kernel kernel;
 
 extern "C" {
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
-    std::mt19937 random(from_environment("CUDA_ON_CPU_SEED", 0));
+    const char* seed = std::getenv("CUDA_ON_CPU_SEED");
+    std::mt19937 random(seed ? std::atoi(seed) : 0);
     problem = *static_cast<const softmask::Problem*>(arguments[0]);
-    kernel = reinterpret_cast<void (*)(softmask::Problem)>(const_cast<void*>(function));
+    kernel = reinterpret_cast<softmask::Kernel>(const_cast<void*>(function));
     softmask::kernel_call = [] { kernel(problem); };
-    const int blocks = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
-    if (config->gridDim.x % blocks) return cudaErrorInvalidConfiguration;
-    for (unsigned& first = softmask::first_block = 0; first < config->gridDim.x; first += blocks)
-        softmask::run_cluster(blocks, config->blockDim.x, config->dynamicSmemBytes, random);
+    std::vector<unsigned> blocks(config->gridDim.x);
+    std::iota(blocks.begin(), blocks.end(), 0);
+    std::shuffle(blocks.begin(), blocks.end(), random);
+    for (unsigned index : blocks)
+        softmask::run_block(index, config->blockDim.x, config->dynamicSmemBytes, random);
     return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    const bool clusters = from_environment("CUDA_ON_CPU_GENERATION", 9) >= 9;
-    if (attribute == cudaDevAttrComputeCapabilityMajor) *value = clusters ? 9 : 8;
-    else if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = (clusters ? 227 : 163) * 1024;
-    else return cudaErrorInvalidValue;
-    return cudaSuccess;
-}
-
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "the device in software refused"; }
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }

@@ -24,13 +24,19 @@ def draw(sizes, dtype, device, spread=1.0):
     return [tensor.to(device, dtype) for tensor in (query, key, value, grad_output)], word_index
 
 
-def full_maps(query, key, value, grad_output, key_mask=None, scale=None):
+def full_maps(query, key, value, grad_output, key_mask=None, scale=None, soft_cap=None, log_sum_exp=None):
     """(B, L, N) from attention maps and their gradients in full, at the dtype of the inputs."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     logits = query @ key.mT * scale
+    if soft_cap is not None:
+        logits = soft_cap * (logits / soft_cap).tanh()
     if key_mask is not None:
         logits = logits.masked_fill(~key_mask[:, None, None], float("-inf"))
     attention = logits.softmax(-1).nan_to_num(0.0)
+    if log_sum_exp is not None:
+        attention = (logits - log_sum_exp[..., None].to(logits.dtype)).exp()
     return (attention * (grad_output @ value.mT).relu()).mean(1)
 
 
@@ -64,6 +70,73 @@ def test_map_matches_full_attention_maps(impl, sizes, dtype, masked, device):
     assert every.dtype == one.dtype == torch.float32
     assert_as_accurate(every, baseline, truth, dtype, "all words")
     assert_as_accurate(one, of_word(baseline, word_index), of_word(truth, word_index), dtype, "one word")
+
+
+OPTIONS = [("log_sum_exp",), ("soft_cap",), ("gqa",), ("log_sum_exp", "soft_cap", "gqa"), ("soft_cap", "key_mask")]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids="-".join)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [1.0, 20.0])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_attention_of_other_models(impl, spread, dtype, options, device):
+    """Keys that are a part of all, capped logits, fewer heads of keys than of queries; logits small, and cut off."""
+    require("word_mask", impl, device, dtype, 24)
+    (query, key, value, grad_output), word_index = draw((2, 6, 4, 37, 24), dtype, device, spread)
+    if "gqa" in options:
+        key, value = key[:, ::3], value[:, ::3]
+    key_mask = (torch.rand(2, 37) > 0.4).to(device) if "key_mask" in options else None
+    inputs, arguments = (query, key, value, grad_output), {"key_mask": key_mask}
+    if "soft_cap" in options:
+        arguments["soft_cap"] = 3.0
+    if "log_sum_exp" in options:
+        logits = query.float() @ key.float().repeat_interleave(6 // key.shape[1], 1).mT * 24**-0.5
+        cap = arguments.get("soft_cap", 1e9)
+        arguments["log_sum_exp"] = (cap * (logits / cap).tanh()).logsumexp(-1) + torch.rand(2, 6, 4, device=device)
+    truth = full_maps(*(tensor.double() for tensor in inputs), **arguments)
+    baseline = full_maps(*inputs, **arguments)
+    every = word_gradcam(*inputs, **arguments, impl=impl)
+    one = word_gradcam(*inputs, word_index, **arguments, impl=impl)
+    assert_as_accurate(every, baseline, truth, dtype, "all words")
+    assert_as_accurate(one, of_word(baseline, word_index), of_word(truth, word_index), dtype, "one word")
+    if options == ("gqa",):
+        keep = word_soft_mask(*inputs, word_index, impl=impl)
+        wide = [tensor.repeat_interleave(3, 1) for tensor in (key, value)]
+        assert torch.equal(keep, word_soft_mask(query, *wide, grad_output, word_index, impl=impl))
+
+
+def test_maps_of_a_part_of_the_keys():
+    """With the log-sum-exp over all keys they are the part of the maps of all."""
+    (query, key, value, grad_output), word_index = draw((2, 6, 4, 37, 24), torch.float64, "cpu")
+    part, log_sum_exp = slice(5, 30), (query @ key.mT * 24**-0.5).logsumexp(-1)
+    inputs = (query, key[:, :, part], value[:, :, part], grad_output)
+    expected = full_maps(query, key, value, grad_output)[..., part]
+    torch.testing.assert_close(word_gradcam(*inputs, log_sum_exp=log_sum_exp), expected, rtol=1e-12, atol=1e-14)
+    one = word_gradcam(*inputs, word_index, log_sum_exp=log_sum_exp)
+    torch.testing.assert_close(one, of_word(expected, word_index), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_without_any_key_give_zeros(impl, device):
+    require("word_mask", impl, device, torch.float32, 16)
+    inputs, word_index = draw((2, 2, 3, 9, 16), torch.float32, device)
+    log_sum_exp = torch.full((2, 2, 3), 4.0, device=device)
+    log_sum_exp[0], log_sum_exp[1, 0] = float("-inf"), float("inf")
+    for index in (None, word_index):
+        maps = word_gradcam(*inputs, index, log_sum_exp=log_sum_exp, impl=impl)
+        assert torch.equal(maps[0], torch.zeros_like(maps[0])) and maps[1].max() > 0
+        assert torch.isfinite(maps).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_log_sum_exp_of_any_strides(impl, device):
+    require("word_mask", impl, device, torch.float32, 16)
+    inputs, word_index = draw((2, 4, 3, 9, 16), torch.float32, device)
+    log_sum_exp = 2 + torch.rand(2, 4, 3, device=device)
+    for index in (None, word_index):
+        expected = word_gradcam(*inputs, index, log_sum_exp=log_sum_exp, impl=impl)
+        strided = torch.stack((log_sum_exp,) * 2, -1).permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)[..., 0]
+        assert torch.equal(word_gradcam(*inputs, index, log_sum_exp=strided, impl=impl), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -284,7 +357,7 @@ def test_on_a_gpu_a_word_out_of_range_gives_nan(impl, device):
     assert keep[[0, 2], 1:].isnan().all() and masked[[0, 2], 1:].isnan().all()
     expected = word_soft_mask(*(tensor[1:2] for tensor in inputs), index[1:2], scale=0.25, impl="reference")
     torch.testing.assert_close(keep[1:2], expected, rtol=1e-4, atol=1e-5)
-    assert run["word_gradcam"](*inputs, index, None, 0.25)[[0, 2]].isnan().all()
+    assert run["word_gradcam"](*inputs, index, None, None, None, 0.25)[[0, 2]].isnan().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -307,7 +380,8 @@ def test_empty_batch(impl, device):
             r"query: expected dtype .*float32.*, got int32",
         ),
         ("key", torch.ones(2, 2, 0, 4), ValueError, r"key: expected at least one token, got size \(2, 2, 0, 4\)"),
-        ("key", torch.ones(2, 5, 4), ValueError, r"key: expected size \(2, 2, N, 4\), got \(2, 5, 4\)"),
+        ("key", torch.ones(2, 5, 4), ValueError, r"key: expected size \(2, Hk, N, 4\), got \(2, 5, 4\)"),
+        ("key", torch.ones(2, 3, 5, 4), ValueError, r"key: expected a number of heads that divides the 2 .*, got 3"),
         ("key", torch.ones(2, 2, 5, 4).double(), TypeError, r"key: expected dtype float32 as query, got float64"),
         ("value", torch.ones(2, 2, 6, 4), ValueError, r"value: expected size \(2, 2, 5, 4\), got \(2, 2, 6, 4\)"),
         ("grad_output", torch.ones(2, 2, 4, 4), ValueError, r"grad_output: expected size \(2, 2, 3, 4\)"),
@@ -339,6 +413,22 @@ def test_errors_name_the_argument(argument, value, error, message):
         word_soft_mask(**(arguments | {argument: value}))
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "message"),
+    [
+        ("log_sum_exp", torch.ones(2, 2, 5), ValueError, r"log_sum_exp: expected size \(2, 2, 3\), got \(2, 2, 5\)"),
+        ("log_sum_exp", torch.ones(2, 2, 3).half(), TypeError, r"log_sum_exp: expected dtype float32, got float16"),
+        ("log_sum_exp", 1.0, TypeError, r"log_sum_exp: expected a tensor, got float"),
+        ("soft_cap", 0.0, ValueError, r"soft_cap: expected a number above 0, got 0.0"),
+        ("soft_cap", "50", TypeError, r"soft_cap: expected a number, got str"),
+    ],
+)
+def test_errors_name_the_argument_of_maps_alone(argument, value, error, message):
+    inputs, _ = draw((2, 2, 3, 5, 4), torch.float32, "cpu")
+    with pytest.raises(error, match=message):
+        word_gradcam(*inputs, **{argument: value})
+
+
 def test_an_implementation_that_cannot_run_says_why():
     broken = registry.Implementation("broken", {}, lambda device, dtype, width: "it needs a moon")
     inputs, word_index = draw((1, 1, 2, 3, 4), torch.float32, "cpu")
@@ -367,7 +457,8 @@ def test_opcheck(impl):
     features = torch.randn(2, 5, 3, requires_grad=True)
     for mask in (None, key_mask):
         for index in (None, word_index):
-            torch.library.opcheck(torch.ops.softmask_fast.word_gradcam, (*inputs, index, mask, 0.25, impl))
+            for extra in ((None, None), (torch.ones(2, 2, 3), 2.0)):
+                torch.library.opcheck(torch.ops.softmask_fast.word_gradcam, (*inputs, index, mask, *extra, 0.25, impl))
         for x in (None, features):
             torch.library.opcheck(torch.ops.softmask_fast.word_soft_mask, (*inputs, word_index, x, 1, mask, 0.25, impl))
 

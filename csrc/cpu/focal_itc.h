@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "../check.h"
-#include "vector.h"
+#include "simd.h"
 
 namespace softmask {
 

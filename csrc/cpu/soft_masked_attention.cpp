@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "../check.h"
-#include "vector.h"
+#include "simd.h"
 
 namespace softmask {
 namespace {
@@ -317,7 +317,9 @@ SOFTMASK_CLONES void backward_task(
 // Runs task(image, head, scratch) for all heads of all images.
 template <class Task>
 void for_every_head(const Problem& p, int64_t floats, const Task& task) {
-    torch::stable::parallel_for(0, p.images * p.heads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t rows = p.boundaries ? p.length : p.sequences * p.length;
+    const int64_t operations = 2 * rows * p.tokens * p.width / std::max<int64_t>(1, p.images);
+    torch::stable::parallel_for(0, p.images * p.heads, tasks_per_thread(operations), [&](int64_t begin, int64_t end) {
         std::vector<float> memory(floats, 0.0f);
         for (int64_t i = begin; i < end; ++i) task(i / p.heads, i % p.heads, Scratch{memory.data()});
     });

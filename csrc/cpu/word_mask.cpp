@@ -12,8 +12,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../word_mask.h"
-#include "vector.h"
+#include "../word_mask_checks.h"
+#include "simd.h"
 
 namespace softmask {
 namespace {
@@ -23,8 +23,10 @@ struct Attention {
     const int64_t* word_index;  // (B,), or null: all words
     const bool* key_mask;       // (B, N) by strides, or null
     int64_t mask_image, mask_token;
-    int64_t images, heads, length, tokens, width;
-    float scale;
+    const float* log_sum_exp;  // (B, H, L) by strides, or null: the softmax is over these keys alone
+    int64_t sum_image, sum_head, sum_word;
+    int64_t images, heads, group, length, tokens, width;  // group: query heads that share a head of K and V
+    float scale, soft_cap;                                // soft_cap: 0 for none
 };
 
 constexpr int64_t STREAMED = 1 << 20;  // elements of the masked features from which they are larger than the caches
@@ -68,6 +70,46 @@ SOFTMASK_INLINE void multiply_head(const Products& keys, const Products& values,
     }
 }
 
+// soft_cap tanh(logit / soft_cap), to about 1 unit in the last place: a polynomial near 0 (Cephes), where 1 - 2 / (e^2x + 1)
+// would cancel.
+SOFTMASK_INLINE float capped(float logit, float soft_cap) {
+    const float x = logit / soft_cap, z = x * x;
+    float p = -5.70498872745e-3f;
+    p = p * z + 2.06390887954e-2f;
+    p = p * z - 5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z - 3.33332819422e-1f;
+    const float size = x < 0.0f ? -x : x, decay = exp_negative(-2.0f * size);
+    const float large = (1.0f - decay) / (1.0f + decay);
+    return soft_cap * (size < 0.625f ? p * z * x + x : x < 0.0f ? -large : large);
+}
+
+// In place: e^(logit - maximum) over the attended tokens. Returns what makes attention / heads of it.
+SOFTMASK_INLINE float softmax_row(float* logits, int64_t tokens, int64_t heads) {
+    const float lowest = -std::numeric_limits<float>::infinity();
+    float maximum = lowest;
+    for (int64_t n = 0; n < tokens; ++n) maximum = logits[n] > maximum ? logits[n] : maximum;
+    if (maximum == lowest) maximum = 0.0f;  // no attended token: all exponentials are 0, and so is the map
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t n = 0; n < tokens; ++n) {
+        logits[n] = exp_negative(logits[n] - maximum);
+        sum += logits[n];
+    }
+    return sum == 0.0f ? 0.0f : 1.0f / (sum * static_cast<float>(heads));  // NaN stays
+}
+
+// The same where the log of the row's sum over all keys of the model is known.
+SOFTMASK_INLINE float given_softmax_row(float* logits, int64_t tokens, int64_t heads, float log_sum_exp) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    const float shift = log_sum_exp == -infinity ? infinity : log_sum_exp;  // no key at all: a map of zeros
+    for (int64_t n = 0; n < tokens; ++n) {
+        const float x = logits[n] - shift;
+        logits[n] = exp_negative(x > 88.0f ? 88.0f : x);  // positive by rounding, or by a wrong log_sum_exp
+    }
+    return 1.0f / static_cast<float>(heads);
+}
+
 // cam[n] = mean over heads of a_n relu(<dO, V_n>), a = softmax(scale <q, K_n>) over the attended tokens.
 // buffer: 2 * tokens + (2 + BLOCK) * width floats
 SOFTMASK_CLONES void word_map(const Attention& x, int64_t image, int64_t word, float* cam, float* buffer) {
@@ -82,25 +124,20 @@ SOFTMASK_CLONES void word_map(const Attention& x, int64_t image, int64_t word, f
     for (int64_t head = 0; head < x.heads; ++head) {
         load(x.query.at(image, head, word), x.width, x.scale, query);
         load(x.grad_output.at(image, head, word), x.width, 1.0f, grad_output);
-        const Products keys{query, x.key.at(image, head), x.key.step(), logits, row};
-        const Products values{grad_output, x.value.at(image, head), x.value.step(), gradients, row};
+        const Products keys{query, x.key.at(image, head / x.group), x.key.step(), logits, row};
+        const Products values{grad_output, x.value.at(image, head / x.group), x.value.step(), gradients, row};
         if (is_dense(keys.first) && is_dense(values.first)) {
             multiply_head<true>(keys, values, x.tokens, x.width);
         } else {
             multiply_head<false>(keys, values, x.tokens, x.width);
         }
+        if (x.soft_cap > 0.0f)
+            for (int64_t n = 0; n < x.tokens; ++n) logits[n] = capped(logits[n], x.soft_cap);
         if (mask)
             for (int64_t n = 0; n < x.tokens; ++n) logits[n] = mask[n * x.mask_token] ? logits[n] : lowest;
-        float maximum = lowest;
-        for (int64_t n = 0; n < x.tokens; ++n) maximum = logits[n] > maximum ? logits[n] : maximum;
-        if (maximum == lowest) maximum = 0.0f;  // no attended token: all exponentials are 0, and so is the map
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t n = 0; n < x.tokens; ++n) {
-            logits[n] = exp_negative(logits[n] - maximum);
-            sum += logits[n];
-        }
-        const float factor = sum == 0.0f ? 0.0f : 1.0f / (sum * static_cast<float>(x.heads));  // NaN stays
+        const float* sums = x.log_sum_exp + image * x.sum_image + head * x.sum_head + word * x.sum_word;
+        const float factor = x.log_sum_exp ? given_softmax_row(logits, x.tokens, x.heads, *sums)
+                                           : softmax_row(logits, x.tokens, x.heads);
         for (int64_t n = 0; n < x.tokens; ++n) {
             const float positive = gradients[n] < 0.0f ? 0.0f : gradients[n];
             cam[n] += logits[n] * factor * positive;
@@ -161,13 +198,15 @@ SOFTMASK_CLONES void scale_features(
 
 Attention describe(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output,
-    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask, double scale) {
-    check_word_map(query, key, value, grad_output, word_index, key_mask);
+    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask,
+    const std::optional<Tensor>& log_sum_exp, std::optional<double> soft_cap, double scale) {
+    check_word_map(query, key, value, grad_output, word_index, key_mask, log_sum_exp);
     const int64_t images = query.size(0), heads = query.size(1), length = query.size(2), width = query.size(3);
     const int64_t tokens = key.size(2);
     Attention x{
         Rows(query, "query"), Rows(key, "key"), Rows(value, "value"), Rows(grad_output, "grad_output"),
-        nullptr, nullptr, 0, 0, images, heads, length, tokens, width, static_cast<float>(scale)};
+        nullptr, nullptr, 0, 0, nullptr, 0, 0, 0, images, heads, heads / std::max<int64_t>(1, key.size(1)), length,
+        tokens, width, static_cast<float>(scale), static_cast<float>(soft_cap.value_or(0.0))};
     if (word_index) {
         x.word_index = word_index->const_data_ptr<int64_t>();
         for (int64_t image = 0; image < images; ++image) check_index(x.word_index[image], length, "word_index");
@@ -177,17 +216,25 @@ Attention describe(
         x.mask_image = key_mask->stride(0);
         x.mask_token = key_mask->stride(1);
     }
+    if (log_sum_exp) {
+        x.log_sum_exp = log_sum_exp->const_data_ptr<float>();
+        x.sum_image = log_sum_exp->stride(0);
+        x.sum_head = log_sum_exp->stride(1);
+        x.sum_word = log_sum_exp->stride(2);
+    }
     return x;
 }
 
 void word_gradcam(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output,
-    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask, double scale, const Tensor& cam) {
-    const Attention x = describe(query, key, value, grad_output, word_index, key_mask, scale);
+    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask,
+    const std::optional<Tensor>& log_sum_exp, std::optional<double> soft_cap, double scale, const Tensor& cam) {
+    const Attention x = describe(query, key, value, grad_output, word_index, key_mask, log_sum_exp, soft_cap, scale);
     const int64_t words = word_index ? 1 : x.length;
     check_map(cam, "cam", x.images * words * x.tokens);
     float* maps = cam.mutable_data_ptr<float>();
-    torch::stable::parallel_for(0, x.images * words, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = tasks_per_thread(2 * x.heads * x.tokens * x.width);
+    torch::stable::parallel_for(0, x.images * words, grain, [&](int64_t begin, int64_t end) {
         std::vector<float> buffer(2 * x.tokens + (2 + BLOCK) * x.width);
         for (int64_t task = begin; task < end; ++task) {
             const int64_t image = task / words;
@@ -201,7 +248,8 @@ void word_soft_mask(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output, const Tensor& word_index,
     const std::optional<Tensor>& features, int64_t prefix_tokens, const std::optional<Tensor>& key_mask, double scale,
     double constant_spread, const std::optional<Tensor>& masked, const Tensor& keep) {
-    const Attention x = describe(query, key, value, grad_output, word_index, key_mask, scale);
+    const Attention x =
+        describe(query, key, value, grad_output, word_index, key_mask, std::nullopt, std::nullopt, scale);
     check_map(keep, "keep", x.images * x.tokens);
     const int64_t channels = check_features(features, masked, x.images, x.tokens);
     std::optional<Rows> source, target;
@@ -211,7 +259,8 @@ void word_soft_mask(
         prefer_large_pages(*masked);
     }
     float* kept = keep.mutable_data_ptr<float>();
-    torch::stable::parallel_for(0, x.images, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = tasks_per_thread(x.tokens * (2 * x.heads * x.width + channels));
+    torch::stable::parallel_for(0, x.images, grain, [&](int64_t begin, int64_t end) {
         std::vector<float> buffer(std::max(2 * x.tokens + (2 + BLOCK) * x.width, channels));
         const bool streamed = x.images * x.tokens * channels >= STREAMED;
         for (int64_t image = begin; image < end; ++image) {

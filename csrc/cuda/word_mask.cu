@@ -1,11 +1,11 @@
-// word_gradcam and word_soft_mask on NVIDIA GPUs as one launch: extract, normalise, mask. A cluster of 1, 2, 4 or 8 thread
-// blocks makes the map of one image. Each block owns a run of its tokens, reads their K, V and features once, and
-// exchanges with the others, through distributed shared memory, only the softmax statistics of every head and the minimum
-// and maximum of the map. Every sum has one order and nothing is added atomically, so results are bitwise reproducible.
+// word_gradcam and word_soft_mask on NVIDIA GPUs: three plain kernels behind one call. `word_products` streams K and V once
+// and leaves two numbers per head and token; `word_map` makes the map or the mask of an image of them, one block each;
+// `mask_features` streams the features once. Every sum has one order and nothing is added atomically.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -14,18 +14,19 @@
 #include <cstring>
 #include <limits>
 
-#include "../word_mask.h"
+#include "../word_mask_checks.h"
 #include "device.cuh"
 
 namespace softmask {
 namespace {
 
-constexpr int THREADS = 256, WARPS = THREADS / WARP;
-constexpr int BATCH = 4;        // loads of K, of V and of features that a thread has in flight
-constexpr int SLICE = 64;       // tokens of one head that a warp takes at a time, at most
-constexpr int MOST_BLOCKS = 8;  // the largest cluster that every GPU with clusters runs
-constexpr int BLOCK_TOKENS = 96;
-constexpr size_t SHARED_BYTES = 48 * 1024;  // what a block may take anywhere without asking
+constexpr int THREADS = 128, WARPS = THREADS / WARP;
+constexpr int BATCH = 4;            // loads of K, of V and of features that a thread has in flight
+constexpr int FEATURE_TOKENS = 16;  // tokens whose features a block masks
+#ifndef SOFTMASK_SCRATCH  // a test takes less
+#define SOFTMASK_SCRATCH (1 << 24)
+#endif
+constexpr int64_t SCRATCH = SOFTMASK_SCRATCH;  // products kept at a time for maps of all words: 64 MiB each of the two
 
 struct View {
     const char* data;
@@ -35,35 +36,20 @@ struct View {
 };
 
 struct Problem {
-    View query, key, value, grad_output;  // (B, H, L or N, D)
+    View query, key, value, grad_output;  // (B, H or Hk, L or N, D)
     View features, masked;                // (B, N, C), data is null without features
     const int64_t* word_index;            // (B,), or null: all words
     const bool* key_mask;                 // (B, N) by strides, or null
     int64_t mask_image, mask_token;
-    float* map;  // (B, words, N): the map, or keep where it is normalised
-    int64_t words, length;
-    int heads, tokens, width, channels, prefix;
-    int lanes;         // a power of two: lanes of a warp that share one row of K
-    int block_tokens;  // tokens of one block of the cluster
-    int head_chunk;    // heads whose logits are in shared memory at a time
-    float scale, constant_spread;
-    bool normalise;
-};
-
-// Where everything is in shared memory, in floats. The layout is the same in every block of a cluster.
-struct Layout {
-    int logits, gradients, cam, factors, statistics, range, scratch, size;
-
-    __host__ __device__ explicit Layout(const Problem& p) {
-        logits = 0;                                             // (head_chunk, block_tokens)
-        gradients = logits + p.head_chunk * p.block_tokens;     // (head_chunk, block_tokens)
-        cam = gradients + p.head_chunk * p.block_tokens;        // (block_tokens,)
-        factors = cam + p.block_tokens;                         // (head_chunk,)
-        statistics = factors + p.head_chunk;                    // (2, head_chunk, 2): maximum and sum, two chunks in turn
-        range = statistics + 4 * p.head_chunk;                  // (2,): minimum and maximum of the map
-        scratch = range + 2;                                    // (2, WARPS)
-        size = scratch + 2 * WARPS;
-    }
+    const float* log_sum_exp;  // (B, H, L) by strides, or null: the softmax is over these keys alone
+    int64_t sum_image, sum_head, sum_word;
+    float *logits, *gradients;  // (B, words, H, N)
+    float* map;                 // (B, all_words, N): the map, or keep where it is normalized
+    int64_t images, all_words, first_word, words, length;  // words from first_word on are made at a time
+    int heads, group, tokens, width, channels, prefix;     // group: query heads that share a head of K and V
+    int lanes, tiles;                                      // lanes of a warp that share one row of K; blocks per head
+    float scale, soft_cap, constant_spread;                // soft_cap: 0 for none
+    bool normalize;
 };
 
 __device__ __forceinline__ float to_float(float value) { return value; }
@@ -108,190 +94,130 @@ __device__ __forceinline__ bool attended(const Problem& p, int64_t image, int64_
     return !p.key_mask || p.key_mask[image * p.mask_image + token * p.mask_token];
 }
 
-// logits[t] = scale <q, K_n> (-inf at padding) and gradients[t] = <dO, V_n> of `count` tokens n = first + t, by one warp.
+// The word of a map, -1 if there is none: then the map is NaN, as nobody looks at the index on the host.
+__device__ __forceinline__ int64_t word_of(const Problem& p, int64_t map) {
+    const int64_t word = p.word_index ? p.word_index[map / p.words] : p.first_word + map % p.words;
+    return word >= 0 && word < p.length ? word : -1;
+}
+
+// Grid: the tiles of tokens of every head of every map, one after the other. logits: scale <q, K_n>, capped, less the log
+// of the row's sum where it is given, -inf at padding; gradients: <dO, V_n>.
 template <typename T, bool IN_16_BYTES>
-__device__ __forceinline__ void products(
-    const Problem& p, int64_t image, int head, int64_t word, int first, int count, float* logits, float* gradients) {
-    const int lane = threadIdx.x % WARP, rows = WARP / p.lanes;
+__global__ void __launch_bounds__(THREADS) word_products(const __grid_constant__ Problem p) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rows = WARP / p.lanes;
     const int d = lane % p.lanes * VECTOR<T>, row = lane / p.lanes;
-    constexpr int STEPS = IN_16_BYTES ? BATCH : BATCH / 2;  // strided addresses take registers
-    Chunk<T> chunk;
+    const int tile = blockIdx.x % p.tiles, head = blockIdx.x / p.tiles % p.heads;
+    const int64_t map = blockIdx.x / p.tiles / p.heads, image = map / p.words;
+    const int64_t word = max(word_of(p, map), int64_t(0));
+    const int first = (tile * WARPS + warp) * BATCH * rows + row;
+    Chunk<T> chunk, keys[BATCH], values[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+        const int token = first + i * rows, size = token < p.tokens ? p.width : 0;
+        keys[i].template load<IN_16_BYTES>(row_of<T>(p.key, image, head / p.group, token), p.key.strides[3], d, size);
+        values[i].template load<IN_16_BYTES>(
+            row_of<T>(p.value, image, head / p.group, token), p.value.strides[3], d, size);
+    }
     float query[VECTOR<T>], gradient[VECTOR<T>];
-    const T* source = row_of<T>(p.query, image, head, word);
-    chunk.template load<IN_16_BYTES>(source, p.query.strides[3], d, p.width);
+    chunk.template load<IN_16_BYTES>(row_of<T>(p.query, image, head, word), p.query.strides[3], d, p.width);
     for (int i = 0; i < VECTOR<T>; ++i) query[i] = to_float(chunk.values[i]) * p.scale;
-    source = row_of<T>(p.grad_output, image, head, word);
-    chunk.template load<IN_16_BYTES>(source, p.grad_output.strides[3], d, p.width);
+    chunk.template load<IN_16_BYTES>(row_of<T>(p.grad_output, image, head, word), p.grad_output.strides[3], d, p.width);
     for (int i = 0; i < VECTOR<T>; ++i) gradient[i] = to_float(chunk.values[i]);
-    for (int start = 0; start < count; start += STEPS * rows) {
-        Chunk<T> keys[STEPS], values[STEPS];
+    float shift = 0.0f;
+    if (p.log_sum_exp) shift = p.log_sum_exp[image * p.sum_image + head * p.sum_head + word * p.sum_word];
+    if (shift == -INFINITY) shift = INFINITY;  // no key at all: a map of zeros
 #pragma unroll
-        for (int i = 0; i < STEPS; ++i) {
-            const int t = start + i * rows + row, size = t < count ? p.width : 0;
-            keys[i].template load<IN_16_BYTES>(row_of<T>(p.key, image, head, first + t), p.key.strides[3], d, size);
-            values[i].template load<IN_16_BYTES>(
-                row_of<T>(p.value, image, head, first + t), p.value.strides[3], d, size);
-        }
-#pragma unroll
-        for (int i = 0; i < STEPS; ++i) {
-            const int t = start + i * rows + row;
-            const float logit = sum_over(keys[i].dot(query), p.lanes);
-            const float along = sum_over(values[i].dot(gradient), p.lanes);
-            if (d == 0 && t < count) {
-                logits[t] = attended(p, image, first + t) ? logit : -INFINITY;
-                gradients[t] = along;
-            }
-        }
+    for (int i = 0; i < BATCH; ++i) {
+        const int token = first + i * rows;
+        float logit = sum_over(keys[i].dot(query), p.lanes);
+        const float along = sum_over(values[i].dot(gradient), p.lanes);
+        if (d > 0 || token >= p.tokens) continue;
+        if (p.soft_cap > 0.0f) logit = p.soft_cap * tanhf(logit / p.soft_cap);
+        const int64_t place = (map * p.heads + head) * p.tokens + token;
+        p.logits[place] = attended(p, image, token) ? logit - shift : -INFINITY;
+        p.gradients[place] = along;
     }
 }
 
-// statistics[0], [1]: maximum of the logits and sum of e^(logit - maximum), by one warp, which leaves the exponentials in
-// the place of the logits.
-__device__ __forceinline__ void softmax_statistics(float* logits, int count, float* statistics) {
-    const int lane = threadIdx.x % WARP;
-    float maximum = -INFINITY, sum = 0.0f;
-    for (int t = lane; t < count; t += WARP) maximum = fmaxf(maximum, logits[t]);
-    maximum = max_over_warp(maximum);
-    const float reference = maximum == -INFINITY ? 0.0f : maximum;
-    for (int t = lane; t < count; t += WARP) {
-        logits[t] = expf(logits[t] - reference);
-        sum += logits[t];
-    }
-    sum = sum_over(sum, WARP);
-    if (lane == 0) statistics[0] = maximum, statistics[1] = sum;
-}
-
-// What turns the exponentials of this block into attention / heads, from the statistics of all blocks.
-__device__ __forceinline__ float softmax_factor(float* statistics, int heads) {
-    float maximum = -INFINITY, sum = 0.0f;
-    for (int block = 0; block < Cluster::size(); ++block)
-        maximum = fmaxf(maximum, Cluster::of_block(statistics, block)[0]);
-    if (maximum == -INFINITY) maximum = 0.0f;  // no attended token: all sums are 0
-    for (int block = 0; block < Cluster::size(); ++block) {
-        const float* other = Cluster::of_block(statistics, block);
-        sum += other[1] * expf(other[0] - maximum);
-    }
-    const float own = statistics[0] == -INFINITY ? 0.0f : expf(statistics[0] - maximum);
-    return sum == 0.0f ? 0.0f : own / (sum * heads);  // NaN stays
-}
-
-// masked = features * keep for the `count` tokens from `first` on.
-template <typename T, bool IN_16_BYTES>
-__device__ __forceinline__ void scale_features(const Problem& p, int64_t image, int first, int count, const float* keep) {
-    const int lane = threadIdx.x % WARP;
-    for (int t = threadIdx.x / WARP; t < count; t += WARPS) {
-        const T* source = row_of<T>(p.features, image, first + t, 0);
-        T* target = const_cast<T*>(row_of<T>(p.masked, image, first + t, 0));
-        const int64_t step = p.features.strides[2], target_step = p.masked.strides[2];
-        if (IN_16_BYTES) {
-            for (int start = lane * VECTOR<T>; start < p.channels; start += BATCH * WARP * VECTOR<T>) {
-                Chunk<T> chunks[BATCH];
-#pragma unroll
-                for (int i = 0; i < BATCH; ++i)
-                    chunks[i].template load<true>(source, 1, start + i * WARP * VECTOR<T>, p.channels);
-#pragma unroll
-                for (int i = 0; i < BATCH; ++i) {
-                    const int c = start + i * WARP * VECTOR<T>;
-                    for (int j = 0; j < VECTOR<T>; ++j)
-                        assign(chunks[i].values[j], to_float(chunks[i].values[j]) * keep[t]);
-                    uint4 bytes;
-                    memcpy(&bytes, chunks[i].values, 16);
-                    if (c < p.channels) store_16_bytes(target + c, bytes);
-                }
-            }
-        } else {
-            for (int c = lane; c < p.channels; c += WARP) assign(target[c * target_step], to_float(source[c * step]) * keep[t]);
-        }
-    }
-}
-
-template <typename T>
-__device__ __forceinline__ void scale_features(const Problem& p, int64_t image, int first, int count, const float* keep) {
-    if (p.features.in_16_bytes && p.masked.in_16_bytes) scale_features<T, true>(p, image, first, count, keep);
-    else scale_features<T, false>(p, image, first, count, keep);
-}
-
-// Grid: the blocks of one cluster for every word map, one after the other. T is the dtype of query, key, value, grad_output.
-template <typename T, bool IN_16_BYTES>
-__global__ void __launch_bounds__(THREADS, 2) word_map(const __grid_constant__ Problem p) {
-    const Layout layout(p);
-    float* shared = shared_memory();
-    float *logits = shared + layout.logits, *gradients = shared + layout.gradients, *cam = shared + layout.cam;
-    float *factors = shared + layout.factors, *range = shared + layout.range, *scratch = shared + layout.scratch;
+// Grid: one block per map. Shared: maximum and factor of each head, then minimum and maximum of each warp.
+__global__ void __launch_bounds__(THREADS) word_map(const __grid_constant__ Problem p) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int64_t task = blockIdx.x / Cluster::size(), image = task / p.words;
-    const int64_t asked = p.word_index ? p.word_index[image] : task % p.words;
-    const bool exists = asked >= 0 && asked < p.length;  // if not, the map is NaN: nobody looks at the index on the host
-    const int first = Cluster::rank() * p.block_tokens;
-    const int count = max(0, min(p.block_tokens, p.tokens - first));
-    const int slices = max(1, (count + SLICE - 1) / SLICE), slice = (count + slices - 1) / slices;
-
-    for (int t = threadIdx.x; t < count; t += THREADS) cam[t] = 0.0f;
-    for (int head = 0, turn = 0; head < p.heads; head += p.head_chunk, turn ^= 1) {
-        const int chunk = min(p.head_chunk, p.heads - head);
-        float* statistics = shared + layout.statistics + turn * 2 * p.head_chunk;
-        for (int job = warp; job < chunk * slices; job += WARPS) {
-            const int h = job / slices, start = job % slices * slice, place = h * p.block_tokens + start;
-            products<T, IN_16_BYTES>(
-                p, image, head + h, exists ? asked : 0, first + start, min(slice, count - start), logits + place,
-                gradients + place);
+    const int64_t image = blockIdx.x / p.words;
+    float *maxima = shared_memory(), *factors = maxima + p.heads, *range = factors + p.heads;
+    const float* logits = p.logits + int64_t(blockIdx.x) * p.heads * p.tokens;
+    const float* gradients = p.gradients + int64_t(blockIdx.x) * p.heads * p.tokens;
+    float* map = p.map + (image * p.all_words + p.first_word + blockIdx.x % p.words) * p.tokens;
+    for (int head = warp; head < p.heads; head += WARPS) {
+        float maximum = -INFINITY, sum = 0.0f;
+        if (!p.log_sum_exp) {
+            const float* row = logits + int64_t(head) * p.tokens;
+            for (int t = lane; t < p.tokens; t += WARP) maximum = fmaxf(maximum, row[t]);
+            maximum = max_over_warp(maximum);
+            if (maximum == -INFINITY) maximum = 0.0f;  // no attended token: the sum is 0
+            for (int t = lane; t < p.tokens; t += WARP) sum += expf(row[t] - maximum);
+            sum = sum_over(sum, WARP);
         }
-        __syncthreads();
-        for (int h = warp; h < chunk; h += WARPS)
-            softmax_statistics(logits + h * p.block_tokens, count, statistics + 2 * h);
-        // Two sets of statistics in turn: whoever writes one of them has passed this barrier since the others read it.
-        Cluster::arrive();
-        Cluster::wait();
-        for (int h = threadIdx.x; h < chunk; h += THREADS) factors[h] = softmax_factor(statistics + 2 * h, p.heads);
-        __syncthreads();
-        for (int t = threadIdx.x; t < count; t += THREADS) {
-            float sum = cam[t];
-            for (int h = 0; h < chunk; ++h) {
-                const float along = gradients[h * p.block_tokens + t];
-                // the comparison is false for NaN, so that a NaN stays: fmaxf would drop it
-                sum += logits[h * p.block_tokens + t] * factors[h] * (along < 0.0f ? 0.0f : along);
-            }
-            cam[t] = sum;
-        }
-        __syncthreads();
+        if (lane > 0) continue;
+        maxima[head] = p.log_sum_exp ? 0.0f : maximum;
+        factors[head] = p.log_sum_exp ? 1.0f / p.heads : sum == 0.0f ? 0.0f : 1.0f / (sum * p.heads);  // NaN stays
     }
-
+    __syncthreads();
+    const bool exists = word_of(p, blockIdx.x) >= 0;
     float low = INFINITY, high = 0.0f;  // a map is never negative
-    for (int t = threadIdx.x; t < count; t += THREADS) {
-        const bool counts = attended(p, image, first + t);
-        cam[t] = !exists ? NAN : counts ? cam[t] : 0.0f;
-        if (counts && first + t >= p.prefix) low = fminf(low, cam[t]), high = fmaxf(high, cam[t]);
-    }
-    if (p.normalise) {
-        low = -max_over_warp(-low);
-        high = max_over_warp(high);
-        if (lane == 0) scratch[2 * warp] = low, scratch[2 * warp + 1] = high;
-        __syncthreads();
-        for (int w = 0; w < WARPS; ++w) low = fminf(low, scratch[2 * w]), high = fmaxf(high, scratch[2 * w + 1]);
-        if (threadIdx.x == 0) range[0] = low, range[1] = high;
-        Cluster::arrive();
-        Cluster::wait();
-        for (int block = 0; block < Cluster::size(); ++block) {
-            const float* other = Cluster::of_block(range, block);
-            low = fminf(low, other[0]), high = fmaxf(high, other[1]);
+    for (int t = threadIdx.x; t < p.tokens; t += THREADS) {
+        float cam = 0.0f;
+        for (int head = 0; head < p.heads; ++head) {
+            const float along = gradients[int64_t(head) * p.tokens + t];
+            const float weight = expf(logits[int64_t(head) * p.tokens + t] - maxima[head]) * factors[head];
+            cam += weight * (along < 0.0f ? 0.0f : along);  // false for NaN, so that a NaN stays: fmaxf would drop it
         }
+        const bool counts = attended(p, image, t);
+        map[t] = !exists ? NAN : counts ? cam : 0.0f;
+        if (counts && t >= p.prefix) low = fminf(low, cam), high = fmaxf(high, cam);
     }
-    Cluster::arrive();  // this thread reads no other block's memory any more
-    float* map = p.map + task * p.tokens + first;
+    if (!p.normalize) return;
+    low = -max_over_warp(-low);
+    high = max_over_warp(high);
+    if (lane == 0) range[2 * warp] = low, range[2 * warp + 1] = high;
+    __syncthreads();
+    for (int w = 0; w < WARPS; ++w) low = fminf(low, range[2 * w]), high = fmaxf(high, range[2 * w + 1]);
     const float spread = high - low;
     const bool varies = spread > p.constant_spread * high;
-    for (int t = threadIdx.x; t < count; t += THREADS) {
-        const bool patch = first + t >= p.prefix && attended(p, image, first + t);
-        if (p.normalise && cam[t] == cam[t]) cam[t] = patch && varies ? 1.0f - (cam[t] - low) / spread : 1.0f;
-        map[t] = cam[t];
+    for (int t = threadIdx.x; t < p.tokens; t += THREADS) {  // what this thread wrote
+        const bool patch = t >= p.prefix && attended(p, image, t);
+        if (map[t] == map[t]) map[t] = patch && varies ? 1.0f - (map[t] - low) / spread : 1.0f;
     }
-    if (p.features.data) {
-        __syncthreads();
-        if (p.features.dtype == ScalarType::Float) scale_features<float>(p, image, first, count, cam);
-        else if (p.features.dtype == ScalarType::Half) scale_features<__half>(p, image, first, count, cam);
-        else scale_features<__nv_bfloat16>(p, image, first, count, cam);
+}
+
+// Grid: the runs of FEATURE_TOKENS tokens of every image. A warp takes one token after the other.
+template <typename T, bool IN_16_BYTES>
+__global__ void __launch_bounds__(THREADS) mask_features(const __grid_constant__ Problem p) {
+    const int lane = threadIdx.x % WARP, runs = (p.tokens + FEATURE_TOKENS - 1) / FEATURE_TOKENS;
+    const int64_t image = blockIdx.x / runs;
+    const int first = blockIdx.x % runs * FEATURE_TOKENS, last = min(first + FEATURE_TOKENS, p.tokens);
+    for (int t = first + threadIdx.x / WARP; t < last; t += WARPS) {
+        const T* source = row_of<T>(p.features, image, t, 0);
+        T* target = const_cast<T*>(row_of<T>(p.masked, image, t, 0));
+        const float keep = p.map[image * p.tokens + t];
+        for (int start = lane * VECTOR<T>; start < p.channels; start += BATCH * WARP * VECTOR<T>) {
+            Chunk<T> chunks[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i)
+                chunks[i].template load<IN_16_BYTES>(
+                    source, p.features.strides[2], start + i * WARP * VECTOR<T>, p.channels);
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const int c = start + i * WARP * VECTOR<T>;
+                for (int j = 0; j < VECTOR<T>; ++j) {
+                    assign(chunks[i].values[j], to_float(chunks[i].values[j]) * keep);
+                    if (!IN_16_BYTES && c + j < p.channels) target[(c + j) * p.masked.strides[2]] = chunks[i].values[j];
+                }
+                uint4 bytes;
+                memcpy(&bytes, chunks[i].values, 16);
+                if (IN_16_BYTES && c < p.channels) store_16_bytes(target + c, bytes);
+            }
+        }
     }
-    Cluster::wait();  // a block must not exit while another reads its memory
 }
 
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "word_mask on CUDA: ", cudaGetErrorString(error)); }
@@ -316,16 +242,16 @@ View view(const Tensor& tensor, const char* name, const Tensor& query) {
 
 Problem describe(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output,
-    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask, double scale, const Tensor& map) {
-    check_word_map(query, key, value, grad_output, word_index, key_mask);
+    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask,
+    const std::optional<Tensor>& log_sum_exp, std::optional<double> soft_cap, double scale, const Tensor& map) {
+    check_word_map(query, key, value, grad_output, word_index, key_mask, log_sum_exp);
     for (const Tensor* other : {&key, &value, &grad_output})
         STD_TORCH_CHECK(other->scalar_type() == query.scalar_type(), "key, value, grad_output: expected the dtype of query");
-    for (const Tensor* other : {word_index ? &*word_index : &query, key_mask ? &*key_mask : &query, &map})
+    for (const auto& other : {word_index, key_mask, log_sum_exp, std::optional<Tensor>(map)})
         STD_TORCH_CHECK(
-            other->get_device_index() == query.get_device_index(), "word_index, key_mask, map: expected the device of query");
-    const int64_t tokens = key.size(2), width = query.size(3);
-    STD_TORCH_CHECK(width <= 128, "query: expected heads of up to 128 elements, got ", width);
-    STD_TORCH_CHECK(tokens <= 1 << 24, "key: expected up to 2^24 tokens, got ", tokens);
+            !other || other->get_device_index() == query.get_device_index(),
+            "word_index, key_mask, log_sum_exp, map: expected the device of query");
+    STD_TORCH_CHECK(query.size(3) <= 128, "query: expected heads of up to 128 elements, got ", query.size(3));
     Problem p{};
     p.query = view(query, "query", query);
     p.key = view(key, "key", query);
@@ -337,86 +263,101 @@ Problem describe(
         p.mask_image = key_mask->stride(0);
         p.mask_token = key_mask->stride(1);
     }
-    p.words = word_index ? 1 : query.size(2);
-    check_map(map, "map", query.size(0) * p.words * tokens);
-    p.map = map.mutable_data_ptr<float>();
+    if (log_sum_exp) {
+        p.log_sum_exp = log_sum_exp->const_data_ptr<float>();
+        p.sum_image = log_sum_exp->stride(0);
+        p.sum_head = log_sum_exp->stride(1);
+        p.sum_word = log_sum_exp->stride(2);
+    }
+    p.images = query.size(0);
     p.length = query.size(2);
+    p.all_words = word_index ? 1 : p.length;
     p.heads = static_cast<int>(query.size(1));
-    p.tokens = static_cast<int>(tokens);
-    p.width = static_cast<int>(width);
+    p.group = p.heads / std::max<int>(1, key.size(1));
+    p.tokens = static_cast<int>(key.size(2));
+    p.width = static_cast<int>(query.size(3));
+    check_map(map, "map", p.images * p.all_words * p.tokens);
+    p.map = map.mutable_data_ptr<float>();
     p.scale = static_cast<float>(scale);
-    const int vector = query.scalar_type() == ScalarType::Float ? VECTOR<float> : VECTOR<__half>;
-    for (p.lanes = 1; p.lanes * vector < width; p.lanes *= 2) {}
+    p.soft_cap = static_cast<float>(soft_cap.value_or(0.0));
+    const int vector = p.query.dtype == ScalarType::Float ? VECTOR<float> : VECTOR<__half>;
+    for (p.lanes = 1; p.lanes * vector < p.width; p.lanes *= 2) {}
+    const int tile = WARPS * BATCH * (WARP / p.lanes);
+    p.tiles = (p.tokens + tile - 1) / tile;
     return p;
 }
 
-template <typename T>
-auto kernel_for(const Problem& p) {
-    const bool in_16_bytes =
-        p.query.in_16_bytes && p.key.in_16_bytes && p.value.in_16_bytes && p.grad_output.in_16_bytes;
-    return in_16_bytes ? word_map<T, true> : word_map<T, false>;
+using Kernel = void (*)(Problem);
+
+template <template <typename, bool> class Choice>
+Kernel kernel_for(ScalarType dtype, bool in_16_bytes) {
+    if (dtype == ScalarType::Half) return in_16_bytes ? Choice<__half, true>::kernel : Choice<__half, false>::kernel;
+    if (dtype == ScalarType::Float) return in_16_bytes ? Choice<float, true>::kernel : Choice<float, false>::kernel;
+    return in_16_bytes ? Choice<__nv_bfloat16, true>::kernel : Choice<__nv_bfloat16, false>::kernel;
 }
 
-void launch(Problem& p, int64_t maps, int device) {
-    if (maps * p.tokens == 0) return;
+template <typename T, bool IN_16_BYTES>
+struct Products {
+    static constexpr Kernel kernel = word_products<T, IN_16_BYTES>;
+};
+
+template <typename T, bool IN_16_BYTES>
+struct Mask {
+    static constexpr Kernel kernel = mask_features<T, IN_16_BYTES>;
+};
+
+void launch(Kernel kernel, int64_t blocks, size_t shared, void* stream, const Problem& p) {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "query: too large for one launch: ", blocks, " blocks");
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = shared;
+    config.stream = static_cast<cudaStream_t>(stream);
+    check(cudaLaunchKernelEx(&config, kernel, p));
+}
+
+void run(Problem& p, const Tensor& query) {
+    if (p.images * p.all_words * p.tokens == 0) return;
+    const int device = query.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     check(cudaSetDevice(device));  // this library has its own copy of the CUDA runtime
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    int generation = 0, most_shared = 0;
-    check(cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device));
-    check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-
-    int blocks = 1;
-    while (generation >= 9 && blocks < MOST_BLOCKS && blocks * BLOCK_TOKENS < p.tokens) blocks *= 2;
-    p.block_tokens = (p.tokens + blocks - 1) / blocks;
-    // As many heads at a time as fit, and about the same number each time.
-    int chunks = 0;
-    size_t shared = 0;
-    do {
-        p.head_chunk = (p.heads + chunks) / (chunks + 1);
-        ++chunks;
-        shared = sizeof(float) * Layout(p).size;
-    } while (shared > SHARED_BYTES && p.head_chunk > 1);
-    STD_TORCH_CHECK(
-        shared <= static_cast<size_t>(most_shared), "key: ", p.tokens, " tokens need ", shared,
-        " bytes of shared memory in each block, this GPU has ", most_shared);
-    STD_TORCH_CHECK(maps * blocks <= std::numeric_limits<int>::max(), "query: too many word maps for one launch: ", maps);
-
-    auto kernel = kernel_for<float>(p);
-    if (p.query.dtype == ScalarType::Half) kernel = kernel_for<__half>(p);
-    if (p.query.dtype == ScalarType::BFloat16) kernel = kernel_for<__nv_bfloat16>(p);
-    if (shared > SHARED_BYTES)
-        check(cudaFuncSetAttribute(
-            reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-            static_cast<int>(shared)));
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = blocks;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(maps * blocks));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = shared;
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &cluster;
-    config.numAttrs = blocks > 1 ? 1 : 0;
-    check(cudaLaunchKernelEx(&config, kernel, p));
+    const int64_t per_word = std::max<int64_t>(1, p.images * p.heads * p.tokens);
+    p.words = std::clamp<int64_t>(SCRATCH / per_word, 1, p.all_words);
+    const Tensor scratch = torch::stable::new_empty(query, {2, p.words * per_word}, ScalarType::Float);
+    p.logits = scratch.mutable_data_ptr<float>();
+    p.gradients = p.logits + p.words * per_word;
+    const bool in_16_bytes =
+        p.query.in_16_bytes && p.key.in_16_bytes && p.value.in_16_bytes && p.grad_output.in_16_bytes;
+    const size_t shared = sizeof(float) * (2 * p.heads + 2 * WARPS);
+    for (; p.first_word < p.all_words; p.first_word += p.words) {
+        p.words = std::min(p.words, p.all_words - p.first_word);
+        const int64_t maps = p.images * p.words;
+        launch(kernel_for<Products>(p.query.dtype, in_16_bytes), maps * p.heads * p.tiles, 0, stream, p);
+        launch(word_map, maps, shared, stream, p);
+    }
+    if (p.channels == 0) return;
+    const int64_t runs = (p.tokens + FEATURE_TOKENS - 1) / FEATURE_TOKENS;
+    const bool aligned = p.features.in_16_bytes && p.masked.in_16_bytes;
+    launch(kernel_for<Mask>(p.features.dtype, aligned), p.images * runs, 0, stream, p);
 }
 
 void word_gradcam(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output,
-    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask, double scale, const Tensor& cam) {
-    Problem p = describe(query, key, value, grad_output, word_index, key_mask, scale, cam);
-    launch(p, query.size(0) * p.words, query.get_device_index());
+    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask,
+    const std::optional<Tensor>& log_sum_exp, std::optional<double> soft_cap, double scale, const Tensor& cam) {
+    Problem p = describe(query, key, value, grad_output, word_index, key_mask, log_sum_exp, soft_cap, scale, cam);
+    run(p, query);
 }
 
 void word_soft_mask(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output, const Tensor& word_index,
     const std::optional<Tensor>& features, int64_t prefix_tokens, const std::optional<Tensor>& key_mask, double scale,
     double constant_spread, const std::optional<Tensor>& masked, const Tensor& keep) {
-    Problem p = describe(query, key, value, grad_output, word_index, key_mask, scale, keep);
-    p.channels = static_cast<int>(check_features(features, masked, query.size(0), p.tokens));
+    Problem p = describe(query, key, value, grad_output, word_index, key_mask, std::nullopt, std::nullopt, scale, keep);
+    p.channels = static_cast<int>(check_features(features, masked, p.images, p.tokens));
     if (features) {
         STD_TORCH_CHECK(masked->scalar_type() == features->scalar_type(), "masked: expected the dtype of features");
         p.features = view(*features, "features", query);
@@ -424,8 +365,8 @@ void word_soft_mask(
     }
     p.prefix = static_cast<int>(std::clamp<int64_t>(prefix_tokens, 0, p.tokens));
     p.constant_spread = static_cast<float>(constant_spread);
-    p.normalise = true;
-    launch(p, query.size(0), query.get_device_index());
+    p.normalize = true;
+    run(p, query);
 }
 
 }  // namespace

@@ -64,13 +64,16 @@ def tiles(
     return chosen | {"BLOCK_D": block_d, "BLOCK_C": block_c, **machine.launch_options}
 
 
-def can_own_keys(dtype: torch.dtype, width: int, rows: int, indexed: bool, masked: bool, machine: Machine) -> bool:
+def can_own_keys(
+    dtype: torch.dtype, width: int, rows: int, indexed: bool, masked: bool, machine: Machine, packed: bool = False
+) -> bool:
     """Whether ``backward_rows`` is to write dK and dV of the images whose rows fit one tile.
 
-    It spills registers with a key mask, for wide heads and on sm_100, is not measured on AMD, and a float32 tile has
-    too few rows for it. Without an index a tile of 128 rows spills one register in float16, so it is kept to 64.
+    It spills registers with a key mask, for wide heads, on sm_100, and packed on sm_80; it is not measured on AMD, and
+    a float32 tile has too few rows for it. Without an index a tile of 128 rows spills one register in float16, so it is
+    kept to 64.
     """
-    fits = dtype != torch.float32 and width <= 64 and not masked and 0 < machine.capability < 100
+    fits = dtype != torch.float32 and width <= 64 and not masked and (80 if packed else 0) < machine.capability < 100
     return INTERPRETED or (fits and rows <= (ONE_TILE if indexed else 48))
 
 
@@ -168,7 +171,7 @@ def backward(
         # How many rows each image has is known on the device alone. Where they are few on average, the first kernel
         # finishes the images that fit its tile, and the second one looks for the others, if there can be any.
         own_keys = key_value_gradient and can_own_keys(
-            query.dtype, width, rows, image_index is not None, key_mask is not None, machine
+            query.dtype, width, rows, image_index is not None, key_mask is not None, machine, packed
         )
         options = tiles("backward_rows", query.dtype, width, rows, machine, own_keys)
         fitting = options["BLOCK_M"] if own_keys else -1

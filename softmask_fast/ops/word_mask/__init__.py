@@ -35,9 +35,9 @@ registry.register(
         "reference",
         {"word_gradcam": reference.word_gradcam, "word_soft_mask": reference.word_soft_mask},
     ),
-    # Behind the reference, which runs everywhere, so only impl="cuda" chooses it: no GPU has timed it yet. Once
-    # benchmarks/bench_word_mask.py shows it faster than "triton" at N = 257, 577 and 1,025, it belongs in front of
-    # "triton" with automatic_on=("cuda",).
+    # Behind the reference, which runs everywhere, so only impl="cuda" chooses it: no GPU has run its three kernels yet.
+    # Once benchmarks/bench_word_mask.py shows it no slower than "triton" at N = 257, 577 and 1,025, it belongs in front
+    # of "triton", as its one call takes a fraction of the host's time.
     registry.Implementation("cuda", _COMPILED, cuda_unavailable_reason, automatic_on=("cuda",)),
 )
 
@@ -50,6 +50,8 @@ def word_gradcam(
     word_index: Tensor | None = None,
     *,
     key_mask: Tensor | None = None,
+    log_sum_exp: Tensor | None = None,
+    soft_cap: float | None = None,
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -57,11 +59,15 @@ def word_gradcam(
 
     Args:
         query: (B, H, L, D) queries of the text tokens, any strides, like all arguments.
-        key, value: (B, H, N, D) keys and values of the image tokens, of the same dtype and device as ``query``.
+        key, value: (B, Hk, N, D) keys and values of the image tokens, of the same dtype and device as ``query``. Hk
+            divides H: each head of them serves H / Hk successive heads of the queries (GQA).
         grad_output: (B, H, L, D) gradient of the score with respect to the attention output, see
             ``attention_output_gradient``.
         word_index: (B,) int64, the token of each caption whose map is wanted; None for all tokens.
         key_mask: (B, N) bool, True where an image token takes part. A row without any gives a map of zeros.
+        log_sum_exp: (B, H, L) float32 (float64 with float64 inputs), of each row's logits over all keys that the model
+            saw, where key and value are a part of them: A = exp(logit - log_sum_exp). Infinite: a map of zeros.
+        soft_cap: logits are soft_cap * tanh(logit / soft_cap), as Gemma 2 has them.
         scale: factor of the logits, by default D ** -0.5.
         impl: "reference", "triton", "cpp" or "cuda"; None picks the best one that can run here.
 
@@ -75,7 +81,14 @@ def word_gradcam(
     """
     query, key, value, grad_output = _checked(query, key, value, grad_output, word_index, key_mask)
     scale = query.shape[3] ** -0.5 if scale is None else check_number("scale", scale)
-    return torch.ops.softmask_fast.word_gradcam(query, key, value, grad_output, word_index, key_mask, scale, impl)
+    if log_sum_exp is not None:
+        dtype = reference.compute_dtype(query.dtype)
+        check_tensor("log_sum_exp", log_sum_exp, query.shape[:3], dtypes=(dtype,), like=("query", query))
+        log_sum_exp = log_sum_exp.detach()
+    soft_cap = None if soft_cap is None else check_number("soft_cap", soft_cap, above=0)
+    return torch.ops.softmask_fast.word_gradcam(
+        query, key, value, grad_output, word_index, key_mask, log_sum_exp, soft_cap, scale, impl
+    )
 
 
 def word_soft_mask(
@@ -139,9 +152,12 @@ def _checked(
     query, key, value, grad_output = cast_for_autocast(query, key, value, grad_output)
     batch, heads, length, width = query.shape
     same = {"like": ("query", query), "same_dtype": True}
-    check_tensor("key", key, (batch, heads, "N", width), **same)
+    check_tensor("key", key, (batch, "Hk", "N", width), **same)
     check_has_tokens(key)
-    check_tensor("value", value, (batch, heads, key.shape[2], width), **same)
+    key_heads = key.shape[1]
+    if heads % key_heads if key_heads else heads:
+        raise ValueError(f"key: expected a number of heads that divides the {heads} of query, got {key_heads}")
+    check_tensor("value", value, (batch, key_heads, key.shape[2], width), **same)
     check_tensor("grad_output", grad_output, (batch, heads, length, width), **same)
     if word_index is not None:
         check_tensor("word_index", word_index, (batch,), dtypes=(torch.int64,), like=("query", query))
@@ -155,8 +171,8 @@ def _checked(
 
 torch.library.define(
     "softmask_fast::word_gradcam",
-    "(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor? word_index, Tensor? key_mask, float scale, "
-    "str? impl=None) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor grad_output, Tensor? word_index, Tensor? key_mask, "
+    "Tensor? log_sum_exp, float? soft_cap, float scale, str? impl=None) -> Tensor",
 )
 torch.library.define(
     "softmask_fast::word_soft_mask",
@@ -166,11 +182,11 @@ torch.library.define(
 
 
 @torch.library.impl("softmask_fast::word_gradcam", "CompositeExplicitAutograd")
-def _word_gradcam(query, key, value, grad_output, word_index, key_mask, scale, impl=None):
+def _word_gradcam(query, key, value, grad_output, word_index, key_mask, log_sum_exp, soft_cap, scale, impl=None):
     if word_index is not None:
         check_index_range("word_index", word_index, query.shape[2])
     run = registry.resolve("word_mask", impl, query.device, query.dtype, query.shape[3])["word_gradcam"]
-    return run(query, key, value, grad_output, word_index, key_mask, scale)
+    return run(query, key, value, grad_output, word_index, key_mask, log_sum_exp, soft_cap, scale)
 
 
 @torch.library.impl("softmask_fast::word_soft_mask", "CompositeExplicitAutograd")
@@ -181,7 +197,7 @@ def _word_soft_mask(query, key, value, grad_output, word_index, features, prefix
 
 
 @torch.library.register_fake("softmask_fast::word_gradcam")
-def _word_gradcam_fake(query, key, value, grad_output, word_index, key_mask, scale, impl=None):
+def _word_gradcam_fake(query, key, value, grad_output, word_index, key_mask, log_sum_exp, soft_cap, scale, impl=None):
     batch, _, length, _ = query.shape
     tokens = key.shape[2]
     sizes = (batch, length, tokens) if word_index is None else (batch, tokens)

@@ -17,13 +17,15 @@ def word_gradcam(
     grad_output: Tensor,
     word_index: Tensor | None,
     key_mask: Tensor | None,
+    log_sum_exp: Tensor | None,
+    soft_cap: float | None,
     scale: float,
 ) -> Tensor:
     batch, _, length, _ = query.shape
     sizes = (batch, key.shape[2]) if word_index is not None else (batch, length, key.shape[2])
     cam = query.new_empty(sizes, dtype=torch.float32)
     index = None if word_index is None else word_index.contiguous()
-    OPERATORS.word_gradcam(query, key, value, grad_output, index, key_mask, scale, cam)
+    OPERATORS.word_gradcam(query, key, value, grad_output, index, key_mask, log_sum_exp, soft_cap, scale, cam)
     return cam
 
 

@@ -13,15 +13,42 @@ from softmask_fast.ops.triton_tiles import load_tile, products
 
 
 @triton.jit
+def capped(logits, soft_cap):
+    """soft_cap tanh(logits / soft_cap), to about 1 unit in the last place: a polynomial near 0 (Cephes), where the
+    quotient would cancel.
+    """
+    x = logits / soft_cap
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    decay = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - decay) / (1.0 + decay)
+    return soft_cap * tl.where(tl.abs(x) < 0.625, p * z * x + x, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def load_log_sum_exp(p_sum, o_rows, m_rows):
+    """-inf, of a row without any key, becomes inf: its map is zero."""
+    sums = tl.load(p_sum + o_rows, mask=m_rows, other=0.0)
+    return tl.where(sums == float("-inf"), float("inf"), sums)
+
+
+@triton.jit
 def word_products(
-    p_query, p_key, p_value, p_grad, p_word, p_mask, p_logits, p_gradients,
+    p_query, p_key, p_value, p_grad, p_word, p_mask, p_sum, p_logits, p_gradients,
     query_b, query_h, query_l, query_d, key_b, key_h, key_n, key_d, value_b, value_h, value_n, value_d,
-    grad_b, grad_h, grad_l, grad_d, mask_b, mask_n,
-    H, L, N, D, scale,
-    HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_b, grad_h, grad_l, grad_d, mask_b, mask_n, sum_b, sum_h, sum_l,
+    H, group, L, N, D, scale, soft_cap,
+    HAS_MASK: tl.constexpr, HAS_SUM: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BLOCK_N), H, B). logits (B, H, N): <q_i, K_n> scale, -inf at padding; gradients: <dO_i, V_n>."""
+    """Grid (cdiv(N, BLOCK_N), H, B). logits (B, H, N): <q_i, K_n> scale, capped, less the row's log-sum-exp if there is
+    one, -inf at padding; gradients: <dO_i, V_n>. ``group`` heads of queries share a head of keys.
+    """
     head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    key_head = head // group
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_keys = n < N
     n64 = n.to(tl.int64)
@@ -32,10 +59,14 @@ def word_products(
     word = tl.where(exists, word, 0)
     query = tl.load(p_query + image * query_b + head * query_h + word * query_l + d * query_d, mask=m_d, other=0.0)
     grad = tl.load(p_grad + image * grad_b + head * grad_h + word * grad_l + d * grad_d, mask=m_d, other=0.0)
-    key = load_tile(p_key + image * key_b + head * key_h, n64 * key_n, d * key_d, m_keys, m_d, True)
-    value = load_tile(p_value + image * value_b + head * value_h, n64 * value_n, d * value_d, m_keys, m_d, True)
+    key = load_tile(p_key + image * key_b + key_head * key_h, n64 * key_n, d * key_d, m_keys, m_d, True)
+    value = load_tile(p_value + image * value_b + key_head * value_h, n64 * value_n, d * value_d, m_keys, m_d, True)
     logits = tl.sum(key * query.to(tl.float32)[None, :], 1) * scale
     gradients = tl.sum(value * grad.to(tl.float32)[None, :], 1)
+    if HAS_CAP:
+        logits = capped(logits, soft_cap)
+    if HAS_SUM:
+        logits = logits - load_log_sum_exp(p_sum, image * sum_b + head * sum_h + word * sum_l, exists)
     if HAS_MASK:
         attended = tl.load(p_mask + image * mask_b + n * mask_n, mask=m_keys, other=0) != 0
         logits = tl.where(attended, logits, float("-inf"))
@@ -47,10 +78,11 @@ def word_products(
 @triton.jit
 def word_map(
     p_logits, p_gradients, p_mask, p_map, mask_b, mask_n, H, N, prefix, constant_spread,
-    HAS_MASK: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SUM: tl.constexpr, NORMALISE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (B,), BLOCK_N >= N, BLOCK_H heads at a time. logits, gradients (B, H, N); map (B, N): the map of an image,
-    or keep with NORMALISE.
+    or keep with NORMALISE. With HAS_SUM the logits are logarithms of the attention.
     """
     image = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
@@ -64,13 +96,16 @@ def word_map(
         m_rows = (head < H)[:, None] & m_keys[None, :]
         logits = tl.load(p_logits + o_rows, mask=m_rows, other=float("-inf"))
         gradients = tl.load(p_gradients + o_rows, mask=m_rows, other=0.0)
-        maximum = tl.max(logits, 1)
-        maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
-        weights = tl.exp(logits - maximum[:, None])
-        total = tl.sum(weights, 1)
-        inverse = tl.where(total == 0, 0.0, 1.0 / (total * H))
+        if HAS_SUM:
+            weights = tl.exp(logits) / H
+        else:
+            maximum = tl.max(logits, 1)
+            maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+            weights = tl.exp(logits - maximum[:, None])
+            total = tl.sum(weights, 1)
+            weights = weights * tl.where(total == 0, 0.0, 1.0 / (total * H))[:, None]
         # comparisons are false for NaN, so that a NaN stays: tl.maximum would drop it
-        cam += tl.sum(weights * inverse[:, None] * tl.where(gradients < 0, 0.0, gradients), 0)
+        cam += tl.sum(weights * tl.where(gradients < 0, 0.0, gradients), 0)
     attended = m_keys
     if HAS_MASK:
         attended = tl.load(p_mask + image * mask_b + n * mask_n, mask=m_keys, other=0) != 0
@@ -112,8 +147,9 @@ def mask_features(
 def all_words_statistics(
     p_query, p_key, p_mask, p_statistics,
     query_b, query_h, query_l, query_d, key_b, key_h, key_n, key_d, mask_b, mask_n,
-    H, L, N, D, scale,
-    HAS_MASK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    H, group, L, N, D, scale, soft_cap,
+    HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(L, BLOCK_L), H, B). statistics (B, H, L, 2): maximum and inverse sum of every row of the softmax."""
@@ -124,7 +160,7 @@ def all_words_statistics(
     m_d = d < D
     o_query = word.to(tl.int64) * query_l
     p_query += image * query_b + head * query_h
-    p_key += image * key_b + head * key_h
+    p_key += image * key_b + head // group * key_h
     query = load_tile(p_query, o_query, d * query_d, m_words, m_d, WIDEN)
     maximum = tl.full((BLOCK_L,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_L,), tl.float32)
@@ -136,6 +172,8 @@ def all_words_statistics(
         logits = scale * products(
             query, key, p_query, o_query, query_d, m_words, p_key, o_key, key_d, attended, D, BLOCK_C, WIDEN, PRECISION
         )
+        if HAS_CAP:
+            logits = capped(logits, soft_cap)
         if HAS_MASK:
             attended = attended & (tl.load(p_mask + image * mask_b + n * mask_n, mask=attended, other=0) != 0)
         logits = tl.where(attended[None, :], logits, float("-inf"))
@@ -150,14 +188,17 @@ def all_words_statistics(
 
 @triton.jit
 def all_words_map(
-    p_query, p_key, p_value, p_grad, p_mask, p_statistics, p_map,
+    p_query, p_key, p_value, p_grad, p_mask, p_sum, p_statistics, p_map,
     query_b, query_h, query_l, query_d, key_b, key_h, key_n, key_d, value_b, value_h, value_n, value_d,
-    grad_b, grad_h, grad_l, grad_d, mask_b, mask_n,
-    H, L, N, D, scale,
-    HAS_MASK: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_b, grad_h, grad_l, grad_d, mask_b, mask_n, sum_b, sum_h, sum_l,
+    H, group, L, N, D, scale, soft_cap,
+    HAS_MASK: tl.constexpr, HAS_SUM: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BLOCK_N), cdiv(L, BLOCK_L), B). map (B, L, N): the mean over heads of A relu(dO V^T)."""
+    """Grid (cdiv(N, BLOCK_N), cdiv(L, BLOCK_L), B). map (B, L, N): the mean over heads of A relu(dO V^T). With HAS_SUM
+    the log-sum-exp of the rows takes the place of the statistics.
+    """
     image = tl.program_id(2).to(tl.int64)
     word = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -179,23 +220,31 @@ def all_words_map(
         grad = load_tile(p_grad, o_grad, d * grad_d, m_words, m_d, WIDEN)
         key = load_tile(p_key, o_key, d * key_d, m_keys, m_d, WIDEN)
         value = load_tile(p_value, o_value, d * value_d, m_keys, m_d, WIDEN)
-        o_statistics = 2 * ((image * H + head) * L + word)
-        maximum = tl.load(p_statistics + o_statistics, mask=m_words, other=0.0)
-        inverse = tl.load(p_statistics + o_statistics + 1, mask=m_words, other=0.0)
+        if HAS_SUM:
+            maximum = load_log_sum_exp(p_sum, image * sum_b + head * sum_h + word64 * sum_l, m_words)
+        else:
+            o_statistics = 2 * ((image * H + head) * L + word)
+            maximum = tl.load(p_statistics + o_statistics, mask=m_words, other=0.0)
+            inverse = tl.load(p_statistics + o_statistics + 1, mask=m_words, other=0.0)
         logits = scale * products(
             query, key, p_query, o_query, query_d, m_words, p_key, o_key, key_d, m_keys, D, BLOCK_C, WIDEN, PRECISION
         )
+        if HAS_CAP:
+            logits = capped(logits, soft_cap)
         logits = tl.where(attended[None, :], logits, float("-inf"))
         gradients = products(
             grad, value, p_grad, o_grad, grad_d, m_words, p_value, o_value, value_d, m_keys, D,
             BLOCK_C, WIDEN, PRECISION,
         )  # fmt: skip
-        weights = tl.exp(logits - maximum[:, None]) * inverse[:, None]
+        weights = tl.exp(logits - maximum[:, None])
+        if not HAS_SUM:
+            weights = weights * inverse[:, None]
         cam += weights * tl.where(gradients < 0, 0.0, gradients)
         p_query += query_h
         p_grad += grad_h
-        p_key += key_h
-        p_value += value_h
+        if (head + 1) % group == 0:
+            p_key += key_h
+            p_value += value_h
     if HAS_MASK:
         cam = tl.where(attended[None, :], cam, 0.0)
     o_map = (image * L + word64)[:, None] * N + n[None, :]

@@ -69,29 +69,34 @@ def word_gradcam(
     grad_output: Tensor,
     word_index: Tensor | None,
     key_mask: Tensor | None,
+    log_sum_exp: Tensor | None,
+    soft_cap: float | None,
     scale: float,
 ) -> Tensor:
     if word_index is not None:
-        return _one_word(query, key, value, grad_output, word_index, key_mask, scale, None)
+        return _one_word(query, key, value, grad_output, word_index, key_mask, log_sum_exp, soft_cap, scale, None)
     query, key, value, grad_output = (with_aligned_rows(tensor, 1) for tensor in (query, key, value, grad_output))
     batch, heads, length, width = query.shape
     tokens = key.shape[2]
     cam = query.new_empty((batch, length, tokens), dtype=torch.float32)
     if cam.numel() == 0:
         return cam
-    statistics = query.new_empty((batch, heads, length, 2), dtype=torch.float32)
-    common = {"HAS_MASK": key_mask is not None, **element_options(query.dtype)}
+    statistics = None
+    sizes = (heads, heads // max(key.shape[1], 1), length, tokens, width, scale, soft_cap or 0.0)
+    common = {"HAS_MASK": key_mask is not None, "HAS_CAP": soft_cap is not None, **element_options(query.dtype)}
     with device_of(query):
-        options = tiles("all_words_statistics", query.dtype, width, tokens, machine_of(query.device))
-        kernels.all_words_statistics[(-(-length // options["BLOCK_L"]), heads, batch)](
-            query, key, key_mask, statistics, *query.stride(), *key.stride(), *strides(key_mask, 2),
-            heads, length, tokens, width, scale, **common, **options,
-        )  # fmt: skip
+        if log_sum_exp is None:
+            statistics = query.new_empty((batch, heads, length, 2), dtype=torch.float32)
+            options = tiles("all_words_statistics", query.dtype, width, tokens, machine_of(query.device))
+            kernels.all_words_statistics[(-(-length // options["BLOCK_L"]), heads, batch)](
+                query, key, key_mask, statistics, *query.stride(), *key.stride(), *strides(key_mask, 2), *sizes,
+                **common, **options,
+            )  # fmt: skip
         options = tiles("all_words_map", query.dtype, width, tokens, machine_of(query.device))
         kernels.all_words_map[(-(-tokens // options["BLOCK_N"]), -(-length // options["BLOCK_L"]), batch)](
-            query, key, value, grad_output, key_mask, statistics, cam,
+            query, key, value, grad_output, key_mask, log_sum_exp, statistics, cam,
             *query.stride(), *key.stride(), *value.stride(), *grad_output.stride(), *strides(key_mask, 2),
-            heads, length, tokens, width, scale, **common, **options,
+            *strides(log_sum_exp, 3), *sizes, HAS_SUM=log_sum_exp is not None, **common, **options,
         )  # fmt: skip
     return cam
 
@@ -107,7 +112,7 @@ def word_soft_mask(
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    keep = _one_word(query, key, value, grad_output, word_index, key_mask, scale, prefix_tokens)
+    keep = _one_word(query, key, value, grad_output, word_index, key_mask, None, None, scale, prefix_tokens)
     if features is None:
         return query.new_empty(0), keep
     masked = torch.empty_like(features)
@@ -132,6 +137,8 @@ def _one_word(
     grad_output: Tensor,
     word_index: Tensor,
     key_mask: Tensor | None,
+    log_sum_exp: Tensor | None,
+    soft_cap: float | None,
     scale: float,
     prefix_tokens: int | None,
 ) -> Tensor:
@@ -144,19 +151,21 @@ def _one_word(
     logits = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     gradients = torch.empty_like(logits)
     machine = machine_of(query.device)
-    mask_strides, has_mask = strides(key_mask, 2), key_mask is not None
+    mask_strides = strides(key_mask, 2)
+    given = {"HAS_MASK": key_mask is not None, "HAS_SUM": log_sum_exp is not None}
     with device_of(query):
         if heads:
             dense = key.stride(3) == value.stride(3) == 1
             options = tiles("word_products", query.dtype, width, tokens, machine, dense)
             kernels.word_products[(-(-tokens // options["BLOCK_N"]), heads, batch)](
-                query, key, value, grad_output, word_index.contiguous(), key_mask, logits, gradients,
+                query, key, value, grad_output, word_index.contiguous(), key_mask, log_sum_exp, logits, gradients,
                 *query.stride(), *key.stride(), *value.stride(), *grad_output.stride(), *mask_strides,
-                heads, length, tokens, width, scale, HAS_MASK=has_mask, **options,
+                *strides(log_sum_exp, 3), heads, heads // key.shape[1], length, tokens, width, scale, soft_cap or 0.0,
+                HAS_CAP=soft_cap is not None, **given, **options,
             )  # fmt: skip
         kernels.word_map[(batch,)](
             logits, gradients, key_mask, result, *mask_strides, heads, tokens, prefix_tokens or 0, CONSTANT_SPREAD,
-            HAS_MASK=has_mask, NORMALISE=prefix_tokens is not None,
+            NORMALISE=prefix_tokens is not None, **given,
             **tiles("word_map", torch.float32, 0, tokens, machine),
         )  # fmt: skip
     return result

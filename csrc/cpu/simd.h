@@ -14,7 +14,13 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#error "softmask_fast needs GCC 12 or later (function clones for x86-64-v3 and -v4, _Float16); name another one in $CXX"
+#endif
+#if defined(__x86_64__) && defined(__clang__)
+#warning "softmask_fast: clang compiles for the oldest x86-64 alone, several times slower; $CXX=g++ uses AVX2 and AVX-512"
+#endif
+#if defined(__x86_64__) && !defined(__clang__)
 #define SOFTMASK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define SOFTMASK_CLONES
@@ -232,6 +238,13 @@ SOFTMASK_INLINE float exp_negative(float x) {
     float value;
     std::memcpy(&value, &bits, 4);
     return x < -87.3f ? 0.0f : value;
+}
+
+// Tasks that one thread takes, of `operations` multiplications each: together some 20 to 100 us of work. Waking the thread
+// pool costs more than a small call takes, above all on a busy machine.
+constexpr int64_t tasks_per_thread(int64_t operations) {
+    constexpr int64_t enough = 1 << 19;
+    return operations >= enough ? 1 : enough / (operations > 0 ? operations : 1);
 }
 
 // C (+)= A B for one register tile of ROWS rows and COLUMNS vectors; B and C have dense rows, A any two strides.

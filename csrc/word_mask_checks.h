@@ -7,12 +7,15 @@ namespace softmask {
 
 inline void check_word_map(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& grad_output,
-    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask) {
+    const std::optional<Tensor>& word_index, const std::optional<Tensor>& key_mask,
+    const std::optional<Tensor>& log_sum_exp) {
     STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query, key: expected 4 dimensions");
     const int64_t images = query.size(0), heads = query.size(1), length = query.size(2), width = query.size(3);
-    const int64_t tokens = key.size(2);
-    check_sizes(key, "key", {images, heads, tokens, width});
-    check_sizes(value, "value", {images, heads, tokens, width});
+    const int64_t key_heads = key.size(1), tokens = key.size(2);
+    STD_TORCH_CHECK(
+        key_heads > 0 ? heads % key_heads == 0 : heads == 0, "key: expected a divisor of ", heads, " heads, got ", key_heads);
+    check_sizes(key, "key", {images, key_heads, tokens, width});
+    check_sizes(value, "value", {images, key_heads, tokens, width});
     check_sizes(grad_output, "grad_output", {images, heads, length, width});
     if (word_index) {
         check_sizes(*word_index, "word_index", {images});
@@ -22,6 +25,10 @@ inline void check_word_map(
     if (key_mask) {
         check_sizes(*key_mask, "key_mask", {images, tokens});
         check_dtype(*key_mask, "key_mask", ScalarType::Bool);
+    }
+    if (log_sum_exp) {
+        check_sizes(*log_sum_exp, "log_sum_exp", {images, heads, length});
+        check_dtype(*log_sum_exp, "log_sum_exp", ScalarType::Float);
     }
 }
 
