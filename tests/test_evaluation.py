@@ -333,9 +333,7 @@ def test_phrases_beyond_the_token_limit_are_counted(model_and_tokenizer, shapes)
     caption = "red " * 40 + "circle"
     boxes = [(0.0, 0.0, 0.5, 0.5)]
     phrases = [Phrase(caption, "red", 0, 1, boxes), Phrase(caption, "circle", 40, 1, boxes)]
-    report = evaluate_grounding(
-        model, tokenizer, ListSource([Sample("long", sample.image, [caption], phrases)])
-    )
+    report = evaluate_grounding(model, tokenizer, ListSource([Sample("long", sample.image, [caption], phrases)]))
     assert (report.phrases, report.skipped_phrases) == (1, 1)
     assert "1 phrases beyond the token limit" in report.table()
 

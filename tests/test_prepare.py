@@ -76,7 +76,8 @@ def test_good_pairs_become_shards_and_bad_ones_are_listed(kind, images, tmp_path
     done = make_shards(write_table(tmp_path / f"pairs.{kind}"), images, tmp_path / "out", shard_size=3, workers=1)
     assert (done.listed, done.samples, done.shards, done.skipped_captions) == (10, 4, 3, 1)
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
-        f"shard-00000{number}.tar" for number in (0, 1, 3)  # all of the third are bad
+        f"shard-00000{number}.tar"
+        for number in (0, 1, 3)  # all of the third are bad
     ]
     source = open_source(str(tmp_path / "out"))
     samples = {name: source.read(i) for i, name in enumerate(GOOD)}

@@ -27,9 +27,8 @@ from softmask_fast.evaluation.record import parse_record
 from softmask_fast.model.export import load_model
 
 STORED = Path(__file__).parent / "stored"
-# The bits of a sum depend on the vector width and the libraries: elsewhere the last ones may differ.
-EXACT = torch.__version__.startswith("2.11.") and torch.backends.cpu.get_cpu_capability() == "AVX512"
-TOLERANCE = {"rel": 0, "abs": 0} if EXACT else {"rel": 1e-4, "abs": 1e-6}
+# The bits of a sum depend on its order: today's layers join query, key and value; vector width and libraries do, too.
+TOLERANCE = {"rel": 1e-4, "abs": 1e-6}
 
 
 def test_a_stored_run_is_resumed(tmp_path):

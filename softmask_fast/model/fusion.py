@@ -13,17 +13,23 @@ There is no key bias: it would add the same number to all logits of a query, whi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertAttention, BertIntermediate, BertOutput, BertSelfOutput
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.model.layers import after_attention, cross_query, run_region
 from softmask_fast.model.packing import Packing
-from softmask_fast.model.text import attend, bert_config, run_layer
+from softmask_fast.model.text import attend, attention_parts, bert_config, feed_forward_parts, output_parts
+from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
 from softmask_fast.ops import attention_output_gradient, soft_masked_attention
 
+Result = TypeVar("Result")
 KeyValue = tuple[Tensor, Tensor]  # each (B, H, N, D), without bias
 
 
@@ -42,28 +48,17 @@ class CrossAttention(nn.Module):
         """(B, T, C) -> (B, H, T, D)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def keys_values(self, image_tokens: Tensor) -> KeyValue:
-        """image_tokens (B, N, Cv) -> keys and values (B, H, N, D)."""
-        return self.split_heads(self.key(image_tokens)), self.split_heads(self.value(image_tokens))
-
-    def biased(self, value: Tensor) -> Tensor:
-        """value (B, H, N, D) with its bias. A Grad-CAM needs it: dS/dA is dS/dO times the whole value.
-
-        It is computed as attention to a single token of value zero, because ZeRO-3 only gathers a parameter in its
-        module's forward.
-        """
-        token = value[:, :, :1]
-        return value + self(token, (token, torch.zeros_like(token)), None, None)
-
     def forward(self, query: Tensor, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None) -> Tensor:
         """query (S, H, L, D), image_index (S,) or None, keep (S, N) or None -> attention output (S, H, L, D)."""
         key, value = key_value
-        bias = self.value_bias.to(query.dtype)
-        return soft_masked_attention(query, key, value, keep, image_index=image_index, value_bias=bias)
+        return soft_masked_attention(query, key, value, keep, image_index=image_index, value_bias=self.value_bias)
 
 
-class FusionLayer(nn.Module):
-    """Self-attention, cross-attention and feed-forward on packed tokens, each with BERT's residual and norm."""
+class FusionLayer(WeightedLayer):
+    """Self-attention, cross-attention and feed-forward on packed tokens, each with BERT's residual and norm.
+
+    Its parts, the methods below, run through its call: `layer(FusionLayer.query, text, ...)`.
+    """
 
     def __init__(self, config: ModelConfig, image_width: int):
         super().__init__()
@@ -73,45 +68,73 @@ class FusionLayer(nn.Module):
         self.cross_output = BertSelfOutput(bert)
         self.intermediate = BertIntermediate(bert)
         self.output = BertOutput(bert)
+        self.eps, self.drop = bert.layer_norm_eps, bert.hidden_dropout_prob
+
+    def joined(self) -> list[Joined]:
+        cross = self.cross_attention
+        query = [Joined((cross.query.weight,)), Joined((cross.query.bias,))]
+        rest = output_parts(self.cross_output) + feed_forward_parts(self.intermediate, self.output)
+        return [Joined((cross.key.weight, cross.value.weight)), *attention_parts(self.attention), *query, *rest]
+
+    def forward(self, part: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        return part(self, *arguments, **options)
+
+    def keys_values(self, image_tokens: Tensor) -> KeyValue:
+        """image_tokens (B, N, Cv) -> keys and values (B, H, N, D)."""
+        joined = F.linear(image_tokens, self.weights()[0])
+        key, value = joined.unflatten(-1, (2, self.cross_attention.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        return key, value
 
     def query(
-        self, text: Tensor, packing: Packing, attention: str, read: Tensor | None = None
+        self, text: Tensor, packing: Packing, attention: str, read: Tensor | None = None, frozen: bool = False
     ) -> tuple[Tensor, Tensor]:
         """text (T, C) -> text after self-attention and its cross-attention queries, both (T, C), or (R, C) of the rows
-        read (R,)."""
-        attended = attend(self.attention.self, text, packing, attention)
+        read (R,). Frozen: without dropout, and without a graph of the weights."""
+        weights = self.weights(frozen)
+        text = text.to(weights[0].dtype)
+        attended = attend(weights[1:3], text, packing, self.cross_attention.heads, attention)
         if read is not None:
             attended, text = attended.index_select(0, read), text.index_select(0, read)
-        text = self.attention.output(attended, text)
-        return text, self.cross_attention.query(text)
+        drop = self.drop if self.training and not frozen else 0.0
+        return run_region(self.compiled, cross_query, weights[3:9], attended, text, self.eps, drop)
 
-    def finish(self, text: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, text: Tensor, attended: Tensor, frozen: bool = False) -> Tensor:
         """text (T, C) and the cross-attention's output (T, C) -> the layer's output (T, C)."""
-        text = self.cross_output(attended, text)
-        return self.output(self.intermediate(text), text)
+        drop, weights = self.drop if self.training and not frozen else 0.0, self.weights(frozen)
+        return run_region(self.compiled, after_attention, weights[9:], attended, text, self.eps, drop)
 
-    def forward(
+    def whole(
         self, text: Tensor, packing: Packing, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None,
-        attention: str,
+        attention: str, frozen: bool = False,
     ) -> Tensor:  # fmt: skip
-        """text (T, C) -> the layer's output (T, C); the rest as in `CrossAttention.forward`."""
-        text, query = self.query(text, packing, attention)
+        """text (T, C) -> the layer's output (T, C); the rest as in `CrossAttention.forward` and `query`."""
+        text, query = self.query(text, packing, attention, frozen=frozen)
         attended = self.cross_attention(
             self.cross_attention.split_heads(packing.pad(query)), key_value, image_index, keep
         )
-        return self.finish(text, packing.pack(join_heads(attended)))
+        return self.finish(text, packing.pack(join_heads(attended)), frozen)
 
     def read(
         self, text: Tensor, packing: Packing, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None,
-        attention: str, positions: Tensor,
+        attention: str, positions: Tensor, frozen: bool = False,
     ) -> Tensor:  # fmt: skip
-        """`forward` for some tokens only: positions (R,) among the S * L tokens -> (R, C)."""
-        text, query = self.query(text, packing, attention, packing.rows_of(positions))
+        """`whole` for some tokens only: positions (R,) among the S * L tokens -> (R, C)."""
+        text, query = self.query(text, packing, attention, packing.rows_of(positions), frozen)
         sequence = positions // packing.mask.shape[1]
         image_index = sequence if image_index is None else image_index[sequence]
         keep = None if keep is None else keep[sequence]
         attended = self.cross_attention(self.cross_attention.split_heads(query[:, None]), key_value, image_index, keep)
-        return self.finish(text, join_heads(attended)[:, 0])
+        return self.finish(text, join_heads(attended)[:, 0], frozen)
+
+    def explained(
+        self, text: Tensor, packing: Packing, key_value: KeyValue, attention: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """text (T, C) -> text (T, C) before the end of the layer, and of its cross-attention the query, the output and
+        the value with its bias, all (B, H, ., D). A Grad-CAM needs the bias: dS/dA is dS/dO times the whole value."""
+        text, query = self.query(text, packing, attention, frozen=True)
+        query = self.cross_attention.split_heads(packing.pad(query))
+        value = key_value[1] + self.cross_attention.value_bias[:, None].to(query.dtype)
+        return text, query, self.cross_attention(query, key_value, None, None), value
 
 
 class FusionEncoder(nn.Module):
@@ -127,7 +150,7 @@ class FusionEncoder(nn.Module):
 
     def keys_values(self, image_tokens: Tensor) -> list[KeyValue]:
         """image_tokens (B, N, Cv) -> the keys and values of every layer, each (B, H, N, D)."""
-        return [layer.cross_attention.keys_values(image_tokens) for layer in self.layers]
+        return [layer(FusionLayer.keys_values, image_tokens) for layer in self.layers]
 
     def forward(
         self, text: Tensor, attention_mask: Tensor, keys_values: list[KeyValue], image_index: Tensor | None = None,
@@ -142,12 +165,12 @@ class FusionEncoder(nn.Module):
         text = packing.pack(text)
         inputs = (image_index, keep, self.attention)
         whole = self.layers if positions is None else self.layers[:-1]
+        run = functools.partial(run_layer, checkpointing=self.checkpointing)
         for layer, key_value in zip(whole, keys_values, strict=False):
-            text = run_layer(layer, text, packing, key_value, *inputs, checkpointing=self.checkpointing)
+            text = run(layer, FusionLayer.whole, text, packing, key_value, *inputs)
         if positions is None:
             return packing.pad(text)
-        last = self.layers[-1].read
-        return run_layer(last, text, packing, keys_values[-1], *inputs, positions, checkpointing=self.checkpointing)
+        return run(self.layers[-1], FusionLayer.read, text, packing, keys_values[-1], *inputs, positions)
 
     def relevance_inputs(
         self, text: Tensor, attention_mask: Tensor, keys_values: list[KeyValue], layer: int,
@@ -157,33 +180,29 @@ class FusionEncoder(nn.Module):
         with respect to the attention output, all detached, (B, H, L, D) or (B, H, N, D).
 
         text (B, L, C), attention_mask (B, L) bool; score: from the encoder's output at [CLS] (B, C) to one number per
-        pair (B,). The layers up to that one run without a graph, the later ones on a detached leaf.
+        pair (B,). The layers up to that one run without a graph, the later ones on a detached leaf; none has dropout.
         """
         packing = Packing.of(attention_mask) if packing is None else packing
         keys_values = [(key.detach(), value.detach()) for key, value in keys_values]
         chosen, last, positions = self.layers[layer], self.layers[-1], first_tokens(text)
+        inputs = dict(image_index=None, keep=None, attention=self.attention, frozen=True)
         with torch.no_grad():
             text = packing.pack(text)
             for below, key_value in zip(self.layers[:layer], keys_values, strict=False):
-                text = below(text, packing, key_value, None, None, self.attention)
-            text, query = chosen.query(text, packing, self.attention)
-            query = chosen.cross_attention.split_heads(packing.pad(query))
-            attended = chosen.cross_attention(query, keys_values[layer], None, None)
+                text = below(FusionLayer.whole, text, packing, key_value, **inputs)
+            parts = chosen(FusionLayer.explained, text, packing, keys_values[layer], self.attention)
+        text, query, attended, value = parts
 
         def score_of(attended: Tensor) -> Tensor:
-            hidden = chosen.finish(text, packing.pack(join_heads(attended)))
+            hidden = chosen(FusionLayer.finish, text, packing.pack(join_heads(attended)), frozen=True)
             if chosen is last:
                 return score(hidden[packing.rows_of(positions)]).sum()
             for above, key_value in zip(self.layers[layer + 1 : -1], keys_values[layer + 1 :], strict=False):
-                hidden = above(hidden, packing, key_value, None, None, self.attention)
-            hidden = last.read(hidden, packing, keys_values[-1], None, None, self.attention, positions)
+                hidden = above(FusionLayer.whole, hidden, packing, key_value, **inputs)
+            hidden = last(FusionLayer.read, hidden, packing, keys_values[-1], positions=positions, **inputs)
             return score(hidden).sum()
 
-        gradient = attention_output_gradient(score_of, attended)
-        key, value = keys_values[layer]
-        with torch.no_grad():
-            value = chosen.cross_attention.biased(value)
-        return query, key, value, gradient
+        return query, keys_values[layer][0], value, attention_output_gradient(score_of, attended)
 
 
 def first_tokens(text: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ The copy is not part of the module that DeepSpeed owns: there it would silently 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -43,12 +44,16 @@ class MomentumCopy(nn.Module):
     @torch.no_grad()
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Moves the average towards the weights, (name, full fp32 tensor) of all parameters of the model."""
-        averages = dict(self.model.named_parameters())
+        averages = self._averages.copy()
         pairs = [(averages.pop(name), weight) for name, weight in weights]
         if averages:
             raise ValueError(f"weights: expected every parameter of the model, missing {sorted(averages)}")
         ours, theirs = [average for average, _ in pairs], [weight.to(average.dtype) for average, weight in pairs]
         torch._foreach_lerp_(ours, theirs, 1 - self.momentum)
+
+    @functools.cached_property
+    def _averages(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
 
 
 class MomentumTeacher(MomentumCopy):

@@ -72,6 +72,17 @@ class Packing:
         row_of = torch.zeros(self.mask.numel(), dtype=torch.int64, device=positions.device)
         return row_of.index_copy(0, self.positions, rows)[positions]
 
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """What "padded" attention adds to the logits (S, 1, 1, L): 0 at tokens, minus infinity at padding."""
+        if dtype not in self._biases:
+            bias = torch.zeros_like(self.mask, dtype=dtype).masked_fill_(~self.mask, -math.inf)
+            self._biases[dtype] = bias[:, None, None, :]
+        return self._biases[dtype]
+
+    @functools.cached_property
+    def _biases(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
     @functools.cached_property
     def block_diagonal(self) -> BlockDiagonalMask:
         """The mask for xformers."""
@@ -119,28 +130,29 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
     return "padded" if unavailable_reason("varlen", device, dtype) else "varlen"
 
 
-def self_attention(query: Tensor, key: Tensor, value: Tensor, packing: Packing, name: str = "auto") -> Tensor:
-    """Attention within each sequence: query, key, value (T, H, D) -> (T, H, D)."""
-    return _IMPLEMENTATIONS[choose_attention(name, query.device, query.dtype)](query, key, value, packing)
+def self_attention(joined: Tensor, packing: Packing, name: str = "auto") -> Tensor:
+    """Attention within each sequence: joined (T, 3, H, D), query, key and value -> (T, H, D)."""
+    return _IMPLEMENTATIONS[choose_attention(name, joined.device, joined.dtype)](joined, packing)
 
 
-def _padded(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
-    query, key, value = (packing.pad(x).transpose(1, 2) for x in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=packing.mask[:, None, None, :])
+def _padded(joined: Tensor, packing: Packing) -> Tensor:
+    query, key, value = packing.pad(joined).permute(2, 0, 3, 1, 4).unbind()
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=packing.bias(joined.dtype))
     return packing.pack(output.transpose(1, 2))
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+def _varlen(joined: Tensor, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     length = packing.mask.shape[1]
-    return varlen_attn(query, key, value, packing.boundaries, packing.boundaries, length, length)
+    return varlen_attn(*joined.unbind(1), packing.boundaries, packing.boundaries, length, length)
 
 
-def _xformers(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+def _xformers(joined: Tensor, packing: Packing) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    return memory_efficient_attention(query[None], key[None], value[None], attn_bias=packing.block_diagonal)[0]
+    query, key, value = joined[None].unbind(2)
+    return memory_efficient_attention(query, key, value, attn_bias=packing.block_diagonal)[0]
 
 
 _IMPLEMENTATIONS = {"padded": _padded, "varlen": _varlen, "xformers": _xformers}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.types import Batch
 from softmask_fast.model.fusion import KeyValue
+from softmask_fast.model.layers import word_losses, word_probabilities
 from softmask_fast.model.momentum import MomentumTeacher, StepSettings
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
@@ -68,8 +69,16 @@ class PretrainingStep(nn.Module):
             weight; "temperature"; "itc_image_accuracy", "itc_text_accuracy", "itm_accuracy" and "mlm_accuracy", from 0
             to 1; "soft_mask_mean", the fraction of the patches that the soft masks remove.
         """
-        with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
+        with (
+            torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16),
+            self.model.holding_weights(self._dtype),
+        ):
             return self._losses(batch, teacher, settings)
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """Of the held weights; None: that of the parameters."""
+        return torch.bfloat16 if self.bf16 else None
 
     def _losses(
         self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings
@@ -134,7 +143,13 @@ class PretrainingStep(nn.Module):
     def _encode_with_teacher(
         self, batch: Batch, teacher: MomentumTeacher, packing: Packing, alpha: float
     ) -> TeacherOutputs:
-        model, mask, positions = teacher.model, batch.attention_mask, batch.mlm_positions
+        with teacher.model.holding_weights(self._dtype):
+            return self._teacher_outputs(batch, teacher.model, packing, alpha)
+
+    def _teacher_outputs(
+        self, batch: Batch, model: VisionLanguageModel, packing: Packing, alpha: float
+    ) -> TeacherOutputs:
+        mask, positions = batch.attention_mask, batch.mlm_positions
         image_tokens, image_features = model.encode_image(batch.pixels)
         masked_tokens, text_features = model.encode_text(batch.masked_ids, mask, packing)
         if not self.objectives.masked_captions:
@@ -143,7 +158,7 @@ class PretrainingStep(nn.Module):
         if alpha > 0 and self.objectives.mlm_weight:
             keys_values = model.fusion.keys_values(image_tokens)
             hidden = model.fusion(masked_tokens, mask, keys_values, positions=positions, packing=packing)
-            words = model.language_head(hidden).float().softmax(-1)
+            words = model.language_head(hidden, function=word_probabilities)
         return TeacherOutputs(image_features, text_features, words)
 
     def _contrast(
@@ -243,11 +258,12 @@ class PretrainingStep(nn.Module):
         self, masked_words: Tensor, labels: Tensor, teacher_out: TeacherOutputs, alpha: float
     ) -> tuple[Tensor, Tensor]:
         """MLM of the fused masked words (P, C), with the teacher's predictions as soft targets: loss and accuracy."""
-        logits = self.model.language_head(masked_words).float()
-        loss = F.cross_entropy(logits, labels)
+        loss, soft_loss, accuracy = self.model.language_head(
+            masked_words, labels, teacher_out.words, function=word_losses
+        )
         if teacher_out.words is not None:
-            loss = (1 - alpha) * loss + alpha * F.cross_entropy(logits, teacher_out.words)
-        return loss, (logits.argmax(-1) == labels).float().mean()
+            loss = (1 - alpha) * loss + alpha * soft_loss
+        return loss, accuracy
 
 
 def draw_any_other(ids: Tensor, generator: torch.Generator) -> Tensor:

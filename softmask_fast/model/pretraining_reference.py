@@ -150,9 +150,7 @@ def pad(tokens: Tensor, length: int, value: float = 0) -> Tensor:
     return F.pad(tokens, (0, length - tokens.shape[1]), value=value)
 
 
-def focal_cross_entropy(
-    logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float, gamma: float
-) -> Tensor:
+def focal_cross_entropy(logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
     """Cross-entropy of rows with soft targets, each term weighted by (1 - p)^gamma; all tensors (B, M)."""
     target = alpha * teacher_logits.softmax(1) + (1 - alpha) * target
     log_p = logits.log_softmax(1)

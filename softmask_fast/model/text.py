@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM, BertModel
-from transformers.models.bert.modeling_bert import BertLayer, BertPredictionHeadTransform, BertSelfAttention
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertIntermediate,
+    BertLayer,
+    BertOutput,
+    BertPredictionHeadTransform,
+    BertSelfOutput,
+)
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError
+from softmask_fast.model.layers import Weights, after_attention, run_region, word_logits
 from softmask_fast.model.packing import Packing, self_attention
+from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
 
 
 def initial_std(width: int) -> float:
@@ -37,20 +46,52 @@ def bert_config(config: ModelConfig, layers: int) -> BertConfig:
     )
 
 
-def attend(projections: BertSelfAttention, text: Tensor, packing: Packing, attention: str) -> Tensor:
-    """BERT's self-attention on packed tokens, without its output projection: text (T, C) -> (T, C)."""
-    heads = (projections.num_attention_heads, projections.attention_head_size)
-    query, key, value = (
-        project(text).unflatten(-1, heads) for project in (projections.query, projections.key, projections.value)
-    )
-    return self_attention(query, key, value, packing, attention).flatten(1)
+def attention_parts(attention: BertAttention) -> list[Joined]:
+    """The weights of a self-attention: those of `attend`, then those of `residual`."""
+    own = attention.self
+    return [
+        Joined((own.query.weight, own.key.weight, own.value.weight)),
+        Joined((own.query.bias, own.key.bias, own.value.bias), holds_key_bias=True),
+        *output_parts(attention.output),
+    ]
 
 
-def run_layer(layer: Callable[..., Tensor], *arguments: object, checkpointing: bool) -> Tensor:
-    """A layer's output; with checkpointing the backward pass recomputes its intermediates, with the same dropout."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(layer, *arguments, use_reentrant=False)
-    return layer(*arguments)
+def output_parts(output: BertSelfOutput | BertOutput) -> list[Joined]:
+    """The weights of `residual`."""
+    modules = (output.dense, output.LayerNorm)
+    return [Joined((parameter,)) for module in modules for parameter in (module.weight, module.bias)]
+
+
+def feed_forward_parts(intermediate: BertIntermediate, output: BertOutput) -> list[Joined]:
+    """The weights of `feed_forward`."""
+    return [Joined((intermediate.dense.weight,)), Joined((intermediate.dense.bias,)), *output_parts(output)]
+
+
+def attend(weights: Weights, text: Tensor, packing: Packing, heads: int, attention: str) -> Tensor:
+    """Self-attention among the tokens of each sequence, without its output projection: text (T, C) -> (T, C)."""
+    joined = F.linear(text, *weights).unflatten(-1, (3, heads, -1))
+    return self_attention(joined, packing, attention).flatten(1)
+
+
+class TextLayer(WeightedLayer):
+    """A BERT layer on packed tokens."""
+
+    def __init__(self, layer: BertLayer):
+        super().__init__()
+        self.attention, self.intermediate, self.output = layer.attention, layer.intermediate, layer.output
+        self.heads = layer.attention.self.num_attention_heads
+        self.eps, self.drop = layer.output.LayerNorm.eps, layer.output.dropout.p
+
+    def joined(self) -> list[Joined]:
+        return attention_parts(self.attention) + feed_forward_parts(self.intermediate, self.output)
+
+    def forward(self, text: Tensor, packing: Packing, attention: str) -> Tensor:
+        """text (T, C) -> (T, C) in the dtype of the weights; attention as in `TextEncoder`."""
+        weights = self.weights()
+        text = text.to(weights[0].dtype)
+        attended = attend(weights[:2], text, packing, self.heads, attention)
+        drop = self.drop if self.training else 0.0
+        return run_region(self.compiled, after_attention, weights[2:], attended, text, self.eps, drop)
 
 
 class TextEncoder(nn.Module):
@@ -62,6 +103,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.bert = BertModel(bert_config(config, config.text_layers), add_pooling_layer=False)
+        self.bert.encoder.layer = nn.ModuleList(TextLayer(layer) for layer in self.bert.encoder.layer)
         self.attention, self.checkpointing = "auto", False
 
     @property
@@ -71,19 +113,14 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None) -> Tensor:
         """input_ids (B, L) int64, attention_mask (B, L) bool and its packing -> tokens (B, L, C), 0 at padding."""
         packing = Packing.of(attention_mask) if packing is None else packing
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        text = self.bert.embeddings(packing.pack(input_ids)[None], position_ids=packing.pack(positions)[None])[0]
+        positions = packing.positions % input_ids.shape[1]
+        text = self.bert.embeddings(packing.pack(input_ids)[None], position_ids=positions[None])[0]
         for layer in self.bert.encoder.layer:
-            text = run_layer(self._layer, layer, text, packing, checkpointing=self.checkpointing)
+            text = run_layer(layer, text, packing, self.attention, checkpointing=self.checkpointing)
         return packing.pad(text)
 
-    def _layer(self, layer: BertLayer, text: Tensor, packing: Packing) -> Tensor:
-        attended = attend(layer.attention.self, text, packing, self.attention)
-        text = layer.attention.output(attended, text)
-        return layer.output(layer.intermediate(text), text)
 
-
-class MaskedLanguageHead(nn.Module):
+class MaskedLanguageHead(WeightedLayer):
     """BERT's head over the vocabulary; its matrix is tied to the word embeddings."""
 
     def __init__(self, config: ModelConfig, word_embeddings: nn.Embedding):
@@ -92,9 +129,13 @@ class MaskedLanguageHead(nn.Module):
         self.decoder = nn.Linear(config.text_width, config.vocab_size)
         self.decoder.weight = word_embeddings.weight
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (..., C) -> logits (..., V)."""
-        return self.decoder(self.transform(hidden))
+    def joined(self) -> list[Joined]:
+        modules = (self.transform.dense, self.transform.LayerNorm, self.decoder)
+        return [Joined((parameter,)) for module in modules for parameter in (module.weight, module.bias)]
+
+    def forward(self, hidden: Tensor, *labels: Tensor | None, function: Callable = word_logits) -> Any:
+        """`word_logits` (..., C) -> (..., V), or another function of these weights in layers.py, with its labels."""
+        return run_region(self.compiled, function, self.weights(), hidden, *labels, self.transform.LayerNorm.eps)
 
 
 def load_bert(config: ModelConfig) -> BertForMaskedLM:

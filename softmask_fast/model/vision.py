@@ -9,18 +9,60 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import Attention, build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError
+from softmask_fast.model.layers import image_block, run_region
+from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
+
+
+class ImageBlock(WeightedLayer):
+    """A block of a timm vision transformer without layer scale, stochastic depth or norms of its own in attention."""
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.heads, self.eps = block.attn.num_heads, block.norm1.eps
+
+    @staticmethod
+    def covers(block: nn.Module) -> bool:
+        """Whether the block computes what `image_block` does."""
+        if type(block) is not Block or type(block.attn) is not Attention:
+            return False
+        attention, mlp, norms = block.attn, block.mlp, (block.norm1, block.norm2)
+        absent = (block.ls1, block.ls2, block.drop_path1, block.drop_path2, attention.q_norm, attention.k_norm)
+        absent += (attention.norm, mlp.norm)
+        linear = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
+        return (
+            all(isinstance(module, nn.Identity) for module in absent)
+            and all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
+            and block.norm1.eps == block.norm2.eps
+            and all(isinstance(module, nn.Linear) and module.bias is not None for module in linear)
+            and isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none"
+            and attention.gate is None
+            and not any(drop.p for drop in (attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2))
+        )  # fmt: skip
+
+    def joined(self) -> list[Joined]:
+        modules = (self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
+        parts = [Joined((parameter,)) for module in modules for parameter in (module.weight, module.bias)]
+        parts[3] = Joined((self.attn.qkv.bias,), holds_key_bias=True)
+        return parts
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N, Cv) -> (B, N, Cv) in the dtype of the weights."""
+        weights = self.weights()
+        return run_region(self.compiled, image_block, weights, tokens.to(weights[0].dtype), self.heads, self.eps)
 
 
 class VisionEncoder(nn.Module):
     """A timm vision transformer without its head.
 
     Attributes: width (Cv), grid_size (rows and columns of patches), prefix_tokens (number of tokens before the patches,
-    the first one is [CLS]).
+    the first one is [CLS]), checkpointing.
     """
 
     def __init__(self, config: ModelConfig):
@@ -43,6 +85,8 @@ class VisionEncoder(nn.Module):
         )
         if self.vit.num_prefix_tokens < 1:
             raise UsageError(f"vision_model: expected a transformer with a [CLS] token, got {config.vision_model!r}")
+        self.vit.blocks = nn.Sequential(*(ImageBlock(b) if ImageBlock.covers(b) else b for b in self.vit.blocks))
+        self.checkpointing = False
         self.width: int = self.vit.embed_dim
         self.grid_size: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.prefix_tokens: int = self.vit.num_prefix_tokens
@@ -57,7 +101,11 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv), N = prefix_tokens + rows * columns."""
-        return self.vit.forward_features(pixels)
+        vit = self.vit
+        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pixels))))
+        for block in vit.blocks:
+            tokens = run_layer(block, tokens, checkpointing=self.checkpointing)
+        return vit.norm(tokens).to(tokens.dtype)
 
 
 def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:

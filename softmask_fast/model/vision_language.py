@@ -6,6 +6,7 @@ It is the model of ALBEF (Li et al., NeurIPS 2021), on which SoftMask++ (Park & 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from softmask_fast.model.fusion import FusionEncoder, KeyValue, first_tokens
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.text import MaskedLanguageHead, TextEncoder, initial_std
 from softmask_fast.model.vision import VisionEncoder
+from softmask_fast.model.weights import HeldWeights, weighted_layers
 from softmask_fast.ops import word_gradcam
 
 TEMPERATURE_RANGE = (0.001, 0.5)
@@ -43,18 +45,25 @@ class VisionLanguageModel(nn.Module):
             module.apply(_initialize)
         _initialize(self.language_head.transform.dense)
         hold_key_biases(self)
+        self._held: HeldWeights | None = None
 
     def set_execution(self, attention: str = "auto", checkpointing: bool = False, compile: bool = False) -> None:
         """How the layers run; results stay the same up to rounding.
 
         attention: of the text, see packing.py; checkpointing: recompute the intermediates of every block in the
-        backward pass; compile: the image encoder through torch.compile, at its first call.
+        backward pass; compile: the functions of layers.py through torch.compile, at their first calls.
         """
         for encoder in (self.text, self.fusion):
             encoder.attention, encoder.checkpointing = attention, checkpointing
-        self.vision.vit.set_grad_checkpointing(checkpointing)
-        if compile:
-            self.vision.compile(dynamic=False)
+        self.vision.checkpointing = checkpointing
+        for layer in weighted_layers(self):
+            layer.compiled = compile
+
+    def holding_weights(self, dtype: torch.dtype | None = None) -> AbstractContextManager[None]:
+        """For the length of a step: the layers' weights are joined, and cast to `dtype`, once; see weights.py."""
+        if self._held is None:
+            self._held = HeldWeights(self)
+        return self._held.hold(dtype)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -113,14 +122,9 @@ class VisionLanguageModel(nn.Module):
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """`FusionEncoder.relevance_inputs` of the "matched" logit, without dropout."""
-        training = self.training
-        self.eval()
-        try:
-            return self.fusion.relevance_inputs(
-                text_tokens, attention_mask, keys_values, layer, self.matched_score, packing
-            )
-        finally:
-            self.train(training)
+        return self.fusion.relevance_inputs(
+            text_tokens, attention_mask, keys_values, layer, self.matched_score, packing
+        )
 
     def word_relevance(
         self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int | None = None
@@ -161,9 +165,11 @@ def clamped(parameter: Tensor, low: float, high: float) -> Tensor:
 
 
 def hold_key_biases(module: nn.Module) -> None:
-    """Zeroes the gradients of key biases. Softmax ignores what they add to all logits of a query, so their gradients
-    are rounding noise, which Adam would turn into steps of full size."""
+    """Zeroes the gradients of key biases in self-attentions that are not of a `WeightedLayer`, which see to theirs."""
+    ours = {parameter for layer in weighted_layers(module) for parameter in layer.parameters()}
     for name, parameter in module.named_parameters():
+        if parameter in ours:
+            continue
         if name.endswith("self.key.bias"):
             parameter.register_hook(torch.zeros_like)
         elif name.endswith("attn.qkv.bias"):

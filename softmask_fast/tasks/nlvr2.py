@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from softmask_fast.config import ModelConfig
 from softmask_fast.data.types import Batch
 from softmask_fast.errors import UsageError
-from softmask_fast.model.fusion import FusionEncoder, KeyValue, first_tokens
+from softmask_fast.model.fusion import FusionEncoder, FusionLayer, KeyValue, first_tokens
 from softmask_fast.model.text import initial_std
-from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
+from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.base import ClassifierModel, Loss, TaskModel
 from softmask_fast.tasks.datasets import EntryFormat, choice_field, text_field
 
@@ -53,11 +53,11 @@ class PairFusion(FusionEncoder):
         for left, right in zip(self.layers[::2], self.layers[1::2], strict=True):
             for name in ("key", "value", "value_bias"):
                 setattr(right.cross_attention, name, getattr(left.cross_attention, name))
-        hold_key_biases(self)
 
     def keys_values(self, image_tokens: tuple[Tensor, Tensor]) -> list[KeyValue]:
         """The keys and values of each layer, from the tokens of the left and the right images, each (B, N, Cv)."""
-        return [layer.cross_attention.keys_values(image_tokens[number % 2]) for number, layer in enumerate(self.layers)]
+        sides = (image_tokens[number % 2] for number in range(len(self.layers)))
+        return [layer(FusionLayer.keys_values, side) for layer, side in zip(self.layers, sides, strict=True)]
 
 
 class PairModel(TaskModel):

@@ -1,0 +1,101 @@
+"""The layers of the encoders as functions of their weights, and how they run: eagerly or compiled.
+
+Each function is one region for torch.compile: tensors in, tensors out, no module, no hook, no value read, the same code
+for all layers of a kind, so that one compilation serves them all. What cannot be compiled well stands between the
+regions: attention among packed tokens and to soft-masked images. Rows are tokens: (T, C), with T the only size that
+changes from step to step. The sums of a residual and the inputs of a norm have the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = tuple[Tensor, ...]
+
+
+def run_region(compile: bool, function: Callable, weights: Weights, *arguments: object) -> Tensor | tuple[Tensor, ...]:
+    """function(weights, *arguments), compiled or not. Tensors of one or two dimensions among the arguments are rows."""
+    if not compile:
+        return function(weights, *arguments)
+    for rows in arguments:
+        if isinstance(rows, Tensor) and rows.ndim <= 2:
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
+    return _compiled(function)(weights, *arguments)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """In the dtype of the weights, with float32 statistics; `F.layer_norm` returns float32 under autocast."""
+    return torch.native_layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps)[0]
+
+
+def dropout(x: Tensor, probability: float) -> Tensor:
+    return torch.native_dropout(x, probability, True)[0] if probability else x
+
+
+def residual(x: Tensor, text: Tensor, weights: Weights, eps: float, drop: float) -> Tensor:
+    """BERT's end of a sublayer: projection of x, dropout, sum with its input, norm."""
+    weight, bias, norm_weight, norm_bias = weights
+    return layer_norm(dropout(F.linear(x, weight, bias), drop) + text, norm_weight, norm_bias, eps)
+
+
+def feed_forward(text: Tensor, weights: Weights, eps: float, drop: float) -> Tensor:
+    """BERT's feed-forward: (T, C) -> (T, C)."""
+    weight, bias, *rest = weights
+    return residual(F.gelu(F.linear(text, weight, bias)), text, rest, eps, drop)
+
+
+def image_block(weights: Weights, tokens: Tensor, heads: int, eps: float) -> Tensor:
+    """A block of a vision transformer, with its norms before attention and feed-forward: (B, N, C) -> (B, N, C)."""
+    norm1, norm1_bias, qkv, qkv_bias, out, out_bias, norm2, norm2_bias, up, up_bias, down, down_bias = weights
+    images, length, width = tokens.shape
+    rows = tokens.reshape(-1, width)
+    joined = F.linear(layer_norm(rows, norm1, norm1_bias, eps), qkv, qkv_bias)
+    query, key, value = joined.view(images, length, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
+    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows.shape)
+    rows = rows + F.linear(attended, out, out_bias)
+    hidden = F.gelu(F.linear(layer_norm(rows, norm2, norm2_bias, eps), up, up_bias))
+    return (rows + F.linear(hidden, down, down_bias)).view(images, length, width)
+
+
+def after_attention(weights: Weights, attended: Tensor, text: Tensor, eps: float, drop: float) -> Tensor:
+    """The rest of a text layer, or of a fusion layer behind its cross-attention: attended, text (T, C) -> (T, C)."""
+    return feed_forward(residual(attended, text, weights[:4], eps, drop), weights[4:], eps, drop)
+
+
+def cross_query(weights: Weights, attended: Tensor, text: Tensor, eps: float, drop: float) -> tuple[Tensor, Tensor]:
+    """A fusion layer between its attentions: attended, text (T, C) -> text and the cross-attention's query (T, C)."""
+    text = residual(attended, text, weights[:4], eps, drop)
+    return text, F.linear(text, *weights[4:])
+
+
+def word_logits(weights: Weights, hidden: Tensor, eps: float) -> Tensor:
+    """BERT's head over the vocabulary: (P, C) -> (P, V)."""
+    weight, bias, norm, norm_bias, words, words_bias = weights
+    return F.linear(layer_norm(F.gelu(F.linear(hidden, weight, bias)), norm, norm_bias, eps), words, words_bias)
+
+
+def word_probabilities(weights: Weights, hidden: Tensor, eps: float) -> Tensor:
+    """(P, C) -> float32 (P, V)."""
+    return word_logits(weights, hidden, eps).float().softmax(-1)
+
+
+def word_losses(
+    weights: Weights, hidden: Tensor, labels: Tensor, soft_labels: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MLM of hidden (P, C): mean loss against labels (P,) int64, mean loss against soft_labels (P, V), which is 0
+    without them, and the accuracy."""
+    logits = word_logits(weights, hidden, eps).float()
+    log_probability = logits.log_softmax(-1)
+    hard = F.nll_loss(log_probability, labels)
+    soft = torch.zeros_like(hard) if soft_labels is None else -(soft_labels * log_probability).sum(-1).mean()
+    return hard, soft, (logits.argmax(-1) == labels).float().mean()
