@@ -196,7 +196,13 @@ def job_iteration(compile: bool = False, bf16: bool = False, steps: int = 20) ->
     }
     with tempfile.TemporaryDirectory() as folder, one_thread():
         with parts.wrapping(**methods), trainer(Path(folder) / "run", compile=compile, bf16=bf16) as job:
-            return parts.measure(lambda: job.log_metrics(job.train_step()), steps)
+
+            def iteration() -> None:
+                metrics = job.train_step()
+                job.flops.count()  # at the first one
+                job.log_metrics(metrics)
+
+            return parts.measure(iteration, steps)
 
 
 def loader_milliseconds(batches: int = 6) -> float:
