@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from shard_files import encode
 
-from softmask_fast.data.augment import NEUTRAL, AugmentConfig, draw_parameters
+from softmask_fast.data.augment import NEUTRAL, AugmentConfig, draw_parameters, pack
 from softmask_fast.data.dali_pipeline import DaliPipeline
 from softmask_fast.data.images import MEAN, STD
 from softmask_fast.data.seeding import keyed_generator
@@ -32,7 +32,7 @@ def run(images, parameters, config=AUGMENT, batch_size=None, device="cpu", threa
         device=device,
         num_threads=threads,
     )
-    pipeline.schedule(images, {name: np.stack([values[name] for values in parameters]) for name in NEUTRAL})
+    pipeline.schedule(images, pack(parameters, config.arguments()))
     return pipeline.result()
 
 

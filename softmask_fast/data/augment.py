@@ -6,6 +6,7 @@ The operations themselves run in `data.dali_pipeline`.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -79,6 +80,13 @@ class AugmentConfig:
         if self.blur:
             names.add("blur")
         return frozenset(names)
+
+
+def pack(parameters: Sequence[Mapping[str, np.ndarray]], arguments: Collection[str]) -> np.ndarray:
+    """(images, width) float32: the named arguments of each image side by side, in alphabetical order."""
+    columns = [np.stack([image[name] for image in parameters]) for name in sorted(arguments)]
+    flat = [column.reshape(len(parameters), -1).astype(np.float32) for column in columns]
+    return np.concatenate([np.empty((len(parameters), 0), np.float32), *flat], axis=1)
 
 
 def draw_parameters(

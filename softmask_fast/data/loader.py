@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.images import MAX_PIXELS
-from softmask_fast.data.preparing import FACTS, Column, Job, Prepared, Preparer, PretrainingPreparer, cut, join
+from softmask_fast.data.preparing import FACTS, Column, Job, Prepared, Preparer, PretrainingPreparer, cut, join, padded
 from softmask_fast.data.sampler import HashSampler, WindowedSampler, local_ranks
 from softmask_fast.data.transfer import Transfer
 from softmask_fast.data.types import BadSample, Batch, CaptionSource, UnreachableFile
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _NAMED_IN_ERROR = 10  # bad samples that an error names
 _SEARCHED = 1000  # samples that are read, at most, to find so many
-_JOB = 64  # visits that a worker process prepares at a time, at most
+_JOB = 128  # visits that a worker process prepares at a time, at most
 _MOST_WORKERS = 8
 
 BatchType = TypeVar("BatchType")
@@ -83,14 +83,13 @@ class _Selection:
     def column(self, name: str) -> Column:
         return join([cut(prepared.columns[name], *part) for prepared, *part in self.pieces])
 
-    def images(self, each: int) -> list[bytes | np.ndarray]:
-        return join([prepared.images[each * start : each * stop] for prepared, start, stop in self.pieces])
+    def images(self, each: int) -> Sequence[bytes | np.ndarray]:
+        """The images, `each` of a sample."""
+        parts = [prepared.images[each * start : each * stop] for prepared, start, stop in self.pieces]
+        return parts[0] if len(parts) == 1 else list(chain(*parts))
 
-    def parameters(self) -> dict[str, np.ndarray]:
-        """(images, ...) each."""
-        names = self.pieces[0][0].parameters
-        rows = {name: join([prepared.parameters[name][a:b] for prepared, a, b in self.pieces]) for name in names}
-        return {name: values.reshape(-1, *values.shape[2:]) for name, values in rows.items()}
+    def parameters(self, each: int) -> np.ndarray:
+        return join([prepared.parameters[each * start : each * stop] for prepared, start, stop in self.pieces])
 
 
 class SampleLoader(Generic[BatchType]):
@@ -144,6 +143,7 @@ class SampleLoader(Generic[BatchType]):
 
         self._rank_samples = len(range(rank, len(source), world_size))  # visits of this rank in an epoch
         self._sampler: HashSampler | WindowedSampler = getattr(source, "sampler", None) or HashSampler(source.keys)
+        self._padding = tokenizer.pad_token_id
         self._locate = getattr(source, "locate", lambda index: index)
         self._truncated_keys: set[str] = set()
         self._facts = np.zeros((len(source), images_per_sample), FACTS)
@@ -415,7 +415,8 @@ class SampleLoader(Generic[BatchType]):
 
     def _schedule(self, selection: _Selection) -> None:
         selection.transfer = Transfer(self._arrays(selection), self.device, self._copies)
-        self._pipeline.schedule(selection.images(self._facts.shape[1]), selection.parameters())
+        each = self._facts.shape[1]
+        self._pipeline.schedule(selection.images(each), selection.parameters(each))
         self._scheduled = selection
 
     def _take(self) -> tuple[_Selection, torch.Tensor]:
@@ -474,13 +475,12 @@ class PretrainingLoader(SampleLoader[Batch]):
 
     def _arrays(self, selection: _Selection) -> dict[str, np.ndarray]:
         captions, positions = selection.column("input_ids"), selection.column("mlm_positions")
-        input_ids, attention_mask = captions.padded(self.tokenizer.pad_token_id)
-        masked_ids, _ = selection.column("masked_ids").padded(self.tokenizer.pad_token_id)
-        first = np.arange(len(input_ids)) * input_ids.shape[1]  # flat position of each row
+        mask = captions.mask()
+        first = np.arange(len(mask)) * mask.shape[1]  # flat position of each row
         return {
-            "input_ids": input_ids,
-            "masked_ids": masked_ids,
-            "attention_mask": attention_mask,
+            "input_ids": padded(captions.values, mask, self._padding),
+            "masked_ids": padded(selection.column("masked_ids").values, mask, self._padding),
+            "attention_mask": mask,
             "mlm_positions": positions.values + np.repeat(first, positions.lengths),
             "mlm_labels": selection.column("mlm_labels").values,
             "word_index": selection.column("word_index"),

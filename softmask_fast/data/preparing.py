@@ -7,13 +7,13 @@ key, the seed and the epoch alone, not on who prepares it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from softmask_fast.data.augment import AugmentConfig, draw_parameters
+from softmask_fast.data.augment import AugmentConfig, draw_parameters, pack
 from softmask_fast.data.images import ImageFacts, check_image, convert_image
 from softmask_fast.data.seeding import keyed_generator
 from softmask_fast.data.text_masking import TextMasker
@@ -37,12 +37,16 @@ class Ragged(NamedTuple):
         lengths = np.array([len(row) for row in rows], np.int64)
         return cls(np.concatenate([np.empty(0, np.int64), *rows]), lengths)
 
-    def padded(self, fill: int) -> tuple[np.ndarray, np.ndarray]:
-        """(n, longest) values with `fill` behind each row, and where they are values: (n, longest) bool."""
-        mask = np.arange(self.lengths.max(initial=0)) < self.lengths[:, None]
-        rows = np.full(mask.shape, fill, self.values.dtype)
-        rows[mask] = self.values
-        return rows, mask
+    def mask(self) -> np.ndarray:
+        """(n, longest) bool: where the padded rows have values."""
+        return np.arange(self.lengths.max()) < self.lengths[:, None]
+
+
+def padded(values: np.ndarray, mask: np.ndarray, fill: int) -> np.ndarray:
+    """Rows with the values where `mask` says so, and with `fill` elsewhere."""
+    rows = np.full(mask.shape, fill, values.dtype)
+    rows[mask] = values
+    return rows
 
 
 Column = Ragged | np.ndarray | list  # one entry a sample
@@ -81,9 +85,9 @@ class Prepared:
 
     problems: dict[int, BadSample | UnreachableFile]  # by the number of the visit
     facts: np.ndarray  # those of the job, and what was found
-    images: list[bytes | np.ndarray] = field(repr=False)  # the images of each sample in turn
+    images: Sequence[bytes | np.ndarray]  # the images of each sample in turn
     columns: dict[str, Column]
-    parameters: dict[str, np.ndarray]  # (good samples, images of a sample, ...), arguments of the DALI pipeline
+    parameters: np.ndarray  # of each image: arguments of the DALI pipeline, as `augment.pack` gives them
 
 
 class Preparer:
@@ -122,12 +126,8 @@ class Preparer:
             good.append((epoch, key))
         columns = self.columns(samples, good) if samples else {}
         columns["skipped_captions"] = np.array([sample.skipped_captions for sample in samples], np.int64)
-        shape = (len(samples), facts.shape[1])
-        stacked = {
-            name: np.stack([image[name] for image in parameters]).reshape(*shape, *parameters[0][name].shape)
-            for name in (self._augment.arguments() if samples else ())
-        }
-        return Prepared(problems, facts, images, columns, stacked)
+        packed = pack(parameters, self._augment.arguments()) if samples else np.empty((0, 0), np.float32)
+        return Prepared(problems, facts, images, columns, packed)
 
     def columns(self, samples: Sequence[Sample], visits: Sequence[tuple[int, str]]) -> dict[str, Column]:
         """What enters a batch besides the images. visits: epoch and key of each sample."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from softmask_fast.data.loader import SampleLoader
+from softmask_fast.data.preparing import padded
 from softmask_fast.tasks.datasets import ExamplePreparer, TaskBatch
 
 
@@ -18,8 +19,9 @@ class ExampleLoader(SampleLoader[TaskBatch]):
     preparer = ExamplePreparer
 
     def _arrays(self, selection: Any) -> dict[str, np.ndarray]:
-        input_ids, attention_mask = selection.column("input_ids").padded(self.tokenizer.pad_token_id)
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        texts = selection.column("input_ids")
+        mask = texts.mask()
+        return {"input_ids": padded(texts.values, mask, self._padding), "attention_mask": mask}
 
     def _batch(self, selection: Any, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> TaskBatch:
         return TaskBatch(
