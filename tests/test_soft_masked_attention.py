@@ -500,5 +500,39 @@ def test_compiles_in_one_graph_with_dynamic_sizes():
             torch.testing.assert_close(actual, gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("name", ["query", "value", "keep"])
+def test_forward_mode_and_transforms_are_refused(name):
+    tensors, image_index = draw((4, 2, 2, 3, 5, 4), torch.float32, "cpu")
+    x = tensors[name]
+
+    def run(x):
+        return soft_masked_attention(**(tensors | {name: x}), image_index=image_index).sum()
+
+    for what, transform in (("forward mode", torch.func.jacfwd(run)), ("torch.func", torch.func.grad(run))):
+        message = f"^soft_masked_attention: {what} is not supported; use torch.autograd.grad$"
+        with pytest.raises(RuntimeError, match=message):
+            transform(x)
+
+
+@pytest.mark.parametrize("impl", IMPLS[:2])
+def test_what_is_observed_takes_the_registered_operator(impl):
+    """It gives the bits of a plain call, and is what counts operations."""
+    require("soft_masked_attention", impl, torch.device("cpu"), torch.float32, 16)
+    tensors, image_index = draw((4, 2, 2, 3, 5, 16), torch.float32, "cpu")
+    grad_output, seen = torch.randn_like(tensors["query"]), []
+
+    class Observer(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    options = {"image_index": image_index, "impl": impl}
+    plainly = with_gradients(soft_masked_attention, tensors, grad_output, **options)
+    with Observer():
+        observed = with_gradients(soft_masked_attention, tensors, grad_output, **options)
+    assert {"softmask_fast::soft_masked_attention", "softmask_fast::soft_masked_attention_backward"} <= set(seen)
+    assert all(torch.equal(plainly[name], observed[name]) for name in plainly)
+
+
 def test_the_choice_of_implementation_is_described():
     assert registry.describe()["soft_masked_attention"]["cpu"] in IMPLS

@@ -473,3 +473,54 @@ def test_compiles_in_one_graph_with_dynamic_sizes():
         masked, keep = word_soft_mask(*inputs, word_index, features)
         compiled(*inputs, word_index, features).sum().backward()
         torch.testing.assert_close(features.grad, 2 * masked.detach() * keep[:, :, None])
+
+
+TRANSFORMS = {
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (x,)),
+    "jacfwd": lambda function, x: torch.func.jacfwd(function)(x),
+    "grad": lambda function, x: torch.func.grad(lambda y: function(y).sum())(x),
+    "vmap": lambda function, x: torch.vmap(function)(x[None]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_no_derivative_is_silently_zero(name):
+    (query, key, value, grad_output), word_index = draw((2, 2, 3, 5, 4), torch.float32, "cpu")
+    features = torch.randn(2, 5, 3)
+    functions = {
+        "word_gradcam": (lambda x: word_gradcam(query, x, value, grad_output), key),
+        "word_soft_mask": (lambda x: word_soft_mask(query, key, value, grad_output, word_index, x)[0], features),
+        "attention_output_gradient": (lambda x: attention_output_gradient(lambda o: o.square().sum(), x), query),
+    }
+    what = "forward mode" if name.startswith("j") else "torch.func"
+    for operator, (function, x) in functions.items():
+        with pytest.raises(RuntimeError, match=f"^{operator}: {what} is not supported; use torch.autograd.grad$"):
+            TRANSFORMS[name](function, x)
+
+
+def test_dual_tensors_are_refused():
+    (query, key, value, grad_output), _ = draw((2, 2, 3, 5, 4), torch.float32, "cpu")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(key, key)
+        with pytest.raises(RuntimeError, match="^word_gradcam: forward mode is not supported"):
+            word_gradcam(query, dual, value, grad_output)
+
+
+def test_what_is_observed_takes_the_registered_operator():
+    """Counting, fake tensors and autograd give what a plain call gives."""
+    inputs, word_index = draw((2, 2, 3, 5, 16), torch.float32, "cpu")
+    features, grad = torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 6)
+    seen = []
+
+    class Observer(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    masked, keep = word_soft_mask(*inputs, word_index, features)
+    (gradient,) = torch.autograd.grad(masked, features, grad)
+    with Observer():
+        observed, again = word_soft_mask(*inputs, word_index, features)
+        (same_gradient,) = torch.autograd.grad(observed, features, grad)
+    assert "softmask_fast::word_soft_mask" in seen
+    assert torch.equal(masked, observed) and torch.equal(keep, again) and torch.equal(gradient, same_gradient)

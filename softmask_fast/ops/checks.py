@@ -40,10 +40,11 @@ def check_tensor(
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_names([value.dtype])}")
-    wrong = value.dim() != len(sizes)
+    shape = value.shape
+    wrong = len(shape) != len(sizes)
     if not wrong:
-        for size, expected in zip(value.shape, sizes, strict=True):
-            if not isinstance(expected, str) and size != expected:
+        for size, expected in zip(shape, sizes, strict=True):
+            if type(expected) is not str and size != expected:
                 wrong = True
     if wrong:
         expected_text = ", ".join(str(size) for size in sizes)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from softmask_fast.ops.registry import refuse_transforms
+
 
 def attention_output_gradient(score_function: Callable[[Tensor], Tensor], attention_output: Tensor) -> Tensor:
     """dS/dO for `word_gradcam` and `word_soft_mask`: differentiates a score S at a detached attention output O.
@@ -31,7 +33,9 @@ def attention_output_gradient(score_function: Callable[[Tensor], Tensor], attent
 
     Raises:
         ValueError: if the score does not depend on the attention output.
+        RuntimeError: in forward mode and under transforms of `torch.func`.
     """
+    refuse_transforms("attention_output_gradient", attention_output)
     with torch.enable_grad():
         leaf = attention_output.detach().requires_grad_()
         score = score_function(leaf)

@@ -16,7 +16,7 @@ def unavailable_reason(
     device: torch.device, dtype: torch.dtype, width: int, largest: int = 128, what: str = "heads"
 ) -> str | None:
     """The unavailable_reason of the Triton implementations, which take `what` of up to `largest` elements."""
-    if importlib.util.find_spec("triton") is None:
+    if _missing():
         return "the package triton is not installed"
     if device.type != "cuda" and not INTERPRETED:
         return f"it runs on a GPU (or, slowly, with TRITON_INTERPRET=1 in the environment), the tensors are on {device}"
@@ -25,6 +25,11 @@ def unavailable_reason(
     if width > largest:
         return f"it takes {what} of up to {largest} elements, not {width}"
     return None
+
+
+@functools.cache
+def _missing() -> bool:
+    return importlib.util.find_spec("triton") is None
 
 
 @functools.cache

@@ -111,11 +111,12 @@ def soft_masked_attention(
     if key_mask is not None:
         check_tensor("key_mask", key_mask, (images, tokens), dtypes=(torch.bool,), like=("query", query))
     scale = width**-0.5 if scale is None else check_number("scale", scale)
-    output, _ = torch.ops.softmask_fast.soft_masked_attention(
-        query, key, value, keep, image_index, boundaries, None if plan is None else plan.table, value_bias, key_mask,
-        scale, impl,
-    )  # fmt: skip
-    return output
+    table = None if plan is None else plan.table
+    tensors = (query, key, value, keep, image_index, boundaries, table, value_bias, key_mask)
+    if registry.plain_eager(*tensors):
+        return _Attention.apply(*tensors, scale, impl)[0]
+    registry.refuse_transforms("soft_masked_attention", *tensors)
+    return torch.ops.softmask_fast.soft_masked_attention(*tensors, scale, impl)[0]
 
 
 # The operators behind the public function. `impl` travels as an argument, so a compiled graph holds one opaque call and
@@ -135,7 +136,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("softmask_fast::soft_masked_attention", "CompositeExplicitAutograd")
 def _forward(query, key, value, keep, image_index, boundaries, table, value_bias, key_mask, scale, impl=None):
     if image_index is not None and table is None:  # a plan has been checked
         check_sequences(image_index, key.shape[0], boundaries, query.shape[0])
@@ -156,7 +156,6 @@ def _as_rows(sequence: Tensor) -> Tensor:
     return sequence[0].transpose(0, 1)
 
 
-@torch.library.impl("softmask_fast::soft_masked_attention_backward", "CompositeExplicitAutograd")
 def _backward(
     grad_output, query, key, value, keep, image_index, boundaries, table, value_bias, key_mask, output, statistics,
     scale, query_gradient, key_value_gradient, keep_gradient, impl=None,
@@ -169,6 +168,10 @@ def _backward(
         scale, query_gradient, key_value_gradient, keep_gradient,
     )  # fmt: skip
     return _as_rows(d_query) if boundaries is not None and query_gradient else d_query, *gradients
+
+
+torch.library.impl("softmask_fast::soft_masked_attention", "CompositeExplicitAutograd", _forward)
+torch.library.impl("softmask_fast::soft_masked_attention_backward", "CompositeExplicitAutograd", _backward)
 
 
 @torch.library.register_fake("softmask_fast::soft_masked_attention")
@@ -197,7 +200,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
-def _autograd(ctx, grad_output, grad_statistics):
+def _autograd(ctx, grad_output, grad_statistics, run=torch.ops.softmask_fast.soft_masked_attention_backward):
     if grad_output is None:
         return (None,) * 11
     *inputs, output, statistics = ctx.saved_tensors
@@ -205,7 +208,7 @@ def _autograd(ctx, grad_output, grad_statistics):
     wants_key_value = wants_key or wants_value
     d_query = d_key = d_value = d_keep = d_bias = None
     if wants_query or wants_key_value or wants_keep:
-        d_query, d_key, d_value, d_keep = torch.ops.softmask_fast.soft_masked_attention_backward(
+        d_query, d_key, d_value, d_keep = run(
             grad_output, *inputs, output, statistics, ctx.scale, wants_query, wants_key_value, wants_keep, ctx.impl
         )
     if wants_bias:
@@ -221,6 +224,21 @@ def _autograd(ctx, grad_output, grad_statistics):
 
 
 torch.library.register_autograd("softmask_fast::soft_masked_attention", _autograd, setup_context=_setup_context)
+
+
+class _Attention(torch.autograd.Function):
+    """The operator without its registration, which takes the host longer than all else of a small call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_statistics):
+        # with create_graph the operator, which says that it has no second derivative
+        return _autograd(ctx, grad_output, None, *([] if torch.is_grad_enabled() else [_backward]))
 
 
 def _no_second_derivative(ctx, *grads):

@@ -79,16 +79,18 @@ def word_gradcam(
         TypeError, ValueError: naming the argument. On a GPU the values of ``word_index`` are not read on the host: a
             word out of range gives a map of NaN there.
     """
-    query, key, value, grad_output = _checked(query, key, value, grad_output, word_index, key_mask)
+    query, key, value, grad_output = _checked("word_gradcam", query, key, value, grad_output, word_index, key_mask)
     scale = query.shape[3] ** -0.5 if scale is None else check_number("scale", scale)
     if log_sum_exp is not None:
         dtype = reference.compute_dtype(query.dtype)
         check_tensor("log_sum_exp", log_sum_exp, query.shape[:3], dtypes=(dtype,), like=("query", query))
         log_sum_exp = log_sum_exp.detach()
     soft_cap = None if soft_cap is None else check_number("soft_cap", soft_cap, above=0)
-    return torch.ops.softmask_fast.word_gradcam(
-        query, key, value, grad_output, word_index, key_mask, log_sum_exp, soft_cap, scale, impl
-    )
+    tensors = (query, key, value, grad_output, word_index, key_mask, log_sum_exp)
+    if registry.plain_eager(*tensors):
+        return _word_gradcam(*tensors, soft_cap, scale, impl)
+    registry.refuse_transforms("word_gradcam", *tensors)
+    return torch.ops.softmask_fast.word_gradcam(*tensors, soft_cap, scale, impl)
 
 
 def word_soft_mask(
@@ -121,7 +123,7 @@ def word_soft_mask(
     Raises:
         TypeError, ValueError: naming the argument. On a GPU a word out of range gives NaN.
     """
-    query, key, value, grad_output = _checked(query, key, value, grad_output, word_index, key_mask)
+    query, key, value, grad_output = _checked("word_soft_mask", query, key, value, grad_output, word_index, key_mask)
     if word_index is None:
         raise TypeError("word_index: expected a tensor, got NoneType")
     batch, _, tokens, width = key.shape
@@ -133,13 +135,18 @@ def word_soft_mask(
     if not 0 <= prefix_tokens <= tokens:
         raise ValueError(f"prefix_tokens: expected a number from 0 to {tokens}, got {prefix_tokens}")
     scale = width**-0.5 if scale is None else check_number("scale", scale)
-    masked, keep = torch.ops.softmask_fast.word_soft_mask(
-        query, key, value, grad_output, word_index, features, prefix_tokens, key_mask, scale, impl
-    )
+    inputs = (query, key, value, grad_output, word_index, features)
+    if registry.plain_eager(*inputs, key_mask):
+        run = _SoftMask.apply if features is not None and features.requires_grad else _word_soft_mask
+    else:
+        registry.refuse_transforms("word_soft_mask", *inputs, key_mask)
+        run = torch.ops.softmask_fast.word_soft_mask
+    masked, keep = run(*inputs, prefix_tokens, key_mask, scale, impl)
     return keep if features is None else (masked, keep)
 
 
 def _checked(
+    operator: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -163,6 +170,8 @@ def _checked(
         check_tensor("word_index", word_index, (batch,), dtypes=(torch.int64,), like=("query", query))
     if key_mask is not None:
         check_tensor("key_mask", key_mask, (batch, key.shape[2]), dtypes=(torch.bool,), like=("query", query))
+    if not registry.plain_eager(query, key, value, grad_output):
+        registry.refuse_transforms(operator, query, key, value, grad_output)  # a constant there would be a silent zero
     return query.detach(), key.detach(), value.detach(), grad_output.detach()
 
 
@@ -181,7 +190,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("softmask_fast::word_gradcam", "CompositeExplicitAutograd")
 def _word_gradcam(query, key, value, grad_output, word_index, key_mask, log_sum_exp, soft_cap, scale, impl=None):
     if word_index is not None:
         check_index_range("word_index", word_index, query.shape[2])
@@ -189,11 +197,14 @@ def _word_gradcam(query, key, value, grad_output, word_index, key_mask, log_sum_
     return run(query, key, value, grad_output, word_index, key_mask, log_sum_exp, soft_cap, scale)
 
 
-@torch.library.impl("softmask_fast::word_soft_mask", "CompositeExplicitAutograd")
 def _word_soft_mask(query, key, value, grad_output, word_index, features, prefix_tokens, key_mask, scale, impl=None):
     check_index_range("word_index", word_index, query.shape[2])
     run = registry.resolve("word_mask", impl, query.device, query.dtype, query.shape[3])["word_soft_mask"]
     return run(query, key, value, grad_output, word_index, features, prefix_tokens, key_mask, scale)
+
+
+torch.library.impl("softmask_fast::word_gradcam", "CompositeExplicitAutograd", _word_gradcam)
+torch.library.impl("softmask_fast::word_soft_mask", "CompositeExplicitAutograd", _word_soft_mask)
 
 
 @torch.library.register_fake("softmask_fast::word_gradcam")
@@ -229,3 +240,15 @@ def _word_soft_mask_backward(ctx, grad_masked, grad_keep):
 
 
 torch.library.register_autograd("softmask_fast::word_soft_mask", _word_soft_mask_backward, setup_context=_save_keep)
+
+
+class _SoftMask(torch.autograd.Function):
+    """`word_soft_mask` without its registration, which takes the host longer than all else of a small call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _word_soft_mask(*inputs)
+        _save_keep(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_word_soft_mask_backward)
