@@ -189,7 +189,9 @@ class TrainConfig:
         "Self-attention of the text: 'padded', packed 'varlen' or 'xformers' (GPU); 'auto': varlen where supported.",
     )
     activation_checkpointing: bool = option(False, "Save memory by recomputing every block in the backward pass.")
-    compile: bool = option(False, "Run the image encoder through torch.compile; not with ZeRO-3.")
+    compile: bool | None = option(
+        None, "Run the layers through torch.compile; default: on a GPU, where a C compiler is at hand. Not with ZeRO-3."
+    )
     profile: int = option(0, "Trace this many steps, after 3 others, to trace.json in the output folder.")
     seed: int = option(0, "Seed of the weights, the data order and the augmentation.")
     resume: bool = option(False, "Resume from the newest checkpoint in output_dir.")

@@ -102,7 +102,9 @@ def test_bounds_on_the_number_of_tokens_need_no_waiting_and_cover_every_row():
     """On a GPU no value may be read: a fake one raises then."""
     with FakeTensorMode():
         packing = make_packing("cuda", fewest=13, most=20)
-        assert packing.positions.shape == (20,) and packing.boundaries.shape == (4 + 1 + 1,)
+        assert packing.positions.shape == (28,) and packing.boundaries.shape == (4 + 3 + 1,)
+        packing = Packing.of(torch.ones(40, 7, dtype=torch.bool, device="cuda"), fewest=200, most=220)
+        assert packing.positions.shape == (256,) and packing.boundaries.shape == (40 + 8 + 1,)
         assert make_packing("cuda").positions.shape == (28,)
 
 

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Weights = tuple[Tensor, ...]
+# What a compiled region is made for, whatever came first: it has the same bits in a resumed run, which begins with
+# another batch.
+TYPICAL_ROWS = 2048
 
 
 def run_region(compile: bool, function: Callable, weights: Weights, *arguments: object) -> Tensor | tuple[Tensor, ...]:
@@ -23,8 +26,8 @@ def run_region(compile: bool, function: Callable, weights: Weights, *arguments: 
     if not compile:
         return function(weights, *arguments)
     for rows in arguments:
-        if isinstance(rows, Tensor) and rows.ndim <= 2:
-            torch._dynamo.maybe_mark_dynamic(rows, 0)
+        if isinstance(rows, Tensor) and rows.ndim <= 2 and len(rows) > 1:
+            torch._dynamo.mark_dynamic(rows, 0, hint_override=TYPICAL_ROWS)
     return _compiled(function)(weights, *arguments)
 
 

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 class Packing:
     """Where the tokens of S padded sequences of length L are in T rows.
 
-    On the CPU T is the number of tokens. On a GPU the host does not wait for that number: T is an upper bound, and the
-    rows after the last token are padding, in extra sequences that nobody reads.
+    On the CPU T is the number of tokens. On a GPU the host does not wait for that number: T is an upper bound, of which
+    multiples of 64 are taken so that few sizes occur, and the rows after the last token are padding, in extra sequences
+    that nobody reads.
     """
 
     mask: Tensor  # (S, L) bool, True = token
@@ -50,7 +51,7 @@ class Packing:
             positions = mask.flatten().nonzero()[:, 0]
             fewest = most = len(positions)
         else:
-            most = mask.numel() if most is None else min(most, mask.numel())
+            most = mask.numel() if most is None else min(-(-most // 64) * 64, mask.numel())
             positions = (~mask.flatten()).to(torch.uint8).argsort(stable=True)[:most]  # tokens first, in order
         ends = F.pad(mask.sum(1).cumsum(0), (1, 0))
         spare = torch.arange(1, math.ceil((most - fewest) / length) + 1, device=mask.device) * length

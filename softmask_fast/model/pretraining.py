@@ -166,12 +166,14 @@ class PretrainingStep(nn.Module):
         teacher: MomentumTeacher, settings: StepSettings,
     ) -> tuple[Tensor, FocalITCStats]:  # fmt: skip
         """Focal ITC against the batches of all ranks and the queue, and a negative for each row."""
+        features = (image_features, text_features, teacher_out.image_features, teacher_out.text_features)
+        if self.bf16:  # as autocast casts the inputs of a product; sums and statistics stay float32
+            features = tuple(feature.bfloat16() for feature in features)
         itc, stats, newest = self.itc(
-            image_features,
-            text_features,
+            *features[:2],
             temperature=self.model.temperature,
-            teacher_image=teacher_out.image_features,
-            teacher_text=teacher_out.text_features,
+            teacher_image=features[2],
+            teacher_text=features[3],
             alpha=settings.alpha,
             ids=batch.ids,
             queue=teacher.queue,

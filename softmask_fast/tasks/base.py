@@ -111,7 +111,12 @@ class TaskStep(nn.Module):
 
         The momentum copy gives soft targets if `settings.alpha` is above 0. The other settings are unused.
         """
-        with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
+        dtype = torch.bfloat16 if self.bf16 else None
+        with (
+            torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16),
+            self.model.base.holding_weights(dtype),
+            teacher.model.base.holding_weights(dtype),
+        ):
             loss, metrics = self.model.loss(batch, teacher.model if settings.alpha > 0 else None, settings.alpha)
         metrics = metrics | {"loss": loss}
         return loss, {name: value.detach().float() for name, value in metrics.items()}

@@ -26,6 +26,7 @@ from softmask_fast.config import RunConfig
 from softmask_fast.errors import UsageError, format_error, is_user_error
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.options import LaunchOptions
+from softmask_fast.training.compilation import decide_compilation
 from softmask_fast.training.deepspeed_engine import check_execution, read_deepspeed_config
 from softmask_fast.training.ranks import AgreedUsageError, run_on_all_ranks
 
@@ -105,7 +106,8 @@ def start_distributed(launch: LaunchOptions) -> None:
 
 
 def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, dict[str, Any], Path]:
-    """Decide what the options leave open (bf16, the output folder), read DeepSpeed's configuration, make the folder.
+    """Decide what the options leave open (bf16, compile, the output folder), read DeepSpeed's configuration, make the
+    folder.
 
     Returns the configuration with all decided, DeepSpeed's configuration, and the output folder. Raises
     AgreedUsageError for options that this machine cannot run, and as `output_directory` does.
@@ -121,6 +123,7 @@ def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, di
         return deepspeed_config
 
     deepspeed_config = run_on_all_ranks(read)
+    train = replace(train, compile=decide_compilation(train.compile, deepspeed_config))
     output = output_directory(config)
     return replace(config, train=replace(train, output_dir=str(output))), deepspeed_config, output
 
