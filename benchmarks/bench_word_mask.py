@@ -9,11 +9,13 @@
 | bytes | a floor: reads K, V, X and writes X' once, into memory that is already there |
 | the others | ours, by the name of the implementation |
 
+"word_soft_mask_keep" is the mask alone, without X and X': what the training step needs.
+
 Fused attention (SDPA, flex_attention) gives no maps, so it cannot stand here; bench_soft_masked_attention.py has it.
 
 | counted | bytes |
 | --- | --- |
-| every variant | K, V, X read and X' written once: (2 B H N D + 2 B N C) elements |
+| every variant | K, V, X read and X' written once: (2 B H N D + 2 B N C) elements; keep alone, K and V: 2 B H N D |
 
 All of them together are larger than the last-level cache. The gradient dS/dO that all but the first two take is made
 beforehand: it costs a partial backward pass through the layers above, which those two have in their own; here that is
@@ -51,7 +53,8 @@ class Problem:
         self.weight = draw(heads * width, 2) / 8
         self.word_index = torch.randint(0, length, (images,), generator=generator).to(DEVICE)
         self.masked = torch.empty_like(self.features)
-        self.bytes_moved = (2 * self.key.numel() + 2 * self.features.numel()) * self.features.element_size()
+        self.key_bytes = 2 * self.key.numel() * self.key.element_size()
+        self.bytes_moved = self.key_bytes + 2 * self.features.numel() * self.features.element_size()
         output = torch.nn.functional.scaled_dot_product_attention(self.query, self.key, self.value)
         self.grad_output = attention_output_gradient(self.score, output)
 
@@ -61,57 +64,61 @@ class Problem:
     def attention(self, query, key):
         return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
 
-    def masked_by_maps(self, attention, gradient):
+    def masked_by_maps(self, attention, gradient, alone=False):
         maps = (attention.detach() * gradient.relu()).mean(1)
         cam = maps[torch.arange(len(maps), device=maps.device), self.word_index]
         patches = cam[:, 1:]
         low, high = patches.amin(1, keepdim=True), patches.amax(1, keepdim=True)
         keep = torch.cat((torch.ones_like(cam[:, :1]), 1 - (patches - low) / (high - low)), 1)
-        return self.features * keep[:, :, None]
+        return keep.float() if alone else self.features * keep[:, :, None]
 
-    def hooks(self):
+    def hooks(self, alone=False):
         query, key, value = (x.detach().requires_grad_() for x in (self.query, self.key, self.value))
         attention, gradients = self.attention(query, key), []
         attention.register_hook(gradients.append)
         self.score(attention @ value).sum().backward()
-        return self.masked_by_maps(attention, gradients[0])
+        return self.masked_by_maps(attention, gradients[0], alone)
 
-    def maps(self):
+    def maps(self, alone=False):
         attention = self.attention(self.query, self.key).requires_grad_()
         (gradient,) = torch.autograd.grad(self.score(attention @ self.value).sum(), attention)
-        return self.masked_by_maps(attention, gradient)
+        return self.masked_by_maps(attention, gradient, alone)
 
-    def bytes(self):
-        self.key.sum(), self.value.sum(), torch.mul(self.features, 0.5, out=self.masked)
+    def bytes(self, alone=False):
+        self.key.sum(), self.value.sum()
+        if not alone:
+            torch.mul(self.features, 0.5, out=self.masked)
 
-    def fused(self, impl):
-        return word_soft_mask(
-            self.query, self.key, self.value, self.grad_output, self.word_index, self.features, impl=impl
-        )[0]
+    def fused(self, impl, alone=False):
+        inputs = (self.query, self.key, self.value, self.grad_output, self.word_index)
+        return word_soft_mask(*inputs, impl=impl) if alone else word_soft_mask(*inputs, self.features, impl=impl)[0]
 
-    def compiled(self):
-        run = torch.compile(reference.word_soft_mask, dynamic=False)
-        scale = self.query.shape[-1] ** -0.5
+    def compiled(self, alone=False):
+        run, scale = torch.compile(reference.word_soft_mask, dynamic=False), self.query.shape[-1] ** -0.5
+        features = None if alone else self.features
         return lambda: run(
-            self.query, self.key, self.value, self.grad_output, self.word_index, self.features, 1, None, scale
-        )[0]
+            self.query, self.key, self.value, self.grad_output, self.word_index, features, 1, None, scale
+        )[int(alone)]
 
-    def variants(self) -> dict[str, Variant]:
-        work = {"forward": self.bytes_moved}
+    def variants(self, alone=False) -> dict[str, Variant]:
+        """Of the masked features, or of keep alone."""
+        work = {"forward": self.key_bytes if alone else self.bytes_moved}
         found = {
-            "bytes": Variant(self.bytes, checked=False, work=work),
-            "ALBEF hooks": Variant(self.hooks, work=work),
-            "maps": Variant(self.maps, work=work),
-            "compiled": Variant(self.compiled(), work=work),
+            "bytes": Variant(lambda: self.bytes(alone), checked=False, work=work),
+            "ALBEF hooks": Variant(lambda: self.hooks(alone), work=work),
+            "maps": Variant(lambda: self.maps(alone), work=work),
+            "compiled": Variant(self.compiled(alone), work=work),
         }
         for name in reversed(registry.runnable("word_mask", DEVICE, DTYPE, WIDTH)):
             ours = name != "reference"
-            found[name] = Variant(lambda name=name: self.fused(name), ours=ours, work=work)
+            found[name] = Variant(lambda name=name: self.fused(name, alone), ours=ours, work=work)
         return found
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["features", "keep"])
 @pytest.mark.parametrize("tokens", [257, 577, 1025])
-def test_word_soft_mask(comparison, tokens):
-    problem = Problem(IMAGES, tokens)
+def test_word_soft_mask(comparison, tokens, alone):
+    problem = Problem(IMAGES if ON_GPU or not alone else 4 * IMAGES, tokens)  # larger than the caches without features
     tolerance = 1e-4 if DTYPE == torch.float32 else 0.05
-    comparison("word_soft_mask", problem.case, problem.variants(), "ALBEF hooks", "copy", tolerance, seconds=4)
+    name, variants = "word_soft_mask_keep" if alone else "word_soft_mask", problem.variants(alone)
+    comparison(name, problem.case, variants, "ALBEF hooks", "copy", tolerance, seconds=4)

@@ -53,12 +53,13 @@ VARIANTS = {
 }
 BUSY_ELSEWHERE = 0.15  # of the processors: a machine whose others work more than that is too loaded for the front page
 # What a size of a case is called where it is the only one that changes from case to case.
-AXES = {"word_soft_mask": "N", "soft_masked_attention": "N", "focal_itc": "B", "focal_itc_queue": "B"}
+AXES = {"word_soft_mask": "N", "word_soft_mask_keep": "N", "soft_masked_attention": "N", "focal_itc": "B", "focal_itc_queue": "B"}
 AXIS_LABELS = {"N": "image tokens (N)", "B": "pairs in a batch (B)"}
 # The page that shows one size of each benchmark, the paper's where it has one, and which sizes these are.
 FRONT = "README.md"
 FRONT_SIZES: dict[str, dict[str, tuple]] = {
     "word_soft_mask": {"N": (257,)},
+    "word_soft_mask_keep": {"N": ()},
     "soft_masked_attention": {"N": (257,)},
     "soft_masked_attention_projected": {"N": (257,)},
     "focal_itc": {"B": (4096,), "d": (256,)},
@@ -68,7 +69,7 @@ FRONT_SIZES: dict[str, dict[str, tuple]] = {
 # The pages that show all sizes, and of which benchmarks (None: of all).
 PAGES: dict[str, tuple[str, ...] | None] = {
     "docs/benchmarks.md": None,
-    "docs/operators/word_soft_mask.md": ("word_soft_mask",),
+    "docs/operators/word_soft_mask.md": ("word_soft_mask", "word_soft_mask_keep"),
     "docs/operators/soft_masked_attention.md": ("soft_masked_attention",),
     "docs/operators/focal_itc_loss.md": ("focal_itc", "focal_itc_queue"),
 }
