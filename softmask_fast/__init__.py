@@ -1,7 +1,7 @@
 """Text-driven soft masks and focal contrastive learning for vision-language pretraining (SoftMask++), fast.
 
-The public operators and `load_model` are here, loaded when first used: the operators need torch alone, `load_model`
-the extra `train`. `import softmask_fast` itself loads nothing else.
+The public operators, `load_model` and `draw` are here, loaded when first used: the operators need torch alone, the
+others the extra `train`. `import softmask_fast` itself loads nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softmask_fast.evaluation.heatmaps import draw
     from softmask_fast.model.export import load_model
     from softmask_fast.ops import (
         FeatureQueue,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "FeatureQueue", "FocalITCLoss", "FocalITCStats", "ImagePlan", "__version__", "attention_output_gradient",
+    "FeatureQueue", "FocalITCLoss", "FocalITCStats", "ImagePlan", "__version__", "attention_output_gradient", "draw",
     "focal_itc_loss", "load_model", "plan_image_index", "soft_masked_attention", "word_gradcam", "word_soft_mask",
 ]  # fmt: skip
 
@@ -35,13 +36,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "softmask_fast.model.export" if name == "load_model" else "softmask_fast.ops"
+    trained = {"draw": "softmask_fast.evaluation.heatmaps", "load_model": "softmask_fast.model.export"}
+    module = trained.get(name, "softmask_fast.ops")
     try:
         value = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
-        if name != "load_model":
+        if name not in trained:
             raise
-        raise ImportError(f"load_model: {error}; install it with: pip install 'softmask_fast[train]'") from error
+        raise ImportError(f"{name}: {error}; install it with: pip install 'softmask_fast[train]'") from error
     globals()[name] = value
     return value
 

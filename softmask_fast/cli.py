@@ -78,11 +78,26 @@ def _parser() -> argparse.ArgumentParser:
     entries.add_argument("--answers", metavar="FILE", help="vqa: JSON list of answers (default: the model's).")
     entries.add_argument("--predictions", type=Path, metavar="FILE", help="Write the answers to this file, as JSON.")
 
-    explain = add_command("explain", _explain, "Draw a heat map for every word.", model)
-    explain.add_argument("--image", required=True, type=Path, metavar="FILE", help="A JPEG, PNG or WebP image.")
-    explain.add_argument("--text", required=True, metavar="TEXT", help="A caption of the image, true or not.")
-    explain.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="File to write.")
-    explain.add_argument("--layer", type=int, metavar="N", help=layer_help)
+    maps = CommandParser(add_help=False, parents=[debug])
+    any_help = "A model folder (of this library, transformers or open_clip), or a name on the Hugging Face hub."
+    maps.add_argument("--model", required=True, type=Path, metavar="DIR|NAME", help=any_help)
+    maps.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if available).")
+    image_help = "JPEG, PNG or WebP images."
+    maps.add_argument("--image", required=True, nargs="+", type=Path, metavar="FILE", help=image_help)
+    text_help = "A caption of the image, true or not; a question, to models that answer."
+    maps.add_argument("--text", metavar="TEXT", help=text_help)
+    maps.add_argument("--answer", metavar="TEXT", help="Explain this answer (default: the model's own).")
+    layer_of_help = "Layer of the maps, 0 is the first (default: by the model's kind, see docs/word_maps.md)."
+    maps.add_argument("--layer", type=int, metavar="N", help=layer_of_help)
+
+    explain = add_command("explain", _explain, "Draw a heat map for every word.", maps)
+    explain.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="File to write, or a folder.")
+    explain.add_argument("--json", type=Path, metavar="FILE", help="Also write words and statistics of their maps.")
+    explain.add_argument("--npy", type=Path, metavar="FILE.npz", help="Also write the maps, by image and word.")
+
+    features = add_command("features", _features, "Write statistics of word maps as a table.", maps)
+    features_help = "File to write: one row for each image and word."
+    features.add_argument("--out", required=True, type=Path, metavar="FILE.parquet|FILE.npz", help=features_help)
 
     prepare = add_command("prepare", _prepare, "Make shards from images and a table of captions.", debug)
     table_help = "A .csv, .tsv, .json, .jsonl or .parquet table."
@@ -173,33 +188,58 @@ def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Re
 
 
 def _explain(options: argparse.Namespace) -> None:
-    """Draw where a model looks for every word of a text: one heat map per word over the image, as a PNG."""
-    if options.out.suffix.lower() != ".png":
-        raise UsageError(f"--out: expected a name that ends in .png, got {options.out}")
-    _check_output(options.out, "--out")
-    if not options.text.split():
-        raise UsageError("--text: expected at least one word, got none")
-    image = options.image.read_bytes()
-    _check_model(options.model)
-    _quiet_libraries()
-    from softmask_fast.data.types import BadSample
-    from softmask_fast.evaluation.heatmaps import explain
-    from softmask_fast.evaluation.tables import format_table
-    from softmask_fast.model.export import load_model
+    """Draw where a model looks for every word of a text: one heat map per word over the image, as a PNG; of several
+    images one PNG each, in a folder."""
+    several = len(options.image) > 1
+    if several == (options.out.suffix.lower() == ".png"):
+        expected = "a folder for several images" if several else "a name that ends in .png"
+        raise UsageError(f"--out: expected {expected}, got {options.out}")
+    if options.npy is not None and options.npy.suffix != ".npz":
+        raise UsageError(f"--npy: expected a name that ends in .npz, got {options.npy}")
+    outputs = {"--json": options.json, "--npy": options.npy} | ({} if several else {"--out": options.out})
+    explain = _open_explainer(options, outputs)
+    from softmask_fast.word_maps import explain_files
 
-    model, tokenizer = load_model(options.model, _device(options.device))
-    try:
-        shown = explain(model, tokenizer, image, options.text, options.out, layer=options.layer)
-    except BadSample as error:
-        raise UsageError(f"--image: {options.image}: {error}") from error
-    rows = [
-        [word["word"], f"{100 * word['strength']:.0f}", *(f"{100 * position:.0f}" for position in word["peak"])]
-        for word in shown["words"]
-    ]
-    title = f"The model gives the pair a {100 * shown['matched']:.1f} % chance to match"
-    notes = {"words without a map": len(shown["left_out"])}
-    print(format_table(title, notes, ["word", "strength %", "peak x %", "peak y %"], rows))
-    print(f"written to {options.out}")
+    records, arrays = explain_files(explain, options.image, options.out)
+    if options.json is not None:
+        write_json(options.json, records)
+        print(f"written to {options.json}")
+    if options.npy is not None:
+        import numpy as np
+
+        np.savez(options.npy, **arrays)
+        print(f"written to {options.npy}")
+
+
+def _features(options: argparse.Namespace) -> None:
+    """Write, for each word of each image, statistics of its map, of the colors under it, and the image's features
+    pooled under it, for classical learners: a row each, as .parquet or .npz."""
+    if options.out.suffix not in (".parquet", ".npz"):
+        raise UsageError(f"--out: expected a name that ends in .parquet or .npz, got {options.out}")
+    explain = _open_explainer(options, {"--out": options.out})
+    from softmask_fast.word_maps import feature_table, write_table
+
+    columns = feature_table(explain, options.image)
+    write_table(columns, options.out)
+    print(f"{len(columns['word'])} words with {len(columns)} columns written to {options.out}")
+
+
+def _open_explainer(options: argparse.Namespace, outputs: dict[str, Path | None]) -> Callable:
+    """What can be wrong is found before the model is opened."""
+    if options.text is not None and not options.text.split():
+        raise UsageError("--text: expected at least one word, got none")
+    for image in options.image:
+        image.open("rb").close()
+    for option, path in outputs.items():
+        if path is not None:
+            _check_output(path, option)
+    _quiet_libraries()
+    from softmask_fast.adapters.download import model_folder
+
+    folder = model_folder(options.model)
+    from softmask_fast.word_maps import explainer
+
+    return explainer(folder, _device(options.device), options.text, options.layer, options.answer)
 
 
 def _prepare(options: argparse.Namespace) -> None:

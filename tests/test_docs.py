@@ -54,6 +54,8 @@ PREPARED = {
     "docs/index.md": tutorial,
     "docs/transformers.md": transformers,
 }
+# Pages whose `maps` (B, L, N) must not be zero for any word: a head that reads one row only would make them so.
+EVERY_WORD = {"README.md", "docs/operators/word_gradcam.md"}
 RUN_COMMANDS = {"docs/index.md"}  # its softmask-fast commands run, too
 ELSEWHERE = {"docs/adapters.md", "docs/tasks.md"}  # test_guide.py, test_tasks.py
 RUN_HERE = [page for page in PAGES if blocks_of(page, "python") and name_of(page) not in ELSEWHERE]
@@ -71,6 +73,8 @@ def test_python_runs(page, tmp_path, monkeypatch):
             for words in commands(block):
                 if words[0] == "softmask-fast":
                     assert cli.main(words[1:]) == 0, words
+    if name_of(page) in EVERY_WORD:
+        assert (namespace["maps"].amax(-1) > 0).all()
 
 
 def test_blocks_are_found():

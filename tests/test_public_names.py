@@ -11,7 +11,7 @@ assert "torch" not in sys.modules
 assert set(sf.__all__) <= set(dir(sf)) and "torch" not in sys.modules
 import softmask_fast.ops as ops
 assert {name: getattr(sf, name) for name in ops.__all__} == {name: getattr(ops, name) for name in ops.__all__}
-assert set(sf.__all__) == {*ops.__all__, "load_model", "__version__"}
+assert set(sf.__all__) == {*ops.__all__, "draw", "load_model", "__version__"}
 assert "transformers" not in sys.modules
 from softmask_fast import load_model
 import softmask_fast.model.export

@@ -55,11 +55,24 @@ def explain(
     Raises:
         UsageError: for a text without words, an unreadable image, or a layer without maps.
     """
+    shown, maps = explained_words(model, tokenizer, image, text, layer=layer)
+    left_out = shown["left_out"]
+    notes = [f"no map, beyond {model.config.max_tokens} tokens or without a token: {' '.join(left_out)}"]
+    words = [word["word"] for word in shown["words"]]
+    matched = f"match {100 * shown['matched']:.0f} %"
+    draw(image, words, maps, out, title=text, note=matched, footnotes=notes if left_out else [])
+    return shown
+
+
+def explained_words(
+    model: VisionLanguageModel, tokenizer: Tokenizer, image: bytes | np.ndarray, text: str, *, layer: int | None = None
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """What `explain` returns, and the map (rows, cols) of each of its words; raises as it does."""
     words = text.split()
     if not words:
         raise UsageError("text: expected at least one word, got none")
-    picture = shown_picture(image)
     phrases = [Phrase(caption=text, text=w, first_word=i, n_words=1, boxes=[]) for i, w in enumerate(words)]
+    check_image(image)
     sample = Sample(key="image", image=image, captions=[text], phrases=phrases)
     with eval_mode(model):
         [maps], [spans] = phrase_maps(model, tokenizer, [(sample, text, phrases)], layer=layer)
@@ -69,42 +82,70 @@ def explain(
     seen = [i for i, span in enumerate(spans) if span]
     if not seen:
         raise UsageError(f"text: the tokenizer finds no token in {text!r}")
-    strongest = max(float(maps[i].max()) for i in seen)
-    report = []
-    for i in seen:
-        strength = float(maps[i].max()) / strongest if strongest > 0 else 0.0
-        report.append({"word": words[i], "strength": strength, "peak": peak(maps[i])})
+    report = [
+        {"word": words[i], "strength": strength, "peak": peak(maps[i])}
+        for i, strength in zip(seen, strengths([maps[i] for i in seen]), strict=True)
+    ]
     shown = {
         "text": text,
         "matched": logits.float().softmax(dim=-1)[0, 1].item(),
         "words": report,
         "left_out": [word for word, span in zip(words, spans, strict=True) if not span],
     }
-    save_figure(_draw_words(picture, shown, [maps[i] for i in seen], model.config.max_tokens), out)
-    return shown
+    return shown, [maps[i] for i in seen]
 
 
-def _draw_words(picture: np.ndarray, shown: dict[str, Any], maps: Sequence[np.ndarray], max_tokens: int) -> Figure:
-    """The image, then each word's map over it."""
-    rows = math.ceil((len(maps) + 1) / 5)
-    columns = math.ceil((len(maps) + 1) / rows)
+def strengths(maps: Sequence[np.ndarray]) -> list[float]:
+    """Each map's largest value, as a fraction of the largest of all; 0 if all maps are."""
+    peaks = [float(heat.max()) for heat in maps]
+    strongest = max(peaks, default=0.0)
+    return [value / strongest if strongest > 0 else 0.0 for value in peaks]
+
+
+def draw(
+    image: str | Path | bytes | np.ndarray | Image.Image, words: Sequence[str], maps: Sequence[Any], out: str | Path, *,
+    title: str = "", note: str = "", footnotes: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Draws one heat map for each word over an image.
+
+    Args:
+        image: a file's name or its content, (H, W, 3) uint8, or a PIL image.
+        words: their names.
+        maps: as many, each (rows, cols) over the whole image: arrays or tensors, at least 0.
+        out: the PNG to write; its folder is made.
+        title, note, footnotes: lines above the figure, under the image, and under the figure.
+
+    Raises:
+        UsageError: for no words, another number of maps, or maps of another shape; BadSample for an unreadable image.
+    """
+    heats = [np.asarray(heat.detach().float().cpu() if hasattr(heat, "detach") else heat, np.float32) for heat in maps]
+    if not words or len(heats) != len(words) or any(heat.ndim != 2 for heat in heats):
+        shapes = [heat.shape for heat in heats]
+        raise UsageError(f"maps: expected one (rows, cols) for each word, got {shapes} for {len(words)} words")
+    if isinstance(image, str | Path):
+        image = Path(image).read_bytes()
+    elif isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    picture = shown_picture(image)
+    rows = math.ceil((len(heats) + 1) / 5)
+    columns = math.ceil((len(heats) + 1) / rows)
     height, width = picture.shape[:2]
     size = columns * 2.3, rows * (2.3 * height / width + 0.5) + 0.9  # inches
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    figure.suptitle("\n".join(textwrap.wrap(shown["text"], 26 * columns)), fontsize=13, fontweight="bold")
-    _show(axes.flat[0], picture, "image", f"match {100 * shown['matched']:.0f} %")
-    for ax, word, heat in zip(axes.flat[1:], shown["words"], maps, strict=False):
-        strength = word["strength"]
+    if title:
+        figure.suptitle("\n".join(textwrap.wrap(title, 26 * columns)), fontsize=13, fontweight="bold")
+    _show(axes.flat[0], picture, "image", note)
+    for ax, word, heat, strength in zip(axes.flat[1:], words, heats, strengths(heats), strict=False):
         # The map of a weak word is mostly noise: draw it fainter, so that the eye goes to the words that count.
-        _show(ax, overlay(picture, heat, opacity=strength**0.35), word["word"], f"strength {100 * strength:.0f} %")
-    for ax in axes.flat[len(maps) + 1 :]:
+        _show(ax, overlay(picture, heat, opacity=strength**0.35), word, f"strength {100 * strength:.0f} %")
+    for ax in axes.flat[len(heats) + 1 :]:
         ax.set_axis_off()
     _color_bar(figure, axes)
-    if shown["left_out"]:
-        note = f"no map, beyond {max_tokens} tokens or without a token: {' '.join(shown['left_out'])}"
-        figure.supxlabel("\n".join(textwrap.wrap(note, 34 * columns)), fontsize=9, color=GRAY)
-    return figure
+    if footnotes:
+        lines = [line for text in footnotes for line in textwrap.wrap(text, 34 * columns)]
+        figure.supxlabel("\n".join(lines), fontsize=9, color=GRAY)
+    save_figure(figure, out)
 
 
 def heatmap_page(
@@ -235,7 +276,7 @@ def _show(ax: Axes, picture: np.ndarray, title: str, note: str = "") -> None:
     if title:
         ax.set_title("\n".join(textwrap.wrap(title, 24)), fontsize=11)
     if note:
-        ax.set_xlabel(note, fontsize=8, color=GRAY, labelpad=2)
+        ax.set_xlabel("\n".join(textwrap.wrap(note, 30)), fontsize=8, color=GRAY, labelpad=2)
 
 
 def _color_bar(figure: Figure, axes: np.ndarray) -> None:

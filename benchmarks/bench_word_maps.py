@@ -1,0 +1,82 @@
+"""Word maps of a decoder's layer against eager attention, whose whole map is made for them: a layer as Qwen2.5-VL's.
+
+| variant | what it is |
+| --- | --- |
+| eager | what users do: the layer's attention with its map, the map's gradient by that of the output, both kept whole |
+| eager forward | a ceiling: the first half of it alone, which gives no maps |
+| ours | `AttentionRecord.maps`: the words' rows alone, their log-sum-exp over all tokens, the image's keys and values |
+
+28 heads of queries, 4 of keys, 4,096 tokens of which 2,048 are the image's, 64 words behind them; the gradient of the
+layer's output is given to both, as both need the same partial backward pass for it.
+
+| counted | operations |
+| --- | --- |
+| eager, eager forward | 2 D H L L (logits), as many for the output, and as many for the map's gradient |
+
+    pytest benchmarks/bench_word_maps.py --benchmark-only
+"""
+
+from __future__ import annotations
+
+import torch
+from measure import DEVICE, DTYPE, Variant
+
+from softmask_fast.adapters.attention_record import AttentionRecord
+
+HEADS, KEY_HEADS, WIDTH = 28, 4, 128
+TOKENS, IMAGE, WORDS = 4096, 2048, 64
+FIRST = 16  # tokens before the image
+
+
+class Problem:
+    """Random attention of one layer, causal, and a random gradient of its output."""
+
+    def __init__(self, tokens: int = TOKENS, image: int = IMAGE, words: int = WORDS):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(heads):
+            return torch.randn(1, heads, tokens, WIDTH, generator=generator).to(DEVICE, DTYPE)
+
+        self.case = {"H": HEADS, "Hk": KEY_HEADS, "L": tokens, "N": image, "words": words, "D": WIDTH}
+        self.query, self.key, self.value, self.gradient = draw(HEADS), draw(KEY_HEADS), draw(KEY_HEADS), draw(HEADS)
+        self.rows = torch.arange(tokens - words, tokens, device=DEVICE)[None]
+        self.columns = torch.arange(FIRST, FIRST + image, device=DEVICE)[None]
+        self.hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).triu_(1)
+        self.record = AttentionRecord(self.query, self.key, self.value, self.query, WIDTH**-0.5, causal=True)
+        product = 2.0 * WIDTH * HEADS * tokens * tokens
+        self.work = {"eager": {"forward": 3 * product}, "eager forward": {"forward": 2 * product}}
+
+    @property
+    def map_bytes(self) -> int:
+        """Of the layer's map alone, in the model's dtype."""
+        return HEADS * self.query.shape[2] ** 2 * self.query.element_size()
+
+    @torch.no_grad()
+    def eager_forward(self):
+        key, value = (x.repeat_interleave(HEADS // KEY_HEADS, 1) for x in (self.key, self.value))
+        logits = (self.query @ key.mT).mul_(WIDTH**-0.5).masked_fill_(self.hidden, float("-inf"))
+        attention = logits.softmax(-1, dtype=torch.float32).to(self.query.dtype)
+        return attention, attention @ value, value
+
+    @torch.no_grad()
+    def eager(self):
+        attention, _, value = self.eager_forward()
+        gradient = self.gradient @ value.mT
+        rows, image = slice(-self.rows.shape[1], None), slice(FIRST, FIRST + self.columns.shape[1])
+        return (attention[:, :, rows, image].float() * gradient[:, :, rows, image].float().relu()).mean(1)
+
+    def ours(self):
+        return self.record.maps(self.gradient, self.rows, self.columns, torch.ones_like(self.columns).bool())[0]
+
+    def variants(self) -> dict[str, Variant]:
+        return {
+            "eager": Variant(self.eager, work=self.work["eager"]),
+            "eager forward": Variant(lambda: self.eager_forward()[1], checked=False, work=self.work["eager forward"]),
+            "ours": Variant(self.ours, ours=True),
+        }
+
+
+def test_word_maps(comparison):
+    problem = Problem()
+    tolerance = 1e-4 if DTYPE == torch.float32 else 0.05
+    comparison("word_maps", problem.case, problem.variants(), "eager", "matmul", tolerance, seconds=4)

@@ -1,0 +1,175 @@
+"""Word maps of cross-attention with projections `query`, `key` and `value`, as BERT's: BLIP, BridgeTower, ALBEF,
+captioners of transformers' VisionEncoderDecoder.
+
+Hooks record the projections of one layer and cut the graph at its output, which is all that the Grad-CAM needs. No
+attention map is needed, whatever computes it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softmask_fast.adapters.attention_record import MASKED
+from softmask_fast.adapters.image_layouts import square_grid
+from softmask_fast.adapters.scores import UNREAD, notes
+from softmask_fast.errors import UsageError
+from softmask_fast.ops import word_gradcam, word_soft_mask
+
+
+class WordRelevance:
+    """What one cross-attention layer computed in the model's last forward pass, and the maps of its words."""
+
+    def __init__(self, attention: nn.Module, score: Callable[[Any], Tensor] | None = None):
+        self.score = score
+        self.outputs: Any = None  # of the model
+        self.notes: list[str] = []  # what `maps` found to be zero by construction
+        self.heads: int = attention.num_attention_heads
+        self.projected: dict[str, Tensor] = {}  # query (B, L, C), key and value (B, N, C)
+        self.mask: Tensor | None = None
+        self.output: Tensor | None = None  # (B, L, C), the leaf of the graph
+
+    def maps(self, score: Tensor | None = None, word_index: Tensor | None = None) -> Tensor:
+        """Grad-CAM of a score of the last forward pass.
+
+        Args:
+            score: (B,) or a scalar; None: the `score` of `word_relevance`, else the model's logit of "matched".
+            word_index: (B,) int64, one word per text; None: all words.
+
+        Returns:
+            The relevance of each image token, float32: (B, L, N) for all words, (B, N) with `word_index`.
+
+        Raises:
+            UsageError: if there was no forward pass, or the score does not depend on the layer.
+        """
+        query, key, value, gradient = self._inputs(score)
+        unread = gradient.abs().amax((1, 3)) == 0
+        self.notes = notes(torch.arange(unread.shape[1]).expand_as(unread), [(unread.cpu(), UNREAD)])
+        return word_gradcam(query, key, value, gradient, word_index, key_mask=self._key_mask())
+
+    def soft_mask(
+        self, score: Tensor | None, word_index: Tensor, features: Tensor | None = None, *, prefix_tokens: int = 1
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The soft mask of one word per text; see `softmask_fast.ops.word_soft_mask`.
+
+        Args:
+            score, word_index: as for `maps`, which also says what is raised.
+            features: (B, N, C), to be masked.
+            prefix_tokens: number of image tokens before the patches.
+
+        Returns:
+            keep (B, N), how much of each image token is kept; with features (masked features (B, N, C), keep).
+        """
+        inputs = self._inputs(score)
+        return word_soft_mask(*inputs, word_index, features, prefix_tokens=prefix_tokens, key_mask=self._key_mask())
+
+    def image_features(self) -> Tensor:
+        """What the words could read of each image token in this layer: its values, (B, N, C) like `maps`."""
+        return self.projected["value"]
+
+    def pictures(self, maps: Tensor) -> list[Tensor]:
+        """Maps (B, ..., N) on the patches' square grid, without a [CLS]: for each image (..., rows, columns)."""
+        return square_grid(maps)
+
+    def _inputs(self, score: Tensor | None) -> list[Tensor]:
+        """Query, key, value and the gradient of the attention output, each (B, H, T, D)."""
+        if self.output is None:
+            raise UsageError("score: expected a forward pass inside the `with` block first, the layer has not run yet")
+        gradient = None
+        if score is None:
+            with torch.enable_grad():
+                score = (self.score or _matched)(self.outputs)
+        if score.requires_grad:
+            (gradient,) = torch.autograd.grad(score.sum(), self.output, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            raise UsageError(
+                "score: expected one computed inside the `with` block from the layer's output, got one that does not "
+                "depend on it"
+            )
+        parts = [*(self.projected[name] for name in ("query", "key", "value")), gradient]
+        return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
+
+    def _key_mask(self) -> Tensor | None:
+        """The layer's mask (B or 1, 1, L or 1, N), bool or additive, as (B, N) bool, True = attend."""
+        if self.mask is None:
+            return None
+        attended = self.mask if self.mask.dtype == torch.bool else self.mask == 0
+        hidden = ~self.mask if self.mask.dtype == torch.bool else self.mask <= MASKED
+        rows = attended[:, 0]
+        if attended.shape[1] != 1 or not (attended | hidden).all() or not (rows == rows[:, :1]).all():
+            raise UsageError("attention_mask: expected the same hidden image tokens for all words and heads")
+        return rows[:, 0].expand(len(self.output), -1)
+
+
+@contextmanager
+def cross_attention_relevance(
+    model: nn.Module, attention: nn.Module, score: Callable[[Any], Tensor] | None
+) -> Iterator[WordRelevance]:
+    """`word_relevance` of one attention module with `query`, `key`, `value` and `num_attention_heads`."""
+    missing = [name for name in ("query", "key", "value", "num_attention_heads") if not hasattr(attention, name)]
+    if missing:
+        raise UsageError(f"layer: expected an attention with query, key and value projections, {missing} missing")
+    signature = inspect.signature(attention.forward)
+    mask_name = "encoder_attention_mask" if "encoder_attention_mask" in signature.parameters else "attention_mask"
+    cam = WordRelevance(attention, score)
+
+    def start(*_: Any) -> None:
+        torch.set_grad_enabled(False)
+
+    def record_mask(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        cam.mask = signature.bind(*args, **kwargs).arguments.get(mask_name)
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple, projected: Tensor) -> None:
+            cam.projected[name] = projected.detach()
+
+        return hook
+
+    def cut(_: nn.Module, inputs: tuple, outputs: tuple) -> tuple:
+        torch.set_grad_enabled(True)
+        cam.output = outputs[0].detach().requires_grad_()
+        return cam.output, *outputs[1:]
+
+    def end(_: nn.Module, args: tuple, outputs: Any) -> None:
+        cam.outputs = outputs
+
+    grad_enabled = torch.is_grad_enabled()
+    handles = [
+        model.register_forward_pre_hook(start),
+        model.register_forward_hook(end),
+        attention.register_forward_pre_hook(record_mask, with_kwargs=True),
+        *(getattr(attention, name).register_forward_hook(record(name)) for name in ("query", "key", "value")),
+        attention.register_forward_hook(cut),
+    ]
+    try:
+        yield cam
+    finally:
+        torch.set_grad_enabled(grad_enabled)
+        for handle in handles:
+            handle.remove()
+
+
+def _matched(outputs: Any) -> Tensor:
+    """The logit of "matched" of BLIP, BridgeTower and alike."""
+    logits = getattr(outputs, "itm_score", None)
+    logits = getattr(outputs, "logits", None) if logits is None else logits
+    if logits is None or logits.shape[1:] != (2,):
+        raise UsageError("score: expected a callable or a tensor, as the output has no matching logits; got None")
+    return logits[:, 1]
+
+
+def bert_cross_attention(model: nn.Module) -> list[nn.Module]:
+    """The attention modules of the layers with cross-attention, in order; where several stacks have it, of the text's.
+    Empty if none has."""
+    stacks: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        if found := re.fullmatch(r"(.*)\.\d+\.crossattention\.self", name):
+            stacks.setdefault(found[1], []).append(module)
+    of_text = {name: layers for name, layers in stacks.items() if "text" in name.rsplit(".", 1)[-1]}
+    return next(iter((of_text or stacks).values()), [])

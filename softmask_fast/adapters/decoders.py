@@ -1,0 +1,327 @@
+"""Word maps of decoders that read an image as tokens: LLaVA, Qwen-VL, InternVL, PaliGemma, Idefics, Gemma and alike."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softmask_fast.adapters.attention_record import AttentionRecord, observed_attention, take
+from softmask_fast.adapters.image_layouts import Layout, find_layouts, on_picture, square_grid
+from softmask_fast.adapters.scores import (
+    LABEL_IGNORED,
+    UNREAD,
+    answer_log_probability,
+    answer_start,
+    next_token_log_probability,
+    notes,
+)
+from softmask_fast.errors import UsageError
+
+Score = Callable[[Any], Tensor]
+
+
+class DecoderRelevance:
+    """What one layer of a decoder computed in the model's last forward pass, and the maps of its words.
+
+    Attributes, after a forward pass: `image_tokens` (B, L) bool, the image's places among the tokens; `answer` (B,)
+    the position of each answer's first token, or None; `notes`, what `maps` found to be zero by construction.
+    """
+
+    def __init__(self, model: nn.Module, score: Score | None, image_tokens: Tensor | None, answer: int | Tensor | None):
+        self.model, self.score = model, score
+        self._given_tokens, self._given_answer = image_tokens, answer
+        self.inputs: dict[str, Any] = {}
+        self.outputs: Any = None
+        self.record: AttentionRecord | None = None
+        self.passes = 0
+        self.notes: list[str] = []
+
+    @property
+    def image_tokens(self) -> Tensor:
+        self._check_pass()
+        tokens = self.record.key.shape[2]
+        found = self._given_tokens
+        if found is None:
+            ids, image_id = self.inputs.get("input_ids"), image_token_id(self.model)
+            if ids is None or image_id is None:
+                what = "input_ids" if ids is None else "image_token_id in its configuration"
+                raise UsageError(f"image_tokens: expected (B, {tokens}) bool, as the model has no {what}; got None")
+            found = ids == image_id
+        if found.shape[1] != tokens and found.shape[1] != self.record.query.shape[2]:
+            raise UsageError(f"image_tokens: expected (B, {tokens}) bool, got {tuple(found.shape)}")
+        if found.shape[1] < tokens and self._past:
+            raise UsageError(
+                f"image_tokens: expected (B, {tokens}) bool, as the pass continues a KV cache; got None or "
+                f"{tuple(found.shape)}"
+            )
+        if not found.any():
+            raise UsageError("input_ids: expected an image's tokens among them, got a text alone")
+        return found
+
+    @property
+    def answer(self) -> Tensor | None:
+        return answer_start(self.inputs, self._given_answer)
+
+    def keep(self, _: nn.Module, record: AttentionRecord) -> None:
+        self.record = record
+
+    def maps(self, score: Tensor | None = None, word_index: Tensor | None = None) -> Tensor:
+        """Grad-CAM of a score of the last forward pass, for words of the prompt or of the answer.
+
+        A word of the prompt is its own row of the attention. A word of the answer is the row that predicts it, one
+        before. Words see the image tokens before them alone: others have maps of zeros, which `notes` says.
+
+        Args:
+            score: (B,) or a scalar; None: the `score` of `word_relevance`, else the log-probability of the answer
+                (where it begins is known from `answer` or from labels), else that of the likeliest next token.
+            word_index: (B, W) or (B,) int64, positions among the tokens of this pass; None: all.
+
+        Returns:
+            float32 (B, W, N), or (B, N) for (B,): the relevance of each image token in order, N the largest number of
+            image tokens of a sample, 0 where a sample has fewer.
+
+        Raises:
+            UsageError: if there was no forward pass, or more than one in pieces as `generate()` makes them; for a score
+                that does not depend on the layer, or a word out of range.
+        """
+        self._check_pass()
+        record = self.record
+        batch, _, length, _ = record.query.shape
+        batch = max(batch, len(record.key))
+        device = record.key.device
+        if word_index is None:
+            words = torch.arange(length, device=device).expand(batch, -1)
+        else:
+            words = (word_index if word_index.ndim == 2 else word_index[:, None]).to(device)
+            if len(words) != batch or words.numel() and not 0 <= int(words.min()) <= int(words.max()) < length:
+                raise UsageError(
+                    f"word_index: expected ({batch}, words) positions from 0 to {length - 1}, got {tuple(words.shape)} "
+                    f"from {int(words.min())} to {int(words.max())}"
+                )
+        gradient = record.gradient(self._score() if score is None else score)
+        rows = self._rows(words)
+        columns, exists = self._columns()
+        maps, sees = record.maps(gradient, rows, columns, exists)
+        self.notes = self._zero_by_construction(gradient, rows, words, columns, exists, sees)
+        return maps if word_index is None or word_index.ndim == 2 else maps[:, 0]
+
+    def image_features(self) -> Tensor:
+        """What the words could read of each image token in this layer: its values, (B, N, C) like `maps`."""
+        values = take(self.record.value, self._columns()[0])
+        return values.transpose(1, 2).flatten(2)
+
+    def layouts(self, picture_sizes: Sequence[tuple[int, int]] | None = None) -> list[list[Layout]]:
+        """How the image tokens lie on the images: a list of images for each sample.
+
+        picture_sizes: (height, width) of every image of the batch in order, for models whose inputs do not say how an
+        image was cut into tiles (InternVL); without it their overview alone is mapped.
+        """
+        return find_layouts(self.model, self.inputs, self.image_tokens, picture_sizes)
+
+    def pictures(self, maps: Tensor, picture_sizes: Sequence[tuple[int, int]] | None = None) -> list[list[Tensor]]:
+        """The maps (B, W, N) of `maps` on the images: for each sample a list of (W, rows, columns), one for each image.
+
+        The relevance of a token is spread evenly over the part of the image that it covers, and what several tiles say
+        of a place is added; tokens without a place (ends of rows) are left out.
+        """
+        placed = []
+        for sample, layouts in zip(maps, self.layouts(picture_sizes), strict=True):
+            first, images = 0, []
+            for layout in layouts:
+                images.append(on_picture(sample[:, first : first + layout.tokens], layout))
+                first += layout.tokens
+            placed.append(images)
+        return placed
+
+    def _check_pass(self) -> None:
+        if self.record is None:
+            raise UsageError("score: expected a forward pass inside the `with` block first, the layer has not run yet")
+        if self.passes > 1 and self.record.query.shape[2] == 1 < self.record.key.shape[2]:
+            raise UsageError(
+                "maps: expected one forward pass over the finished answer, got the steps of generate(); see "
+                "with_answer in softmask_fast.adapters.words"
+            )
+
+    @property
+    def _past(self) -> bool:
+        return self.record.key.shape[2] > self.record.query.shape[2]
+
+    def _attended(self) -> Tensor:
+        """(B, L) bool, the tokens of this pass that are no padding."""
+        ids, mask = self.inputs.get("input_ids"), self.inputs.get("attention_mask")
+        length = self.record.query.shape[2]
+        if mask is None or mask.ndim != 2:
+            like = ids if ids is not None else self.inputs["inputs_embeds"][..., 0]
+            return torch.ones_like(like, dtype=torch.bool)
+        return mask[:, -length:].bool()
+
+    def _score(self) -> Tensor:
+        with torch.enable_grad():
+            if self.score is not None:
+                return self.score(self.outputs)
+            logits = getattr(self.outputs, "logits", None)
+            if logits is None:
+                raise UsageError("score: expected a callable or a tensor, as the output has no logits; got None")
+            return self._answer_score(logits)
+
+    def _answer_score(self, logits: Tensor) -> Tensor:
+        if self.answer is None:
+            return next_token_log_probability(logits, self._attended())
+        return answer_log_probability(logits, self.inputs["input_ids"], self.answer, self._attended())
+
+    def _rows(self, words: Tensor) -> Tensor:
+        if self.answer is None:
+            return words
+        answered = words >= self.answer.to(words.device)[:, None]
+        return (words - answered.long()).clamp(min=0)
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """The places (B, N) of the image tokens among the keys, and which of them exist."""
+        tokens = self.image_tokens.to(self.record.key.device)
+        exists = torch.arange(int(tokens.sum(1).max()), device=tokens.device) < tokens.sum(1, keepdim=True)
+        order = tokens.int().argsort(dim=1, descending=True, stable=True)[:, : exists.shape[1]]
+        return order * exists, exists
+
+    def _zero_by_construction(
+        self, gradient: Tensor, rows: Tensor, words: Tensor, columns: Tensor, exists: Tensor, sees: Tensor
+    ) -> list[str]:
+        attended = self._attended().to(rows.device).gather(1, words)
+        first = torch.where(exists, columns, columns.new_full((), 1 << 62)).amin(1, keepdim=True)
+        before = attended & (rows + self.record.key.shape[2] - self.record.query.shape[2] < first)
+        unread = attended & ~before & ~gradient.abs().amax((1, 3)).bool().gather(1, rows)
+        outside = attended & ~before & ~unread & ~sees
+        return notes(
+            words,
+            [
+                (before, "before the image, which it cannot see"),
+                (unread, UNREAD),
+                (outside, "the image is outside this layer's window"),
+            ],
+        )
+
+
+def image_token_id(model: nn.Module) -> int | None:
+    """The id at the image's places, by the model's configuration."""
+    config = model.config
+    for name in ("image_token_id", "image_token_index"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+def cross_attention(model: nn.Module) -> list[nn.Module]:
+    """The cross-attention of a decoder's layers that runs by the attention interface, in order; empty if none does."""
+    numbered: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        if found := re.fullmatch(r"(.*)\.\d+\.(encoder_attn|cross_attn|crossattention)", name):
+            if not hasattr(module, "self"):  # BERT's, which holds the attention itself
+                numbered.setdefault(found[1], []).append(module)
+    return max(numbered.values(), key=len, default=[])
+
+
+def decoder_attention(model: nn.Module) -> list[nn.Module]:
+    """The self-attention of the language model's layers, in order; empty if there is none."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    numbered: dict[str, list[nn.Module]] = {}
+    for name, module in decoder.named_modules():
+        if found := re.fullmatch(r"(.*?)\.?\d+\.(self_attn|attn|attention|layer\.0\.SelfAttention)", name):
+            numbered.setdefault(found[1], []).append(module)
+    return max(numbered.values(), key=len, default=[])
+
+
+def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """A call's arguments by name."""
+    bound = dict(signature.bind_partial(*args, **kwargs).arguments)
+    return bound | bound.pop("kwargs", {})
+
+
+class EncoderDecoderRelevance(DecoderRelevance):
+    """As `DecoderRelevance`, of a cross-attention layer: image tokens are among the encoder's, or all of them.
+
+    Words are the decoder's tokens. Called with `decoder_input_ids`, a word is the row that predicts it, one before;
+    called with `labels` alone, words are the labels, each at its own row.
+    """
+
+    @property
+    def image_tokens(self) -> Tensor:
+        self._check_pass()
+        batch, tokens = self.record.key.shape[0], self.record.key.shape[2]
+        ids, image_id = self.inputs.get("input_ids"), image_token_id(self.model)
+        if self._given_tokens is not None:
+            found = self._given_tokens
+        elif ids is not None and image_id is not None and ids.shape[1] == tokens and (ids == image_id).any():
+            found = ids == image_id
+        else:
+            found = torch.ones(batch, tokens, dtype=torch.bool, device=self.record.key.device)
+        if found.shape != (batch, tokens):
+            raise UsageError(f"image_tokens: expected ({batch}, {tokens}) bool, got {tuple(found.shape)}")
+        return found
+
+    @property
+    def answer(self) -> Tensor | None:
+        """1, after the token that starts the decoder; None with labels alone, where words are labels."""
+        batch = len(self.record.key)
+        if self._given_answer is not None:
+            return torch.as_tensor(self._given_answer).expand(batch)
+        return torch.ones(batch, dtype=torch.int64) if self._decoder_ids() is not None else None
+
+    def pictures(self, maps: Tensor, picture_sizes: Any = None) -> list[list[Tensor]]:
+        """Maps (B, W, N) on the patches' square grid, without a [CLS]: for each sample a list of its one image."""
+        return [[picture] for picture in square_grid(maps)]
+
+    def _decoder_ids(self) -> Tensor | None:
+        return self.inputs.get("decoder_input_ids")
+
+    def _attended(self) -> Tensor:
+        mask, ids = self.inputs.get("decoder_attention_mask"), self._decoder_ids()
+        if mask is not None:
+            return mask.bool()
+        return self.inputs["labels"] != LABEL_IGNORED if ids is None else torch.ones_like(ids, dtype=torch.bool)
+
+    def _answer_score(self, logits: Tensor) -> Tensor:
+        ids, attended = self._decoder_ids(), self._attended()
+        if ids is not None:
+            return answer_log_probability(logits, ids, self.answer.to(ids.device), attended)
+        labels = self.inputs["labels"].clamp(min=0)
+        chosen = logits.float().gather(2, labels[..., None])[..., 0] - logits.float().logsumexp(-1)
+        return (chosen * attended).sum(1)
+
+    def _zero_by_construction(self, gradient: Tensor, rows: Tensor, words: Tensor, *_: Tensor) -> list[str]:
+        unread = self._attended().to(rows.device).gather(1, words)
+        unread = unread & ~gradient.abs().amax((1, 3)).bool().gather(1, rows)
+        return notes(words, [(unread, UNREAD)])
+
+
+@contextmanager
+def observed_model(model: nn.Module, cam: Any, modules: Sequence[nn.Module]) -> Iterator[Any]:
+    """Within the block the model runs without a graph up to the first of the modules, and `cam` gets its inputs, its
+    outputs, and by `cam.keep` what the modules compute."""
+
+    signature = inspect.signature(model.forward)
+
+    def start(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        cam.passes = cam.passes + 1 if kwargs.get("past_key_values") is not None else 1
+        cam.inputs, cam.outputs, cam.record = _arguments(signature, args, kwargs), None, None
+        torch.set_grad_enabled(False)
+
+    def end(_: nn.Module, args: tuple, outputs: Any) -> None:
+        cam.outputs = outputs
+        if cam.record is None and modules:
+            raise UsageError(
+                f"model: expected attention by transformers' attention interface, got {type(model).__name__}, whose "
+                f"{type(modules[-1]).__name__} does not run by it, or did not run"
+            )
+
+    grad_enabled = torch.is_grad_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.set_grad_enabled, grad_enabled)
+        stack.enter_context(observed_attention(modules, cam.keep))
+        for handle in (model.register_forward_pre_hook(start, with_kwargs=True), model.register_forward_hook(end)):
+            stack.callback(handle.remove)
+        yield cam

@@ -1,0 +1,254 @@
+"""One image and one text through any model that has word maps: from a name on the hub or a folder to words and maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from softmask_fast.adapters.cross_attention import WordRelevance
+from softmask_fast.adapters.decoders import image_token_id
+from softmask_fast.adapters.download import model_folder
+from softmask_fast.adapters.dual_encoders import is_dual_encoder, similarities
+from softmask_fast.adapters.image_layouts import Layout, Part, on_picture, square_grid
+from softmask_fast.adapters.scores import answer_log_probability
+from softmask_fast.adapters.transformers import word_relevance
+from softmask_fast.adapters.words import Word, with_answer, words_of
+from softmask_fast.errors import UsageError
+
+PROMPT = "Describe the image."
+
+
+@dataclass(frozen=True)
+class WordMap:
+    """A word's relevance over the whole picture."""
+
+    text: str
+    part: str  # "text", "prompt" or "answer"
+    heat: np.ndarray  # (rows, columns) float32
+    features: np.ndarray  # (C,) float32: the image's features, weighted by the map; NaN for a map of zeros
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The maps of the words of a text over one image."""
+
+    text: str
+    answer: str | None  # what a decoder or captioner said, or was given
+    score: str  # what the maps explain
+    value: float
+    words: list[WordMap]
+    notes: list[str]  # maps that are zero by construction
+
+
+def open_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
+    """A model of transformers or open_clip in eval mode, and its processor, by a folder or a name on the hub.
+
+    Raises:
+        UsageError: within 10 seconds, if it is not on this machine and the hub cannot be reached; or for a model that
+            cannot be opened.
+    """
+    folder = model_folder(name)
+    if (folder / "open_clip_config.json").is_file():
+        import open_clip
+
+        source = f"local-dir:{folder}"
+        model, transform = open_clip.create_model_from_pretrained(source)
+        return model.to(device).eval(), (transform, open_clip.get_tokenizer(source))
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        if kind is None:
+            raise UsageError(f"--model: expected a model of transformers, got {name} with {config.architectures}")
+        model = kind.from_pretrained(folder, dtype="auto" if torch.device(device).type == "cuda" else torch.float32)
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        if isinstance(processor, transformers.PreTrainedTokenizerBase):  # a captioner's folder may have no processor
+            processor = (transformers.AutoImageProcessor.from_pretrained(folder), processor)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--model: {name} cannot be opened: {' '.join(str(error).split())[:300]}") from error
+    return model.to(device).eval(), processor
+
+
+def explain_image(
+    model: nn.Module, processor: Any, image: Image.Image, text: str | None = None, *, layer: int | None = None,
+    answer: str | None = None, max_new_tokens: int = 32,
+) -> Explanation:  # fmt: skip
+    """The word maps of one image and one text.
+
+    Args:
+        model, processor: of `open_model`.
+        image: RGB.
+        text: a caption for models that compare or match; a question for decoders, by default "Describe the image.";
+            for captioners the caption to explain, None: their own.
+        layer: as for `word_relevance`.
+        answer: of decoders, the answer to explain; None: the model's own, greedy.
+        max_new_tokens: of an own answer or caption.
+
+    Raises:
+        UsageError: for a model that has no maps, a missing text, or one without a word.
+    """
+    if is_dual_encoder(model):
+        return _dual(model, processor, image, _required(text), layer)
+    if hasattr(model, "generate") and image_token_id(model) is not None and model.can_generate():
+        return _decoder(model, processor, image, text or PROMPT, layer, answer, max_new_tokens)
+    if hasattr(model, "generate") and model.can_generate():
+        return _captioner(model, processor, image, text, layer, max_new_tokens)
+    return _matching(model, processor, image, _required(text), layer)
+
+
+def _required(text: str | None) -> str:
+    if not (text or "").split():
+        raise UsageError("--text: expected at least one word, got none")
+    return text
+
+
+def _decoder(model, processor, image, text, layer, answer, max_new_tokens) -> Explanation:
+    tokenizer = processor.tokenizer
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    else:
+        prompt = text if "qformer" in type(processor).__name__.lower() or hasattr(model, "qformer") else None
+        prompt = prompt or f"{getattr(processor, 'image_token', '<image>')}{text}"
+    inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device)
+    inputs = {name: _as_model(value, model) for name, value in inputs.items()}
+    if answer is not None:
+        ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
+    else:
+        with torch.no_grad():
+            options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+            ids = model.generate(**inputs, **options, suppress_tokens=[image_token_id(model)])
+    inputs, start = with_answer(model, inputs, ids)
+    with torch.no_grad(), word_relevance(model, layer, answer=start) as cam:
+        outputs = model(**inputs)
+        maps = cam.maps()
+    ids = inputs["input_ids"]
+    attended = inputs["attention_mask"].bool() & ~cam.image_tokens
+    words = words_of(tokenizer, ids[0].tolist(), (~attended[0]).nonzero()[:, 0].tolist())
+    parts = ["answer" if word.tokens[0] >= start else "prompt" for word in words]
+    pictures = cam.pictures(maps, [(image.height, image.width)])[0][0]
+    value = answer_log_probability(outputs.logits.detach(), ids, torch.tensor([start]), inputs["attention_mask"].bool())
+    made = _words(cam, processor, image, maps[0], pictures, words, parts)
+    said = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    notes = [note.removeprefix("sample 0: ") for note in cam.notes]
+    return Explanation(text, said, "log-probability of the answer", value.item(), made, notes)
+
+
+def _dual(model, processor, image, text, layer) -> Explanation:
+    """The text's map, and of each word that of what it adds: the similarity less that to the text without it."""
+    words = text.split()
+    texts = [text] + [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)) if len(words) > 1]
+    if isinstance(processor, tuple):
+        transform, tokenizer = processor
+        device = next(model.parameters()).device
+        arguments, given = (transform(image)[None].to(device), tokenizer(texts).to(device)), {}
+    else:
+        padding = "max_length" if "siglip" in model.config.model_type else True  # as SigLIP was trained
+        given = processor(text=texts, images=image, return_tensors="pt", padding=padding, truncation=True)
+        arguments, given = (), {name: _as_model(value, model) for name, value in given.to(model.device).items()}
+    with torch.no_grad(), word_relevance(model, layer) as cam:
+        scores = similarities(model(*arguments, **given))
+        every = torch.cat([scores[:, :1], scores[:, :1] - scores[:, 1:]], 1)
+        maps = cam.maps(every)
+    pictures = cam.pictures(maps)[0]
+    spans = [Word(text, (0,)), *(Word(word, (i + 1,)) for i, word in enumerate(words) if len(words) > 1)]
+    made = _words(cam, processor, image, maps[0], pictures, spans, ["text"] * len(spans))
+    return Explanation(text, None, "similarity; of a word, what it adds", scores[0, 0].item(), made, [])
+
+
+def _matching(model, processor, image, text, layer) -> Explanation:
+    inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
+    with torch.no_grad(), word_relevance(model, layer) as cam:
+        outputs = model(**inputs)
+        maps = cam.maps()
+    logits = getattr(outputs, "itm_score", None)
+    logits = outputs.logits if logits is None else logits
+    words = words_of(processor.tokenizer, inputs["input_ids"][0].tolist())
+    made = _words(cam, processor, image, maps[0], cam.pictures(maps)[0], words, ["text"] * len(words))
+    notes = [note.removeprefix("sample 0: ") for note in cam.notes]
+    return Explanation(text, None, "probability of a match", logits.softmax(-1)[0, 1].item(), made, notes)
+
+
+def _captioner(model, processor, image, text, layer, max_new_tokens) -> Explanation:
+    images, tokenizer = processor if isinstance(processor, tuple) else (processor.image_processor, processor.tokenizer)
+    pixels = images(image, return_tensors="pt").pixel_values.to(model.device)
+    if text is None:
+        with torch.no_grad():
+            ids = model.generate(pixels, max_new_tokens=max_new_tokens, do_sample=False)
+    else:
+        start = [token for token in (_start(model, tokenizer),) if token is not None]
+        ids = torch.tensor([start + tokenizer(text, add_special_tokens=False).input_ids], device=model.device)
+    if ids.shape[1] < 2:
+        raise UsageError("--text: expected a caption with a word, got none, and the model says nothing")
+    first, attended = torch.ones(1, dtype=torch.int64), torch.ones_like(ids, dtype=torch.bool)
+
+    def log_probability(outputs: Any) -> Tensor:
+        return answer_log_probability(outputs.logits, ids, first, attended)
+
+    name = "input_ids" if model.config.model_type == "blip" else "decoder_input_ids"
+    with torch.no_grad():
+        with word_relevance(model, layer, score=log_probability) as cam:
+            model(pixel_values=pixels, **{name: ids})
+            maps, value = cam.maps(), cam.score(cam.outputs)
+    if isinstance(cam, WordRelevance):  # BERT's cross-attention maps rows: a word is predicted by the row before
+        maps = torch.cat([maps[:, :1], maps[:, :-1]], 1)
+    words = words_of(tokenizer, ids[0].tolist(), [0])
+    [pictures] = square_grid(maps)
+    made = _words(cam, processor, image, maps[0], pictures, words, ["answer"] * len(words))
+    said = tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    return Explanation(text or "", said, "log-probability of the caption", value.item(), made, [])
+
+
+def _start(model: nn.Module, tokenizer: Any) -> int | None:
+    first = getattr(model.config, "decoder_start_token_id", None)
+    for token in (first, tokenizer.bos_token_id, tokenizer.cls_token_id):
+        if token is not None:
+            return token
+    return None
+
+
+def _as_model(value: Any, model: nn.Module) -> Any:
+    return value.to(model.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _words(
+    cam: Any, processor: Any, image: Image.Image, maps: Tensor, pictures: Tensor, words: Sequence[Word], parts: list
+) -> list[WordMap]:
+    """maps (L, N) and pictures (L, rows, columns) of tokens -> those of words, over the whole picture."""
+    pictures = _in_picture(pictures, processor, image)
+    features = cam.image_features()[0].float()
+    made = []
+    for word, part in zip(words, parts, strict=True):
+        places = list(word.tokens)
+        weights = maps[places].mean(0)
+        pooled = (weights / weights.sum()) @ features[: len(weights)]
+        heat = pictures[places].mean(0)
+        made.append(WordMap(word.text, part, heat.float().cpu().numpy(), pooled.cpu().numpy()))
+    if not made:
+        raise UsageError("--text: expected at least one word that the tokenizer knows, got none")
+    return made
+
+
+def _in_picture(pictures: Tensor, processor: Any, image: Image.Image) -> Tensor:
+    """Maps of the center that a processor cuts out, in the whole picture; others stay."""
+    images = processor[0] if isinstance(processor, tuple) else getattr(processor, "image_processor", processor)
+    crop, size = getattr(images, "crop_size", None), getattr(images, "size", None)
+    if not getattr(images, "do_center_crop", False) or not crop or "shortest_edge" not in (size or {}):
+        return pictures
+    scale = min(image.size) / size["shortest_edge"]
+    high, wide = min(1.0, crop["height"] * scale / image.height), min(1.0, crop["width"] * scale / image.width)
+    if high == wide == 1.0:
+        return pictures
+    rows, columns = pictures.shape[1:]
+    box = ((1 - high) / 2, (1 - wide) / 2, (1 + high) / 2, (1 + wide) / 2)
+    layout = Layout(rows * columns, (Part(0, rows, columns, box),))
+    return on_picture(pictures.flatten(1), layout)
