@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from softmask_fast.evaluation.tables import Report
 
-PRETRAINED = ("retrieval", "grounding")  # tasks of a model without fine-tuning
+PRETRAINED = ("retrieval", "grounding", "maps")  # tasks of a model without fine-tuning
 TASKS = (*PRETRAINED, "vqa", "nlvr2", "entailment")
 
 
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     retrieval.add_argument("--captions", choices=("first", "all"), default="first", help=captions_help)
     rerank_help = "Re-rank the best K of each query by image-text matching; 0: do not (default: 16)."
     retrieval.add_argument("--rerank", type=int, default=16, metavar="K", help=rerank_help)
-    evaluate.add_argument_group("grounding").add_argument("--layer", type=int, metavar="N", help=layer_help)
+    evaluate.add_argument_group("grounding, maps").add_argument("--layer", type=int, metavar="N", help=layer_help)
     entries = evaluate.add_argument_group("tasks with JSON data")
     entries.add_argument("--image_root", metavar="DIR", help="Folder of relative image paths (default: the JSON's).")
     entries.add_argument("--answers", metavar="FILE", help="vqa: JSON list of answers (default: the model's).")
@@ -129,8 +129,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    """Print recall@1, 5 and 10 of retrieval, how well word heat maps point at the boxes of the words, or the accuracy
-    of a model fine-tuned for VQA, NLVR2 or visual entailment."""
+    """Print recall@1, 5 and 10 of retrieval, how well word heat maps point at the boxes of the words (maps: beside
+    those of attention, rollout and Grad-CAM), or the accuracy of a model fine-tuned for VQA, NLVR2 or visual
+    entailment."""
     for name in ("json", "predictions"):
         if getattr(options, name) is not None:
             _check_output(getattr(options, name), f"--{name}")
@@ -155,7 +156,7 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
     if options.predictions or options.answers:
         raise UsageError(f"--predictions, --answers: expected with a task that has answers, not with {options.task}")
     from softmask_fast.data.sources import open_source
-    from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
+    from softmask_fast.evaluation import evaluate_grounding, evaluate_maps, evaluate_retrieval
     from softmask_fast.model.export import load_model
     from softmask_fast.tasks.datasets import open_expressions
 
@@ -166,7 +167,8 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
         return evaluate_retrieval(model, tokenizer, source, captions=options.captions, rerank=options.rerank, **common)
     open_phrases = open_expressions if options.data.endswith(".json") else open_source
     source = open_phrases(options.data, **split)
-    return evaluate_grounding(model, tokenizer, source, layer=options.layer, **common)
+    evaluate = evaluate_grounding if options.task == "grounding" else evaluate_maps
+    return evaluate(model, tokenizer, source, layer=options.layer, **common)
 
 
 def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Report:

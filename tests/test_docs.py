@@ -4,17 +4,18 @@ The site builds of them.
 """
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import hub_folders
 import pytest
-import torch
 from code_blocks import PAGES, ROOT, blocks_of
 from deepspeed.launcher import runner
-from small_models import small_blip, small_model, small_tokenizer, tutorial_folder
+from small_models import small_model, small_tokenizer, tutorial_folder
 
 from softmask_fast import cli
 from softmask_fast.model.convert_albef import save_albef
@@ -36,10 +37,18 @@ def albef():
     return {}
 
 
-def transformers():
-    """A small random BLIP and a batch for it."""
-    inputs = dict(pixel_values=torch.randn(2, 3, 32, 32), input_ids=torch.randint(5, 60, (2, 7)))
-    return {"model": small_blip(32, 8, 3, 60), "inputs": inputs}
+def word_maps():
+    """Small random models where the page has the hub's, and an annotation file."""
+    tutorial_folder(Path())
+    names = {"llava": "llava-hf/llava-1.5-7b-hf", "clip": "openai/clip-vit-base-patch32"}
+    for kind, name in names.items():
+        hub_folders.FOLDERS[kind](Path(name))
+    shape = {"size": [2, 2], "counts": [1, 1, 2]}
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": shape}
+    image = {"id": 1, "file_name": "dog.jpg", "height": 2, "width": 2}
+    content = {"images": [image], "categories": [{"id": 1, "name": "dog"}], "annotations": [annotation]}
+    Path("instances.json").write_text(json.dumps(content))
+    return {}
 
 
 def tutorial():
@@ -52,7 +61,7 @@ PREPARED = {
     "README.md": tutorial,
     "docs/albef.md": albef,
     "docs/index.md": tutorial,
-    "docs/transformers.md": transformers,
+    "docs/word_maps.md": word_maps,
 }
 # Pages whose `maps` (B, L, N) must not be zero for any word: a head that reads one row only would make them so.
 EVERY_WORD = {"README.md", "docs/operators/word_gradcam.md"}

@@ -1,8 +1,6 @@
 """Word maps of transformers' models against full attention maps, which eager attention returns, and their gradients."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -175,12 +173,3 @@ def test_mistakes_are_named():
         matched(model, batch)
         with pytest.raises(ValueError, match="does not depend on it"):
             cam.maps(torch.ones(2))
-
-
-def test_the_lines_of_the_documentation():
-    page = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text()
-    [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {"model": randomised(blip("eager")), "inputs": inputs()}
-    exec(block, names)
-    assert names["maps"].shape == (2, 7, 17) and names["keep"].shape == (2, 17)
-    assert names["word_maps"].shape == (2, 7, 4, 4)

@@ -1,11 +1,14 @@
 """Word maps of dual encoders, encoder-decoders, Q-Formers and our own models, and who is refused."""
 
+import re
 from unittest import mock
 
 import open_clip
 import pytest
 import torch
 import transformers as tf
+from code_blocks import ROOT
+from small_decoders import FAMILIES, small_decoder
 from small_models import small_model, small_tokenizer
 from torch.nn import functional as F
 
@@ -254,6 +257,31 @@ def mllama(backend):
     return tf.MllamaForConditionalGeneration._from_config(config, attn_implementation=backend)
 
 
+def test_mllama():
+    """A decoder with cross-attention whose mask differs from row to row, and from sample to sample."""
+    eager, model = uneven(mllama("eager")), uneven(mllama("sdpa"))
+    for one in (eager, model):
+        for name, parameter in one.named_parameters():
+            if "gate" in name:
+                torch.nn.init.constant_(parameter, 0.7)
+    ids, seen = torch.randint(5, 58, (2, 7)), torch.ones(2, 7, 1, 2, dtype=torch.long)
+    ids[:, 1] = 59
+    seen[:, 0], seen[0, :, :, 1] = 0, 0  # the model lets a word that sees no image see all; a sample has one tile
+    batch = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(2, 1, 2, 3, 16, 16),
+        aspect_ratio_ids=torch.tensor([[1], [2]]), aspect_ratio_mask=torch.tensor([[[1, 0]], [[1, 1]]]),
+        cross_attention_mask=seen,
+    )  # fmt: skip
+    _, kept = returned_map(eager.model.language_model.layers[1].cross_attn)
+    logits = eager(**batch).logits.log_softmax(-1)
+    expected = cam_of(kept["map"], sum(logits[:, p - 1].gather(1, ids[:, p, None])[:, 0] for p in (4, 5, 6)))
+    with torch.no_grad(), word_relevance(model, 0, answer=4) as cam:
+        model(**batch)
+    maps = cam.maps()
+    close(maps[:, :4], expected[:, :4])
+    close(maps[:, 4:], expected[:, 3:-1])
+
+
 def blip2(backend, kind=tf.Blip2ForConditionalGeneration, **text):
     opt = dict(
         model_type="opt", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=48, vocab_size=60,
@@ -329,3 +357,22 @@ def test_who_is_refused():
             model(pixel_values=torch.randn(1, 3, 16, 16), input_ids=ids, labels=ids)
     with pytest.raises(ValueError, match="expected one of transformers, open_clip or softmask_fast, got Linear"):
         word_relevance(torch.nn.Linear(2, 2).eval(), 0).__enter__()
+
+
+# What the tests of this file, of test_decoder_maps.py and of test_transformers_adapter.py compare or see refused.
+TESTED = {
+    "BlipForImageTextRetrieval", "BridgeTowerForImageAndTextRetrieval", "VisionEncoderDecoderModel", "CLIP",
+    "CLIPModel", "SiglipModel", "Siglip2Model", "CustomTextCLIP", "VisionLanguageModel",
+    "Blip2ForConditionalGeneration",
+    "InstructBlipForConditionalGeneration", "MllamaForConditionalGeneration",
+}  # fmt: skip
+REFUSED = {"T5Attention", "GitForCausalLM", "ModifiedResNet"}
+
+
+def test_the_support_table_is_what_is_tested():
+    decoders = {type(small_decoder(family)).__name__ for family in FAMILIES}
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| (yes|no) \|", (ROOT / "docs/word_maps.md").read_text(), re.MULTILINE)
+    named = {"yes": set(), "no": set()}
+    for models, answer in rows:
+        named[answer] |= set(re.findall(r"`(\w+)`", models))
+    assert named == {"yes": TESTED | decoders, "no": REFUSED}

@@ -265,21 +265,24 @@ class EncoderDecoderRelevance(DecoderRelevance):
 
     @property
     def answer(self) -> Tensor | None:
-        """1, after the token that starts the decoder; None with labels alone, where words are labels."""
-        batch = len(self.record.key)
-        if self._given_answer is not None:
-            return torch.as_tensor(self._given_answer).expand(batch)
-        return torch.ones(batch, dtype=torch.int64) if self._decoder_ids() is not None else None
+        """As given, by default 1, after the decoder's first token; None with labels alone, where words are labels."""
+        ids = self._decoder_ids()
+        if ids is None:
+            return None
+        return torch.as_tensor(1 if self._given_answer is None else self._given_answer).expand(len(ids))
 
     def pictures(self, maps: Tensor, picture_sizes: Any = None) -> list[list[Tensor]]:
         """Maps (B, W, N) on the patches' square grid, without a [CLS]: for each sample a list of its one image."""
         return [[picture] for picture in square_grid(maps)]
 
     def _decoder_ids(self) -> Tensor | None:
-        return self.inputs.get("decoder_input_ids")
+        """Of the decoder: those of all tokens, where the encoder reads the image alone (Mllama)."""
+        ids = self.inputs.get("decoder_input_ids")
+        return self.inputs.get("input_ids") if ids is None and not self.model.config.is_encoder_decoder else ids
 
     def _attended(self) -> Tensor:
-        mask, ids = self.inputs.get("decoder_attention_mask"), self._decoder_ids()
+        ids, decoder = self._decoder_ids(), "decoder_" * bool(self.model.config.is_encoder_decoder)
+        mask = self.inputs.get(f"{decoder}attention_mask")
         if mask is not None:
             return mask.bool()
         return self.inputs["labels"] != LABEL_IGNORED if ids is None else torch.ones_like(ids, dtype=torch.bool)

@@ -2,10 +2,13 @@
 
 Retrieval measures recall@k in both directions, by image-text contrast (ITC) alone and after image-text matching (ITM)
 has re-ranked the best candidates of every query. Grounding measures how well the heat maps of words fall into the
-boxes of what they name, next to the scores of a random and an even map.
+boxes of what they name, next to the scores of a random and an even map; maps compares ways to make them.
 """
 
 from softmask_fast.evaluation.grounding import GroundingReport, evaluate_grounding
+from softmask_fast.evaluation.map_methods import MapsReport, evaluate_maps
 from softmask_fast.evaluation.retrieval import RetrievalReport, evaluate_retrieval
 
-__all__ = ["GroundingReport", "RetrievalReport", "evaluate_grounding", "evaluate_retrieval"]
+__all__ = [
+    "GroundingReport", "MapsReport", "RetrievalReport", "evaluate_grounding", "evaluate_maps", "evaluate_retrieval",
+]  # fmt: skip

@@ -53,6 +53,18 @@ def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
     )
 
 
+def region_score(heat: np.ndarray, coverage: np.ndarray) -> float:
+    """Intersection over union of what lies above half of the map's range with boxes or a mask.
+
+    heat and coverage, the part of each patch that is covered (of `box_coverage`, or a mask's), are (rows, cols). A flat
+    map counts as all of the image.
+    """
+    low, high = float(heat.min()), float(heat.max())
+    region = heat >= (low + high) / 2
+    common = float(coverage[region].sum())
+    return common / (float(region.sum()) + float(coverage.sum()) - common)
+
+
 def proposal_score(
     heat: np.ndarray, boxes: Sequence[Box], proposals: Sequence[Box], size: tuple[int, int]
 ) -> tuple[bool, float]:

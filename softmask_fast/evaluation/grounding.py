@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from softmask_fast.data.images import image_size
@@ -106,7 +107,7 @@ def evaluate_grounding(
     layer = map_layer(model, layer, words=False)
     own = _Scores()
     with eval_mode(model):
-        for queries in batches(_caption_queries(source, count, own.skipped, progress), batch_size):
+        for queries in batches(caption_queries(source, count, own.skipped, progress), batch_size):
             maps, spans = phrase_maps(model, tokenizer, queries, layer=layer)
             for query, maps_of_caption, spans_of_caption in zip(queries, maps, spans, strict=True):
                 _score_caption(query, maps_of_caption, spans_of_caption, own)
@@ -168,9 +169,11 @@ def map_layer(model: VisionLanguageModel, layer: int | None, words: bool = True)
 
 
 def phrase_maps(
-    model: VisionLanguageModel, tokenizer: Tokenizer, queries: Sequence[Query], *, layer: int | None = None
-) -> tuple[list[list[np.ndarray]], list[list[list[int]]]]:
-    """Computes the heat maps of phrases; `layer` is that of `map_layer`.
+    model: VisionLanguageModel, tokenizer: Tokenizer, queries: Sequence[Query], *, layer: int | None = None,
+    relevance: Callable[..., Tensor] | None = None,
+) -> tuple[list[list[np.ndarray]], list[list[list[int]]]]:  # fmt: skip
+    """Computes the heat maps of phrases; `layer` is that of `map_layer`, `relevance` what makes the maps of the tokens,
+    by default the model's `word_relevance`.
 
     Returns for each phrase of each query its map over the patches, (rows, cols) float32, and the token positions that
     the map averages. A phrase beyond max_tokens has no positions and a map of zeros. Raises UsageError for a layer
@@ -181,8 +184,9 @@ def phrase_maps(
     image_index = {identity: index for index, identity in enumerate(samples)}
     pixels = image_pixels(model, list(samples.values()))[[image_index[id(sample)] for sample, _, _ in queries]]
     layer = map_layer(model, layer, words=not all(phrase.whole for _, _, phrases in queries for phrase in phrases))
-    relevance = model.word_relevance(pixels, text.input_ids, text.attention_mask, layer)  # (B, L, N)
-    relevance = relevance[:, :, model.prefix_tokens :].float().cpu().numpy()
+    relevance = relevance or model.word_relevance
+    tokens = relevance(pixels, text.input_ids, text.attention_mask, layer)  # (B, L, N)
+    tokens = tokens[:, :, model.prefix_tokens :].float().cpu().numpy()
     maps, spans = [], []
     for row, (sample, caption, phrases) in enumerate(queries):
         spans.append([])
@@ -195,7 +199,7 @@ def phrase_maps(
             if phrase.whole:
                 span = text.attention_mask[row].nonzero()[:, 0].tolist()
             spans[-1].append(span)
-            heat = relevance[row, span].mean(axis=0) if span else np.zeros(relevance.shape[2], np.float32)
+            heat = tokens[row, span].mean(axis=0) if span else np.zeros(tokens.shape[2], np.float32)
             maps[-1].append(heat.reshape(model.grid_size))
     return maps, spans
 
@@ -223,7 +227,7 @@ def boxed_phrases(sample: Sample) -> dict[str, list[Phrase]]:
     return by_caption
 
 
-def _caption_queries(source: CaptionSource, count: int, skipped: dict[str, str], progress: bool) -> Iterator[Query]:
+def caption_queries(source: CaptionSource, count: int, skipped: dict[str, str], progress: bool) -> Iterator[Query]:
     """One query for each caption that has phrases with boxes, so that a caption is encoded once."""
     indices = rank_indices(count)
     samples = usable_samples(source, indices, skipped)
