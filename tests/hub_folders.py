@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 import transformers as tf
+from open_clip.model import CLIP
+from safetensors.torch import save_file
 from small_decoders import CONFIGS, TEXT, VISION
 from small_models import small_blip, small_tokenizer
 
@@ -68,4 +71,17 @@ def captioner(folder: Path) -> Path:
     return _save(folder, model, tf.ViTImageProcessor(size=SIZE), tokenizer)
 
 
-FOLDERS = {"llava": llava, "clip": clip, "blip": blip, "captioner": captioner}
+def open_clip(folder: Path) -> Path:
+    """As open_clip writes them; the tokenizer is its own."""
+    text = dict(context_length=12, vocab_size=49408, width=32, heads=2, layers=1)
+    vision = dict(image_size=16, patch_size=4, width=32, head_width=16, layers=2)
+    sizes = dict(embed_dim=32, vision_cfg=vision, text_cfg=text)
+    model = _even(CLIP(**sizes))
+    folder.mkdir(parents=True)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes, "preprocess_cfg": {}}))
+    return folder
+
+
+FOLDERS = {"open_clip": open_clip, "llava": llava, "clip": clip, "blip": blip, "captioner": captioner}

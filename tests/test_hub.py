@@ -45,7 +45,7 @@ def test_explain_and_features(name, folders, pictures, tmp_path, capsys):
     tall, wide = records = json.loads((tmp_path / "words.json").read_text())
     arrays = np.load(tmp_path / "maps.npz")
     words = [word["word"] for word in wide["words"]]
-    if name == "clip":
+    if "clip" in name:
         assert words == [TEXT, *TEXT.split()]
     else:
         assert " ".join(words).startswith(TEXT) or TEXT in " ".join(words)
@@ -57,7 +57,7 @@ def test_explain_and_features(name, folders, pictures, tmp_path, capsys):
         for heat, word in zip(heats, record["words"], strict=True):
             assert word["mean"] == pytest.approx(float(heat.mean()), rel=1e-5)
             assert 0 <= word["entropy"] <= 1.0001
-    if name in ("llava", "clip"):  # the processor sees the center of the picture alone
+    if name == "llava" or "clip" in name:  # the processor sees the center of the picture alone
         assert heats[0].shape == (4, 8) and (heats[0][:, :2] == 0).all() and (heats[0][:, 6:] == 0).all()
     else:
         assert heats[0].shape == (4, 4)

@@ -57,9 +57,14 @@ def test_methods_by_their_definitions(model_and_tokenizer):
     torch.testing.assert_close(maps["rollout"].sum(-1), torch.ones(2, 7))
 
     rolled, kept = torch.eye(17), []
+
+    def run_plain(block, args):
+        block.attn(block.norm1(args[0]))
+
     for block in model.vision.vit.blocks:
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_hook(lambda module, args, output: kept.append(output))
+        block.register_forward_pre_hook(run_plain)
     with torch.no_grad():
         tokens = model.vision(pixels)
     for attention in kept:

@@ -16,7 +16,7 @@ from softmask_fast.adapters.cross_attention import WordRelevance
 from softmask_fast.adapters.decoders import image_token_id
 from softmask_fast.adapters.download import model_folder
 from softmask_fast.adapters.dual_encoders import is_dual_encoder, similarities
-from softmask_fast.adapters.image_layouts import Layout, Part, on_picture, square_grid
+from softmask_fast.adapters.image_layouts import WHOLE, Box, Layout, Part, on_picture, square_grid
 from softmask_fast.adapters.scores import answer_log_probability
 from softmask_fast.adapters.transformers import word_relevance
 from softmask_fast.adapters.words import Word, with_answer, words_of
@@ -133,7 +133,7 @@ def _decoder(model, processor, image, text, layer, answer, max_new_tokens) -> Ex
         maps = cam.maps()
     ids = inputs["input_ids"]
     attended = inputs["attention_mask"].bool() & ~cam.image_tokens
-    words = words_of(tokenizer, ids[0].tolist(), (~attended[0]).nonzero()[:, 0].tolist())
+    words = words_of(tokenizer, ids[0].tolist(), (~attended[0]).nonzero()[:, 0].tolist(), [start])
     parts = ["answer" if word.tokens[0] >= start else "prompt" for word in words]
     pictures = cam.pictures(maps, [(image.height, image.width)])[0][0]
     value = answer_log_probability(outputs.logits.detach(), ids, torch.tensor([start]), inputs["attention_mask"].bool())
@@ -239,16 +239,30 @@ def _words(
 
 
 def _in_picture(pictures: Tensor, processor: Any, image: Image.Image) -> Tensor:
-    """Maps of the center that a processor cuts out, in the whole picture; others stay."""
+    """Maps of what a processor cuts out of the picture, or pads it to, in the whole picture."""
     images = processor[0] if isinstance(processor, tuple) else getattr(processor, "image_processor", processor)
-    crop, size = getattr(images, "crop_size", None), getattr(images, "size", None)
-    if not getattr(images, "do_center_crop", False) or not crop or "shortest_edge" not in (size or {}):
-        return pictures
-    scale = min(image.size) / size["shortest_edge"]
-    high, wide = min(1.0, crop["height"] * scale / image.height), min(1.0, crop["width"] * scale / image.width)
-    if high == wide == 1.0:
+    top, left, bottom, right = _seen(images, image.height, image.width)
+    if (top, left, bottom, right) == WHOLE:
         return pictures
     rows, columns = pictures.shape[1:]
-    box = ((1 - high) / 2, (1 - wide) / 2, (1 + high) / 2, (1 + wide) / 2)
-    layout = Layout(rows * columns, (Part(0, rows, columns, box),))
+    layout = Layout(rows * columns, (Part(0, rows, columns, (top, left, bottom, right)),))
     return on_picture(pictures.flatten(1), layout)
+
+
+def _seen(images: Any, height: int, width: int) -> Box:
+    """What a processor's grid covers: the center that it cuts out, or the square that it pads the picture to."""
+    if hasattr(images, "image_grid_pinpoints"):  # tiles, whose layout says what they cover
+        return WHOLE
+    high = wide = 1.0
+    crop, size = getattr(images, "crop_size", None), getattr(images, "size", None) or {}
+    steps = {type(step).__name__: step for step in getattr(images, "transforms", ())}  # open_clip's, of torchvision
+    cuts = getattr(images, "do_center_crop", False)
+    if "CenterCrop" in steps and isinstance(steps["Resize"].size, int):
+        cuts, crop = True, dict(zip(("height", "width"), steps["CenterCrop"].size, strict=True))
+        size = {"shortest_edge": steps["Resize"].size}
+    if getattr(images, "do_pad", False) and "Llava" in type(images).__name__:
+        high, wide = max(height, width) / height, max(height, width) / width
+    elif cuts and crop and size.get("shortest_edge"):
+        scale = min(height, width) / size["shortest_edge"]
+        high, wide = min(1.0, crop["height"] * scale / height), min(1.0, crop["width"] * scale / width)
+    return ((1 - high) / 2, (1 - wide) / 2, (1 + high) / 2, (1 + wide) / 2)

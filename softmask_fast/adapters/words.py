@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Arguments with one number a token, and what a generated token has there.
 TOKEN_ARGUMENTS = {"token_type_ids": 0, "mm_token_type_ids": 0}
 SUFFIX = {"paligemma": 1}  # token_type_ids of an answer, by model_type
-ONE_PASS = ("position_ids", "cache_position", "past_key_values", "rope_deltas")
+ONE_PASS = ("labels", "position_ids", "cache_position", "past_key_values", "rope_deltas")
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,27 @@ def with_answer(model: nn.Module, inputs: Mapping[str, Any], generated: Tensor) 
     return full, length
 
 
-def words_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], left_out: Collection[int] = ()) -> list[Word]:
+def words_of(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], left_out: Collection[int] = (), starts: Collection[int] = ()
+) -> list[Word]:
     """The words of a text, as white space parts it.
 
     Args:
         tokenizer: any of transformers.
-        ids: the tokens; special ones, and the image's, part words and are in none.
-        left_out: places to leave out (padding).
+        ids: the tokens; special ones part words and are in none.
+        left_out: places of others to leave out: padding, the image.
+        starts: places where a word begins in any case, as the answer's first token.
     """
-    special, hidden = set(tokenizer.all_special_ids), set(left_out)
-    hidden |= {place for place, token in enumerate(ids) if token in special}
+    special = set(tokenizer.all_special_ids)
+    special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    hidden = set(left_out) | {place for place, token in enumerate(ids) if token in special}
     words: list[tuple[str, list[int]]] = []
     part: list[int] = []
     before = ""
     for place, token in enumerate(ids):
-        if place in hidden:
+        if place in hidden or place in starts:
             part, before = [], ""
+        if place in hidden:
             continue
         part.append(token)
         text = tokenizer.decode(part, clean_up_tokenization_spaces=False)

@@ -139,17 +139,15 @@ def _rollout(model: VisionLanguageModel, pixels: Tensor) -> tuple[Tensor, Tensor
     """The image encoder's tokens (B, N, C), and how much of each input token is in each of them, (B, N, N)."""
     mixed: list[Tensor] = []
 
-    def hook(attention: torch.nn.Module, args: tuple, qkv: Tensor) -> None:
-        query, key, _ = qkv.unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-        query, key = attention.q_norm(query.transpose(1, 2)), attention.k_norm(key.transpose(1, 2))
-        mean = (query @ key.mT * attention.scale).softmax(-1).mean(1)
+    def mix(block: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(args[0])).unflatten(-1, (3, attention.num_heads, -1))
+        query, key = (part.transpose(1, 2) for part in qkv.unbind(2)[:2])
+        mean = (attention.q_norm(query) @ attention.k_norm(key).mT * attention.scale).softmax(-1).mean(1)
         step = (mean + torch.eye(mean.shape[-1], device=mean.device)) / 2
         mixed[:] = [step @ mixed[0]] if mixed else [step]
 
-    handles = [
-        block.attn.qkv.register_forward_hook(lambda module, args, output, owner=block.attn: hook(owner, args, output))
-        for block in model.vision.vit.blocks
-    ]
+    handles = [block.register_forward_pre_hook(mix) for block in model.vision.vit.blocks]
     try:
         return model.vision(pixels), mixed[0]
     finally:
