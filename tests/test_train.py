@@ -93,6 +93,14 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} was not reached: {process.communicate()[0][-4000:]}")
 
 
+def ranks_and_workers(launcher: subprocess.Popen) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """The ranks that a launcher has started, and the worker processes of their loaders."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    workers = [child for child in children if "softmask_fast.data.workers" in " ".join(child.cmdline())]
+    named = [child for child in children if any("--local_rank" in word for word in child.cmdline())]
+    return [child for child in named if set(child.children()) <= set(workers)], workers
+
+
 def same_run(first: Path, second: Path) -> None:
     assert metrics(first) == metrics(second) and len(metrics(first)) == STEPS
     for name in ("model.safetensors",):
@@ -142,13 +150,14 @@ def test_a_run_leaves_its_record(uninterrupted):
 
 
 def test_killed_rank_then_resume_is_the_uninterrupted_run(uninterrupted, tmp_path):
-    process = launch(tmp_path / "run", ranks=2, cwd=tmp_path)
+    process = launch(tmp_path / "run", ranks=2, cwd=tmp_path, data_workers=1)
     wait_for_step(tmp_path / "run", 5, process)
-    children = psutil.Process(process.pid).children(recursive=True)
-    ranks = [child for child in children if not child.children() and "--local_rank" in " ".join(child.cmdline())]
+    ranks, workers = ranks_and_workers(process)
+    assert len(ranks) == len(workers) == 2
     ranks[-1].send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
+    assert not psutil.wait_procs(workers, timeout=10)[1]
     (tmp_path / "run" / "checkpoints" / "partial-step-00000099").mkdir()  # as a crash leaves it
     with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
         log.write('{"step": 7, "lo')
@@ -158,8 +167,9 @@ def test_killed_rank_then_resume_is_the_uninterrupted_run(uninterrupted, tmp_pat
 
 @pytest.mark.parametrize("whom", ["process group", "launcher alone"])
 def test_sigterm_writes_a_checkpoint_and_exits_cleanly(uninterrupted, tmp_path, whom):
-    process = launch(tmp_path / "run", ranks=2, cwd=tmp_path)
+    process = launch(tmp_path / "run", ranks=2, cwd=tmp_path, data_workers=1)
     wait_for_step(tmp_path / "run", 4, process)
+    _, workers = ranks_and_workers(process)
     if whom == "process group":
         os.killpg(process.pid, signal.SIGTERM)
     else:
@@ -168,6 +178,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(uninterrupted, tmp_path, 
     assert "resume with --output_dir" in text, text[-4000:]
     done = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert int(done[-1].removeprefix("step-")) >= 4
+    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=10)[1]
     if whom == "process group":
         finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, resume=True))
         same_run(uninterrupted, tmp_path / "run")
@@ -241,8 +252,7 @@ def test_two_hosts_without_ssh_lose_a_rank_and_resume(uninterrupted, tmp_path, h
 
     processes = launch_hosts()
     wait_for_step(tmp_path / "run", 5, processes[0])
-    children = psutil.Process(processes[1].pid).children(recursive=True)
-    rank = next(child for child in children if not child.children() and "--local_rank" in " ".join(child.cmdline()))
+    ((rank,), _) = ranks_and_workers(processes[1])
     rank.send_signal(signal.SIGKILL)
     first = processes[0].communicate(timeout=60)[0]
     processes[1].communicate(timeout=60)
