@@ -156,8 +156,8 @@ class SampleLoader(Generic[BatchType]):
         # Jobs of equal size: small ones divide a batch among all threads, large ones cost this thread less.
         jobs = -(-batch_size // _JOB) if workers else min(batch_size, self.num_threads)
         self._job_size = -(-batch_size // jobs)
-        # held at a time: those of the batch in DALI, of a part of the next one, and prepared ahead
-        self._capacity = jobs + 1 + 2 * max(jobs, workers)
+        # held at a time: those of the batch in DALI, a part of the next one, and those prepared ahead
+        self._capacity = jobs + 1 + jobs + max(jobs, workers)
         self._pool: ThreadPool | WorkerPool
         if workers:
             self._pool = WorkerPool(preparer, workers, self._capacity)

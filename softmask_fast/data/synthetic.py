@@ -220,13 +220,13 @@ def _caption(parts: Sequence[str | SceneObject], name: Callable[[SceneObject], s
 def _draw_scene(generator: np.random.Generator, count: int, palette: int) -> list[SceneObject] | None:
     """One random scene, or None if objects overlap, look alike or are in no clear relation."""
     sizes, colors, shapes = list(SIZES), list(COLORS)[:palette], list(OUTLINES)
-    kinds = generator.integers((len(sizes), len(colors), len(shapes)), size=(count, 3))
-    positions = generator.random((count, 2))
+    kinds = generator.integers((len(sizes), len(colors), len(shapes)), size=(count, 3)).tolist()
+    positions = generator.random((count, 2)).tolist()
     scene = []
-    for (size, color, shape), position in zip(kinds, positions, strict=True):
+    for (size, color, shape), (x, y) in zip(kinds, positions, strict=True):
         half = SIZES[sizes[size]]
-        x, y = half + position * (1 - 2 * half)
-        scene.append(SceneObject(sizes[size], colors[color], shapes[shape], float(x), float(y)))
+        room = 1 - 2 * half
+        scene.append(SceneObject(sizes[size], colors[color], shapes[shape], half + x * room, half + y * room))
     if len({(thing.color, thing.shape) for thing in scene}) < count:
         return None
     for i, first in enumerate(scene):
