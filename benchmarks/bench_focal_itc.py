@@ -30,6 +30,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+import measure
 import pytest
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ def too_slow(known: dict[str, tuple[int, float]], batch: int) -> dict[str, Varia
     found = {}
     for name, (smaller, seconds) in known.items():
         estimate = seconds * (batch / smaller) ** 2
-        if estimate > LONGEST:
+        if estimate > min(LONGEST, measure.longest or LONGEST):
             found[name] = Variant(missing={"all": f"would take about {estimate:,.0f} s, by its time at B {smaller:,}"})
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import measure
 import pytest
 import report
 import torch
@@ -21,10 +22,15 @@ def pytest_addoption(parser):
         "--save-results", nargs="?", const=str(report.RESULTS), metavar="FOLDER",
         help="write FOLDER/<device>/<date>.json (default folder: benchmarks/results)",
     )  # fmt: skip
+    parser.addoption(
+        "--short", type=float, metavar="SECONDS",
+        help="time each case for no longer, and leave out what torch.compile makes, which takes longer than that",
+    )  # fmt: skip
 
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    measure.longest = config.getoption("--short")
 
 
 @pytest.fixture

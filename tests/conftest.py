@@ -9,6 +9,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+# In the name of a test, or of its parameters or file: it uses the GPU where there is one.
+GPU_WORDS = ("cuda", "triton", "on_a_gpu", "xformers", "varlen", "dali")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what touches a GPU, beside the tests that are marked where they stand: `pytest -m gpu`."""
+    for item in items:
+        if any(word in item.nodeid.lower() for word in GPU_WORDS):
+            item.add_marker(pytest.mark.gpu)
+
 
 @pytest.fixture(autouse=True)
 def fixed_seeds():

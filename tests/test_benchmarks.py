@@ -182,23 +182,88 @@ def test_terminal_tables(run):
 
 def gpu_script(state, **environment):
     environment = os.environ | {"PYTHON": sys.executable, "GPU_STATE": str(state)} | environment
+    environment = {"SOFTMASK_FAST_ALLOW_CPU": "1", "RESULTS": str(state / "results"), "PHOTOS": ""} | environment
     return subprocess.run([ROOT / "benchmarks" / "gpu.sh"], env=environment, capture_output=True, text=True)
 
 
+def gpu_results(state) -> dict:
+    """The one results file."""
+    (path,) = state.glob("results/*/*.json")
+    run = json.loads(path.read_text())
+    assert path.parent.name == run["slug"] == measure.environment()["slug"] and run["torch"] == torch.__version__
+    return run
+
+
 def test_gpu_script_skips_parts_that_are_done(tmp_path):
-    for part in ("install", "build", "tests", "report", *(path.stem for path in ROOT.glob("benchmarks/bench_*.py"))):
+    done = ["install", "build", "tests", "report", "job_tiny", "job_small", "job_base"]
+    for part in (*done, *(path.stem for path in ROOT.glob("benchmarks/bench_*.py"))):
         (tmp_path / f"{part}.done").touch()
-    run = gpu_script(tmp_path, SOFTMASK_FAST_ALLOW_CPU="1", PHOTOS="")
+    run = gpu_script(tmp_path)
     assert run.returncode == 0, run.stderr
     assert "== tests: done before" in run.stdout and "== bench_focal_itc: done before" in run.stdout
     assert "no ablation" in run.stdout and (tmp_path / "ablation.done").exists()
+    assert gpu_results(tmp_path)["parts"] == {"ablation": {"seconds": 0, "outcome": "done"}}
 
 
 def test_gpu_script_repeats_a_named_part_and_reports_failure(tmp_path):
     (tmp_path / "tests.done").touch()
-    run = gpu_script(tmp_path, SOFTMASK_FAST_ALLOW_CPU="1", PART="tests", TESTS="tests/no_such_file.py")
+    run = gpu_script(tmp_path, PART="tests ablation", TESTS="tests/no_such_file.py")
     assert run.returncode == 2 and "these parts failed: tests" in run.stderr
     assert not (tmp_path / "tests.done").exists() and "no_such_file" in (tmp_path / "tests.log").read_text()
+    assert {name: part["outcome"] for name, part in gpu_results(tmp_path)["parts"].items()} == {
+        "tests": "failed",
+        "ablation": "done",
+    }
+
+
+def test_gpu_script_names_each_failing_test_with_its_error(tmp_path):
+    text = "import pytest\npytestmark = pytest.mark.gpu\n\ndef test_right(): pass\n\n"
+    text += "def test_wrong():\n    total = 1 + 1\n    assert total == 3, 'expected three'\n"
+    (tmp_path / "test_things.py").write_text(text)
+    run = gpu_script(tmp_path, PART="tests", TESTS=f"-c /dev/null --rootdir {tmp_path} {tmp_path}")
+    assert run.returncode == 2, run.stdout
+    assert "FAILED test_things.py::test_wrong: AssertionError: expected three" in run.stdout
+    tests = gpu_results(tmp_path)["parts"]["tests"]
+    assert tests["passed"] == tests["failed"] == 1 and tests["outcome"] == "failed"
+    assert tests["failures"] == {"test_things.py::test_wrong": "AssertionError: expected three"}
+
+
+def test_gpu_script_runs_the_job_and_says_what_it_found(tmp_path):
+    sizes = "--data shapes:num=64 --image_size 32 --vision_depth 1 --text_layers 1 --batch_size 4 --data_threads 1"
+    run = gpu_script(tmp_path, PART="job_tiny", JOB_OPTIONS=sizes)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    found = gpu_results(tmp_path)["parts"]["job_tiny"]
+    assert found["steps"] > 20 and found["pairs_per_second"] > 1 and 0 <= found["data_wait"] < 1
+    assert found["peak_memory_gib"] > 0 and "forward and backward" in found["where_time_goes"]
+    assert found["outcome"] == "done" and found["seconds"] > found["seconds_to_first_line"]
+
+
+def test_gpu_script_installs_from_a_packed_folder(tmp_path):
+    """As on a machine whose DALI comes in parts."""
+    packed, files = tmp_path / "packed", tmp_path / "files" / "nvidia" / "dali"
+    files.mkdir(parents=True)
+    (files / "__init__.py").write_text("packed = True\n")
+    (packed / "dali").mkdir(parents=True)
+    subprocess.run(f"tar cf - nvidia | xz > {tmp_path}/all.xz", shell=True, check=True, cwd=tmp_path / "files")
+    whole = (tmp_path / "all.xz").read_bytes()
+    for name, part in (("part-a", whole[:100]), ("part-b", whole[100:])):
+        (packed / "dali" / name).write_bytes(part)
+    run = gpu_script(tmp_path, PART="install", PACKED=str(packed))
+    assert run.returncode == 0, run.stderr
+    site = tmp_path / "site"
+    code = "import nvidia.dali, nvidia; print(nvidia.dali.packed, len(nvidia.__path__) > 1)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True
+    )
+    assert found.stdout == "True True\n", found.stderr
+
+
+def test_every_test_that_touches_a_gpu_is_marked():
+    """By the selection that a first run on a GPU was made with: nothing of it is left over."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
+    command += ["-m", "not gpu", "-k", "cuda or triton or on_a_gpu"]
+    left = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert left.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, left.stdout[-2000:]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -206,3 +271,10 @@ def test_gpu_script_refuses_a_machine_without_a_gpu(tmp_path):
     run = gpu_script(tmp_path, SOFTMASK_FAST_ALLOW_CPU="0", PART="report")
     assert run.returncode == 2 and "torch sees no GPU" in run.stderr
     assert not (tmp_path / "report.done").exists()
+
+
+def test_a_short_run_leaves_out_what_has_to_be_compiled(rates, monkeypatch):
+    monkeypatch.setattr(measure, "longest", 0.01)
+    variants = {name: measure.Variant(lambda: torch.ones(3)) for name in ("usual", "compiled")}
+    usual, compiled = measure.compare("sums", {}, variants, "usual", "copy", 0.05, seconds=100)
+    assert usual["rounds"] <= 30 and compiled["missing"] == {"all": "left out of a short run"}

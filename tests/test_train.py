@@ -57,6 +57,8 @@ def launch(
     command = [*(prefix or []), str(Path(sys.executable).parent / "deepspeed"), *launcher]
     command += [str(ROOT / script), "--deepspeed", str(ROOT / "ds.json"), "--output_dir", str(output), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if ranks > torch.cuda.device_count() or "--hostfile" in launcher:
+        environment["DS_ACCELERATOR"] = "cpu"  # a GPU takes one rank
     return subprocess.Popen(
         command,
         cwd=cwd,
@@ -184,6 +186,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(uninterrupted, tmp_path, 
         same_run(uninterrupted, tmp_path / "run")
 
 
+@pytest.mark.gpu
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     text = finish(
         launch(
@@ -196,6 +199,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.gpu
 def test_bad_samples_are_skipped_counted_and_named_or_stop_the_run(tmp_path):
     huge = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(huge, "PNG")

@@ -34,6 +34,7 @@ def test_zero_stages_agree(tmp_path):
                 )
 
 
+@pytest.mark.gpu
 def test_a_compiled_run_begins_as_the_others_do(tmp_path):
     """Later, its rounding errors occasionally choose another hard negative."""
     run_cases("0,1+compile", tmp_path, max_steps=2, checkpoint_steps=2)

@@ -114,7 +114,7 @@ def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, di
     """
     bf16 = config.train.bf16
     if bf16 is None:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        bf16 = get_accelerator().device_name() == "cuda" and torch.cuda.is_bf16_supported()
     train = replace(config.train, bf16=bf16)
 
     def read() -> dict[str, Any]:
