@@ -53,7 +53,8 @@ VARIANTS = {
 }
 BUSY_ELSEWHERE = 0.15  # of the processors: a machine whose others work more than that is too loaded for the front page
 # What a size of a case is called where it is the only one that changes from case to case.
-AXES = {"word_soft_mask": "N", "word_soft_mask_keep": "N", "soft_masked_attention": "N", "focal_itc": "B", "focal_itc_queue": "B"}
+AXES = dict.fromkeys(("word_soft_mask", "word_soft_mask_keep", "soft_masked_attention"), "N")
+AXES |= dict.fromkeys(("focal_itc", "focal_itc_queue"), "B")
 AXIS_LABELS = {"N": "image tokens (N)", "B": "pairs in a batch (B)"}
 # The page that shows one size of each benchmark, the paper's where it has one, and which sizes these are.
 FRONT = "README.md"
