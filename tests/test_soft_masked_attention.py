@@ -120,7 +120,8 @@ def plain_rows(query, key, value, keep=None, value_bias=None, image_index=None, 
     sequence = torch.repeat_interleave(boundaries.diff().long())
     keep, rows = None if keep is None else keep[sequence], query[: len(sequence), :, None]
     output = plain(rows, key, value, keep, value_bias, image_index[sequence], key_mask)[:, :, 0]
-    return torch.cat([output, torch.zeros_like(query[len(sequence) :])])
+    nobody = torch.zeros_like(query[len(sequence) :])
+    return torch.cat([output, nobody if value_bias is None else nobody + value_bias])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

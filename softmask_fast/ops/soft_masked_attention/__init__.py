@@ -64,10 +64,10 @@ def soft_masked_attention(
         image_index: (S,) int64, the image of each sequence, in any order and number. None: S == B, sequence i sees
             image i. A plan of it, made once by ``plan_image_index``, saves that work in every call that shares it.
         boundaries: (S + 1,) int32, ascending from 0: sequence i is the packed rows boundaries[i] to
-            boundaries[i + 1] - 1. Rows behind the last are nobody's: output and gradient are zero. A plan has its own.
+            boundaries[i + 1] - 1. Rows behind the last are nobody's and attend to nothing. A plan has its own.
         value_bias: (H, D) bias of the value projection, any floating dtype. A key bias has no effect on attention.
-        key_mask: (B, N) bool, True where a token takes part at all. Without any, the output is ``value_bias`` (or
-            zero).
+        key_mask: (B, N) bool, True where a token takes part at all. Where a row attends to nothing, the output is
+            ``value_bias`` (or zero).
         scale: factor of the logits, by default D ** -0.5.
         impl: "reference", "triton" or "cpp"; None picks the best one that can run here.
 
@@ -212,11 +212,8 @@ def _autograd(ctx, grad_output, grad_statistics, run=torch.ops.softmask_fast.sof
             grad_output, *inputs, output, statistics, ctx.scale, wants_query, wants_key_value, wants_keep, ctx.impl
         )
     if wants_bias:
-        boundaries, bias = inputs[5], inputs[7]
-        if boundaries is not None:  # nobody's rows have no bias
-            row = torch.arange(grad_output.shape[0], device=grad_output.device)
-            grad_output = torch.where((row < boundaries[-1])[:, None, None], grad_output, 0)[:, :, None]
-        d_bias = grad_output.sum((0, 2), dtype=reference.compute_dtype(grad_output.dtype)).to(bias.dtype)
+        rows, bias = ((0, 2) if grad_output.dim() == 4 else 0), inputs[7]
+        d_bias = grad_output.sum(rows, dtype=reference.compute_dtype(grad_output.dtype)).to(bias.dtype)
     return (
         d_query if wants_query else None, d_key if wants_key else None, d_value if wants_value else None,
         d_keep if wants_keep else None, None, None, None, d_bias, None, None, None,

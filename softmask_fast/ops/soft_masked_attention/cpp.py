@@ -18,8 +18,11 @@ def forward(
     key_mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    output = _rows_like(query, boundaries)
-    statistics = _rows_like(query.new_empty((*query.shape[:3], 2), dtype=torch.float32), boundaries)
+    output = torch.empty_like(query)
+    statistics = query.new_empty((*query.shape[:3], 2), dtype=torch.float32)
+    if _has_rows_of_nobody(query, boundaries):
+        statistics.zero_()
+        output.zero_() if value_bias is None else output.copy_(value_bias[None, :, None])
     torch.ops.softmask_fast_cpp.soft_masked_attention(
         query, key, value, _half_or_float(keep), _dense(image_index), _dense(boundaries), _half_or_float(value_bias),
         key_mask, scale, output, statistics,
@@ -45,7 +48,9 @@ def backward(
     key_value_gradient: bool,
     keep_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_query = _rows_like(query, boundaries) if query_gradient else None
+    d_query = torch.empty_like(query) if query_gradient else None
+    if query_gradient and _has_rows_of_nobody(query, boundaries):
+        d_query.zero_()
     d_key = torch.empty_like(key) if key_value_gradient else None
     d_value = torch.empty_like(value) if key_value_gradient else None
     _, heads, tokens, _ = key.shape
@@ -58,9 +63,9 @@ def backward(
     return tuple(query.new_empty(0) if tensor is None else tensor for tensor in (d_query, d_key, d_value, d_keep))
 
 
-def _rows_like(rows: Tensor, boundaries: Tensor | None) -> Tensor:
-    """Room for a result; packed rows may belong to no sequence, and are zero then."""
-    return torch.empty_like(rows) if boundaries is None else torch.zeros_like(rows)
+def _has_rows_of_nobody(rows: Tensor, boundaries: Tensor | None) -> bool:
+    """The kernels do not visit them."""
+    return boundaries is not None and int(boundaries[-1]) < rows.shape[2]
 
 
 def _half_or_float(tensor: Tensor | None) -> Tensor | None:

@@ -21,7 +21,7 @@ without the rounding of a log-sum-exp, which costs digits where logits are large
 maximum 0 and inverse sum 0, hence A = 0: their output is b_v alone and no gradient flows.
 
 Packed rows (1, H, T, D), where rows ``boundaries[s]`` to ``boundaries[s + 1] - 1`` are sequence s, are the same as
-sequences padded to one length, whose padding is dropped. Rows of no sequence are zero.
+sequences padded to one length, whose padding is dropped. Rows of no sequence attend to nothing.
 """
 
 from __future__ import annotations
@@ -171,6 +171,8 @@ def forward(
         packing = _Packing.of(boundaries)
         padded = forward(packing.pad(query), key, value, keep, image_index, None, None, value_bias, key_mask, scale)
         rooms = torch.zeros_like(query), query.new_zeros((*query.shape[:3], 2), dtype=dtype)
+        if value_bias is not None:
+            rooms[0].copy_(value_bias[None, :, None])
         return tuple(packing.pack(rows, room) for rows, room in zip(padded, rooms, strict=True))
     output = torch.empty_like(query)  # of the same strides, like every result
     statistics = query.new_empty((*query.shape[:3], 2), dtype=dtype)

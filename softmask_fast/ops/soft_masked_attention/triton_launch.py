@@ -104,6 +104,8 @@ def forward(
     query = with_aligned_rows(query, 1 + packed)  # packed rows are found by 32-bit offsets
     key, value = with_aligned_rows(key, 2), with_aligned_rows(value, 2)
     value_bias, keep, output = with_aligned_rows(value_bias, 1), with_aligned_rows(keep, 2), _room_for(result, packed)
+    if packed and value_bias is not None:
+        output.copy_(value_bias[None, :, None])
     sequences, heads, length, width = query.shape
     images, _, tokens, _ = key.shape
     statistics = query.new_empty((sequences, heads, length, 2), dtype=torch.float32)
