@@ -232,6 +232,8 @@ def _open_explainer(options: argparse.Namespace, outputs: dict[str, Path | None]
         raise UsageError("--text: expected at least one word, got none")
     for image in options.image:
         image.open("rb").close()
+    if len({image.stem for image in options.image}) < len(options.image):
+        raise UsageError("--image: expected files of different names, as figures and maps are named after them")
     for option, path in outputs.items():
         if path is not None:
             _check_output(path, option)

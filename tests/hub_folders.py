@@ -10,7 +10,9 @@ import transformers as tf
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 from small_decoders import CONFIGS, TEXT, VISION
-from small_models import small_blip, small_tokenizer
+from small_models import small_blip, small_model, small_tokenizer
+
+from softmask_fast.model.export import save_model
 
 SIZE = {"height": 16, "width": 16}
 
@@ -84,4 +86,11 @@ def open_clip(folder: Path) -> Path:
     return folder
 
 
-FOLDERS = {"open_clip": open_clip, "llava": llava, "clip": clip, "blip": blip, "captioner": captioner}
+def own(folder: Path) -> Path:
+    tokenizer = small_tokenizer()
+    torch.manual_seed(0)
+    save_model(small_model(tokenizer, fusion_layers=2), tokenizer, folder)
+    return folder
+
+
+FOLDERS = {"own": own, "open_clip": open_clip, "llava": llava, "clip": clip, "blip": blip, "captioner": captioner}

@@ -59,6 +59,16 @@ def test_evaluate_grounding(folder, tmp_path, capsys):
     assert f"{100 * report['pointing_game']['center']:.1f}" in printed
 
 
+def test_evaluate_maps(folder, tmp_path, capsys):
+    out = tmp_path / "maps.json"
+    command = ["evaluate", "--model", str(folder / "model"), "--data", "shapes:num=16", "--task", "maps"]
+    assert main([*command, "--json", str(out), "--limit", "4"]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(out.read_text())["reports"]["maps"]
+    assert f"Maps of {report['phrases']} phrases in 4 images, fusion layer 0" in printed
+    assert "attention rollout" in printed and f"{100 * report['iou']['rollout']:.1f}" in printed
+
+
 def test_explain(folder, tmp_path, capsys):
     out = tmp_path / "words.png"
     command = ["explain", "--model", str(folder / "model"), "--image", str(folder / "scene.jpg")]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from code_blocks import ROOT
 from small_decoders import FAMILIES, IMAGE, small_batch, small_decoder
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -61,6 +62,22 @@ def test_maps_are_those_of_eager_attention(family):
                 close(maps[sample, word, :tokens], of_image(full, batch, answer, word, sample))
             assert (maps[sample, :, tokens:] == 0).all()
             assert maps[sample, batch["attention_mask"][sample] == 1].max() > 0
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_flex_attention(family):
+    """Its masks, in the last layer: flex attention has no backward pass on the CPU, and there none is needed."""
+    batch, answer = small_batch(family)
+    full, model = full_maps(family, batch, answer, 1, head_dim=16), small_decoder(family, "flex_attention", head_dim=16)
+    with torch.compiler.set_stance("force_eager"), torch.no_grad(), word_relevance(model, 1, answer=answer) as cam:
+        model(**batch)
+    maps = cam.maps()
+    assert isinstance(cam.record.mask, BlockMask)
+    for sample in range(2):
+        tokens = int((batch["input_ids"][sample] == IMAGE).sum())
+        for word in range(int(answer[sample]), batch["input_ids"].shape[1]):
+            close(maps[sample, word, :tokens], of_image(full, batch, answer, word, sample))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from softmask_fast.data.sources import open_source
 from softmask_fast.data.types import BadSample, Sample
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import image_pixels, tokenize
-from softmask_fast.evaluation.heatmaps import explain, heatmap_page, overlay, peak, shown_picture
+from softmask_fast.evaluation.heatmaps import draw, explain, heatmap_page, overlay, peak, shown_picture
 from softmask_fast.evaluation.plots import plot_curves, smooth
 
 
@@ -91,6 +91,19 @@ def test_explain_refuses_what_it_cannot_draw(model_and_tokenizer, shapes, tmp_pa
     with pytest.raises(UsageError, match="layer"):
         explain(model, tokenizer, shapes.read(0).image, "a circle", out, layer=1)
     assert not out.exists()
+
+
+def test_draw_takes_any_picture_and_any_map(tmp_path):
+    pixels, maps = np.zeros((20, 30, 3), np.uint8), [np.eye(3), torch.rand(2, 5)]
+    (tmp_path / "red.jpg").write_bytes(jpeg(30, 20))
+    for image in (pixels, Image.fromarray(pixels), tmp_path / "red.jpg", str(tmp_path / "red.jpg"), jpeg(30, 20)):
+        draw(image, ["one", "two"], maps, tmp_path / "out.png", title="a title", note="a note", footnotes=["a line"])
+        assert min(size_of(tmp_path / "out.png")) > 100
+        (tmp_path / "out.png").unlink()
+    for words, given in ((["one"], maps), ([], []), (["one"], [np.zeros(9)])):
+        with pytest.raises(UsageError, match="maps: expected one .rows, cols. for each word"):
+            draw(pixels, words, given, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_heatmap_page_with_and_without_boxes(model_and_tokenizer, shapes, tmp_path):

@@ -62,9 +62,7 @@ def test_explain_and_features(name, folders, pictures, tmp_path, capsys):
     else:
         assert heats[0].shape == (4, 4)
     if name == "llava":
-        assert wide["answer"] == "a blue square" and wide["notes"] == [
-            "zero at 0: before the image, which it cannot see"
-        ]
+        assert wide["answer"] == "a blue square" and wide["notes"] == []
         assert [word["part"] for word in wide["words"]][:4] == ["prompt"] * 4
 
     assert main(["features", *command, "--out", str(tmp_path / "f.parquet")]) == 0
@@ -87,7 +85,7 @@ def test_pooled_features_are_the_mean_under_the_map(folders, pictures):
     explanation = explain_image(model, processor, picture, TEXT, layer=1)
     word = explanation.words[0]
     assert explanation.notes == [] and explain_image(model, processor, picture, TEXT, layer=2).notes == [
-        "zero at 1-5: not read by the score"
+        "zero, not read by the score: a small red circle"
     ]
     assert word.features.shape == (32,)
     values = kept["value"].detach().numpy()
@@ -120,8 +118,10 @@ def test_mistakes_are_named(folders, pictures, tmp_path, capsys):
 
     start = ["explain", "--model", folders["clip"]]
     assert "--text: expected at least one word, got none" in message(*start, "--image", image, "--out", out)
-    two = [*start, "--text", "a", "--image", image, image]
+    two = [*start, "--text", "a", "--image", image, str(pictures / "wide.png")]
     assert "--out: expected a folder for several images, got" in message(*two, "--out", out)
+    same = [*start, "--text", "a", "--image", image, image, "--out", str(tmp_path / "two")]
+    assert "--image: expected files of different names" in message(*same)
     one = [*start, "--text", "a", "--image", image, "--out", out]
     assert "--npy: expected a name that ends in .npz, got x.npy" in message(*one, "--npy", "x.npy")
     assert "layer: expected a number from 0 to 1 of CLIPModel, got 7" in message(*one, "--layer", "7")

@@ -144,8 +144,31 @@ def test_a_question_to_the_maps_of_its_words(family):
     assert {word.heat.shape for word in found.words} == {grid}
     assert max(word.heat.max() for word in prompt) > 0 and np.isfinite(found.value)
     assert all(0 <= word.heat.min() for word in found.words)
+    before = [] if family == "paligemma" else ["zero, before the image, which it cannot see: user:"]
+    assert [note for note in found.notes if "before" in note] == before
     given = explain_image(small, processor, picture(90, 40), "what is it?", layer=0, answer=" a red circle")
     assert [word.text for word in given.words if word.part == "answer"] == ["a", "red", "circle"]
+
+
+@pytest.mark.parametrize("kind", ["Blip2", "InstructBlip"])
+def test_a_question_to_query_formers(kind):
+    images, words = tf.BlipImageProcessor(size=SIDE), tokenizer()
+    parts = (images, words) if kind == "Blip2" else (images, words, tokenizer())
+    processor = getattr(tf, f"{kind}Processor")(*parts, num_query_tokens=4)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = sizes | dict(model_type="opt", ffn_dim=48, vocab_size=len(words), word_embed_proj_dim=32, pad_token_id=0)
+    former = sizes | dict(intermediate_size=48, vocab_size=len(words), encoder_hidden_size=32)
+    config = getattr(tf, f"{kind}Config")(
+        text_config=text, vision_config=sizes | dict(intermediate_size=48, image_size=16, patch_size=4),
+        qformer_config=former, num_query_tokens=4, image_token_id=words.convert_tokens_to_ids("<image>"),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    small = getattr(tf, f"{kind}ForConditionalGeneration")(config).eval()
+    for parameter in small.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    found = explain_image(small, processor, picture(40, 20), "what is it?", layer=0, answer=" a red circle")
+    assert [word.text for word in found.words] == ["what", "is", "it?", "a", "red", "circle"]
+    assert {word.heat.shape for word in found.words} == {(4, 4)} and max(word.heat.max() for word in found.words) > 0
 
 
 @pytest.mark.parametrize("family", ["internvl", "idefics3"])

@@ -287,7 +287,7 @@ def blip2(backend, kind=tf.Blip2ForConditionalGeneration, **text):
         model_type="opt", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=48, vocab_size=60,
         word_embed_proj_dim=32, max_position_embeddings=40, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    former = SIZES | dict(vocab_size=60, encoder_hidden_size=32, cross_attention_frequency=1)
+    former = SIZES | dict(vocab_size=400, encoder_hidden_size=32, cross_attention_frequency=1)
     configuration = tf.InstructBlipConfig if kind is tf.InstructBlipForConditionalGeneration else tf.Blip2Config
     config = configuration(
         text_config=text or opt, vision_config=dict(VISION), qformer_config=former, num_query_tokens=4,

@@ -8,8 +8,9 @@ alone: their log-sum-exp over all keys, and the keys and values of the image.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -22,6 +23,8 @@ from softmask_fast.ops import word_gradcam
 from softmask_fast.ops.checks import compute_dtype
 
 MASKED = -1e4  # additive masks have at most this value at hidden keys
+# Arguments of attention functions that change what a row attends to, beside its mask.
+REFUSED = (("s_aux", "attention sinks"), ("position_bias", "a position bias"), ("cu_seq_lens_q", "packed sequences"))
 LOGITS = 1 << 22  # logits at a time, in one key head: bounds the memory of maps, whatever the number of words
 
 
@@ -174,7 +177,7 @@ def observed_attention(
             outputs = attend(module, query, key, value, *args, **kwargs)
             if id(module) not in chosen:
                 return outputs
-            for name, what in (("s_aux", "attention sinks"), ("position_bias", "a position bias")):
+            for name, what in REFUSED:
                 if kwargs.get(name) is not None:
                     raise UsageError(f"model: expected attention without {what}, got {type(module).__name__} with it")
             output = cut(outputs[0])
@@ -197,3 +200,38 @@ def observed_attention(
 
     with mock.patch.object(AttentionInterface, "get_interface", get_interface):
         yield
+
+
+def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """A call's arguments by name."""
+    bound = dict(signature.bind_partial(*args, **kwargs).arguments)
+    return bound | bound.pop("kwargs", {})
+
+
+@contextmanager
+def observed_model(model: nn.Module, cam: Any, modules: Sequence[nn.Module]) -> Iterator[Any]:
+    """Within the block the model runs without a graph up to the first of the modules, and `cam` gets its inputs, its
+    outputs, and by `cam.keep` what the modules compute."""
+
+    signature = inspect.signature(model.forward)
+
+    def start(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        cam.passes = cam.passes + 1 if kwargs.get("past_key_values") is not None else 1
+        cam.inputs, cam.outputs, cam.record = _arguments(signature, args, kwargs), None, None
+        torch.set_grad_enabled(False)
+
+    def end(_: nn.Module, args: tuple, outputs: Any) -> None:
+        cam.outputs = outputs
+        if cam.record is None and modules:
+            raise UsageError(
+                f"model: expected attention by transformers' attention interface, got {type(model).__name__}, whose "
+                f"{type(modules[-1]).__name__} does not run by it, or did not run"
+            )
+
+    grad_enabled = torch.is_grad_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.set_grad_enabled, grad_enabled)
+        stack.enter_context(observed_attention(modules, cam.keep))
+        for handle in (model.register_forward_pre_hook(start, with_kwargs=True), model.register_forward_hook(end)):
+            stack.callback(handle.remove)
+        yield cam

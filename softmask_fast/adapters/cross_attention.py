@@ -29,6 +29,7 @@ class WordRelevance:
     def __init__(self, attention: nn.Module, score: Callable[[Any], Tensor] | None = None):
         self.score = score
         self.outputs: Any = None  # of the model
+        self.zero: list[tuple[Tensor, str]] = []  # (B, L) bool, and why these words have no map
         self.notes: list[str] = []  # what `maps` found to be zero by construction
         self.heads: int = attention.num_attention_heads
         self.projected: dict[str, Tensor] = {}  # query (B, L, C), key and value (B, N, C)
@@ -50,7 +51,8 @@ class WordRelevance:
         """
         query, key, value, gradient = self._inputs(score)
         unread = gradient.abs().amax((1, 3)) == 0
-        self.notes = notes(torch.arange(unread.shape[1]).expand_as(unread), [(unread.cpu(), UNREAD)])
+        self.zero = [(unread.cpu(), UNREAD)]
+        self.notes = notes(torch.arange(unread.shape[1]).expand_as(unread), self.zero)
         return word_gradcam(query, key, value, gradient, word_index, key_mask=self._key_mask())
 
     def soft_mask(

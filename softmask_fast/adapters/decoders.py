@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softmask_fast.adapters.attention_record import AttentionRecord, observed_attention, take
-from softmask_fast.adapters.image_layouts import Layout, find_layouts, on_picture, square_grid
+from softmask_fast.adapters.attention_record import AttentionRecord, take
+from softmask_fast.adapters.image_layouts import Layout, find_layouts, on_picture
 from softmask_fast.adapters.scores import (
-    LABEL_IGNORED,
+    BEFORE,
+    OUTSIDE,
     UNREAD,
     answer_log_probability,
     answer_start,
@@ -40,6 +39,7 @@ class DecoderRelevance:
         self.outputs: Any = None
         self.record: AttentionRecord | None = None
         self.passes = 0
+        self.zero: list[tuple[Tensor, str]] = []  # (B, W) bool of the words of `maps`, and why they have none
         self.notes: list[str] = []
 
     @property
@@ -108,7 +108,8 @@ class DecoderRelevance:
         rows = self._rows(words)
         columns, exists = self._columns()
         maps, sees = record.maps(gradient, rows, columns, exists)
-        self.notes = self._zero_by_construction(gradient, rows, words, columns, exists, sees)
+        self.zero = self._zero_by_construction(gradient, rows, words, columns, exists, sees)
+        self.notes = notes(words, self.zero)
         return maps if word_index is None or word_index.ndim == 2 else maps[:, 0]
 
     def image_features(self) -> Tensor:
@@ -190,20 +191,13 @@ class DecoderRelevance:
 
     def _zero_by_construction(
         self, gradient: Tensor, rows: Tensor, words: Tensor, columns: Tensor, exists: Tensor, sees: Tensor
-    ) -> list[str]:
+    ) -> list[tuple[Tensor, str]]:
         attended = self._attended().to(rows.device).gather(1, words)
         first = torch.where(exists, columns, columns.new_full((), 1 << 62)).amin(1, keepdim=True)
         before = attended & (rows + self.record.key.shape[2] - self.record.query.shape[2] < first)
         unread = attended & ~before & ~gradient.abs().amax((1, 3)).bool().gather(1, rows)
         outside = attended & ~before & ~unread & ~sees
-        return notes(
-            words,
-            [
-                (before, "before the image, which it cannot see"),
-                (unread, UNREAD),
-                (outside, "the image is outside this layer's window"),
-            ],
-        )
+        return [(before, BEFORE), (unread, UNREAD), (outside, OUTSIDE)]
 
 
 def image_token_id(model: nn.Module) -> int | None:
@@ -215,16 +209,6 @@ def image_token_id(model: nn.Module) -> int | None:
     return None
 
 
-def cross_attention(model: nn.Module) -> list[nn.Module]:
-    """The cross-attention of a decoder's layers that runs by the attention interface, in order; empty if none does."""
-    numbered: dict[str, list[nn.Module]] = {}
-    for name, module in model.named_modules():
-        if found := re.fullmatch(r"(.*)\.\d+\.(encoder_attn|cross_attn|crossattention)", name):
-            if not hasattr(module, "self"):  # BERT's, which holds the attention itself
-                numbered.setdefault(found[1], []).append(module)
-    return max(numbered.values(), key=len, default=[])
-
-
 def decoder_attention(model: nn.Module) -> list[nn.Module]:
     """The self-attention of the language model's layers, in order; empty if there is none."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -233,98 +217,3 @@ def decoder_attention(model: nn.Module) -> list[nn.Module]:
         if found := re.fullmatch(r"(.*?)\.?\d+\.(self_attn|attn|attention|layer\.0\.SelfAttention)", name):
             numbered.setdefault(found[1], []).append(module)
     return max(numbered.values(), key=len, default=[])
-
-
-def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """A call's arguments by name."""
-    bound = dict(signature.bind_partial(*args, **kwargs).arguments)
-    return bound | bound.pop("kwargs", {})
-
-
-class EncoderDecoderRelevance(DecoderRelevance):
-    """As `DecoderRelevance`, of a cross-attention layer: image tokens are among the encoder's, or all of them.
-
-    Words are the decoder's tokens. Called with `decoder_input_ids`, a word is the row that predicts it, one before;
-    called with `labels` alone, words are the labels, each at its own row.
-    """
-
-    @property
-    def image_tokens(self) -> Tensor:
-        self._check_pass()
-        batch, tokens = self.record.key.shape[0], self.record.key.shape[2]
-        ids, image_id = self.inputs.get("input_ids"), image_token_id(self.model)
-        if self._given_tokens is not None:
-            found = self._given_tokens
-        elif ids is not None and image_id is not None and ids.shape[1] == tokens and (ids == image_id).any():
-            found = ids == image_id
-        else:
-            found = torch.ones(batch, tokens, dtype=torch.bool, device=self.record.key.device)
-        if found.shape != (batch, tokens):
-            raise UsageError(f"image_tokens: expected ({batch}, {tokens}) bool, got {tuple(found.shape)}")
-        return found
-
-    @property
-    def answer(self) -> Tensor | None:
-        """As given, by default 1, after the decoder's first token; None with labels alone, where words are labels."""
-        ids = self._decoder_ids()
-        if ids is None:
-            return None
-        return torch.as_tensor(1 if self._given_answer is None else self._given_answer).expand(len(ids))
-
-    def pictures(self, maps: Tensor, picture_sizes: Any = None) -> list[list[Tensor]]:
-        """Maps (B, W, N) on the patches' square grid, without a [CLS]: for each sample a list of its one image."""
-        return [[picture] for picture in square_grid(maps)]
-
-    def _decoder_ids(self) -> Tensor | None:
-        """Of the decoder: those of all tokens, where the encoder reads the image alone (Mllama)."""
-        ids = self.inputs.get("decoder_input_ids")
-        return self.inputs.get("input_ids") if ids is None and not self.model.config.is_encoder_decoder else ids
-
-    def _attended(self) -> Tensor:
-        ids, decoder = self._decoder_ids(), "decoder_" * bool(self.model.config.is_encoder_decoder)
-        mask = self.inputs.get(f"{decoder}attention_mask")
-        if mask is not None:
-            return mask.bool()
-        return self.inputs["labels"] != LABEL_IGNORED if ids is None else torch.ones_like(ids, dtype=torch.bool)
-
-    def _answer_score(self, logits: Tensor) -> Tensor:
-        ids, attended = self._decoder_ids(), self._attended()
-        if ids is not None:
-            return answer_log_probability(logits, ids, self.answer.to(ids.device), attended)
-        labels = self.inputs["labels"].clamp(min=0)
-        chosen = logits.float().gather(2, labels[..., None])[..., 0] - logits.float().logsumexp(-1)
-        return (chosen * attended).sum(1)
-
-    def _zero_by_construction(self, gradient: Tensor, rows: Tensor, words: Tensor, *_: Tensor) -> list[str]:
-        unread = self._attended().to(rows.device).gather(1, words)
-        unread = unread & ~gradient.abs().amax((1, 3)).bool().gather(1, rows)
-        return notes(words, [(unread, UNREAD)])
-
-
-@contextmanager
-def observed_model(model: nn.Module, cam: Any, modules: Sequence[nn.Module]) -> Iterator[Any]:
-    """Within the block the model runs without a graph up to the first of the modules, and `cam` gets its inputs, its
-    outputs, and by `cam.keep` what the modules compute."""
-
-    signature = inspect.signature(model.forward)
-
-    def start(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        cam.passes = cam.passes + 1 if kwargs.get("past_key_values") is not None else 1
-        cam.inputs, cam.outputs, cam.record = _arguments(signature, args, kwargs), None, None
-        torch.set_grad_enabled(False)
-
-    def end(_: nn.Module, args: tuple, outputs: Any) -> None:
-        cam.outputs = outputs
-        if cam.record is None and modules:
-            raise UsageError(
-                f"model: expected attention by transformers' attention interface, got {type(model).__name__}, whose "
-                f"{type(modules[-1]).__name__} does not run by it, or did not run"
-            )
-
-    grad_enabled = torch.is_grad_enabled()
-    with ExitStack() as stack:
-        stack.callback(torch.set_grad_enabled, grad_enabled)
-        stack.enter_context(observed_attention(modules, cam.keep))
-        for handle in (model.register_forward_pre_hook(start, with_kwargs=True), model.register_forward_hook(end)):
-            stack.callback(handle.remove)
-        yield cam

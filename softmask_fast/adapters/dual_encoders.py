@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softmask_fast.adapters.attention_record import AttentionRecord, cut
+from softmask_fast.adapters.attention_record import AttentionRecord, cut, observed_model
 from softmask_fast.adapters.image_layouts import on_grid
 from softmask_fast.errors import UsageError
 
@@ -93,9 +93,7 @@ def _is_open_clip(model: nn.Module) -> bool:
 
 
 @contextmanager
-def dual_encoder_relevance(
-    model: nn.Module, layer: int | None, score: Score | None, observed_model: Callable
-) -> Iterator[DualEncoderRelevance]:
+def dual_encoder_relevance(model: nn.Module, layer: int | None, score: Score | None) -> Iterator[DualEncoderRelevance]:
     """`word_relevance` of a dual encoder: `layer` is a block of the image encoder, None the last that is read."""
     name = type(model).__name__
     visual = model.visual if _is_open_clip(model) else model.vision_model

@@ -56,8 +56,10 @@ def open_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     """
     folder = model_folder(name)
     if (folder / "open_clip_config.json").is_file():
-        import open_clip
-
+        try:
+            import open_clip
+        except ModuleNotFoundError as error:
+            raise UsageError(f"--model: {name} is open_clip's: pip install open_clip_torch") from error
         source = f"local-dir:{folder}"
         model, transform = open_clip.create_model_from_pretrained(source)
         return model.to(device).eval(), (transform, open_clip.get_tokenizer(source))
@@ -114,13 +116,15 @@ def _required(text: str | None) -> str:
 def _decoder(model, processor, image, text, layer, answer, max_new_tokens) -> Explanation:
     tokenizer = processor.tokenizer
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
     else:
-        prompt = text if "qformer" in type(processor).__name__.lower() or hasattr(model, "qformer") else None
-        prompt = prompt or f"{getattr(processor, 'image_token', '<image>')}{text}"
-    inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device)
-    inputs = {name: _as_model(value, model) for name, value in inputs.items()}
+        image_token = "" if hasattr(model, "qformer") else getattr(processor, "image_token", "<image>")
+        inputs = processor(images=image, text=f"{image_token}{text}", return_tensors="pt")
+    inputs = {name: _as_model(value, model) for name, value in inputs.to(model.device).items()}
     if answer is not None:
         ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
     else:
@@ -139,8 +143,7 @@ def _decoder(model, processor, image, text, layer, answer, max_new_tokens) -> Ex
     value = answer_log_probability(outputs.logits.detach(), ids, torch.tensor([start]), inputs["attention_mask"].bool())
     made = _words(cam, processor, image, maps[0], pictures, words, parts)
     said = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
-    notes = [note.removeprefix("sample 0: ") for note in cam.notes]
-    return Explanation(text, said, "log-probability of the answer", value.item(), made, notes)
+    return Explanation(text, said, "log-probability of the answer", value.item(), made, _zero(cam, words))
 
 
 def _dual(model, processor, image, text, layer) -> Explanation:
@@ -174,8 +177,7 @@ def _matching(model, processor, image, text, layer) -> Explanation:
     logits = outputs.logits if logits is None else logits
     words = words_of(processor.tokenizer, inputs["input_ids"][0].tolist())
     made = _words(cam, processor, image, maps[0], cam.pictures(maps)[0], words, ["text"] * len(words))
-    notes = [note.removeprefix("sample 0: ") for note in cam.notes]
-    return Explanation(text, None, "probability of a match", logits.softmax(-1)[0, 1].item(), made, notes)
+    return Explanation(text, None, "probability of a match", logits.softmax(-1)[0, 1].item(), made, _zero(cam, words))
 
 
 def _captioner(model, processor, image, text, layer, max_new_tokens) -> Explanation:
@@ -236,6 +238,15 @@ def _words(
     if not made:
         raise UsageError("--text: expected at least one word that the tokenizer knows, got none")
     return made
+
+
+def _zero(cam: Any, words: Sequence[Word]) -> list[str]:
+    """The words whose maps are zero by construction, a line for each reason."""
+    silent = [
+        (reason, [word.text for word in words if all(found[0, place] for place in word.tokens)])
+        for found, reason in cam.zero
+    ]
+    return [f"zero, {reason}: {' '.join(texts)}" for reason, texts in silent if texts]
 
 
 def _in_picture(pictures: Tensor, processor: Any, image: Image.Image) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 from softmask_fast.errors import UsageError
 
 LABEL_IGNORED = -100
+BEFORE = "before the image, which it cannot see"
+OUTSIDE = "the image is outside this layer's window"
 UNREAD = "not read by the score"
 
 

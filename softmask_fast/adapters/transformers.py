@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softmask_fast.adapters.attention_record import observed_model
 from softmask_fast.adapters.cross_attention import WordRelevance, bert_cross_attention, cross_attention_relevance
 from softmask_fast.adapters.decoders import (
     DecoderRelevance,
-    EncoderDecoderRelevance,
-    cross_attention,
     decoder_attention,
     image_token_id,
-    observed_model,
 )
 from softmask_fast.adapters.dual_encoders import DualEncoderRelevance, dual_encoder_relevance, is_dual_encoder
+from softmask_fast.adapters.encoder_decoders import EncoderDecoderRelevance, cross_attention
 from softmask_fast.adapters.query_former import QueryFormerRelevance, former_attention
 from softmask_fast.errors import UsageError
 
@@ -87,7 +86,7 @@ def _of_family(
 
         return own_relevance(model, layer)
     if is_dual_encoder(model):
-        return dual_encoder_relevance(model, layer, score, observed_model)
+        return dual_encoder_relevance(model, layer, score)
     if layers := bert_cross_attention(model):
         return cross_attention_relevance(model, _chosen(layer, layers, 2 / 3, name), score)
     if not hasattr(model, "config"):
