@@ -18,7 +18,7 @@ modalities. "focal_itc_queue" is the loss of the paper: queue, momentum teacher,
 | forward | 2 B M d, and as many for a teacher |
 | backward | 2 B M d for each gradient: to the rows, and to the keys where they have one |
 | what streams (ours, inf_cl) | the products of the forward once more in the backward (inf_cl, in two passes: twice) |
-| "focal_itc", cpp | all of it for one direction only: its products and their gradients are the other one's, too |
+| "focal_itc", cpp, and triton on 2-byte elements | all of it for one direction only: it is the other one's, too |
 
 A batch that would not fit, or would take too long by the time of the next smaller one, is named with the reason.
 
@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from measure import DEVICE, DTYPE, ON_GPU, Variant, check_close, free_memory
 
 from softmask_fast.ops import focal_itc_loss, registry
+from softmask_fast.ops.focal_itc import operators, state
 
 # (d, batches); a GPU goes on as far as time and memory reach
 BATCHES = {256: [256, 1024, 4096, 16384, 65536, 262144, 1048576], 512: [4096, 65536], 768: [4096, 65536]}
@@ -66,6 +67,13 @@ class Problem:
             self.options |= dict(zip(("teacher_image", "teacher_text"), teachers, strict=True))
         self.inputs = self.image.requires_grad_(), self.text.requires_grad_(), self.temperature
 
+    def problem(self, impl: str) -> state.Problem:
+        """The operator's arguments, as far as they decide what is computed once for both directions."""
+        keys = (self.options.get(name) for name in ("image_keys", "text_keys"))
+        return state.Problem(
+            self.image, self.text, *keys, self.temperature, *[None] * 6, self.gamma, False, 0, 0, self.keys, impl
+        )
+
     def loss(self, impl: str) -> torch.Tensor:
         return focal_itc_loss(self.image, self.text, impl=impl, **self.options)
 
@@ -91,8 +99,8 @@ class Problem:
         found = {}
         for name in registry.runnable("focal_itc", DEVICE, DTYPE, self.width):
             if name != "reference":
-                parts = registry.resolve("focal_itc", name, DEVICE, DTYPE, self.width)
-                directions = 1 if "symmetric_forward" in parts and "image_keys" not in self.options else 2
+                run = registry.resolve("focal_itc", name, DEVICE, DTYPE, self.width)
+                directions = 1 if operators.together(run, self.problem(name)) else 2
                 found[name] = self.variant(lambda name=name: self.loss(name), 1, directions, ours=True)
         return found
 

@@ -28,21 +28,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(softmask_fast_cpp, m) {
 
     // cpu/focal_itc.cpp
     m.def(
-        "focal_itc_sums(Tensor(a!) products, Tensor(b!)? teacher, float inverse_temperature, int first_key, "
-        "Tensor columns, Tensor first, Tensor count, bool start, int order, bool sample, int first_negative, "
-        "int last_negative, int seed, int direction, int first_row, Tensor(c!) sums, Tensor(d!) places) -> ()");
+        "focal_itc_sums(Tensor(a!) products, Tensor(b!)? teacher, Tensor(c!)? transposed, float inverse_temperature, "
+        "int first_row, int first_key, int key_offset, Tensor? columns, Tensor? first, Tensor? count, int row_offset, "
+        "bool start, int order, bool sample, int first_negative, int last_negative, int seed, int direction, "
+        "Tensor(d!) sums, Tensor(e!) places) -> ()");
     m.def(
-        "focal_itc_terms(Tensor products, Tensor(a!)? teacher, float inverse_temperature, int first_key, "
-        "Tensor columns, Tensor first, Tensor count, float gamma, Tensor(b!) sums, Tensor places) -> ()");
+        "focal_itc_terms(Tensor products, Tensor(a!)? teacher, Tensor(b!)? transposed, float inverse_temperature, "
+        "int first_row, int first_key, int key_offset, Tensor? columns, Tensor? first, Tensor? count, int row_offset, "
+        "float gamma, Tensor(c!) sums, Tensor places) -> ()");
     m.def(
-        "focal_itc_finish(Tensor sums, Tensor places, Tensor count, float inverse_temperature, float gamma, int order, "
-        "float alpha, bool any_positive, Tensor(a!) results, Tensor(b!) columns) -> ()");
+        "focal_itc_finish(Tensor sums, Tensor places, Tensor? count, float inverse_temperature, float gamma, "
+        "int order, float alpha, bool any_positive, bool stats, Tensor(a!) loss, Tensor(b!) row_state, "
+        "Tensor(c!) dominant, Tensor(d!) statistics, Tensor(e!) hard_negative) -> ()");
 
     // cpu/focal_itc_gradient.cpp
     m.def(
-        "focal_itc_gradient(Tensor(a!) products, Tensor? teacher, float inverse_temperature, int first_key, "
-        "Tensor columns, Tensor first, Tensor count, float gamma, int order, float alpha, bool any_positive, "
-        "Tensor grad_loss, Tensor row_state, Tensor dominant, Tensor(b!) temperature) -> ()");
+        "focal_itc_gradient(Tensor(a!) products, Tensor? teacher, Tensor(b!)? transposed, float inverse_temperature, "
+        "int first_row, int first_key, int key_offset, Tensor? columns, Tensor? first, Tensor? count, int row_offset, "
+        "float gamma, int order, float alpha, bool any_positive, Tensor grad_loss, Tensor row_state, Tensor dominant, "
+        "Tensor(c!) of_inverse) -> ()");
 }
 
 // The file is also an empty Python module, because that is what setuptools builds and puts in place.

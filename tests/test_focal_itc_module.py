@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from softmask_fast.ops import FeatureQueue, FocalITCLoss, focal_itc_loss
 from softmask_fast.ops.collectives import take_rows
-from softmask_fast.ops.focal_itc.operators import resolve
-from softmask_fast.ops.focal_itc.reference import Options
+from softmask_fast.ops.focal_itc import operators
+from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Rows
 
 WIDTH, QUEUE, STEPS, RANKS = 24, 11, 2, 4
 SIZES = {"even": [5, 5, 5, 5], "uneven": [4, 6, 1, 5]}  # rows of each rank; the first two of them where there are two
@@ -348,13 +348,14 @@ def test_without_use_queue_the_queue_gives_no_keys_but_fills():
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_a_batch_that_is_all_there_is_is_its_own_keys(with_ids):
-    """Then both directions are one operator; the momentum features or a queue are other keys."""
+def test_a_batch_that_is_all_there_is_is_its_own_keys(with_ids, monkeypatch):
+    """Then both directions are computed together; the momentum features or a queue are other keys."""
+    seen, together = [], operators.together
+    monkeypatch.setattr(operators, "together", lambda *given: seen.append(together(*given)) or seen[-1])
     x, y, ids = unit(5, 0), unit(5, 1), torch.arange(5) % 3 if with_ids else None
     for gather, queue_size, own in (("with_grad", 0, True), ("ring", 0, True), ("with_grad", 8, False)):
-        with LargestTensor() as largest:
-            loss = FocalITCLoss(WIDTH, queue_size, gather=gather).eval()(x, y, temperature=0.1, ids=ids)
-        assert ("softmask_fast.focal_itc_symmetric.default" in largest.operations) == own
+        loss = FocalITCLoss(WIDTH, queue_size, gather=gather, impl="cpp").eval()(x, y, temperature=0.1, ids=ids)
+        assert seen.pop() == own
         if own:
             torch.testing.assert_close(loss, focal_itc_loss(x, y, temperature=0.1, ids=ids, impl="reference"))
 
@@ -393,14 +394,16 @@ def test_blocks_of_keys_may_come_in_any_order(impl, gamma):
     rows, teacher, keys = (tensor.to(device) for tensor in (unit(6, 0), unit(6, 1), unit(40, 2)))
     keys[10::10] = keys[0] = rows[0]
     numbers = torch.tensor(0.4, dtype=torch.float64, device=device), torch.tensor(5, device=device)  # alpha, seed
-    options = Options(*numbers, gamma, False, 0, 0, len(keys), 0)
+    options = Options(*numbers, gamma, False, 0, 0, len(keys))
+    six_rows = Rows(rows, teacher, None, torch.tensor(0.1, device=device), options)
     results = []
     for order in ([0, 10, 20, 30], [20, 10, 0, 30], [30, 20, 10, 0]):
-        run = resolve(impl, rows)["forward"](rows, torch.tensor(0.1, device=device), teacher, None, options)
+        run = operators.resolve(impl, rows)["forward"](six_rows)
         for second_pass in range(run.passes):
             for first in order:
-                run.add(keys[first : first + 10], None, first, bool(second_pass))
-        results.append(run.finish())
+                run.add(Keys(keys[first : first + 10], None, first), bool(second_pass))
+        results.append(Outputs.empty(six_rows))
+        run.finish(results[-1])
     loss, row_state, dominant, statistics, hard_negative = results[0]
     assert dominant[0] == 0 and statistics[0, 0] == 1
     for other in results[1:]:

@@ -1,16 +1,18 @@
 """The implementations of focal_itc_loss that stream: accuracy, autograd, compilation, memory, determinism."""
 
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_as_accurate, require
 
-from softmask_fast.ops.focal_itc import cpp, focal_itc_loss, operators, streamed
-from softmask_fast.ops.focal_itc.reference import Options
+from softmask_fast.ops.focal_itc import cpp, focal_itc_loss, operators, state, streamed
+from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Problem, Rows
 from softmask_fast.ops.triton_support import INTERPRETED
 
 IMPLEMENTATIONS = ("cpp", "streamed", "triton")
@@ -208,32 +210,33 @@ def test_bitwise_reproducible(impl, nan_filled_empty):
     assert all(bool(tensor.isfinite().all()) for tensor in first)
 
 
-def operator_arguments(impl, dtype, ids):
+@pytest.mark.parametrize("keys", ["own", "other", "ids", "own ids", "own, teacher"])
+def test_opcheck(impl, keys):
     device = device_of(impl)
-    image, _, _, text_keys, teacher, _ = inputs(18, 30, 24, dtype, device=device)
-    temperature = torch.tensor(0.1, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
-    row_ids = torch.arange(18, device=device) % 5 if ids else None
-    key_ids = torch.arange(30, device=device) % 6 if ids else None
-    numbers = torch.tensor(0.4, dtype=torch.float64, device=device), torch.tensor(1, device=device)  # alpha, seed
-    options = (2.0, False, 0, 0, 30, 0, impl)
-    leaves = (image.requires_grad_(), text_keys.requires_grad_(), temperature.requires_grad_())
-    return (*leaves, teacher, row_ids, key_ids, *numbers, *options)
-
-
-@pytest.mark.parametrize("ids", [False, True])
-def test_opcheck(impl, ids):
-    arguments = operator_arguments(impl, torch.float32, ids)
-    torch.library.opcheck(torch.ops.softmask_fast.focal_itc.default, arguments)
+    image, text, image_keys, text_keys, *teachers = inputs(18, 30, 24, torch.float32, device=device)
+    temperature = torch.tensor(0.1, device=device)
+    if keys.startswith("own"):
+        image_keys = text_keys = None
+    ids = torch.arange(18, device=device) % 5 if "ids" in keys else None
+    key_ids = torch.arange(30, device=device) % 6 if keys == "ids" else None
+    alpha = torch.tensor(0.4, dtype=torch.float64, device=device) if keys in ("other", "own, teacher") else None
+    teachers = [None, None] if alpha is None else teachers
+    seed = None if keys == "own" else torch.tensor(1, device=device)
+    last = 18 if image_keys is None else 30
+    problem = Problem(
+        image, text, image_keys, text_keys, temperature, *teachers, ids, key_ids, alpha, seed, 2.0, False, 0, 0, last,
+        impl,
+    )  # fmt: skip
     with torch.no_grad():
-        loss, row_state, dominant, _, _ = torch.ops.softmask_fast.focal_itc(*arguments)
-    for wants in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        loss, row_state, dominant, _, _ = torch.ops.softmask_fast.focal_itc(*problem)
+    for wanted in ([True] * 5, [True, False, False, False, False], [False, True, False, True, True]):
+        wanted = [wants and x is not None for wants, x in zip(wanted, problem, strict=False)]
         torch.library.opcheck(
             torch.ops.softmask_fast.focal_itc_backward.default,
-            (
-                torch.ones_like(loss), *(argument.detach() for argument in arguments[:4]), *arguments[4:8], row_state,
-                dominant, *wants, *arguments[8:],
-            ),
-        )  # fmt: skip
+            (torch.ones_like(loss), row_state, dominant, wanted, *problem),
+        )
+    leaves = (x if x is None else x.requires_grad_() for x in problem[:5])
+    torch.library.opcheck(torch.ops.softmask_fast.focal_itc.default, (*leaves, *problem[5:]))
 
 
 def test_compiles_as_one_graph(impl):
@@ -322,6 +325,48 @@ def test_autocast_changes_nothing(impl):
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x.expand(2, -1, -1)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_refused_by_name(impl, transform):
+    image, text = inputs(8, 8, 24, torch.float32, device=device_of(impl))[:2]
+    what = "forward mode" if transform == "jvp" else "torch.func"
+    with pytest.raises(RuntimeError, match=f"^focal_itc_loss: {what} is not supported; use torch.autograd.grad$"):
+        TRANSFORMS[transform](lambda x: focal_itc_loss(x, text, temperature=0.1, impl=impl), image)
+
+
+def test_every_implementation_names_the_same_rows_of_the_row_state():
+    """The layout of state.py in C++; the Triton kernels take it from there."""
+    header = (Path(__file__).parent.parent / "csrc" / "cpu" / "focal_itc.h").read_text()
+    names = re.search(r"enum StateRow \{(.*?)\}", header, re.DOTALL)[1].replace(",", " ").split()
+    assert {name: place for place, name in enumerate(names)} == {
+        name: value for name, value in vars(state).items() if name.startswith("ROW_")
+    }
+
+
+@pytest.mark.parametrize("batch", [16, 48])
+def test_small_inputs_wake_no_threads(batch):
+    """Under load a pool of threads is waited for much longer than the work takes."""
+    code = f"""
+import os, torch
+from softmask_fast.ops import focal_itc_loss
+torch.set_num_threads(8)
+before = len(os.listdir("/proc/self/task"))
+image, text = (torch.nn.functional.normalize(torch.randn({batch}, 64), dim=1).requires_grad_() for _ in range(2))
+for options in ({{}}, {{"ids": torch.arange({batch})}}, {{"image_keys": image, "text_keys": text}}):
+    focal_itc_loss(image, text, temperature=torch.tensor(0.1), return_stats=True, impl="cpp", **options)[0].backward()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    require("focal_itc", "cpp", torch.device("cpu"), torch.float32, 64)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(process.stdout) == 0
+
+
 PEAK = """
 import resource, sys, torch
 from softmask_fast.ops.focal_itc import focal_itc_loss
@@ -349,28 +394,24 @@ def test_nothing_of_the_size_of_the_logits_is_allocated(impl):
 
 
 def blockwise(impl, tensors, gamma, ids, key_ids, borders):
-    """The operator's outputs and gradients, with the keys in the blocks between ``borders``."""
+    """The outputs and gradients of one direction, with the keys in the blocks between ``borders``."""
     image, _, _, text_keys, teacher, _ = tensors
-    temperature = torch.tensor(0.1, device=image.device)
     numbers = torch.tensor(0.4, dtype=torch.float64, device=image.device), torch.tensor(5, device=image.device)
-    options = Options(*numbers, gamma, False, 2, 0, text_keys.shape[0], 0)
+    options = Options(*numbers, gamma, False, 2, 0, text_keys.shape[0])
+    rows = Rows(image, teacher, ids, torch.tensor(0.1, device=image.device), options)
     parts = [slice(*pair) for pair in itertools.pairwise(borders)]
-    parts = [(text_keys[part], None if key_ids is None else key_ids[part], part.start) for part in parts]
+    blocks = [Keys(text_keys[part], None if key_ids is None else key_ids[part], part.start) for part in parts]
     implementation = operators.resolve(impl, image)
-    forward = implementation["forward"](image, temperature, teacher, ids, options)
+    forward, out = implementation["forward"](rows), Outputs.empty(rows)
     for second_pass in range(forward.passes):
-        for part in parts:
-            forward.add(*part, bool(second_pass))
-    loss, state, dominant, statistics, hard_negative = forward.finish()
-    gradients = [
-        implementation["backward"](
-            torch.ones_like(loss), image, keys, temperature, teacher, ids, its_ids, state, dominant, True, True, True,
-            options, first,
-        )
-        for keys, its_ids, first in parts
-    ]  # fmt: skip
-    rows, keys, tau = zip(*gradients, strict=True)
-    return [loss, statistics, sum(rows), torch.cat(keys), sum(tau)], hard_negative
+        for block in blocks:
+            forward.add(block, bool(second_pass))
+    forward.finish(out)
+    ones, saved = torch.ones_like(out.loss), (out.row_state, out.dominant)
+    gradients = [implementation["backward"](ones, rows, block, saved, (True, True, True)) for block in blocks]
+    of_rows, of_keys, of_temperature = zip(*gradients, strict=True)
+    results = [out.loss, out.statistics, sum(of_rows), torch.cat(of_keys), sum(of_temperature)]
+    return results, out.hard_negative
 
 
 @pytest.mark.parametrize("gamma", [2.0, 0.5])

@@ -11,7 +11,7 @@ from test_focal_itc_streaming import device_of, inputs, thin_out
 
 from softmask_fast.ops import focal_itc_loss
 from softmask_fast.ops.focal_itc import cpp
-from softmask_fast.ops.focal_itc.reference import Options
+from softmask_fast.ops.focal_itc.state import Problem
 from softmask_fast.ops.triton_support import INTERPRETED
 
 impl, small_tiles = streaming.impl, streaming.small_tiles  # fixtures
@@ -96,26 +96,6 @@ def test_every_product_is_computed_once(monkeypatch):
         focal_itc_loss(image, text, temperature=0.1, impl="cpp").backward()
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["aten::mm"] + calls["aten::addmm_"] == 4
-
-
-@pytest.mark.parametrize("with_ids", [False, True])
-def test_opcheck(impl, with_ids):
-    device = device_of(impl)
-    image, text = (tensor.requires_grad_() for tensor in inputs(18, 18, 24, torch.float32, device=device)[:2])
-    temperature = torch.tensor(0.1, device=device, requires_grad=True)
-    ids = torch.arange(18, device=device) % 5 if with_ids else None
-    options = (2.0, False, 0, 0, 18, 0, impl)
-    numbers = None, torch.tensor(1, device=device)  # alpha, seed
-    arguments = (image, text, temperature, ids, *numbers, *options)
-    torch.library.opcheck(torch.ops.softmask_fast.focal_itc_symmetric.default, arguments)
-    with torch.no_grad():
-        loss, row_state, dominant, _, _ = torch.ops.softmask_fast.focal_itc_symmetric(*arguments)
-    inputs_alone = [argument.detach() for argument in arguments[:3]]
-    for wants in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        torch.library.opcheck(
-            torch.ops.softmask_fast.focal_itc_symmetric_backward.default,
-            (torch.ones_like(loss), *inputs_alone, ids, *numbers, row_state, dominant, *wants, *options),
-        )
 
 
 CASES = ("unit", "low temperature", "opposite", "long", "short", "one long", "equal")
@@ -216,18 +196,18 @@ def test_two_byte_elements_take_few_launches(triton_launch, monkeypatch):
     focal_itc_loss(image, text, temperature=0.1, ids=torch.arange(20, device=image.device), impl="triton").backward()
     focal_itc_loss(image, text, temperature=0.1, return_stats=True, impl="triton")[0].backward()
     assert launched == ["forward", "backward"]
-    options = Options(None, None, 2.0, False, 0, 0, 20, 0)
-    assert triton_launch.covers(image, None, options)
-    assert not triton_launch.covers(image.float(), None, options)
+    problem = Problem(image, text, None, None, torch.tensor(0.1), *[None] * 6, 2.0, False, 0, 0, 20, None)
+    assert triton_launch.covers(problem)
+    assert not triton_launch.covers(problem._replace(image=image.float()))
 
 
 def test_two_byte_elements_opcheck_and_compile(triton_launch):
     device = device_of("triton")
     image, text = (tensor.to(device).requires_grad_() for tensor in inputs(18, 18, 24, torch.bfloat16)[:2])
     temperature = torch.tensor(0.1, device=device, requires_grad=True)
-    options = (2.0, False, 0, 0, 18, 0, "triton")
     torch.library.opcheck(
-        torch.ops.softmask_fast.focal_itc_symmetric.default, (image, text, temperature, None, None, None, *options)
+        torch.ops.softmask_fast.focal_itc.default,
+        (image, text, None, None, temperature, *[None] * 6, 2.0, False, 0, 0, 18, "triton"),
     )
 
     def loss(*inputs):

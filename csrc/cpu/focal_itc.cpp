@@ -300,70 +300,114 @@ SOFTMASK_CLONES void terms_of_rows(
     }
 }
 
-Sums* sums_of(const Tensor& sums, int64_t rows) {
-    check_sizes(sums, "sums", {rows, SUMS});
-    check_dtype(sums, "sums", ScalarType::Double);
-    check_contiguous(sums, "sums");
-    return reinterpret_cast<Sums*>(sums.mutable_data_ptr<double>());
-}
+// The sums and places (directions, batch, ...) of rows of one direction.
+struct State {
+    Sums* sums;
+    Places* places;
+    int64_t batch;
 
-Places* places_of(const Tensor& places, int64_t rows) {
-    check_sizes(places, "places", {rows, PLACES});
-    check_dtype(places, "places", ScalarType::Long);
-    check_contiguous(places, "places");
-    return reinterpret_cast<Places*>(places.mutable_data_ptr<int64_t>());
-}
+    State(const Tensor& sums_, const Tensor& places_, int64_t first_row, int64_t rows)
+        : batch(check_place(sums_, first_row, rows)) {
+        check_sizes(sums_, "sums", {sums_.size(0), batch, SUMS});
+        check_sizes(places_, "places", {sums_.size(0), batch, PLACES});
+        check_dtype(sums_, "sums", ScalarType::Double);
+        check_dtype(places_, "places", ScalarType::Long);
+        check_contiguous(sums_, "sums");
+        check_contiguous(places_, "places");
+        sums = reinterpret_cast<Sums*>(sums_.mutable_data_ptr<double>()) + first_row;
+        places = reinterpret_cast<Places*>(places_.mutable_data_ptr<int64_t>()) + first_row;
+    }
+};
 
+// Adds a tile of products, which it overwrites, to the sums of the rows from first_row on; `start`: it is their first
+// one. With `transposed`, room for as many, the products are those of the keys with the rows as well, which are rows
+// of the second direction then.
 void focal_itc_sums(
-    const Tensor& products, const std::optional<Tensor>& teacher, double inverse_temperature, int64_t first_key,
-    const Tensor& columns, const Tensor& first, const Tensor& count, bool start, int64_t order, bool sample,
-    int64_t first_negative, int64_t last_negative, int64_t seed, int64_t direction, int64_t first_row,
-    const Tensor& sums, const Tensor& places) {
-    const Tile tile = describe(products, teacher, inverse_temperature, first_key, columns, first, count);
-    Sums* row_sums = sums_of(sums, tile.rows);
-    Places* row_places = places_of(places, tile.rows);
+    const Tensor& products, const std::optional<Tensor>& teacher, const std::optional<Tensor>& transposed,
+    double inverse_temperature, int64_t first_row, int64_t first_key, int64_t key_offset,
+    const std::optional<Tensor>& columns, const std::optional<Tensor>& first, const std::optional<Tensor>& count,
+    int64_t row_offset, bool start, int64_t order, bool sample, int64_t first_negative, int64_t last_negative,
+    int64_t seed, int64_t direction, const Tensor& sums, const Tensor& places) {
+    const int64_t rows = products.size(0), keys = products.size(1);
     const uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-    const uint32_t stream = mix(low ^ (direction ? 0x9e3779b9u : 0u));
-    const Sampler sampler{sample, first_negative, last_negative, first_row, low, high, stream};
-    torch::stable::parallel_for(0, tile.rows, GRAIN, [&](int64_t begin, int64_t end) {
-        std::vector<float> scores(sample ? tile.keys : 0);
-        sums_of_rows(tile, sampler, start, static_cast<int>(order), row_sums, row_places, begin, end, scores.data());
-    });
+    const State state(sums, places, first_row, rows);
+    const Tiles tiles(state.batch, columns, first, count, row_offset, inverse_temperature);
+    auto run = [&](const Tile& tile, bool starts, int64_t its_direction, int64_t row, int64_t place) {
+        const uint32_t stream = mix(low ^ (its_direction ? 0x9e3779b9u : 0u));
+        const Sampler sampler{sample, first_negative, last_negative, row_offset + row, low, high, stream};
+        torch::stable::parallel_for(0, tile.rows, grain(tile.keys), [&](int64_t begin, int64_t end) {
+            std::vector<float> scores(sample ? tile.keys : 0);
+            sums_of_rows(
+                tile, sampler, starts, static_cast<int>(order), state.sums + place, state.places + place, begin, end,
+                scores.data());
+        });
+    };
+    float* data = products_of(products, "products", rows, keys);
+    float* other = transposed ? products_of(*transposed, "transposed", keys, rows) : nullptr;
+    if (other) for_transposed(rows, keys, [&](int64_t from, int64_t to) { other[to] = data[from]; });
+    float* teacher_data = teacher ? products_of(*teacher, "teacher", rows, keys) : nullptr;
+    run(tiles.tile(data, teacher_data, rows, keys, first_row, key_offset + first_key), start, direction, first_row, 0);
+    if (!other) return;
+    check_place(sums, first_key, keys);
+    STD_TORCH_CHECK(sums.size(0) == 2, "sums: expected those of both directions with transposed products");
+    const int64_t place = state.batch + first_key - first_row;
+    run(tiles.tile(other, nullptr, keys, rows, first_key, first_row), first_row == 0, 1, first_key, place);
 }
 
 void focal_itc_terms(
-    const Tensor& products, const std::optional<Tensor>& teacher, double inverse_temperature, int64_t first_key,
-    const Tensor& columns, const Tensor& first, const Tensor& count, double gamma, const Tensor& sums,
-    const Tensor& places) {
-    const Tile tile = describe(products, teacher, inverse_temperature, first_key, columns, first, count);
-    Sums* row_sums = sums_of(sums, tile.rows);
-    Places* row_places = places_of(places, tile.rows);
-    torch::stable::parallel_for(0, tile.rows, GRAIN, [&](int64_t begin, int64_t end) {
-        terms_of_rows(tile, gamma, row_sums, row_places, begin, end);
-    });
+    const Tensor& products, const std::optional<Tensor>& teacher, const std::optional<Tensor>& transposed,
+    double inverse_temperature, int64_t first_row, int64_t first_key, int64_t key_offset,
+    const std::optional<Tensor>& columns, const std::optional<Tensor>& first, const std::optional<Tensor>& count,
+    int64_t row_offset, double gamma, const Tensor& sums, const Tensor& places) {
+    const int64_t rows = products.size(0), keys = products.size(1);
+    const State state(sums, places, first_row, rows);
+    const Tiles tiles(state.batch, columns, first, count, row_offset, inverse_temperature);
+    auto run = [&](const Tile& tile, int64_t place) {
+        torch::stable::parallel_for(0, tile.rows, grain(tile.keys), [&](int64_t begin, int64_t end) {
+            terms_of_rows(tile, gamma, state.sums + place, state.places + place, begin, end);
+        });
+    };
+    float* data = products_of(products, "products", rows, keys);
+    float* other = transposed ? products_of(*transposed, "transposed", keys, rows) : nullptr;
+    if (other) for_transposed(rows, keys, [&](int64_t from, int64_t to) { other[to] = data[from]; });
+    float* teacher_data = teacher ? products_of(*teacher, "teacher", rows, keys) : nullptr;
+    run(tiles.tile(data, teacher_data, rows, keys, first_row, key_offset + first_key), 0);
+    if (!other) return;
+    check_place(sums, first_key, keys);
+    STD_TORCH_CHECK(sums.size(0) == 2, "sums: expected those of both directions with transposed products");
+    run(tiles.tile(other, nullptr, keys, rows, first_key, first_row), state.batch + first_key - first_row);
 }
 
-// results (13, rows) float32: loss, the nine rows of the row state, and three statistics; columns (2, rows): the
-// dominant key and the hard negative.
+// A tensor of `size` elements to write to.
+template <class T>
+T* results_of(const Tensor& tensor, const char* name, int64_t size, ScalarType dtype) {
+    STD_TORCH_CHECK(tensor.numel() == size, name, ": expected ", size, " elements, got ", tensor.numel());
+    check_dtype(tensor, name, dtype);
+    check_contiguous(tensor, name);
+    return tensor.mutable_data_ptr<T>();
+}
+
+// Of one direction or of both, before all other dimensions: loss (rows), row_state (ROW_STATES, rows), dominant (rows),
+// and with `stats` statistics (3, rows), hard_negative (rows). Without `count` every row has one positive.
 void focal_itc_finish(
-    const Tensor& sums, const Tensor& places, const Tensor& count, double inverse_temperature, double gamma,
-    int64_t order, double alpha, bool any_positive, const Tensor& results, const Tensor& columns) {
-    const int64_t rows = sums.size(0);
-    const Sums* all_sums = sums_of(sums, rows);
-    const Places* all_places = places_of(places, rows);
-    check_sizes(count, "count", {rows});
-    check_sizes(results, "results", {13, rows});
-    check_dtype(results, "results", ScalarType::Float);
-    check_contiguous(results, "results");
-    check_sizes(columns, "columns", {2, rows});
-    check_contiguous(columns, "columns");
-    const int64_t* counts = count.const_data_ptr<int64_t>();
-    float* result = results.mutable_data_ptr<float>();
-    int64_t* column = columns.mutable_data_ptr<int64_t>();
-    for (int64_t i = 0; i < rows; ++i) {
-        const Sums& s = all_sums[i];
+    const Tensor& sums, const Tensor& places, const std::optional<Tensor>& count, double inverse_temperature,
+    double gamma, int64_t order, double alpha, bool any_positive, bool stats, const Tensor& loss_of_rows,
+    const Tensor& row_state, const Tensor& dominant_key, const Tensor& statistics, const Tensor& hard_negative) {
+    const int64_t directions = sums.size(0), rows = sums.size(1), all = directions * rows;
+    const State state(sums, places, 0, rows);
+    if (count) check_sizes(*count, "count", {rows});
+    const int64_t* counts = count ? count->const_data_ptr<int64_t>() : nullptr;
+    float* losses = results_of<float>(loss_of_rows, "loss", all, ScalarType::Float);
+    float* states = results_of<float>(row_state, "row_state", ROW_STATES * all, ScalarType::Float);
+    int64_t* dominants = results_of<int64_t>(dominant_key, "dominant", all, ScalarType::Long);
+    float* figures = stats ? results_of<float>(statistics, "statistics", 3 * all, ScalarType::Float) : nullptr;
+    int64_t* negatives =
+        stats ? results_of<int64_t>(hard_negative, "hard_negative", all, ScalarType::Long) : nullptr;
+    for (int64_t n = 0; n < all; ++n) {
+        const int64_t direction = n / rows, i = n % rows;
+        const Sums& s = state.sums[n];
         const Totals totals(s, inverse_temperature, alpha > 0);
-        const bool positive = all_places[i].dominant_is_positive;
+        const bool positive = state.places[n].dominant_is_positive;
         const double others = s.negative + s.positive;
         const Focal dominant = focal(-totals.log_sum, others / totals.total, gamma);
         auto sum = [&](const double (&terms)[ORDERS][2], double weights) {
@@ -393,7 +437,7 @@ void focal_itc_finish(
             hard = mass_weight = (1 - alpha) * mass.weight;
             mass_gradient = hard * p * (positive ? -one_minus_mass / (1 - one_minus_mass) : 1);
         } else {
-            hard = (1 - alpha) / counts[i];
+            hard = (1 - alpha) / (counts ? counts[i] : 1);
             add(hard, sum(s.hard, 1.0));
             if (positive) target += hard;
         }
@@ -403,13 +447,24 @@ void focal_itc_finish(
         // The backward has log_sum in float32, so all its p of a row are off by one factor: here W takes it back.
         const double weight = (rest.weight + target * dominant.weight + mass_weight) *
                               std::exp(static_cast<float>(totals.log_sum) - totals.log_sum);
-        const double values[13] = {
-            loss, s.maximum, totals.log_sum, alpha > 0 ? s.teacher_maximum : 0, std::log(totals.teacher_total), weight,
-            hard, s.positive_max, std::log(s.positive_sum), gradient, positive ? 1.0 : 0.0,
-            totals.log_sum - s.entropy / totals.total, (s.positive + (positive ? 1 : 0)) / totals.total};
-        for (int64_t k = 0; k < 13; ++k) result[k * rows + i] = static_cast<float>(values[k]);
-        column[i] = all_places[i].dominant;
-        column[rows + i] = all_places[i].best;
+        losses[n] = static_cast<float>(loss);
+        dominants[n] = state.places[n].dominant;
+        auto save = [&](StateRow row, double value) { states[(direction * ROW_STATES + row) * rows + i] = static_cast<float>(value); };
+        save(ROW_MAX, s.maximum);
+        save(ROW_LOG_SUM, totals.log_sum);
+        save(ROW_TEACHER_MAX, alpha > 0 ? s.teacher_maximum : 0);
+        save(ROW_TEACHER_LOG_SUM, std::log(totals.teacher_total));
+        save(ROW_WEIGHT, weight);
+        save(ROW_HARD, hard);
+        save(ROW_POSITIVE_MAX, s.positive_max);
+        save(ROW_POSITIVE_LOG_SUM, std::log(s.positive_sum));
+        save(ROW_DOMINANT_GRADIENT, gradient);
+        if (!stats) continue;
+        const double figures_of_row[3] = {
+            positive ? 1.0 : 0.0, totals.log_sum - s.entropy / totals.total,
+            (s.positive + (positive ? 1 : 0)) / totals.total};
+        for (int64_t k = 0; k < 3; ++k) figures[(direction * 3 + k) * rows + i] = static_cast<float>(figures_of_row[k]);
+        negatives[n] = state.places[n].best;
     }
 }
 

@@ -3,6 +3,8 @@
 // softmask_fast/ops/focal_itc/cpp.py drives the tiles.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -11,18 +13,39 @@
 
 namespace softmask {
 
-constexpr int64_t GRAIN = 16;  // rows per task
+// Rows per task: at least as many as it is worth waking another thread for.
+inline int64_t grain(int64_t keys) { return std::max<int64_t>(16, 32768 / std::max<int64_t>(keys, 1)); }
+
+// Rows of the row state, see softmask_fast/ops/focal_itc/state.py.
+enum StateRow {
+    ROW_MAX,
+    ROW_LOG_SUM,
+    ROW_TEACHER_MAX,
+    ROW_TEACHER_LOG_SUM,
+    ROW_WEIGHT,
+    ROW_HARD,
+    ROW_POSITIVE_MAX,
+    ROW_POSITIVE_LOG_SUM,
+    ROW_DOMINANT_GRADIENT,
+    ROW_STATES
+};
 
 struct Tile {
     float* products;  // (rows, keys)
     float* teacher;   // (rows, keys), or null
     int64_t rows, keys, first_key;
-    const int64_t *columns, *first, *count;  // the positives of each row, see positives.py
+    const int64_t *columns, *first, *count;  // the positives of each row, see positives.py; or null, and
+    int64_t diagonal;                        // row i has the column diagonal + i
     float inverse;                           // 1 / temperature
 
     // Calls use(number of the key, its place in the tile) for the positives of a row in this tile.
     template <class Use>
     void for_positives(int64_t row, const Use& use) const {
+        if (!columns) {
+            const int64_t column = diagonal + row;
+            if (column >= first_key && column < first_key + keys) use(column, column - first_key);
+            return;
+        }
         const int64_t *begin = columns + first[row], *end = begin + count[row];
         for (auto column = std::lower_bound(begin, end, first_key); column < end && *column < first_key + keys; ++column)
             use(*column, *column - first_key);
@@ -76,33 +99,68 @@ SOFTMASK_INLINE float focal_power(float one_minus_p, float gamma, int order) {
     }
 }
 
-inline Tile describe(
-    const Tensor& products, const std::optional<Tensor>& teacher, double inverse, int64_t first_key,
-    const Tensor& columns, const Tensor& first, const Tensor& count) {
-    const int64_t rows = products.size(0), keys = products.size(1);
-    check_dtype(products, "products", ScalarType::Float);
-    check_contiguous(products, "products");
-    if (teacher) {
-        check_sizes(*teacher, "teacher", {rows, keys});
-        check_dtype(*teacher, "teacher", ScalarType::Float);
-        check_contiguous(*teacher, "teacher");
+// What the tiles of one loss have in common: the positives of all its rows, and 1 / temperature.
+struct Tiles {
+    const int64_t *columns = nullptr, *first = nullptr, *count = nullptr;
+    int64_t row_offset;  // the positive of row 0, without lists
+    float inverse;
+
+    Tiles(
+        int64_t rows, const std::optional<Tensor>& columns_, const std::optional<Tensor>& first_,
+        const std::optional<Tensor>& count_, int64_t row_offset_, double inverse_)
+        : row_offset(row_offset_), inverse(static_cast<float>(inverse_)) {
+        if (!columns_) return;
+        for (const auto* tensor : {&columns_, &first_, &count_}) {
+            STD_TORCH_CHECK(tensor->has_value(), "columns, first, count: expected all of them or none");
+            if (tensor != &columns_) check_sizes(**tensor, "first, count", {rows});
+            check_dtype(**tensor, "columns, first, count", ScalarType::Long);
+            check_contiguous(**tensor, "columns, first, count");
+        }
+        columns = columns_->const_data_ptr<int64_t>();
+        first = first_->const_data_ptr<int64_t>();
+        count = count_->const_data_ptr<int64_t>();
+        for (int64_t i = 0; i < rows; ++i) {
+            check_index(first[i], columns_->size(0) + 1, "first");
+            check_index(count[i], columns_->size(0) + 1 - first[i], "count");
+        }
     }
-    for (const Tensor* tensor : {&first, &count}) {
-        check_sizes(*tensor, "first, count", {rows});
-        check_dtype(*tensor, "first, count", ScalarType::Long);
-        check_contiguous(*tensor, "first, count");
+
+    // The tile of the rows from first_row on and the keys from first_key on.
+    Tile tile(
+        float* products, float* teacher, int64_t rows, int64_t keys, int64_t first_row, int64_t first_key) const {
+        return {
+            products, teacher, rows, keys, first_key, columns, columns ? first + first_row : nullptr,
+            columns ? count + first_row : nullptr, row_offset + first_row, inverse};
     }
-    check_dtype(columns, "columns", ScalarType::Long);
-    check_contiguous(columns, "columns");
-    Tile tile{
-        products.mutable_data_ptr<float>(), teacher ? teacher->mutable_data_ptr<float>() : nullptr, rows, keys,
-        first_key, columns.const_data_ptr<int64_t>(), first.const_data_ptr<int64_t>(),
-        count.const_data_ptr<int64_t>(), static_cast<float>(inverse)};
-    for (int64_t i = 0; i < rows; ++i) {
-        check_index(tile.first[i], columns.size(0) + 1, "first");
-        check_index(tile.count[i], columns.size(0) + 1 - tile.first[i], "count");
-    }
-    return tile;
+};
+
+// The data of a tile of products (rows, keys).
+inline float* products_of(const Tensor& tensor, const char* name, int64_t rows, int64_t keys) {
+    check_sizes(tensor, name, {rows, keys});
+    check_dtype(tensor, name, ScalarType::Float);
+    check_contiguous(tensor, name);
+    return tensor.mutable_data_ptr<float>();
+}
+
+// The number of rows of a tensor (directions, rows, ...), of which these are some.
+inline int64_t check_place(const Tensor& tensor, int64_t first_row, int64_t rows) {
+    const int64_t batch = tensor.size(1);
+    STD_TORCH_CHECK(
+        first_row >= 0 && first_row + rows <= batch, "first_row: expected rows from 0 to ", batch, ", got ", first_row,
+        " to ", first_row + rows);
+    return batch;
+}
+
+// use(place in a matrix, place in its transpose) of all elements, in blocks that stay in the cache.
+template <class Use>
+void for_transposed(int64_t rows, int64_t columns, const Use& use) {
+    constexpr int64_t BLOCK = 16;
+    torch::stable::parallel_for(0, (columns + BLOCK - 1) / BLOCK, grain(rows), [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin * BLOCK; c < std::min(end * BLOCK, columns); c += BLOCK)
+            for (int64_t r = 0; r < rows; r += BLOCK)
+                for (int64_t j = c; j < std::min(c + BLOCK, columns); ++j)
+                    for (int64_t i = r; i < std::min(r + BLOCK, rows); ++i) use(i * columns + j, j * rows + i);
+    });
 }
 
 }  // namespace softmask

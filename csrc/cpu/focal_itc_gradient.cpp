@@ -11,7 +11,6 @@
 namespace softmask {
 namespace {
 
-// The row state of softmask_fast/ops/focal_itc/operators.py.
 struct RowState {
     float maximum, log_sum, teacher_maximum, teacher_log_sum, weight, hard, positive_max, positive_log_sum;
     float dominant_gradient;
@@ -59,7 +58,7 @@ struct Gradient {
     int order;
     double gamma, alpha;
     bool any_positive;
-    const float *grad_loss, *row_state;  // (rows), (9, batch) from the first row of the tile on
+    const float *grad_loss, *row_state;  // (rows), (ROW_STATES, batch) from the first row of the tile on
     int64_t batch;
     const int64_t* dominant;
     double* temperature;  // (rows)
@@ -72,7 +71,8 @@ SOFTMASK_CLONES void gradients_of_rows(const Tile& tile, const Gradient& g, int6
         const float* teacher = tile.teacher ? tile.teacher + i * tile.keys : nullptr;
         auto saved = [&](int64_t row) { return g.row_state[row * g.batch + i]; };
         const RowState state{
-            saved(0), saved(1), saved(2), saved(3), saved(4), saved(5), saved(6), saved(7), saved(8)};
+            saved(ROW_MAX), saved(ROW_LOG_SUM), saved(ROW_TEACHER_MAX), saved(ROW_TEACHER_LOG_SUM), saved(ROW_WEIGHT),
+            saved(ROW_HARD), saved(ROW_POSITIVE_MAX), saved(ROW_POSITIVE_LOG_SUM), saved(ROW_DOMINANT_GRADIENT)};
         const float factor = g.grad_loss[i] * tile.inverse;
         const int64_t dominant = g.dominant[i] - tile.first_key;
 
@@ -110,30 +110,47 @@ SOFTMASK_CLONES void gradients_of_rows(const Tile& tile, const Gradient& g, int6
     }
 }
 
+// Replaces a tile of products by the gradient of the products, by temperature. grad_loss, dominant and of_inverse
+// (directions, batch), row_state (directions, ROW_STATES, batch); of_inverse adds up the gradient of 1 / temperature.
+// With `transposed`, room for as many, the gradient is the sum of both directions', see focal_itc_sums.
 void focal_itc_gradient(
-    const Tensor& products, const std::optional<Tensor>& teacher, double inverse_temperature, int64_t first_key,
-    const Tensor& columns, const Tensor& first, const Tensor& count, double gamma, int64_t order, double alpha,
-    bool any_positive, const Tensor& grad_loss, const Tensor& row_state, const Tensor& dominant,
-    const Tensor& temperature) {
-    const Tile tile = describe(products, teacher, inverse_temperature, first_key, columns, first, count);
-    check_sizes(grad_loss, "grad_loss", {tile.rows});
+    const Tensor& products, const std::optional<Tensor>& teacher, const std::optional<Tensor>& transposed,
+    double inverse_temperature, int64_t first_row, int64_t first_key, int64_t key_offset,
+    const std::optional<Tensor>& columns, const std::optional<Tensor>& first, const std::optional<Tensor>& count,
+    int64_t row_offset, double gamma, int64_t order, double alpha, bool any_positive, const Tensor& grad_loss,
+    const Tensor& row_state, const Tensor& dominant, const Tensor& of_inverse) {
+    const int64_t rows = products.size(0), keys = products.size(1), directions = transposed ? 2 : 1;
+    const int64_t batch = check_place(of_inverse, first_row, rows);
+    for (const Tensor* tensor : {&grad_loss, &dominant, &of_inverse}) {
+        check_sizes(*tensor, "grad_loss, dominant, of_inverse", {directions, batch});
+        check_contiguous(*tensor, "grad_loss, dominant, of_inverse");
+    }
     check_dtype(grad_loss, "grad_loss", ScalarType::Float);
-    check_contiguous(grad_loss, "grad_loss");
-    check_sizes(row_state, "row_state", {9, tile.rows});
+    check_sizes(row_state, "row_state", {directions, ROW_STATES, batch});
     check_dtype(row_state, "row_state", ScalarType::Float);
-    STD_TORCH_CHECK(row_state.stride(1) == 1, "row_state: expected dense rows");
-    check_sizes(dominant, "dominant", {tile.rows});
+    check_contiguous(row_state, "row_state");
     check_dtype(dominant, "dominant", ScalarType::Long);
-    check_contiguous(dominant, "dominant");
-    check_sizes(temperature, "temperature", {tile.rows});
-    check_dtype(temperature, "temperature", ScalarType::Double);
-    const Gradient gradient{
-        static_cast<int>(order), gamma, alpha, any_positive, grad_loss.const_data_ptr<float>(),
-        row_state.const_data_ptr<float>(), row_state.stride(0), dominant.const_data_ptr<int64_t>(),
-        temperature.mutable_data_ptr<double>()};
-    torch::stable::parallel_for(0, tile.rows, GRAIN, [&](int64_t begin, int64_t end) {
-        gradients_of_rows(tile, gradient, begin, end);
-    });
+    check_dtype(of_inverse, "of_inverse", ScalarType::Double);
+    const Tiles tiles(batch, columns, first, count, row_offset, inverse_temperature);
+    auto run = [&](const Tile& tile, int64_t direction, int64_t row) {
+        const int64_t place = direction * batch + row;
+        const Gradient gradient{
+            static_cast<int>(order), gamma, alpha, any_positive, grad_loss.const_data_ptr<float>() + place,
+            row_state.const_data_ptr<float>() + direction * ROW_STATES * batch + row, batch,
+            dominant.const_data_ptr<int64_t>() + place, of_inverse.mutable_data_ptr<double>() + place};
+        torch::stable::parallel_for(0, tile.rows, grain(tile.keys), [&](int64_t begin, int64_t end) {
+            gradients_of_rows(tile, gradient, begin, end);
+        });
+    };
+    float* data = products_of(products, "products", rows, keys);
+    float* other = transposed ? products_of(*transposed, "transposed", keys, rows) : nullptr;
+    if (other) for_transposed(rows, keys, [&](int64_t from, int64_t to) { other[to] = data[from]; });
+    float* teacher_data = teacher ? products_of(*teacher, "teacher", rows, keys) : nullptr;
+    run(tiles.tile(data, teacher_data, rows, keys, first_row, key_offset + first_key), 0, first_row);
+    if (!other) return;
+    check_place(of_inverse, first_key, keys);
+    run(tiles.tile(other, nullptr, keys, rows, first_key, first_row), 1, first_key);
+    for_transposed(rows, keys, [&](int64_t to, int64_t from) { data[to] += other[from]; });
 }
 
 }  // namespace

@@ -122,13 +122,16 @@ def check_teachers(
     return as_device_number(alpha, torch.float64, image) if soft else None
 
 
-def check_seed(seed: int | Tensor, image: Tensor) -> Tensor:
-    """Returns the seed as a 0-dim int64 tensor on the device of `image`; raises unless it is one or fits into one."""
+def check_seed(seed: int | Tensor, image: Tensor, needed: bool) -> Tensor | None:
+    """Returns the seed as a 0-dim int64 tensor on the device of `image`, None where it is not needed.
+
+    Raises unless it is such a tensor or fits into one.
+    """
     if isinstance(seed, Tensor):
         check_tensor("seed", seed, (), dtypes=(torch.int64,), like=("image", image))
     else:
         check_integer("seed", seed, -(2**63), 2**63 - 1)
-    return as_device_number(seed, torch.int64, image)
+    return as_device_number(seed, torch.int64, image) if needed else None
 
 
 def as_device_number(value: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -192,6 +195,8 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(tensor: Tensor, *args: Any) -> Any:
+        if not torch.is_autocast_enabled(tensor.device.type):  # the context costs more than the question
+            return function(tensor, *args)
         with torch.autocast(tensor.device.type, enabled=False):
             return function(tensor, *args)
 

@@ -19,8 +19,8 @@ from softmask_fast.ops.checks import (
     check_tensor,
 )
 from softmask_fast.ops.extension import cpu_unavailable_reason
-from softmask_fast.ops.focal_itc import cpp, operators, reference, streamed, symmetric
-from softmask_fast.ops.focal_itc.reference import Options, RowResult
+from softmask_fast.ops.focal_itc import cpp, operators, reference, streamed
+from softmask_fast.ops.focal_itc.state import Problem
 
 __all__ = ["FocalITCStats", "focal_itc_loss"]
 
@@ -131,84 +131,62 @@ def focal_itc_loss(
         raise ValueError(f"image: expected at least one row and one column, got size {tuple(image.shape)}")
     like = ("image", image)
     check_tensor("text", text, (batch, width), like=like, same_dtype=True)
-    image_keys, text_keys, own_keys = _check_keys(image, text, image_keys, text_keys)
-    keys = text_keys.shape[0]
+    keys = _check_keys(image, image_keys, text_keys)
     alpha = check_teachers(image, teacher_image, teacher_text, alpha)
     gamma = check_gamma(gamma)
     if ids is None and key_ids is not None:
         raise ValueError("ids: expected the ids of the rows along with key_ids, got None")
     if ids is not None:
         check_tensor("ids", ids, (batch,), dtypes=(torch.int64,), like=like)
-        if key_ids is None:
-            if not own_keys:
-                raise ValueError("key_ids: expected the ids of the keys along with ids and image_keys, got None")
-            key_ids = ids
-        check_tensor("key_ids", key_ids, (keys,), dtypes=(torch.int64,), like=like)
+        if key_ids is not None:
+            check_tensor("key_ids", key_ids, (keys,), dtypes=(torch.int64,), like=like)
+        elif image_keys is not None:
+            raise ValueError("key_ids: expected the ids of the keys along with ids and image_keys, got None")
     check_integer("row_offset", row_offset, 0, None if ids is not None else keys - batch)
     check_choice("positives", positives, ("mean", "any"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     first_negative, last_negative = _check_negative_range(negative_range, keys)
-    seed = check_seed(seed, image)
+    seed = check_seed(seed, image, return_stats)
     temperature = as_scalar(temperature, image)
 
-    options = Options(
-        alpha,
-        seed if return_stats else None,
-        gamma,
-        positives == "any",
-        row_offset,
-        first_negative,
-        last_negative,
-        direction=0,
-    )
-    with torch.autocast(image.device.type, enabled=False):
-        if own_keys and key_ids is ids and alpha is None and impl != "reference":
-            results = symmetric.focal_itc_directions(image, text, temperature, ids, options, impl=impl)
-        else:
-            run = reference.focal_itc_direction
-            if impl != "reference":
-                run = functools.partial(operators.focal_itc_direction, impl=impl)
-            teachers = [None if alpha is None else teacher.detach() for teacher in (teacher_image, teacher_text)]
-            results = [
-                run(image, text_keys, temperature, teachers[0], ids, key_ids, options),
-                run(text, image_keys, temperature, teachers[1], ids, key_ids, options._replace(direction=1)),
-            ]
-    loss = (results[0].loss + results[1].loss) / 2
-    if reduction != "none":
-        loss = loss.mean() if reduction == "mean" else loss.sum()
-    if not return_stats:
-        return loss
-    return loss, statistics(*results)
+    teachers = [None if alpha is None else teacher.detach() for teacher in (teacher_image, teacher_text)]
+    problem = Problem(
+        image, text, image_keys, text_keys, temperature, *teachers, ids, key_ids, alpha, seed,
+        gamma, positives == "any", row_offset, first_negative, last_negative, impl,
+    )  # fmt: skip
+    if impl == "reference":
+        registry.refuse_transforms("focal_itc_loss", image, text, image_keys, text_keys, temperature)
+        with torch.autocast(image.device.type, enabled=False):
+            directions = [reference.focal_itc_direction(*direction) for direction in problem.directions()]
+            loss, *figures = (torch.stack(results) for results in zip(*directions, strict=True))
+    else:
+        loss, *figures = operators.focal_itc(problem)
+    if reduction == "mean":
+        loss = loss.mean()
+    else:
+        loss = loss.mean(0) if reduction == "none" else loss.sum() / 2
+    return (loss, statistics(*figures)) if return_stats else loss
 
 
-def statistics(image: RowResult, text: RowResult) -> FocalITCStats:
-    """The rows' statistics of both directions, averaged."""
-    return FocalITCStats(
-        image.correct.mean(),
-        text.correct.mean(),
-        image.entropy.mean(),
-        text.entropy.mean(),
-        image.positive_probability.mean(),
-        text.positive_probability.mean(),
-        image.hard_negative,
-        text.hard_negative,
-    )
+def statistics(of_rows: Tensor, hard_negative: Tensor) -> FocalITCStats:
+    """The rows' statistics of both directions (2, 3, B), averaged, and hard negatives (2, B)."""
+    means = of_rows.mean(-1)
+    return FocalITCStats(*means.T.flatten().unbind(), *hard_negative.unbind())
 
 
-def _check_keys(
-    image: Tensor, text: Tensor, image_keys: Tensor | None, text_keys: Tensor | None
-) -> tuple[Tensor, Tensor, bool]:
+def _check_keys(image: Tensor, image_keys: Tensor | None, text_keys: Tensor | None) -> int:
+    """The number of keys."""
     if (image_keys is None) != (text_keys is None):
         missing, other = ("image_keys", "text_keys") if image_keys is None else ("text_keys", "image_keys")
         raise ValueError(f"{missing}: expected a tensor along with {other} (both or neither), got None")
     if image_keys is None:
-        return image, text, True
+        return image.shape[0]
     like = ("image", image)
     check_tensor("image_keys", image_keys, ("M", image.shape[1]), like=like, same_dtype=True)
     if image_keys.shape[0] == 0:
         raise ValueError(f"image_keys: expected at least one key, got size {tuple(image_keys.shape)}")
     check_tensor("text_keys", text_keys, tuple(image_keys.shape), like=like, same_dtype=True)
-    return image_keys, text_keys, False
+    return image_keys.shape[0]
 
 
 def _check_negative_range(negative_range: tuple[int, int] | None, keys: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The loss on the CPU: matrix products of the framework, tile by tile, and csrc/cpu/focal_itc.cpp for all the rest.
 
-gamma 0, 1, 2 and 3 read the keys once in the forward, other gammas twice; the backward reads them once.
+gamma 0, 1, 2 and 3 read the keys once in the forward, other gammas twice; the backward reads them once. The kernels
+take whole tensors and the place of a tile in them, since a view costs the host more than a small tile takes.
 """
 
 from __future__ import annotations
@@ -10,244 +11,158 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from softmask_fast.ops.focal_itc.operators import ROW_STATES, BlockwiseForward
+from softmask_fast.ops.focal_itc.operators import BlockwiseForward
 from softmask_fast.ops.focal_itc.positives import PositiveLists, positive_lists
-from softmask_fast.ops.focal_itc.reference import Options
+from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Problem, Rows, expansion_order
 from softmask_fast.ops.focal_itc.streamed import spans
 
 # A tile of student and teacher products is 4 MiB: 2 cores keep their halves in the second-level cache.
 TILE_ROWS = 512
 TILE_KEYS = 1024
-SUMS, PLACES = 25, 3  # sizes of the structures in csrc/cpu/focal_itc.cpp
+SUMS, PLACES = 25, 3  # sizes of the structures in csrc/cpu/focal_itc.cpp, which checks them
 
 
-def expansion_order(gamma: float) -> int:
-    """gamma where (1 - p)^gamma is expanded in powers of p, else -1."""
-    return int(gamma) if gamma in (0, 1, 2, 3) else -1
+def _part(tensor: Tensor, first: int, last: int) -> Tensor:
+    """tensor[first:last], without the cost of a view where that is all of it."""
+    return tensor if last - first == tensor.shape[0] else tensor[first:last]
+
+
+def _tiles(
+    rows: Tensor, teacher: Tensor | None, keys: Tensor, both: bool = False
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, tuple[Tensor, Tensor | None, Tensor | None]]]:
+    """Of each tile its rows and keys, their features in float32, and its products: student, teacher, transposed.
+
+    ``both``: the last are room for the same products transposed.
+    """
+    height, width = min(rows.shape[0], TILE_ROWS), min(keys.shape[0], TILE_KEYS)
+    buffers = (
+        torch.empty(height, width),
+        None if teacher is None else torch.empty(height, width),
+        torch.empty(width, height) if both else None,
+    )
+    for first, last in spans(rows.shape[0], TILE_ROWS):
+        sources = [None if x is None else _part(x, first, last).float() for x in (rows, teacher)]
+        for low, high in spans(keys.shape[0], TILE_KEYS):
+            y, products = _part(keys, low, high).float(), buffers
+            if (last - first, high - low) != (height, width):
+                shape = last - first, high - low
+                shapes = zip(buffers, (shape, shape, shape[::-1]), strict=True)
+                products = tuple(x if x is None else x.view(-1)[: shape[0] * shape[1]].view(size) for x, size in shapes)
+            torch.mm(sources[0], y.T, out=products[0])
+            if teacher is not None:
+                torch.mm(sources[1], y.T, out=products[1])
+            yield slice(first, last), slice(low, high), sources[0], y, products
+
+
+class _Sums:
+    """The sums of the rows of one direction, or of both, over tiles of products."""
+
+    def __init__(self, temperature: Tensor, options: Options, directions: int, batch: int):
+        self.options, self.order, self.inverse = options, expansion_order(options.gamma), 1 / float(temperature)
+        self.passes = 1 if self.order >= 0 else 2
+        self.sampler = (
+            options.stats, options.first_negative, options.last_negative, int(options.seed) if options.stats else 0,
+            options.direction,
+        )  # fmt: skip
+        self.sums = torch.empty(directions, batch, SUMS, dtype=torch.float64)
+        self.places = torch.empty(directions, batch, PLACES, dtype=torch.int64)
+        self.empty = True
+
+    def add(
+        self, rows: Tensor, teacher: Tensor | None, keys: Tensor, key_offset: int, lists: PositiveLists | None,
+        second_pass: bool,
+    ) -> None:  # fmt: skip
+        """Adds all tiles of a block of keys, whose numbers begin with ``key_offset``."""
+        kernels, options, lists = torch.ops.softmask_fast_cpp, self.options, lists or (None,) * 3
+        for part, place, _, _, products in _tiles(rows, teacher, keys, self.sums.shape[0] == 2):
+            common = (*products, self.inverse, part.start, place.start, key_offset, *lists, options.row_offset)
+            if second_pass:
+                kernels.focal_itc_terms(*common, options.gamma, self.sums, self.places)
+            else:
+                start = self.empty and place.start == 0
+                kernels.focal_itc_sums(*common, start, max(self.order, 0), *self.sampler, self.sums, self.places)
+        self.empty = False
+
+    def finish(self, count: Tensor | None, out: Outputs) -> None:
+        options = self.options
+        torch.ops.softmask_fast_cpp.focal_itc_finish(
+            self.sums, self.places, count, self.inverse, options.gamma, self.order, _number(options.alpha),
+            options.any_positive, options.stats, *out,
+        )  # fmt: skip
 
 
 def _number(alpha: Tensor | None) -> float:
     return 0.0 if alpha is None else float(alpha)
 
 
-class _Products:
-    """Buffers for the products of one block of rows with one tile of keys."""
-
-    def __init__(self, rows: Tensor, keys: Tensor, teacher_rows: Tensor | None):
-        size = min(rows.shape[0], TILE_ROWS) * min(keys.shape[0], TILE_KEYS)
-        self.inputs = rows, keys, teacher_rows
-        self.buffers = [torch.empty(size) if source is not None else None for source in (rows, teacher_rows)]
-
-    def block(self, first: int, last: int) -> list[Tensor | None]:
-        """The rows of student and teacher in float32."""
-        rows, _, teacher_rows = self.inputs
-        return [None if source is None else source[first:last].float() for source in (rows, teacher_rows)]
-
-    def tile(self, block: list[Tensor | None], low: int, high: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The keys of the tile in float32, and the products of student and teacher with them."""
-        keys = self.inputs[1][low:high].float()
-        products = [None, None]
-        for i, (rows, buffer) in enumerate(zip(block, self.buffers, strict=True)):
-            if rows is not None:
-                out = buffer[: rows.shape[0] * keys.shape[0]].view(rows.shape[0], keys.shape[0])
-                products[i] = torch.mm(rows, keys.T, out=out)
-        return keys, *products
-
-
 class Forward(BlockwiseForward):
     """See ``operators.BlockwiseForward``."""
 
-    def __init__(
-        self, rows: Tensor, temperature: Tensor, teacher_rows: Tensor | None, ids: Tensor | None, options: Options
-    ):
-        super().__init__(rows, temperature, teacher_rows, ids, options)
-        self.order, self.inverse = expansion_order(options.gamma), 1 / float(temperature)
-        self.seed = int(options.seed) if options.stats else 0
-        self.passes = 1 if self.order >= 0 else 2
-        self.sums = torch.empty(rows.shape[0], SUMS, dtype=torch.float64)
-        self.places = torch.empty(rows.shape[0], PLACES, dtype=torch.int64)
-        self.empty = True
+    def __init__(self, rows: Rows):
+        super().__init__(rows)
+        self.sums = _Sums(self.temperature, self.options, 1, self.rows.shape[0])
+        self.passes = self.sums.passes
 
-    def _add(
-        self, keys: Tensor, key_ids: Tensor | None, first_key: int, second_pass: bool, positives: PositiveLists
-    ) -> None:
-        products = _Products(self.rows, keys, self.teacher_rows)
-        for first, last in spans(self.rows.shape[0], TILE_ROWS):
-            block = products.block(first, last)
-            for low, high in spans(keys.shape[0], TILE_KEYS):
-                _, student, teacher = products.tile(block, low, high)
-                start = self.empty and low == 0
-                self.take(slice(first, last), student, teacher, first_key + low, positives, start, second_pass)
-        self.empty = False
+    def _add(self, keys: Keys, second_pass: bool, positives: PositiveLists | None) -> None:
+        self.sums.add(self.rows, self.teacher_rows, keys.features, keys.first, positives, second_pass)
 
-    def take(
-        self,
-        part: slice,
-        student: Tensor,
-        teacher: Tensor | None,
-        first_key: int,
-        positives: PositiveLists,
-        start: bool,
-        second_pass: bool,
-    ) -> None:
-        """Adds a tile of products, which it overwrites, of the rows ``part``; start: it is their first one."""
-        operators, options = torch.ops.softmask_fast_cpp, self.options
-        lists = positives.columns, positives.first[part], positives.count[part]
-        common = student, teacher, self.inverse, first_key, *lists
-        if second_pass:
-            operators.focal_itc_terms(*common, options.gamma, self.sums[part], self.places[part])
-        else:
-            operators.focal_itc_sums(
-                *common, start, max(self.order, 0), options.stats, options.first_negative, options.last_negative,
-                self.seed, options.direction, options.row_offset + part.start, self.sums[part], self.places[part],
-            )  # fmt: skip
-
-    def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        options, batch = self.options, self.rows.shape[0]
-        results = torch.empty(1 + ROW_STATES + 3, batch)
-        columns = torch.empty(2, batch, dtype=torch.int64)
-        torch.ops.softmask_fast_cpp.focal_itc_finish(
-            self.sums, self.places, self.count, self.inverse, options.gamma, self.order, _number(options.alpha),
-            options.any_positive, results, columns,
-        )  # fmt: skip
-        loss, row_state, statistics = results.split([1, ROW_STATES, 3])
-        dominant, hard_negative = columns
-        if not options.stats:
-            statistics, hard_negative = statistics[:, :0], hard_negative[:0]
-        # Clones, because the outputs of an operator must not share memory.
-        return loss[0].clone(), row_state.clone(), dominant.clone(), statistics.clone(), hard_negative.clone()
+    def _finish(self, out: Outputs) -> None:
+        self.sums.finish(self.count, out)
 
 
 def backward(
-    grad_loss: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    temperature: Tensor,
-    teacher_rows: Tensor | None,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    row_state: Tensor,
-    dominant: Tensor,
-    wants_rows: bool,
-    wants_keys: bool,
-    wants_temperature: bool,
-    options: Options,
-    first_key: int = 0,
+    grad_loss: Tensor, rows: Rows, keys: Keys, state: tuple[Tensor, Tensor], wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, keys and temperature, for keys numbered from ``first_key``; empty where not wanted."""
-    positives = positive_lists(rows, ids, keys, key_ids, options.row_offset, first_key)
-    grad_rows = torch.zeros(rows.shape if wants_rows else 0)
-    grad_keys = torch.zeros(keys.shape if wants_keys else 0)
-    gradient = _LogitGradient(grad_loss, temperature, row_state, dominant, positives, options)
-    products = _Products(rows, keys, teacher_rows)
-    for first, last in spans(rows.shape[0], TILE_ROWS):
-        block = products.block(first, last)
-        part = slice(first, last)
-        for low, high in spans(keys.shape[0], TILE_KEYS):
-            y, student, teacher = products.tile(block, low, high)
-            gradient.replace(part, student, teacher, first_key + low)
-            if wants_rows:
-                grad_rows[part].addmm_(student, y)
-            if wants_keys:
-                grad_keys[low:high].addmm_(student.T, block[0])
-    grad_temperature = gradient.temperature() if wants_temperature else temperature.new_empty(0)
-    return grad_rows.to(rows.dtype), grad_keys.to(keys.dtype), grad_temperature
+    """See ``operators.Backward``."""
+    lists = None if rows.ids is None else positive_lists(rows.ids, keys)
+    one_direction = (tensor[None] for tensor in (grad_loss, *state))
+    return _gradients(rows, rows.teacher, keys, lists, *one_direction, wanted)
 
 
-class _LogitGradient:
-    """The gradient of the products of one direction, by temperature, tile by tile."""
-
-    def __init__(
-        self,
-        grad_loss: Tensor,
-        temperature: Tensor,
-        row_state: Tensor,
-        dominant: Tensor,
-        positives: PositiveLists,
-        options: Options,
-    ):
-        self.grad_loss, self.row_state, self.dominant = grad_loss.contiguous(), row_state, dominant
-        self.positives, self.options = positives, options
-        self.order, self.inverse = expansion_order(options.gamma), 1 / float(temperature)
-        self.dtype, self.alpha = temperature.dtype, _number(options.alpha)
-        self.of_inverse = torch.zeros(grad_loss.shape[0], dtype=torch.float64)
-
-    def replace(self, part: slice, student: Tensor, teacher: Tensor | None, first_key: int) -> None:
-        """Writes the gradient of a tile of products, of the rows ``part``, in their place."""
-        positives, options = self.positives, self.options
+def _gradients(
+    rows: Rows, teacher: Tensor | None, keys: Keys, lists: PositiveLists | None, grad_loss: Tensor, row_state: Tensor,
+    dominant: Tensor, wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of rows, keys and temperature, of one direction or of both: grad_loss (directions, B)."""
+    x, y, options, inverse = rows.features, keys.features, rows.options, 1 / float(rows.temperature)
+    totals = [torch.empty(source.shape if wants else 0) for source, wants in zip((x, y), wanted[:2], strict=True)]
+    of_inverse = torch.zeros(dominant.shape, dtype=torch.float64)
+    numbers = options.gamma, expansion_order(options.gamma), _number(options.alpha), options.any_positive
+    saved, lists = (*numbers, grad_loss.contiguous(), row_state, dominant, of_inverse), lists or (None,) * 3
+    for part, place, x_part, y_part, products in _tiles(x, teacher, y, len(dominant) == 2):
         torch.ops.softmask_fast_cpp.focal_itc_gradient(
-            student, teacher, self.inverse, first_key, positives.columns, positives.first[part], positives.count[part],
-            options.gamma, self.order, self.alpha, options.any_positive, self.grad_loss[part],
-            self.row_state[:, part], self.dominant[part], self.of_inverse[part],
-        )  # fmt: skip
+            *products, inverse, part.start, place.start, keys.first, *lists, options.row_offset, *saved
+        )
+        gradient = products[0]
+        if wanted[0]:
+            total = _part(totals[0], part.start, part.stop)
+            total.addmm_(gradient, y_part, beta=0 if place.start == 0 else 1)
+        if wanted[1]:
+            total = _part(totals[1], place.start, place.stop)
+            total.addmm_(gradient.T, x_part, beta=0 if part.start == 0 else 1)
+    grad_temperature = -of_inverse.sum().to(rows.temperature.dtype) if wanted[2] else torch.empty(0)
+    return totals[0].to(x.dtype), totals[1].to(y.dtype), grad_temperature
 
-    def temperature(self) -> Tensor:
-        """The gradient of the temperature, once all tiles were replaced."""
-        return -self.of_inverse.sum().to(self.dtype)
 
-
-def symmetric_covers(image: Tensor, ids: Tensor | None, options: Options) -> bool:
+def symmetric_covers(problem: Problem) -> bool:
     """Both directions together, whatever the options."""
     return True
 
 
-def symmetric_forward(
-    image: Tensor, text: Tensor, temperature: Tensor, ids: Tensor | None, options: Options
-) -> tuple[Tensor, ...]:
-    """The outputs of both directions, stacked; see symmetric.py."""
-    positives = positive_lists(image, ids, text, ids, options.row_offset, 0)
-    runs = []
-    for direction, rows in enumerate((image, text)):
-        runs.append(Forward(rows, temperature, None, ids, options._replace(direction=direction)))
-        runs[-1].count = positives.count
-    for second_pass in range(runs[0].passes):
-        for part, keys, *_, products, transposed in _tiles_both_ways(image, text):
-            runs[0].take(part, products, None, keys.start, positives, keys.start == 0, bool(second_pass))
-            runs[1].take(keys, transposed, None, part.start, positives, part.start == 0, bool(second_pass))
-    return tuple(torch.stack(parts) for parts in zip(*(run.finish() for run in runs), strict=True))
+def symmetric_forward(problem: Problem, out: Outputs) -> None:
+    """Writes the results of both directions."""
+    image, text, ids = problem.image, problem.text, problem.ids
+    lists = None if ids is None else positive_lists(ids, Keys(text, ids))
+    sums = _Sums(problem.temperature, problem.options, 2, image.shape[0])
+    for second_pass in range(sums.passes):
+        sums.add(image, None, text, 0, lists, bool(second_pass))
+    sums.finish(None if lists is None else lists.count, out)
 
 
 def symmetric_backward(
-    grad_loss: Tensor,
-    image: Tensor,
-    text: Tensor,
-    temperature: Tensor,
-    ids: Tensor | None,
-    row_state: Tensor,
-    dominant: Tensor,
-    wants_image: bool,
-    wants_text: bool,
-    wants_temperature: bool,
-    options: Options,
+    grad_loss: Tensor, problem: Problem, row_state: Tensor, dominant: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text and temperature, of both directions together; empty where not wanted."""
-    positives = positive_lists(image, ids, text, ids, options.row_offset, 0)
-    gradients = [
-        _LogitGradient(grad_loss[i], temperature, row_state[i], dominant[i], positives, options) for i in range(2)
-    ]
-    grad_image = torch.zeros(image.shape if wants_image else 0)
-    grad_text = torch.zeros(text.shape if wants_text else 0)
-    for part, keys, x, y, products, transposed in _tiles_both_ways(image, text):
-        gradients[0].replace(part, products, None, keys.start)
-        gradients[1].replace(keys, transposed, None, part.start)
-        products += transposed.T
-        if wants_image:
-            grad_image[part].addmm_(products, y)
-        if wants_text:
-            grad_text[keys].addmm_(products.T, x)
-    grad_temperature = temperature.new_empty(0)
-    if wants_temperature:
-        grad_temperature = gradients[0].temperature() + gradients[1].temperature()
-    return grad_image.to(image.dtype), grad_text.to(text.dtype), grad_temperature
-
-
-def _tiles_both_ways(image: Tensor, text: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor]]:
-    """For each tile the rows of images and of texts, both in float32, their products, and these transposed."""
-    tiles = _Products(image, text, None)
-    buffer = torch.empty_like(tiles.buffers[0])
-    for first, last in spans(image.shape[0], TILE_ROWS):
-        block = tiles.block(first, last)
-        for low, high in spans(text.shape[0], TILE_KEYS):
-            y, products, _ = tiles.tile(block, low, high)
-            transposed = buffer[: products.numel()].view(high - low, last - first).copy_(products.T)
-            yield slice(first, last), slice(low, high), block[0], y, products, transposed
+    (rows, keys), _ = problem.directions()
+    lists = None if rows.ids is None else positive_lists(rows.ids, keys)
+    return _gradients(rows, None, keys, lists, grad_loss, row_state, dominant, wanted)

@@ -20,8 +20,8 @@ from softmask_fast.ops.checks import (
 from softmask_fast.ops.collectives import JoinedBatch, exchange, world_size
 from softmask_fast.ops.focal_itc import FocalITCStats, focal_itc_loss, statistics
 from softmask_fast.ops.focal_itc.feature_queue import FeatureQueue, Features
-from softmask_fast.ops.focal_itc.reference import Options
 from softmask_fast.ops.focal_itc.ring import ring_rows
+from softmask_fast.ops.focal_itc.state import Problem
 
 GATHERS = ("momentum", "with_grad", "ring")
 NEGATIVES = ("keys", "batch", "rank")
@@ -132,7 +132,6 @@ class FocalITCLoss(nn.Module):
             queue = None
         rows = Features(image, text, ids)
         alpha = self._check(rows, teacher_image, teacher_text, alpha, queue)
-        seed = check_seed(seed, image)
         check_choice("negatives", negatives, NEGATIVES)
         teacher = None if teacher_image is None else Features(teacher_image, teacher_text, ids)
         joined = self._join(rows, teacher, queue)
@@ -194,16 +193,18 @@ class FocalITCLoss(nn.Module):
 
     def _ring(
         self, joined: JoinedBatch, rows: Features, teacher: Features | None, queued: Features | None,
-        temperature: Tensor, *, alpha: Tensor | None, negative_range: tuple[int, int], return_stats: bool, seed: Tensor,
+        temperature: Tensor, *, alpha: Tensor | None, negative_range: tuple[int, int], return_stats: bool,
+        seed: int | Tensor,
     ) -> tuple[Tensor, FocalITCStats | None]:  # fmt: skip
         """`focal_itc_loss` with keys that travel around the ranks."""
-        seed = seed if return_stats else None
-        shared = alpha, seed, self.gamma, self.positives == "any", joined.offset, *negative_range
-        options = [Options(*shared, direction) for direction in range(2)]
         teachers = (None, None) if alpha is None else (teacher.image.detach(), teacher.text.detach())
-        results = ring_rows(*rows, temperature, teachers, queued, joined, options, self.impl)
-        loss = ((results[0].loss + results[1].loss) / 2).mean()
-        return loss, statistics(*results) if return_stats else None
+        problem = Problem(
+            rows.image, rows.text, None, None, temperature, *teachers, rows.ids, None, alpha,
+            check_seed(seed, rows.image, return_stats), self.gamma, self.positives == "any", joined.offset,
+            *negative_range, self.impl,
+        )  # fmt: skip
+        loss, *figures = ring_rows(problem, queued, joined)
+        return loss.mean(), statistics(*figures) if return_stats else None
 
     def _check(
         self, rows: Features, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float | Tensor,

@@ -1,66 +1,65 @@
-"""One direction of the loss as torch.library operators: the forward stores row sums, the backward recomputes tiles.
+"""Both directions of the loss as one operator: the forward stores row sums, the backward recomputes tiles.
 
 Every streaming implementation has two parts: "forward", a class derived from ``BlockwiseForward``, and "backward", a
-function with the arguments of the operator, the options in an ``Options``, and ``first_key``. ``impl`` travels as an
-argument, so a compiled graph holds one opaque call.
+function with the arguments of ``Backward``. One that can compute each product <x_i, y_j> of a batch that is its own
+keys once for both directions has three more: "symmetric_covers", which says for what, "symmetric_forward" and
+"symmetric_backward".
+
+In eager mode an autograd.Function calls the implementation, which costs the host less than the registered operator.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from softmask_fast.ops import registry
+from softmask_fast.ops.checks import without_autocast
 from softmask_fast.ops.focal_itc.positives import PositiveLists, positive_lists
-from softmask_fast.ops.focal_itc.reference import SECOND_DERIVATIVE, Options, RowResult, check_every_row_has_positive
+from softmask_fast.ops.focal_itc.state import (
+    DIFFERENTIABLE,
+    SECOND_DERIVATIVE,
+    TENSORS,
+    Keys,
+    Outputs,
+    Problem,
+    Rows,
+    check_every_row_has_positive,
+)
 
-# What the forward leaves for the backward: the rows of `row_state` (9, B), in the dtype of the sums.
-# log p_ij = (<x_i, y_j> - MAX) / tau - LOG_SUM. The two are kept apart, and the maximum in units of the product, so
-# that differences of large logits stay exact and log p near 0 keeps its precision.
-MAX, LOG_SUM = 0, 1
-TEACHER_MAX, TEACHER_LOG_SUM = 2, 3
-WEIGHT = 4  # W_i
-HARD = 5  # factor of the hard target: (1 - alpha) / number of positives, or (1 - alpha) w(P_i) for positives="any"
-POSITIVE_MAX, POSITIVE_LOG_SUM = 6, 7  # log of the sum of e^s over the positives, in the same two parts
-DOMINANT_GRADIENT = 8  # dloss_i / ds_ij of the most probable key; `streamed` has no use for it
-ROW_STATES = 9
-
-OPTIONS = (
-    "float gamma, bool any_positive, SymInt row_offset, SymInt first_negative, "
-    "SymInt last_negative, int direction, str? impl"
+_ARGUMENTS = (
+    "Tensor image, Tensor text, Tensor? image_keys, Tensor? text_keys, Tensor temperature, Tensor? teacher_image, "
+    "Tensor? teacher_text, Tensor? ids, Tensor? key_ids, Tensor? alpha, Tensor? seed, float gamma, bool any_positive, "
+    "SymInt row_offset, SymInt first_negative, SymInt last_negative, str? impl"
 )
 torch.library.define(
     "softmask_fast::focal_itc",
-    "(Tensor rows, Tensor keys, Tensor temperature, Tensor? teacher_rows, Tensor? ids, Tensor? key_ids, Tensor? alpha, "
-    f"Tensor? seed, {OPTIONS}) -> (Tensor loss, Tensor row_state, Tensor dominant, Tensor statistics, "
-    "Tensor hard_negative)",
+    f"({_ARGUMENTS}) -> (Tensor loss, Tensor row_state, Tensor dominant, Tensor statistics, Tensor hard_negative)",
 )
 torch.library.define(
     "softmask_fast::focal_itc_backward",
-    "(Tensor grad_loss, Tensor rows, Tensor keys, Tensor temperature, Tensor? teacher_rows, Tensor? ids, "
-    "Tensor? key_ids, Tensor? alpha, Tensor? seed, Tensor row_state, Tensor dominant, bool wants_rows, "
-    f"bool wants_keys, bool wants_temperature, {OPTIONS}) -> (Tensor grad_rows, Tensor grad_keys, "
-    "Tensor grad_temperature)",
+    f"(Tensor grad_loss, Tensor row_state, Tensor dominant, bool[] wanted, {_ARGUMENTS}) -> (Tensor grad_image, "
+    "Tensor grad_text, Tensor grad_image_keys, Tensor grad_text_keys, Tensor grad_temperature)",
 )
-_INPUTS = 8  # tensors before the options
+# (grad_loss (B,), rows, keys, (row_state, dominant), (rows, keys, temperature: whether wanted))
+# -> gradients of rows, keys and temperature, empty where not wanted
+Backward = Callable[[Tensor, Rows, Keys, tuple[Tensor, Tensor], tuple[bool, bool, bool]], tuple[Tensor, Tensor, Tensor]]
 
 
-def focal_itc_direction(
-    rows: Tensor,  # (B, d)
-    keys: Tensor,  # (M, d)
-    temperature: Tensor,  # () float32 or float64
-    teacher_rows: Tensor | None,  # (B, d)
-    ids: Tensor | None,  # (B,) int64
-    key_ids: Tensor | None,  # (M,) int64
-    options: Options,
-    *,
-    impl: str | None,
-) -> RowResult:
-    """One direction of the loss by a streaming implementation; gradients to rows, keys and temperature."""
-    loss, _, _, statistics, hard_negative = torch.ops.softmask_fast.focal_itc(
-        rows, keys, temperature, teacher_rows, ids, key_ids, *options, impl
-    )
-    return RowResult(loss, *statistics.unbind(0), hard_negative) if options.stats else RowResult(loss, *[None] * 4)
+def focal_itc(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, statistics and hard negatives of both directions, by a streaming implementation.
+
+    Gradients reach features, keys and temperature.
+    """
+    tensors = problem[:TENSORS]
+    if registry.plain_eager(*tensors):
+        loss, statistics, hard_negative = _Eager.apply(problem, *problem[:DIFFERENTIABLE])
+        return loss, statistics, hard_negative
+    registry.refuse_transforms("focal_itc_loss", *tensors)
+    loss, _, _, statistics, hard_negative = torch.ops.softmask_fast.focal_itc(*problem)
+    return loss, statistics, hard_negative
 
 
 class BlockwiseForward:
@@ -71,42 +70,36 @@ class BlockwiseForward:
 
     passes = 2
 
-    def __init__(
-        self, rows: Tensor, temperature: Tensor, teacher_rows: Tensor | None, ids: Tensor | None, options: Options
-    ):
-        self.rows, self.temperature, self.teacher_rows = rows, temperature, teacher_rows
-        self.ids, self.options = ids, options
-        self.count = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)  # positives seen so far
+    def __init__(self, rows: Rows):
+        self.rows, self.teacher_rows, self.ids, self.temperature, self.options = rows
+        self.count = None  # with ids: (B,) positives seen so far
+        if self.ids is not None:
+            self.count = torch.zeros_like(self.ids, memory_format=torch.contiguous_format)
 
-    def add(self, keys: Tensor, key_ids: Tensor | None, first_key: int, second_pass: bool) -> None:
-        """Takes a block of keys (m, d), numbered from ``first_key``, in pass one or two."""
-        positives = positive_lists(self.rows, self.ids, keys, key_ids, self.options.row_offset, first_key)
-        if not second_pass:
+    def add(self, keys: Keys, second_pass: bool) -> None:
+        """Takes a block of keys in pass one or two."""
+        positives = None if self.ids is None else positive_lists(self.ids, keys)
+        if positives is not None and not second_pass:
             self.count += positives.count
-        self._add(keys, key_ids, first_key, second_pass, positives)
+        self._add(keys, second_pass, positives)
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """loss (B,), row_state (9, B), dominant (B,), statistics (3, B), hard_negative (B,): the operator's outputs.
-
-        Raises ValueError for a row whose id no key has (on a GPU: a device-side assertion).
-        """
+    def finish(self, out: Outputs) -> None:
+        """Writes the results. Raises ValueError for a row whose id no key has (on a GPU: a device-side assertion)."""
         if self.ids is not None:
             check_every_row_has_positive(self.count > 0, self.ids)
-        return self._finish()
+        self._finish(out)
 
-    def _add(
-        self, keys: Tensor, key_ids: Tensor | None, first_key: int, second_pass: bool, positives: PositiveLists
-    ) -> None:
+    def _add(self, keys: Keys, second_pass: bool, positives: PositiveLists | None) -> None:
         raise NotImplementedError
 
-    def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _finish(self, out: Outputs) -> None:
         raise NotImplementedError
 
 
 def streaming(
-    name: str, forward: type[BlockwiseForward], backward, symmetric=None, **keywords
+    name: str, forward: type[BlockwiseForward], backward: Backward, symmetric=None, **keywords
 ) -> registry.Implementation:
-    """An ``Implementation`` made of the two parts that stream, and where it has them of the three of symmetric.py."""
+    """An ``Implementation`` of the two parts that stream, and of the three for both directions where it has them."""
     parts = {"forward": forward, "backward": backward}
     if symmetric is not None:
         parts["symmetric_covers"], parts["symmetric_forward"], parts["symmetric_backward"] = symmetric
@@ -117,110 +110,108 @@ def resolve(impl: str | None, rows: Tensor) -> registry.Implementation:
     return registry.resolve("focal_itc", impl, rows.device, rows.dtype, rows.shape[1])
 
 
-@torch.library.impl("softmask_fast::focal_itc", "CompositeExplicitAutograd")
-def _forward(rows, keys, temperature, teacher_rows, ids, key_ids, *options_and_impl):
-    *options, impl = options_and_impl
-    with torch.autocast(rows.device.type, enabled=False):
-        run = resolve(impl, rows)
-        return stream_forward(run, rows, keys, temperature, teacher_rows, ids, key_ids, Options(*options))
+def together(run: registry.Implementation, problem: Problem) -> bool:
+    """Whether the implementation does both directions together. Forward and backward must agree, so no more decides."""
+    own_keys = problem.image_keys is None and problem.key_ids is None and problem.alpha is None
+    return own_keys and "symmetric_covers" in run and run["symmetric_covers"](problem)
 
 
-def stream_forward(
-    run: registry.Implementation,
-    rows: Tensor,
-    keys: Tensor,
-    temperature: Tensor,
-    teacher_rows: Tensor | None,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of the operator, from keys that are one block."""
-    forward = run["forward"](rows, temperature, teacher_rows, ids, options)
-    for second_pass in range(forward.passes):
-        forward.add(keys, key_ids, 0, bool(second_pass))
-    return forward.finish()
+@without_autocast
+def _forward(*arguments):
+    problem = Problem(*arguments)
+    directions = problem.directions()
+    outputs = Outputs.empty(directions[0][0], 2)
+    run = resolve(problem.impl, problem.image)
+    if together(run, problem):
+        run["symmetric_forward"](problem, outputs)
+        return tuple(outputs)
+    for (rows, keys), out in zip(directions, outputs.directions(), strict=True):
+        forward = run["forward"](rows)
+        for second_pass in range(forward.passes):
+            forward.add(keys, bool(second_pass))
+        forward.finish(out)
+    return tuple(outputs)
 
 
-@torch.library.impl("softmask_fast::focal_itc_backward", "CompositeExplicitAutograd")
-def _backward(
-    grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, alpha, seed, row_state, dominant, wants_rows,
-    wants_keys, wants_temperature, *options_and_impl,
-):  # fmt: skip
-    *options, impl = options_and_impl
-    run = resolve(impl, rows)["backward"]
-    with torch.autocast(rows.device.type, enabled=False):
-        return run(
-            grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, row_state, dominant, wants_rows, wants_keys,
-            wants_temperature, Options(alpha, seed, *options),
-        )  # fmt: skip
+@without_autocast
+def _backward(grad_loss, row_state, dominant, wanted, *arguments):
+    problem = Problem(*arguments)
+    run = resolve(problem.impl, problem.image)
+    gradients = [None] * DIFFERENTIABLE
+    if together(run, problem):
+        gradients[0], gradients[1], gradients[4] = run["symmetric_backward"](
+            grad_loss, problem, row_state, dominant, (wanted[0], wanted[1], wanted[4])
+        )
+    else:
+        key_places = (1, 0) if problem.image_keys is None else (3, 2)
+        for i, (rows, keys) in enumerate(problem.directions()):
+            places = i, key_places[i], 4
+            found = run["backward"](
+                grad_loss[i], rows, keys, (row_state[i], dominant[i]), tuple(wanted[place] for place in places)
+            )
+            for place, gradient in zip(places, found, strict=True):
+                gradients[place] = gradient if gradients[place] is None else gradients[place] + gradient
+    return tuple(row_state.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+torch.library.impl("softmask_fast::focal_itc", "CompositeExplicitAutograd", _forward)
+torch.library.impl("softmask_fast::focal_itc_backward", "CompositeExplicitAutograd", _backward)
 
 
 @torch.library.register_fake("softmask_fast::focal_itc")
-def _forward_fake(rows, keys, temperature, teacher_rows, ids, key_ids, *options_and_impl):
-    return fake_outputs(temperature, Options(*options_and_impl[:-1]), rows.shape[:1])
-
-
-def fake_outputs(temperature: Tensor, options: Options, size: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """The outputs of a forward for rows of this size, (B,), or (2, B) of both directions."""
-    *directions, batch = size
-    counted = batch if options.stats else 0
-    return (
-        temperature.new_empty(*directions, batch),
-        temperature.new_empty(*directions, ROW_STATES, batch),
-        temperature.new_empty(*directions, batch, dtype=torch.int64),
-        temperature.new_empty(*directions, 3, counted),
-        temperature.new_empty(*directions, counted, dtype=torch.int64),
-    )
+def _forward_fake(*arguments):
+    return tuple(Outputs.empty(Problem(*arguments).directions()[0][0], 2))
 
 
 @torch.library.register_fake("softmask_fast::focal_itc_backward")
-def _backward_fake(
-    grad_loss, rows, keys, temperature, teacher_rows, ids, key_ids, alpha, seed, row_state, dominant, wants_rows,
-    wants_keys, wants_temperature, *options_and_impl,
-):  # fmt: skip
-    return fake_gradients((rows, keys, temperature), (wants_rows, wants_keys, wants_temperature))
+def _backward_fake(grad_loss, row_state, dominant, wanted, *arguments):
+    inputs = zip(arguments[:DIFFERENTIABLE], wanted, strict=True)
+    return tuple(x.new_empty(x.shape) if wants else row_state.new_empty(0) for x, wants in inputs)
 
 
-def fake_gradients(inputs: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """The outputs of a backward: gradients, empty where not wanted."""
-    return tuple(x.new_empty(x.shape if wants else 0) for x, wants in zip(inputs, wanted, strict=True))
+def _setup_context(ctx, inputs, output):
+    ctx.options = inputs[TENSORS:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:3], *inputs[:TENSORS])
 
 
-def setup_context(tensors: int):
-    """Saves the first so many arguments of the forward, the options behind them, and the row state."""
-
-    def setup(ctx, inputs, output):
-        loss, row_state, dominant, statistics, hard_negative = output
-        ctx.options = inputs[tensors:]
-        ctx.mark_non_differentiable(row_state, dominant, statistics, hard_negative)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:tensors], row_state, dominant)
-
-    return setup
+def _gradients(run, ctx, wanted, grad_loss):
+    """The gradients that are wanted, by ``run``: the backward or its operator."""
+    if grad_loss is None or not any(wanted):
+        return [None] * DIFFERENTIABLE
+    row_state, dominant, *inputs = ctx.saved_tensors
+    found = run(grad_loss, row_state, dominant, list(wanted), *inputs, *ctx.options)
+    return [gradient if wants else None for gradient, wants in zip(found, wanted, strict=True)]
 
 
-def autograd(tensors: int, backward):
-    """Calls the operator ``backward`` for what is wanted of the first three arguments."""
-
-    def run(ctx, grad_loss, *_):
-        none = (None,) * (tensors - 3 + len(ctx.options))
-        wanted = ctx.needs_input_grad[:3]
-        if grad_loss is None or not any(wanted):
-            return (None, None, None, *none)
-        grads = backward(grad_loss, *ctx.saved_tensors, *wanted, *ctx.options)
-        return (*(grad if wants else None for grad, wants in zip(grads, wanted, strict=True)), *none)
-
-    return run
+def _differentiate(ctx, grad_loss, *_):
+    wanted = ctx.needs_input_grad[:DIFFERENTIABLE]
+    gradients = _gradients(torch.ops.softmask_fast.focal_itc_backward, ctx, wanted, grad_loss)
+    return (*gradients, *[None] * (len(Problem._fields) - DIFFERENTIABLE))
 
 
-def no_second_derivative(ctx, *grads):
+def _no_second_derivative(ctx, *grads):
     raise RuntimeError(SECOND_DERIVATIVE)
 
 
-torch.library.register_autograd(
-    "softmask_fast::focal_itc",
-    autograd(_INPUTS, torch.ops.softmask_fast.focal_itc_backward),
-    setup_context=setup_context(_INPUTS),
-)
-torch.library.register_autograd("softmask_fast::focal_itc_backward", no_second_derivative)
+torch.library.register_autograd("softmask_fast::focal_itc", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("softmask_fast::focal_itc_backward", _no_second_derivative)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, problem, *differentiable):
+        loss, row_state, dominant, statistics, hard_negative = _forward(*problem)
+        ctx.options = problem[TENSORS:]
+        ctx.mark_non_differentiable(statistics, hard_negative)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(row_state, dominant, *problem[:TENSORS])
+        return loss, statistics, hard_negative
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        # what is differentiated again, or seen by a mode, goes through the operator, which knows what to say
+        plain = not torch.is_grad_enabled() and registry.plain_eager(grad_loss)
+        run = _backward if plain else torch.ops.softmask_fast.focal_itc_backward
+        return None, *_gradients(run, ctx, ctx.needs_input_grad[1:], grad_loss)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softmask_fast.ops.focal_itc.state import Keys
+
 
 class PositiveLists(NamedTuple):
     """Row i's positives among a block of keys are ``columns[first[i] : first[i] + count[i]]``, ascending.
@@ -14,26 +16,16 @@ class PositiveLists(NamedTuple):
     The columns are global numbers of keys. O(B + M) memory, however many positives there are.
     """
 
-    columns: Tensor  # (keys,) int64 with ids, else (B,)
+    columns: Tensor  # (keys,) int64
     first: Tensor  # (B,) int64
     count: Tensor  # (B,) int64, 0 where the row has no positive in this block
 
 
-def positive_lists(
-    rows: Tensor, ids: Tensor | None, keys: Tensor, key_ids: Tensor | None, row_offset: int, first_key: int
-) -> PositiveLists:
-    """The positives among the block ``keys``, whose first key has the number ``first_key``.
-
-    They are the keys of equal id, or key ``row_offset + i`` for row i.
-    """
-    if ids is None:
-        number = torch.arange(rows.shape[0], device=rows.device)
-        column = number + row_offset
-        inside = (column >= first_key) & (column < first_key + keys.shape[0])
-        return PositiveLists(column, number, inside.to(torch.int64))
-    values, columns = torch.sort(key_ids, stable=True)
+def positive_lists(ids: Tensor, keys: Keys) -> PositiveLists:
+    """The positives of rows with these ids among a block of keys: those of equal id."""
+    values, columns = torch.sort(keys.ids, stable=True)
     first = torch.searchsorted(values, ids)
-    return PositiveLists(columns + first_key, first, torch.searchsorted(values, ids, right=True) - first)
+    return PositiveLists(columns + keys.first, first, torch.searchsorted(values, ids, right=True) - first)
 
 
 def positive_tile(part: slice, column: Tensor, ids: Tensor | None, key_ids: Tensor | None, row_offset: int) -> Tensor:

@@ -22,46 +22,11 @@ ALBEF (Li et al., NeurIPS 2021, arXiv 2107.07651), "any" is EgoNCE (Lin et al., 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from softmask_fast.ops.focal_itc.sampling import negative_log_exponential, row_keys
-
-SECOND_DERIVATIVE = "focal_itc_loss: second derivatives are not supported"
-
-
-class Options(NamedTuple):
-    """What does not change from row to row; every implementation of one direction takes it."""
-
-    alpha: Tensor | None  # () float64; None: no soft targets
-    seed: Tensor | None  # () int64, of the hard negatives; None: no statistics
-    gamma: float
-    any_positive: bool  # positives="any"
-    row_offset: int  # the key column of row 0's positive; the global number of row 0
-    first_negative: int  # a hard negative comes from the key columns first_negative ... last_negative - 1
-    last_negative: int
-    direction: int  # 0: image rows, 1: text rows; keeps the two samplers apart
-
-    @property
-    def stats(self) -> bool:
-        return self.seed is not None
-
-    @property
-    def hard(self) -> float | Tensor:
-        """The weight of the hard targets."""
-        return 1.0 if self.alpha is None else 1 - self.alpha
-
-
-class RowResult(NamedTuple):
-    """What one direction gives per row; without ``Options.stats`` the statistics are None."""
-
-    loss: Tensor  # (B,) float32, or float64 for float64 inputs
-    correct: Tensor | None  # (B,) 1.0 where the most probable key (the first of equals) is a positive
-    entropy: Tensor | None  # (B,) of p_i, in nats
-    positive_probability: Tensor | None  # (B,) p of all positives of the row together
-    hard_negative: Tensor | None  # (B,) int64 key column, -1 where the row has no negative in the range
+from softmask_fast.ops.focal_itc.state import SECOND_DERIVATIVE, Keys, Options, Rows, check_every_row_has_positive
 
 
 def focal_weight(log_p: Tensor, gamma: float) -> Tensor:
@@ -123,36 +88,20 @@ def positive_mask(
     return mask
 
 
-def check_every_row_has_positive(has_positive: Tensor, ids: Tensor) -> None:
-    """Raises ValueError unless ``has_positive`` (B,) is all True; on a GPU a device-side assertion."""
-    if has_positive.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(has_positive.all()):
-            row = int((~has_positive).nonzero()[0])
-            raise ValueError(
-                f"key_ids: expected a key for the id of every row, got none for ids[{row}] = {int(ids[row])}"
-            )
-    else:
-        torch._assert_async(has_positive.all(), "focal_itc_loss: key_ids has no key for the id of a row")
+def focal_itc_direction(rows: Rows, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction of the loss; gradients to rows, keys and temperature.
 
-
-def focal_itc_direction(
-    rows: Tensor,  # (B, d)
-    keys: Tensor,  # (M, d)
-    temperature: Tensor,  # () float32 or float64
-    teacher_rows: Tensor | None,  # (B, d), needed with soft targets
-    ids: Tensor | None,  # (B,) int64
-    key_ids: Tensor | None,  # (M,) int64
-    options: Options,
-) -> RowResult:
-    """One direction of the loss; gradients to rows, keys and temperature."""
+    Returns loss, statistics and hard negatives, see ``Outputs``.
+    """
+    x, teacher, ids, temperature, options = rows
     dtype = temperature.dtype
-    rows, keys = rows.to(dtype), keys.to(dtype)
-    positive = positive_mask(rows.shape[0], keys.shape[0], ids, key_ids, options.row_offset, rows.device)
-    log_p = torch.log_softmax(rows @ keys.T / temperature, dim=1)
+    x, y = x.to(dtype), keys.features.to(dtype)
+    positive = positive_mask(x.shape[0], y.shape[0], ids, keys.ids, options.row_offset, x.device)
+    log_p = torch.log_softmax(x @ y.T / temperature, dim=1)
     target = None
     if options.alpha is not None:
         with torch.no_grad():
-            target = options.alpha * torch.softmax(teacher_rows.to(dtype) @ keys.T / temperature, dim=1)
+            target = options.alpha * torch.softmax(teacher.to(dtype) @ y.T / temperature, dim=1)
     if not options.any_positive:
         hard = positive * (positive.sum(dim=1, keepdim=True, dtype=dtype).reciprocal() * options.hard)
         target = hard if target is None else target + hard
@@ -163,11 +112,11 @@ def focal_itc_direction(
         log_mass = torch.logsumexp(log_p.masked_fill(~positive, -torch.inf), dim=1)
         loss = loss + options.hard * focal_cross_entropy(log_mass, options.gamma)
     if not options.stats:
-        return RowResult(loss, None, None, None, None)
-    return RowResult(loss, *_statistics(log_p.detach(), positive, options))
+        return loss, loss.new_empty(3, 0), torch.empty(0, dtype=torch.int64, device=loss.device)
+    return loss, *_statistics(log_p.detach(), positive, options)
 
 
-def _statistics(log_p: Tensor, positive: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _statistics(log_p: Tensor, positive: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     correct = positive.gather(1, log_p.argmax(dim=1, keepdim=True)).squeeze(1).to(p.dtype)
     entropy = -(p * log_p).sum(dim=1)
@@ -177,4 +126,5 @@ def _statistics(log_p: Tensor, positive: Tensor, options: Options) -> tuple[Tens
     column = torch.arange(p.shape[1], device=p.device)
     barred = positive | (column < options.first_negative) | (column >= options.last_negative)
     choice = score.masked_fill(barred, -torch.inf).argmax(dim=1)
-    return correct, entropy, positive_probability, torch.where(barred.all(dim=1), -1, choice)
+    statistics = torch.stack([correct, entropy, positive_probability])
+    return statistics, torch.where(barred.all(dim=1), -1, choice)

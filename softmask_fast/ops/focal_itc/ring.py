@@ -16,106 +16,84 @@ from torch.autograd.function import once_differentiable
 from softmask_fast.ops.collectives import JoinedBatch
 from softmask_fast.ops.focal_itc import operators
 from softmask_fast.ops.focal_itc.feature_queue import Features
-from softmask_fast.ops.focal_itc.reference import Options, RowResult
+from softmask_fast.ops.focal_itc.state import TENSORS, Keys, Outputs, Problem
+from softmask_fast.ops.registry import refuse_transforms
 
 
-def ring_rows(
-    image: Tensor,  # (B, d)
-    text: Tensor,  # (B, d)
-    ids: Tensor | None,  # (B,) int64
-    temperature: Tensor,  # () float32 or float64
-    teachers: tuple[Tensor | None, Tensor | None],  # of image and text, each (B, d)
-    queued: Features | None,  # without gradient
-    joined: JoinedBatch,
-    options: list[Options],  # of image rows and text rows
-    impl: str | None,
-) -> tuple[RowResult, RowResult]:
-    """Both directions, per row of this rank, against the joined batch and the queued features.
+def ring_rows(problem: Problem, queued: Features | None, joined: JoinedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Both directions, per row of this rank, against the joined batch and the queued features, without gradient.
 
-    Image, text (as rows and as keys) and temperature get gradients.
+    The problem has no keys. Returns loss (2, B), statistics and hard negatives, see ``Outputs``. Image, text (as rows
+    and as keys) and temperature get gradients.
     """
-    implementation = operators.resolve(impl, image)
-    if "forward" not in implementation or "backward" not in implementation:
-        raise ValueError(f"impl: expected one that takes keys in blocks for gather='ring', got {implementation.name!r}")
-    queue = queued or (None, None, None)
-    outputs = _Ring.apply(image, text, temperature, *teachers, ids, *queue, joined, options, implementation)
-    results = []
-    for loss, statistics, hard_negative in (outputs[:3], outputs[3:]):
-        columns = (*statistics.unbind(0), hard_negative) if options[0].stats else [None] * 4
-        results.append(RowResult(loss, *columns))
-    return tuple(results)
+    refuse_transforms("FocalITCLoss", *problem[:5])
+    run = operators.resolve(problem.impl, problem.image)
+    if "forward" not in run or "backward" not in run:
+        raise ValueError(f"impl: expected one that takes keys in blocks for gather='ring', got {run.name!r}")
+    return _Ring.apply(*problem[:5], queued or Features(None, None, None), joined, problem, run)
 
 
-def _blocks(
-    joined: JoinedBatch, image: Tensor, text: Tensor, ids: Tensor | None, queue: tuple[Tensor | None, ...]
-) -> Iterator[tuple[int, tuple[Tensor, Tensor], Tensor | None]]:
-    """(first key, (image keys, text keys), their ids) of every rank, starting with this one, then of the queue."""
-    block = [joined.pad(image), joined.pad(text)]
-    if ids is not None:
-        block.append(joined.pad(ids))
+def _blocks(problem: Problem, queued: Features, joined: JoinedBatch) -> Iterator[tuple[Keys, Keys]]:
+    """Text keys and image keys of every rank, starting with this one, then of the queue."""
+    block = [joined.pad(problem.text), joined.pad(problem.image)]
+    if problem.ids is not None:
+        block.append(joined.pad(problem.ids))
     for rank, parts in joined.ring(block):
-        image_keys, text_keys, *key_ids = (part[: joined.sizes[rank]] for part in parts)
-        yield joined.offsets[rank], (image_keys, text_keys), key_ids[0] if key_ids else None
-    if queue[0] is not None:
-        yield joined.total, queue[:2], None if ids is None else queue[2]
+        text_keys, image_keys, *key_ids = (part[: joined.sizes[rank]] for part in parts)
+        key_ids = key_ids[0] if key_ids else None
+        yield tuple(Keys(keys, key_ids, joined.offsets[rank]) for keys in (text_keys, image_keys))
+    if queued.image is not None:
+        key_ids = None if problem.ids is None else queued.ids
+        yield tuple(Keys(keys, key_ids, joined.total) for keys in (queued.text, queued.image))
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, image, text, temperature, teacher_image, teacher_text, ids, queue_image, queue_text, queue_ids, joined,
-        options, implementation,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        queue = queue_image, queue_text, queue_ids
+    def forward(ctx, image, text, image_keys, text_keys, temperature, queued, joined, problem, run):
+        rows = [rows for rows, _ in problem.directions()]
+        outputs = Outputs.empty(rows[0], 2)
         with torch.autocast(image.device.type, enabled=False):
-            runs = [
-                implementation["forward"](rows, temperature, teacher, ids, option)
-                for rows, teacher, option in zip((image, text), (teacher_image, teacher_text), options, strict=True)
-            ]
-            for second_pass in range(runs[0].passes):
-                for first_key, keys, key_ids in _blocks(joined, image, text, ids, queue):
-                    for run, other_keys in zip(runs, reversed(keys), strict=True):
-                        run.add(other_keys, key_ids, first_key, bool(second_pass))
-            results = [run.finish() for run in runs]
-        ctx.joined, ctx.options, ctx.implementation = joined, options, implementation
-        states = [state for result in results for state in result[1:3]]
-        ctx.save_for_backward(image, text, temperature, teacher_image, teacher_text, ids, *queue, *states)
-        outputs = [(loss, statistics, hard_negative) for loss, _, _, statistics, hard_negative in results]
-        ctx.mark_non_differentiable(*(tensor for output in outputs for tensor in output[1:]))
-        return *outputs[0], *outputs[1]
+            forwards = [run["forward"](its_rows) for its_rows in rows]
+            for second_pass in range(forwards[0].passes):
+                for keys in _blocks(problem, queued, joined):
+                    for forward, its_keys in zip(forwards, keys, strict=True):
+                        forward.add(its_keys, bool(second_pass))
+            for forward, out in zip(forwards, outputs.directions(), strict=True):
+                forward.finish(out)
+        ctx.queued, ctx.joined, ctx.run, ctx.options = queued, joined, run, problem[TENSORS:]
+        ctx.save_for_backward(*problem[:TENSORS], outputs.row_state, outputs.dominant)
+        ctx.mark_non_differentiable(outputs.statistics, outputs.hard_negative)
+        return outputs.loss, outputs.statistics, outputs.hard_negative
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Any, ...]:
-        image, text, temperature, teacher_image, teacher_text, ids, *saved = ctx.saved_tensors
-        queue, states = saved[:3], saved[3:]
-        joined, needs_temperature = ctx.joined, ctx.needs_input_grad[2]
-        needs_grad = ctx.needs_input_grad[:2]  # of image and text, each as rows of one direction and keys of the other
-        grad_rows = [temperature.new_zeros(image.shape) if needed else None for needed in needs_grad]
-        grad_temperature = torch.zeros_like(temperature)
+    def backward(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        *tensors, row_state, dominant = ctx.saved_tensors
+        problem, joined = Problem(*tensors, *ctx.options), ctx.joined
+        directions, dtype = problem.directions(), problem.temperature.dtype
+        wanted, wants_temperature = ctx.needs_input_grad[:2], ctx.needs_input_grad[4]
+        # of image and text, each as rows of one direction and keys of the other
+        grad_rows = [torch.zeros_like(problem[i], dtype=dtype) if wants else None for i, wants in enumerate(wanted)]
+        grad_temperature = torch.zeros_like(problem.temperature)
 
-        def add_gradients(
-            first_key: int, keys: tuple[Tensor, Tensor], key_ids: Tensor | None, needs_keys: bool
-        ) -> list[Tensor]:
+        def add_gradients(keys: tuple[Keys, Keys], wants_keys: bool) -> list[Tensor]:
             """Adds the gradients of the rows and the temperature; returns those of the keys that are needed."""
             grad_keys = [None, None]
-            for row, (rows, teacher) in enumerate(((image, teacher_image), (text, teacher_text))):
-                column = 1 - row
-                of_rows, grad_keys[column], of_temperature = ctx.implementation["backward"](
-                    grads[3 * row], rows, keys[column], temperature, teacher, ids, key_ids, states[2 * row],
-                    states[2 * row + 1], needs_grad[row], needs_keys and needs_grad[column], needs_temperature,
-                    ctx.options[row], first_key,
-                )  # fmt: skip
-                if needs_grad[row]:
-                    grad_rows[row] += of_rows
-                if needs_temperature:
+            for i, (rows, _) in enumerate(directions):
+                wants = wanted[i], wants_keys and wanted[1 - i], wants_temperature
+                of_rows, grad_keys[1 - i], of_temperature = ctx.run["backward"](
+                    grad_loss[i], rows, keys[i], (row_state[i], dominant[i]), wants
+                )
+                if wanted[i]:
+                    grad_rows[i] += of_rows
+                if wants_temperature:
                     grad_temperature.add_(of_temperature)
-            return [joined.pad(grad_keys[i].to(temperature.dtype)) for i in range(2) if needs_keys and needs_grad[i]]
+            return [joined.pad(grad_keys[i].to(dtype)) for i in range(2) if wants_keys and wanted[i]]
 
-        with torch.autocast(image.device.type, enabled=False):
+        with torch.autocast(problem.image.device.type, enabled=False):
             arriving = None
-            for first_key, keys, key_ids in _blocks(joined, image, text, ids, queue):
-                of_keys = add_gradients(first_key, keys, key_ids, first_key < joined.total)
+            for keys in _blocks(problem, ctx.queued, joined):
+                of_keys = add_gradients(keys, keys[0].first < joined.total)
                 if not of_keys:
                     continue
                 if arriving is not None:  # what the earlier ranks computed for these keys
@@ -124,6 +102,6 @@ class _Ring(torch.autograd.Function):
             own_grads = arriving() if arriving is not None else []
         results = [None, None]
         for i in range(2):
-            if needs_grad[i]:
-                results[i] = (grad_rows[i] + own_grads.pop(0)[: joined.rows]).to(image.dtype)
-        return *results, grad_temperature if needs_temperature else None, *[None] * 9
+            if wanted[i]:
+                results[i] = (grad_rows[i] + own_grads.pop(0)[: joined.rows]).to(problem.image.dtype)
+        return *results, None, None, grad_temperature if wants_temperature else None, None, None, None, None

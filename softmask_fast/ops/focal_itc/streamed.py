@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from softmask_fast.ops.focal_itc import operators
+from softmask_fast.ops.focal_itc import state as layout
 from softmask_fast.ops.focal_itc.positives import PositiveLists, positive_tile
-from softmask_fast.ops.focal_itc.reference import Options, focal_cross_entropy, focal_weight
+from softmask_fast.ops.focal_itc.reference import focal_cross_entropy, focal_weight
 from softmask_fast.ops.focal_itc.sampling import negative_log_exponential, row_keys
+from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Rows
 
 TILE_ROWS = 1024
 TILE_KEYS = 1024
@@ -74,19 +76,19 @@ class _Tile:
         """log p and the mask of the positives."""
         self.options, self.state = options, row_state[:, self.part, None]
         self.is_dominant = dominant[self.part, None] == self.column
-        below_max = (self.products - self.state[operators.MAX]) / self.temperature
+        below_max = (self.products - self.state[layout.ROW_MAX]) / self.temperature
         self.below_max = below_max.masked_fill(self.is_dominant, 0.0)  # exact, however the product was rounded
-        self.log_p = self.below_max - self.state[operators.LOG_SUM]
+        self.log_p = self.below_max - self.state[layout.ROW_LOG_SUM]
         self.positive = positive_tile(self.part, self.column, ids, key_ids, options.row_offset)
 
     def target(self) -> Tensor | None:
         """alpha t + hard on the positives; "any" leaves the second out, no alpha the first."""
         target = None
         if self.teacher is not None:
-            below_max = (self.teacher - self.state[operators.TEACHER_MAX]) / self.temperature
-            target = self.options.alpha * torch.exp(below_max - self.state[operators.TEACHER_LOG_SUM])
+            below_max = (self.teacher - self.state[layout.ROW_TEACHER_MAX]) / self.temperature
+            target = self.options.alpha * torch.exp(below_max - self.state[layout.ROW_TEACHER_LOG_SUM])
         if not self.options.any_positive:
-            share = self.positive * self.state[operators.HARD]
+            share = self.positive * self.state[layout.ROW_HARD]
             target = share if target is None else target + share
         return target
 
@@ -102,22 +104,22 @@ class _Tile:
 
     def gradient(self) -> Tensor:
         """dloss_i / ds_ij."""
-        gradient = self.log_p.exp() * self.state[operators.WEIGHT]
+        gradient = self.log_p.exp() * self.state[layout.ROW_WEIGHT]
         target = self.target()
         if target is not None:
             gradient -= target * focal_weight(self.log_p, self.options.gamma)
         if self.options.any_positive:
-            below_max = (self.products - self.state[operators.POSITIVE_MAX]) / self.temperature
-            log_share = (below_max - self.state[operators.POSITIVE_LOG_SUM]).masked_fill(~self.positive, -torch.inf)
-            gradient -= log_share.exp() * self.state[operators.HARD]
+            below_max = (self.products - self.state[layout.ROW_POSITIVE_MAX]) / self.temperature
+            log_share = (below_max - self.state[layout.ROW_POSITIVE_LOG_SUM]).masked_fill(~self.positive, -torch.inf)
+            gradient -= log_share.exp() * self.state[layout.ROW_HARD]
         return gradient
 
 
 def _tiles(
-    rows: Tensor, keys: Tensor, teacher_rows: Tensor | None, temperature: Tensor, first_key: int
+    rows: Tensor, teacher_rows: Tensor | None, temperature: Tensor, keys: Keys
 ) -> Iterator[tuple[slice, slice, _Tile]]:
     """All tiles with the places of their rows and of their keys."""
-    dtype = temperature.dtype
+    dtype, (keys, _, first_key) = temperature.dtype, keys
     for first, last in spans(rows.shape[0], TILE_ROWS):
         part = slice(first, last)
         x = rows[part].to(dtype)
@@ -131,42 +133,39 @@ def _tiles(
 class Forward(operators.BlockwiseForward):
     """See ``operators.BlockwiseForward``."""
 
-    def __init__(
-        self, rows: Tensor, temperature: Tensor, teacher_rows: Tensor | None, ids: Tensor | None, options: Options
-    ):
-        super().__init__(rows, temperature, teacher_rows, ids, options)
-        batch = rows.shape[0]
+    def __init__(self, rows: Rows):
+        super().__init__(rows)
+        batch, temperature = len(self.rows), self.temperature
         self.student, self.teacher, self.positives = (_RunningSum(batch, temperature) for _ in range(3))
-        self.row_state = temperature.new_zeros(operators.ROW_STATES, batch)
+        self.row_state = temperature.new_zeros(layout.ROW_STATES, batch)
         self.loss, self.best = temperature.new_zeros(batch), temperature.new_full((batch,), -torch.inf)
         self.statistics = temperature.new_zeros(3, batch)
         self.hard_negative = temperature.new_full((batch,), -1, dtype=torch.int64)
         self.in_second_pass = False
 
-    def _add(
-        self, keys: Tensor, key_ids: Tensor | None, first_key: int, second_pass: bool, positives: PositiveLists
-    ) -> None:
+    def _add(self, keys: Keys, second_pass: bool, positives: PositiveLists | None) -> None:
         if second_pass and not self.in_second_pass:
             self._end_first_pass()
-        for part, place, tile in _tiles(self.rows, keys, self.teacher_rows, self.temperature, first_key):
+        for part, place, tile in _tiles(self.rows, self.teacher_rows, self.temperature, keys):
             if not second_pass:
                 self.student.add(part, tile.products, tile.first_key)
                 if tile.teacher is not None:
                     self.teacher.add(part, tile.teacher, tile.first_key)
             else:
-                ids = None if key_ids is None else key_ids[place]
+                ids = None if keys.ids is None else keys.ids[place]
                 tile.read(self.row_state, self.student.argmax, self.ids, ids, self.options)
                 self._add_terms(part, tile)
 
     def _end_first_pass(self) -> None:
         self.in_second_pass = True
-        self.row_state[operators.MAX] = self.student.max
-        self.row_state[operators.LOG_SUM] = self.student.log()
+        self.row_state[layout.ROW_MAX] = self.student.max
+        self.row_state[layout.ROW_LOG_SUM] = self.student.log()
         if self.teacher_rows is not None:
-            self.row_state[operators.TEACHER_MAX] = self.teacher.max
-            self.row_state[operators.TEACHER_LOG_SUM] = self.teacher.log()
+            self.row_state[layout.ROW_TEACHER_MAX] = self.teacher.max
+            self.row_state[layout.ROW_TEACHER_LOG_SUM] = self.teacher.log()
         if not self.options.any_positive:
-            self.row_state[operators.HARD] = self.count.to(self.loss.dtype).reciprocal() * self.options.hard
+            share = 1.0 if self.count is None else self.count.to(self.loss.dtype).reciprocal()
+            self.row_state[layout.ROW_HARD] = share * self.options.hard
 
     def _add_terms(self, part: slice, tile: _Tile) -> None:
         gamma = self.options.gamma
@@ -175,7 +174,7 @@ class Forward(operators.BlockwiseForward):
         target = tile.target()
         if target is not None:
             self.loss[part] += (target * focal_cross_entropy(tile.log_p, gamma)).sum(dim=1)
-            self.row_state[operators.WEIGHT, part] += (target * focal_weight(tile.log_p, gamma)).sum(dim=1)
+            self.row_state[layout.ROW_WEIGHT, part] += (target * focal_weight(tile.log_p, gamma)).sum(dim=1)
         if self.options.stats:
             self.statistics[0, part] += (tile.positive & tile.is_dominant).any(dim=1)
             self.statistics[1, part] -= (tile.log_p.exp() * tile.log_p).sum(dim=1)
@@ -183,52 +182,40 @@ class Forward(operators.BlockwiseForward):
             self.hard_negative[part] = torch.where(score > self.best[part], choice, self.hard_negative[part])
             self.best[part] = torch.maximum(self.best[part], score)
 
-    def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _finish(self, out: Outputs) -> None:
         state, options = self.row_state, self.options
-        state[operators.POSITIVE_MAX] = self.positives.max
-        state[operators.POSITIVE_LOG_SUM] = self.positives.log()
+        state[layout.ROW_POSITIVE_MAX] = self.positives.max
+        state[layout.ROW_POSITIVE_LOG_SUM] = self.positives.log()
         below_max = (self.positives.max - self.student.max) / self.temperature
-        log_mass = below_max + state[operators.POSITIVE_LOG_SUM] - state[operators.LOG_SUM]
+        log_mass = below_max + state[layout.ROW_POSITIVE_LOG_SUM] - state[layout.ROW_LOG_SUM]
         self.statistics[2] = log_mass.exp()
         if options.any_positive:
-            state[operators.HARD] = options.hard * focal_weight(log_mass, options.gamma)
-            state[operators.WEIGHT] += state[operators.HARD]
+            state[layout.ROW_HARD] = options.hard * focal_weight(log_mass, options.gamma)
+            state[layout.ROW_WEIGHT] += state[layout.ROW_HARD]
             self.loss += options.hard * focal_cross_entropy(log_mass, options.gamma)
-        statistics, hard_negative = self.statistics, self.hard_negative
-        if not options.stats:
-            statistics, hard_negative = statistics.new_empty(3, 0), hard_negative.new_empty(0)
-        return self.loss, state, self.student.argmax, statistics, hard_negative
+        results = self.loss, state, self.student.argmax, self.statistics, self.hard_negative
+        for target, result in zip(out, results[: 5 if options.stats else 3], strict=False):
+            target.copy_(result)
 
 
 def backward(
-    grad_loss: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    temperature: Tensor,
-    teacher_rows: Tensor | None,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    row_state: Tensor,
-    dominant: Tensor,
-    wants_rows: bool,
-    wants_keys: bool,
-    wants_temperature: bool,
-    options: Options,
-    first_key: int = 0,
+    grad_loss: Tensor, rows: Rows, keys: Keys, state: tuple[Tensor, Tensor], wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, keys and temperature, for keys numbered from ``first_key``; empty where not wanted."""
+    """See ``operators.Backward``."""
+    x, teacher, ids, temperature, options = rows
     dtype = temperature.dtype
-    grad_rows = temperature.new_zeros(rows.shape if wants_rows else 0)
-    grad_keys = temperature.new_zeros(keys.shape if wants_keys else 0)
+    wants_rows, wants_keys, wants_temperature = wanted
+    grad_rows = temperature.new_zeros(x.shape if wants_rows else 0)
+    grad_keys = temperature.new_zeros(keys.features.shape if wants_keys else 0)
     grad_temperature = temperature.new_zeros(() if wants_temperature else 0)
-    for part, place, tile in _tiles(rows, keys, teacher_rows, temperature, first_key):
-        tile.read(row_state, dominant, ids, None if key_ids is None else key_ids[place], options)
+    for part, place, tile in _tiles(x, teacher, temperature, keys):
+        tile.read(*state, ids, None if keys.ids is None else keys.ids[place], options)
         gradient = tile.gradient() * (grad_loss[part, None] / temperature)
         if wants_rows:
-            grad_rows[part].addmm_(gradient, keys[place].to(dtype))
+            grad_rows[part].addmm_(gradient, keys.features[place].to(dtype))
         if wants_keys:
-            grad_keys[place].addmm_(gradient.T, rows[part].to(dtype))
+            grad_keys[place].addmm_(gradient.T, x[part].to(dtype))
         if wants_temperature:
             # A row of dloss/ds sums to 0, so s_ij may be taken relative to its maximum: less rounding.
             grad_temperature -= (gradient * tile.below_max).sum()
-    return grad_rows.to(rows.dtype), grad_keys.to(keys.dtype), grad_temperature
+    return grad_rows.to(x.dtype), grad_keys.to(keys.features.dtype), grad_temperature

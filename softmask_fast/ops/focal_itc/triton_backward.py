@@ -9,6 +9,15 @@ import triton.language as tl
 from softmask_fast.ops.focal_itc.triton_kernels import (
     LN_2,
     LOG2_E,
+    ROW_DOMINANT_GRADIENT,
+    ROW_HARD,
+    ROW_LOG_SUM,
+    ROW_MAX,
+    ROW_POSITIVE_LOG_SUM,
+    ROW_POSITIVE_MAX,
+    ROW_TEACHER_LOG_SUM,
+    ROW_TEACHER_MAX,
+    ROW_WEIGHT,
     load_alpha,
     may_have_positives,
     multiply,
@@ -20,18 +29,18 @@ from softmask_fast.ops.triton_tiles import load_tile
 
 @triton.jit
 def load_state(p_state, row, m_rows, B, HAS_TEACHER: tl.constexpr):
-    """What every element needs of the row state (see operators.py), in the shape that broadcasts to a tile.
+    """What every element needs of the row state (see state.py), in the shape that broadcasts to a tile.
 
     Reference and log of the sum, reference and log of the sum of the teacher, W.
     """
     p_state += row
-    maximum = tl.load(p_state, mask=m_rows, other=0.0)
-    log_sum = tl.load(p_state + B, mask=m_rows, other=0.0) * LOG2_E
-    weight = tl.load(p_state + 4 * B, mask=m_rows, other=0.0)
+    maximum = tl.load(p_state + ROW_MAX * B, mask=m_rows, other=0.0)
+    log_sum = tl.load(p_state + ROW_LOG_SUM * B, mask=m_rows, other=0.0) * LOG2_E
+    weight = tl.load(p_state + ROW_WEIGHT * B, mask=m_rows, other=0.0)
     teacher_max, teacher_log_sum = maximum, log_sum
     if HAS_TEACHER:
-        teacher_max = tl.load(p_state + 2 * B, mask=m_rows, other=0.0)
-        teacher_log_sum = tl.load(p_state + 3 * B, mask=m_rows, other=0.0) * LOG2_E
+        teacher_max = tl.load(p_state + ROW_TEACHER_MAX * B, mask=m_rows, other=0.0)
+        teacher_log_sum = tl.load(p_state + ROW_TEACHER_LOG_SUM * B, mask=m_rows, other=0.0) * LOG2_E
     return (
         tl.expand_dims(maximum, 1),
         tl.expand_dims(log_sum, 1),
@@ -80,15 +89,15 @@ def with_few(
     """``logit_gradient`` completed at positives and at dominant keys."""
     p_state += row
     if ANY:
-        reference = tl.expand_dims(tl.load(p_state + 6 * B, mask=m_rows, other=0.0), 1)
-        positive_log_sum = tl.expand_dims(tl.load(p_state + 7 * B, mask=m_rows, other=0.0), 1)
+        reference = tl.expand_dims(tl.load(p_state + ROW_POSITIVE_MAX * B, mask=m_rows, other=0.0), 1)
+        positive_log_sum = tl.expand_dims(tl.load(p_state + ROW_POSITIVE_LOG_SUM * B, mask=m_rows, other=0.0), 1)
         share = tl.exp2(tl.minimum(relative(products, reference, scale), 0.0) - positive_log_sum * LOG2_E)
     else:
         log2_p = x - log_sum
         share = focal_weight(log2_p, tl.exp2(log2_p), gamma, ORDER)
-    hard = tl.expand_dims(tl.load(p_state + 5 * B, mask=m_rows, other=0.0), 1)
+    hard = tl.expand_dims(tl.load(p_state + ROW_HARD * B, mask=m_rows, other=0.0), 1)
     gradient = tl.where(is_positive, gradient - hard * share, gradient)
-    at_dominant = tl.expand_dims(tl.load(p_state + 8 * B, mask=m_rows, other=0.0), 1)
+    at_dominant = tl.expand_dims(tl.load(p_state + ROW_DOMINANT_GRADIENT * B, mask=m_rows, other=0.0), 1)
     return tl.where(is_dominant, at_dominant, gradient)
 
 

@@ -19,6 +19,15 @@ from softmask_fast.ops.focal_itc.triton_kernels import (
     POSITIVE,
     POSITIVE_MAX,
     POSITIVE_SUM,
+    ROW_DOMINANT_GRADIENT,
+    ROW_HARD,
+    ROW_LOG_SUM,
+    ROW_MAX,
+    ROW_POSITIVE_LOG_SUM,
+    ROW_POSITIVE_MAX,
+    ROW_TEACHER_LOG_SUM,
+    ROW_TEACHER_MAX,
+    ROW_WEIGHT,
     SUMS,
     TEACHER_DOMINANT,
     TEACHER_MAX,
@@ -151,7 +160,7 @@ def finish(
     B, gamma,
     ORDER: tl.constexpr, HAS_TEACHER: tl.constexpr, ANY: tl.constexpr, STATS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(B, BLOCK_B),): loss, row state (see operators.py) and statistics from the merged sums.
+    """Grid (cdiv(B, BLOCK_B),): loss, row state (see state.py) and statistics from the merged sums.
 
     ``p_terms`` (TERM_SUMS, B) holds the merged sums of ``row_terms`` where ORDER is -1.
     """
@@ -217,15 +226,16 @@ def finish(
 
     p_state += row
     tl.store(p_loss + row, rest_loss + target * dominant_loss, mask=m_rows)
-    tl.store(p_state, maximum, mask=m_rows)
-    tl.store(p_state + B, log_sum, mask=m_rows)
-    tl.store(p_state + 2 * B, teacher_max, mask=m_rows)
-    tl.store(p_state + 3 * B, teacher_log_sum, mask=m_rows)
-    tl.store(p_state + 4 * B, rest_weight + target * dominant_weight + mass_weight, mask=m_rows)
-    tl.store(p_state + 5 * B, hard, mask=m_rows)
-    tl.store(p_state + 6 * B, positive_max, mask=m_rows)
-    tl.store(p_state + 7 * B, positive_log_sum, mask=m_rows)
-    tl.store(p_state + 8 * B, gradient, mask=m_rows)
+    tl.store(p_state + ROW_MAX * B, maximum, mask=m_rows)
+    tl.store(p_state + ROW_LOG_SUM * B, log_sum, mask=m_rows)
+    tl.store(p_state + ROW_TEACHER_MAX * B, teacher_max, mask=m_rows)
+    tl.store(p_state + ROW_TEACHER_LOG_SUM * B, teacher_log_sum, mask=m_rows)
+    weight = rest_weight + target * dominant_weight + mass_weight
+    tl.store(p_state + ROW_WEIGHT * B, weight, mask=m_rows)
+    tl.store(p_state + ROW_HARD * B, hard, mask=m_rows)
+    tl.store(p_state + ROW_POSITIVE_MAX * B, positive_max, mask=m_rows)
+    tl.store(p_state + ROW_POSITIVE_LOG_SUM * B, positive_log_sum, mask=m_rows)
+    tl.store(p_state + ROW_DOMINANT_GRADIENT * B, gradient, mask=m_rows)
     tl.store(p_dominant + row, dominant.to(tl.int64), mask=m_rows)
     if STATS:
         entropy = log_sum - tl.load(p_sums + ENTROPY * B, mask=m_rows, other=0.0) * LN_2 / total

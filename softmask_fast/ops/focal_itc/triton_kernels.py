@@ -15,7 +15,20 @@ that all threads take or skip together. What is left is what every element pays 
 import triton
 import triton.language as tl
 
+from softmask_fast.ops.focal_itc import state
 from softmask_fast.ops.triton_tiles import load_tile
+
+# Rows of the row state (ROW_STATES, B).
+ROW_MAX = tl.constexpr(state.ROW_MAX)
+ROW_LOG_SUM = tl.constexpr(state.ROW_LOG_SUM)
+ROW_TEACHER_MAX = tl.constexpr(state.ROW_TEACHER_MAX)
+ROW_TEACHER_LOG_SUM = tl.constexpr(state.ROW_TEACHER_LOG_SUM)
+ROW_WEIGHT = tl.constexpr(state.ROW_WEIGHT)
+ROW_HARD = tl.constexpr(state.ROW_HARD)
+ROW_POSITIVE_MAX = tl.constexpr(state.ROW_POSITIVE_MAX)
+ROW_POSITIVE_LOG_SUM = tl.constexpr(state.ROW_POSITIVE_LOG_SUM)
+ROW_DOMINANT_GRADIENT = tl.constexpr(state.ROW_DOMINANT_GRADIENT)
+ROW_STATES = tl.constexpr(state.ROW_STATES)
 
 # Rows of `sums` (splits, SUMS, B), float32. T and H hold pairs for k = 0 ... 3: sum 2^u 2^(kx) and sum 2^u 2^(kx) x
 # over the keys, and without 2^u over the positives; none of the sums but POSITIVE_SUM counts the dominant key.

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_kernels, triton_negatives
-from softmask_fast.ops.focal_itc.operators import ROW_STATES, BlockwiseForward
+from softmask_fast.ops.focal_itc.operators import BlockwiseForward
 from softmask_fast.ops.focal_itc.positives import PositiveLists
-from softmask_fast.ops.focal_itc.reference import Options
+from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Rows, expansion_order
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
     Machine,
@@ -80,14 +80,9 @@ def _spans(ids: Tensor | None, key_ids: Tensor | None) -> Tensor | None:
     return torch.stack([torch.where(found, limits[0], 2**31 - 1), torch.where(found, limits[1], -1)])
 
 
-def _order(gamma: float) -> int:
-    """gamma where (1 - p)^gamma is expanded in powers of p, else -1."""
-    return int(gamma) if gamma in (0, 1, 2, 3) else -1
-
-
 def _is_crowded(options: Options) -> bool:
     """Whether a row has more sums, or a gradient more steps, than the registers of the widest tiles leave room for."""
-    return options.any_positive or _order(options.gamma) not in (0, 1, 2)
+    return options.any_positive or expansion_order(options.gamma) not in (0, 1, 2)
 
 
 def _strides(rows: Tensor, teacher_rows: Tensor | None, keys: Tensor) -> tuple[int, ...]:
@@ -97,21 +92,17 @@ def _strides(rows: Tensor, teacher_rows: Tensor | None, keys: Tensor) -> tuple[i
 class Forward(BlockwiseForward):
     """See ``operators.BlockwiseForward``. Between two blocks of keys it holds the sums over all keys so far."""
 
-    def __init__(
-        self, rows: Tensor, temperature: Tensor, teacher_rows: Tensor | None, ids: Tensor | None, options: Options
-    ):
-        rows, teacher_rows = with_aligned_rows(rows, 1), with_aligned_rows(teacher_rows, 1)
-        super().__init__(rows, temperature, teacher_rows, None if ids is None else ids.contiguous(), options)
-        self.order = _order(options.gamma)
+    def __init__(self, rows: Rows):
+        super().__init__(_aligned(rows))
+        temperature, options, rows = self.temperature, self.options, self.rows
+        self.order = expansion_order(options.gamma)
         self.passes = 1 if self.order >= 0 else 2
         self.sums = temperature.new_empty(0, triton_kernels.SUMS.value, rows.shape[0])
         self.places = temperature.new_empty(0, triton_kernels.PLACES.value, rows.shape[0], dtype=torch.int32)
         self.terms = temperature.new_empty(0, triton_kernels.TERM_SUMS.value, rows.shape[0])
 
-    def _add(
-        self, keys: Tensor, key_ids: Tensor | None, first_key: int, second_pass: bool, positives: PositiveLists
-    ) -> None:
-        rows, options = self.rows, self.options
+    def _add(self, keys: Keys, second_pass: bool, positives: PositiveLists | None) -> None:
+        rows, options, (keys, key_ids, first_key) = self.rows, self.options, keys
         (batch, width), total = rows.shape, keys.shape[0]
         given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options))
         sizes, terms_kept = tiles("row_terms" if second_pass else "row_sums", *given), max(self.order, 0) + 1
@@ -151,20 +142,21 @@ class Forward(BlockwiseForward):
             )
             self.sums, self.places = sums[:1], places[:1]
 
-    def _finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _finish(self, out: Outputs) -> None:
         options, batch = self.options, self.rows.shape[0]
-        loss = self.temperature.new_empty(batch)
-        row_state = self.temperature.new_empty(ROW_STATES, batch)
-        dominant = self.temperature.new_empty(batch, dtype=torch.int64)
-        statistics = self.temperature.new_empty(3, batch if options.stats else 0)
-        hard_negative = dominant.new_empty(batch if options.stats else 0)
+        count = torch.ones_like(out.dominant) if self.count is None else self.count
         with device_of(self.rows):
             triton_finish.finish[(-(-batch // MERGE_ROWS),)](
-                self.sums, self.places, self.terms, self.count, self.temperature, options.alpha, loss, row_state,
-                dominant, statistics, hard_negative, batch, options.gamma, ORDER=self.order, ANY=options.any_positive,
+                self.sums, self.places, self.terms, count, self.temperature, options.alpha, *out, batch, options.gamma,
+                ORDER=self.order, ANY=options.any_positive,
                 STATS=options.stats, HAS_TEACHER=self.teacher_rows is not None, BLOCK_B=MERGE_ROWS,
             )  # fmt: skip
-        return loss, row_state, dominant, statistics, hard_negative
+
+
+def _aligned(rows: Rows) -> Rows:
+    """Rows as the kernels read them."""
+    features, teacher = with_aligned_rows(rows.features, 1), with_aligned_rows(rows.teacher, 1)
+    return rows._replace(features=features, teacher=teacher, ids=None if rows.ids is None else rows.ids.contiguous())
 
 
 def _after(kept: Tensor, splits: int) -> Tensor:
@@ -175,34 +167,19 @@ def _after(kept: Tensor, splits: int) -> Tensor:
 
 
 def backward(
-    grad_loss: Tensor,
-    rows: Tensor,
-    keys: Tensor,
-    temperature: Tensor,
-    teacher_rows: Tensor | None,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-    row_state: Tensor,
-    dominant: Tensor,
-    wants_rows: bool,
-    wants_keys: bool,
-    wants_temperature: bool,
-    options: Options,
-    first_key: int = 0,
+    grad_loss: Tensor, rows: Rows, keys: Keys, state: tuple[Tensor, Tensor], wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, keys and temperature, for keys numbered from ``first_key``; empty where not wanted."""
-    grad_loss, unpadded = grad_loss.contiguous(), rows.shape[1]
-    if ids is not None:
-        ids, key_ids = ids.contiguous(), key_ids.contiguous()
+    """See ``operators.Backward``."""
+    grad_loss, unpadded = grad_loss.contiguous(), rows.features.shape[1]
+    (wants_rows, wants_keys, wants_temperature), (keys, key_ids, first_key) = wanted, keys
+    rows, teacher_rows, ids, temperature, options = _aligned(rows)
+    keys, key_ids = with_aligned_rows(keys, 1), None if key_ids is None else key_ids.contiguous()
     flags = {
-        "ORDER": _order(options.gamma), "ANY": options.any_positive, "HAS_TEACHER": teacher_rows is not None,
+        "ORDER": expansion_order(options.gamma), "ANY": options.any_positive, "HAS_TEACHER": teacher_rows is not None,
         "HAS_IDS": ids is not None, **element_options(rows.dtype),
     }  # fmt: skip
-    rows, keys = with_aligned_rows(rows, 1), with_aligned_rows(keys, 1)
-    teacher_rows = with_aligned_rows(teacher_rows, 1)
     (batch, width), total = rows.shape, keys.shape[0]
-    inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, options.alpha, row_state)
-    inputs += (dominant,)
+    inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, options.alpha, *state)
     strides = _strides(rows, teacher_rows, keys)
     scalars = (batch, total, width, first_key, options.row_offset, options.gamma)
     given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options))

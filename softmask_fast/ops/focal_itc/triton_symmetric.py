@@ -1,5 +1,5 @@
 """Kernels of a batch that is its own keys: each product <x_i, y_j> of image row i and text row j, made once, serves
-both directions. Launches: ``triton_symmetric_launch.py``, operators: ``symmetric.py``, formulas: ``reference.py``.
+both directions. Launches: ``triton_symmetric_launch.py``, operator: ``operators.py``, formulas: ``reference.py``.
 
 The positive of row i is key i and nothing else, so it is left out of all sums and 1 - p of it is exact: the sum over
 the others divided by the total. Logarithms are to base 2.
@@ -18,21 +18,28 @@ library.
 import triton
 import triton.language as tl
 
-from softmask_fast.ops.focal_itc.triton_kernels import BLANK, LN_2, LOG2_E, focal, log1p
+from softmask_fast.ops.focal_itc.triton_kernels import (
+    BLANK,
+    LN_2,
+    LOG2_E,
+    ROW_DOMINANT_GRADIENT,
+    ROW_HARD,
+    ROW_LOG_SUM,
+    ROW_MAX,
+    ROW_POSITIVE_MAX,
+    ROW_STATES,
+    ROW_TEACHER_MAX,
+    ROW_WEIGHT,
+    focal,
+    log1p,
+)
 
 OFFSET = tl.constexpr(100.0)
 LEAST_SUM = tl.constexpr(8.271806125530277e-25)  # 2^-80
 LARGEST_SUM = tl.constexpr(8.507059173023462e37)  # 2^126
-# Rows of the state of one direction (STATES, B), see operators.py, where MAX is any reference, and the dominant key the
-# positive. There is no teacher, whose place SUM takes: sum of 2^x over all keys, 0 where it was made again.
-MAX = tl.constexpr(0)
-LOG_SUM = tl.constexpr(1)
-SUM = tl.constexpr(2)
-WEIGHT = tl.constexpr(4)
-HARD = tl.constexpr(5)
-POSITIVE_MAX = tl.constexpr(6)
-DOMINANT_GRADIENT = tl.constexpr(8)
-STATES = tl.constexpr(9)
+# Of the row state (see state.py) the maximum is any reference here, and the dominant key the positive. There is no
+# teacher, whose place the sum takes: of 2^x over all keys, 0 where it was made again.
+ROW_SUM = ROW_TEACHER_MAX
 
 
 @triton.jit
@@ -219,21 +226,21 @@ def finish_direction(
     zero = tl.zeros((BLOCK_B,), tl.float32)
     p_state += row
     tl.store(p_loss + row, loss, mask=m_rows)
-    for state in tl.static_range(STATES):
+    for state in tl.static_range(ROW_STATES):
         value = zero
-        if state == MAX:
+        if state == ROW_MAX:
             value = reference
-        elif state == LOG_SUM:
+        elif state == ROW_LOG_SUM:
             value = (tl.log2(total) - offset) * LN_2
-        elif state == SUM:
+        elif state == ROW_SUM:
             value = kept
-        elif state == WEIGHT:
+        elif state == ROW_WEIGHT:
             value = weight
-        elif state == HARD:
+        elif state == ROW_HARD:
             value = zero + 1.0
-        elif state == POSITIVE_MAX:
+        elif state == ROW_POSITIVE_MAX:
             value = diagonal
-        elif state == DOMINANT_GRADIENT:
+        elif state == ROW_DOMINANT_GRADIENT:
             value = -one_minus_p * weight
         tl.store(p_state + state * B, value, mask=m_rows)
     tl.store(p_dominant + row, row.to(tl.int64), mask=m_rows)
@@ -246,7 +253,7 @@ def symmetric_finish(
     ORDER: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(B, BLOCK_B),): loss (2, B), state (2, STATES, B) and dominant (2, B) of both directions of these rows.
+    """Grid (cdiv(B, BLOCK_B),): loss (2, B), row state and dominant (2, B) of both directions of these rows.
 
     row_sums (row_parts, B), column_sums (column_parts, B).
     """
@@ -262,8 +269,8 @@ def symmetric_finish(
         r0, B, D, gamma, ORDER, BLOCK_B, BLOCK_D, EVEN, WIDEN, PRECISION,
     )  # fmt: skip
     finish_direction(
-        p_text, p_image, p_column_sums, column_parts, p_temperature, p_loss + B, p_state + STATES * B, p_dominant + B,
-        text_b, image_b, diagonal, r0, B, D, gamma, ORDER, BLOCK_B, BLOCK_D, EVEN, WIDEN, PRECISION,
+        p_text, p_image, p_column_sums, column_parts, p_temperature, p_loss + B, p_state + ROW_STATES * B,
+        p_dominant + B, text_b, image_b, diagonal, r0, B, D, gamma, ORDER, BLOCK_B, BLOCK_D, EVEN, WIDEN, PRECISION,
     )  # fmt: skip
 
 
@@ -271,24 +278,24 @@ def symmetric_finish(
 def load_direction(p_grad, p_state, n, B, factor):
     """Sum and weight of rows; past the end the sum of the last, and the weight 0."""
     place = tl.minimum(n, B - 1)
-    weight = tl.load(p_state + WEIGHT * B + place) * (tl.load(p_grad + place) * factor)
-    return tl.load(p_state + SUM * B + place), tl.where(n < B, weight, 0.0)
+    weight = tl.load(p_state + ROW_WEIGHT * B + place) * (tl.load(p_grad + place) * factor)
+    return tl.load(p_state + ROW_SUM * B + place), tl.where(n < B, weight, 0.0)
 
 
 @triton.jit
 def load_reference(p_state, n, B):
     """Reference and log of the sum to base 2."""
     place = tl.minimum(n, B - 1)
-    return tl.load(p_state + MAX * B + place), tl.load(p_state + LOG_SUM * B + place) * LOG2_E
+    return tl.load(p_state + ROW_MAX * B + place), tl.load(p_state + ROW_LOG_SUM * B + place) * LOG2_E
 
 
 @triton.jit
 def load_positive(p_grad, p_state, row, m_rows, B, factor):
     """G of the positives' pairs of one direction, and that times their products less the reference."""
-    gradient = tl.load(p_state + DOMINANT_GRADIENT * B + row, mask=m_rows, other=0.0)
+    gradient = tl.load(p_state + ROW_DOMINANT_GRADIENT * B + row, mask=m_rows, other=0.0)
     gradient *= tl.load(p_grad + row, mask=m_rows, other=0.0) * factor
-    product = tl.load(p_state + POSITIVE_MAX * B + row, mask=m_rows, other=0.0)
-    return gradient, gradient * (product - tl.load(p_state + MAX * B + row, mask=m_rows, other=0.0))
+    product = tl.load(p_state + ROW_POSITIVE_MAX * B + row, mask=m_rows, other=0.0)
+    return gradient, gradient * (product - tl.load(p_state + ROW_MAX * B + row, mask=m_rows, other=0.0))
 
 
 @triton.jit
@@ -301,7 +308,7 @@ def gradient_tile(
     p_grad and p_state: of direction 0.
     """
     row, column = r0 + tl.arange(0, BLOCK_B), c0 + tl.arange(0, BLOCK_K)
-    p_other_grad, p_other_state = p_grad + B, p_state + STATES * B
+    p_other_grad, p_other_state = p_grad + B, p_state + ROW_STATES * B
     column_sum, column_weight = load_direction(p_other_grad, p_other_state, column, B, factor)
     m_rows, m_columns = row < B, column < B
     few = (r0 + BLOCK_B > B) | (c0 + BLOCK_K > B) | ((r0 < c0 + BLOCK_K) & (c0 < r0 + BLOCK_B))

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from softmask_fast.ops.focal_itc import triton_symmetric as kernels
-from softmask_fast.ops.focal_itc.cpp import expansion_order
-from softmask_fast.ops.focal_itc.operators import ROW_STATES
-from softmask_fast.ops.focal_itc.reference import Options
+from softmask_fast.ops.focal_itc.state import Outputs, Problem, expansion_order
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
     Machine,
@@ -27,9 +25,9 @@ MAGNIFY = 4096.0  # |G| is less than 8 relative to the largest grad, so times th
 ADD_ROWS = 256
 
 
-def covers(image: Tensor, ids: Tensor | None, options: Options) -> bool:
+def covers(problem: Problem) -> bool:
     """Whether these parts do it: row i's positive is key i alone, no statistics, elements of 2 bytes."""
-    return ids is None and not options.stats and image.dtype in (torch.bfloat16, torch.float16)
+    return problem.ids is None and problem.seed is None and problem.image.dtype in (torch.bfloat16, torch.float16)
 
 
 def tiles(width: int, machine: Machine) -> dict[str, int | bool]:
@@ -78,11 +76,10 @@ def _inputs(image: Tensor, text: Tensor, sizes: dict[str, int | bool]) -> tuple:
     return tuple(descriptors)
 
 
-def forward(
-    image: Tensor, text: Tensor, temperature: Tensor, ids: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of both directions, stacked; see symmetric.py. `ids` is None."""
-    image, text = with_aligned_rows(image, 1), with_aligned_rows(text, 1)
+def forward(problem: Problem, out: Outputs) -> None:
+    """Writes the results of both directions."""
+    image, text = with_aligned_rows(problem.image, 1), with_aligned_rows(problem.text, 1)
+    temperature = problem.temperature
     batch, width = image.shape
     machine = machine_of(image.device)
     sizes, elements = tiles(width, machine), element_options(image.dtype)
@@ -96,9 +93,6 @@ def forward(
     row_parts = temperature.new_empty(column_tiles, chunk)
     column_parts = temperature.new_empty(-(-chunk // block), batch)
     row_sums, column_sums = (row_parts, column_parts) if chunks == 1 else temperature.new_empty(2, 1, batch).unbind(0)
-    loss = temperature.new_empty(2, batch)
-    row_state = temperature.new_empty(2, ROW_STATES, batch)
-    dominant = temperature.new_empty(2, batch, dtype=torch.int64)
     strides = (image.stride(0), text.stride(0))
     with device_of(image):
         for first in range(0, batch, chunk):
@@ -113,11 +107,10 @@ def forward(
                 _add(column_parts, column_sums[0], batch, row_tiles, first=first == 0)
         sizes = finish_tiles(width, machine)
         kernels.symmetric_finish[(-(-batch // sizes["BLOCK_B"]),)](
-            image, text, temperature, row_sums, column_sums, loss, row_state, dominant, *strides, batch, width,
-            options.gamma, row_sums.shape[0], column_sums.shape[0], ORDER=expansion_order(options.gamma), **sizes,
+            image, text, temperature, row_sums, column_sums, *out[:3], *strides, batch, width, problem.gamma,
+            row_sums.shape[0], column_sums.shape[0], ORDER=expansion_order(problem.gamma), **sizes,
             **elements,
         )  # fmt: skip
-    return loss, row_state, dominant, temperature.new_empty(2, 3, 0), dominant.new_empty(2, 0)
 
 
 def _add(parts: Tensor, sums: Tensor, size: int, count: int, first: bool) -> None:
@@ -126,24 +119,15 @@ def _add(parts: Tensor, sums: Tensor, size: int, count: int, first: bool) -> Non
 
 
 def backward(
-    grad_loss: Tensor,
-    image: Tensor,
-    text: Tensor,
-    temperature: Tensor,
-    ids: Tensor | None,
-    row_state: Tensor,
-    dominant: Tensor,
-    wants_image: bool,
-    wants_text: bool,
-    wants_temperature: bool,
-    options: Options,
+    grad_loss: Tensor, problem: Problem, row_state: Tensor, dominant: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of image, text and temperature; empty where not wanted.
 
     Every gradient wanted or not, the kernel is the same, so that each has the same bits alone and with the others.
     """
-    unpadded = image.shape[1]
-    image, text, grad_loss = with_aligned_rows(image, 1), with_aligned_rows(text, 1), grad_loss.contiguous()
+    (wants_image, wants_text, wants_temperature), temperature = wanted, problem.temperature
+    image, text = with_aligned_rows(problem.image, 1), with_aligned_rows(problem.text, 1)
+    grad_loss, unpadded = grad_loss.contiguous(), problem.image.shape[1]
     batch, width = image.shape
     sizes = tiles(width, machine_of(image.device))
     inputs, elements = _inputs(image, text, sizes), element_options(image.dtype)
