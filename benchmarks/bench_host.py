@@ -46,6 +46,7 @@ from softmask_fast.training.deepspeed_engine import create_optimizer
 from softmask_fast.training.launch import StopRequest, prepare_run, start_distributed
 from softmask_fast.training.options import make_config
 from softmask_fast.training.trainer import Trainer
+from softmask_fast.training.updates import DirectUpdates
 
 DS_CONFIG = Path(__file__).resolve().parents[1] / "ds.json"
 PAIRS, LOADED_PAIRS = 4, 128
@@ -147,6 +148,7 @@ def bare_step(compile: bool = False, bf16: bool = False, steps: int = 20) -> dic
     step = PretrainingStep(model, config.objectives, bf16)
     optimizer = create_optimizer(step, config.train)
     batch = make_batch(config.model, PAIRS, torch.device("cpu"))
+    averages, weights = teacher.pairs((name, weight.detach()) for name, weight in model.named_parameters())
     parts = Parts("rest")
 
     def iteration() -> None:
@@ -158,7 +160,7 @@ def bare_step(compile: bool = False, bf16: bool = False, steps: int = 20) -> dic
             optimizer.step()
             optimizer.zero_grad()
         with parts.part("momentum"):
-            teacher.update(model.named_parameters())
+            teacher.move(averages, weights)
 
     with one_thread():
         return parts.measure(iteration, steps)
@@ -190,8 +192,8 @@ def job_iteration(compile: bool = False, bf16: bool = False, steps: int = 20) ->
         "loader": (SampleLoader, "__next__"),
         "forward": (PretrainingStep, "forward"),
         "backward": (torch.autograd, "backward"),
-        "optimizer": (torch.optim.AdamW, "step"),
-        "momentum": (MomentumCopy, "update"),
+        "optimizer": (DirectUpdates, "update"),
+        "momentum": (MomentumCopy, "move"),
         "log": (Trainer, "log_metrics"),
     }
     with tempfile.TemporaryDirectory() as folder, one_thread():

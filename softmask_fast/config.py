@@ -192,6 +192,9 @@ class TrainConfig:
     compile: bool | None = option(
         None, "Run the layers through torch.compile; default: on a GPU, where a C compiler is at hand. Not with ZeRO-3."
     )
+    cuda_graph: bool = option(
+        False, "Launch whole steps of pretraining as CUDA graphs, on one rank, without gradient accumulation."
+    )
     profile: int = option(0, "Trace this many steps, after 3 others, to trace.json in the output folder.")
     seed: int = option(0, "Seed of the weights, the data order and the augmentation.")
     resume: bool = option(False, "Resume from the newest checkpoint in output_dir.")

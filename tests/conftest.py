@@ -2,6 +2,7 @@
 
 import os
 import random
+from unittest.mock import patch
 
 # cuBLAS is deterministic only with a fixed workspace, which it reads when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -42,3 +43,23 @@ def nan_filled_empty():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def _environment_of_one_rank():
+    """A process group of this process alone. It stays to the end: DeepSpeed remembers the first one that it sees."""
+    from softmask_fast.options import LaunchOptions
+    from softmask_fast.training.launch import start_distributed
+
+    with patch.dict(os.environ):
+        start_distributed(LaunchOptions("ds.json", local_rank=-1))
+        environment = dict(os.environ)
+    yield environment
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def one_rank(_environment_of_one_rank):
+    """The process is the only rank of a run, as DeepSpeed's engine wants it."""
+    with patch.dict(os.environ, _environment_of_one_rank):
+        yield

@@ -31,19 +31,25 @@ STORED = Path(__file__).parent / "stored"
 TOLERANCE = {"rel": 1e-4, "abs": 1e-6}
 
 
-def test_a_stored_run_is_resumed(tmp_path):
-    run = tmp_path / "run"
+def stored_run(folder):
+    """A copy of the stored run after its second step, and its options."""
+    run = folder / "run"
     shutil.copytree(STORED / "run", run)
     shutil.rmtree(run / "model")
-    assert "contrast.image_queue" in load_file(run / "checkpoints/step-00000002/teacher.safetensors")  # its name then
     config = json.loads((run / "config.json").read_text())["config"]
     options = {}
     for section in ("model", "objectives", "data", "train"):
         options |= {name: value for name, value in config[section].items() if value is not None}
-    assert "colour" in options and "colour" in RENAMED  # a renamed option, among those of the stored run
     del options["output_dir"]
+    return run, options
+
+
+def test_a_stored_run_is_resumed(tmp_path):
+    run, options = stored_run(tmp_path)
+    assert "contrast.image_queue" in load_file(run / "checkpoints/step-00000002/teacher.safetensors")  # its name then
+    assert "colour" in options and "colour" in RENAMED  # a renamed option, among those of the stored run
     text = finish(launch(run, cwd=tmp_path, common=options | {"resume": True}))
-    assert "resuming after step 2" in text
+    assert "resuming after step 2; updates: direct" in text
     expected, resumed = metrics(STORED / "run"), metrics(run)
     assert resumed.keys() == expected.keys() == {1, 2, 3, 4}
     for step, line in expected.items():
@@ -54,6 +60,21 @@ def test_a_stored_run_is_resumed(tmp_path):
         torch.testing.assert_close(after[name], tensor, rtol=TOLERANCE["rel"], atol=TOLERANCE["abs"])
     changed = launch(run, cwd=tmp_path, common=options | {"resume": True, "colour": True})
     assert "resume: color was False in" in finish(changed, 2)
+
+
+def test_a_stored_run_of_one_rank_is_resumed_by_two(tmp_path):
+    """Their losses are others: each rank has its own half of the batch, with its own dropout."""
+    run, options = stored_run(tmp_path)
+    text = finish(launch(run, cwd=tmp_path, ranks=2, common=options | {"resume": True, "batch_size": 2}))
+    assert "resuming after step 2; updates: DeepSpeed's engine (2 ranks)" in text
+    assert metrics(run).keys() == {1, 2, 3, 4}
+    before, after = (load_file(folder / "model/model.safetensors") for folder in (STORED / "run", run))
+    rate = options["learning_rate"]
+    for name, tensor in before.items():  # two of Adam's steps lie between, on either side
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=4 * rate, msg=name)
+    (shard,) = (run / "checkpoints/step-00000004").glob("*pp_rank_1_*optim_states.pt")
+    optimizer = torch.load(shard, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]
+    assert [int(state["step"]) for state in optimizer["state"].values()] == [4, 4]
 
 
 def test_a_stored_model_gives_the_same_outputs():

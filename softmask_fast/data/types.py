@@ -89,3 +89,11 @@ class Batch:
     ids: torch.Tensor  # (B,) int64, identity of the image
     keys: list[str]
     token_count: int | None = None  # sum of attention_mask, known without a device synchronization
+    most_tokens: int | None = None  # an upper bound of that sum, for batches without token_count
+
+    @property
+    def token_bounds(self) -> tuple[int, int]:
+        """Bounds on the number of tokens, known without a device synchronization."""
+        if self.token_count is not None:
+            return self.token_count, self.token_count
+        return 0, self.attention_mask.numel() if self.most_tokens is None else self.most_tokens

@@ -96,9 +96,11 @@ def word_losses(
     weights: Weights, hidden: Tensor, labels: Tensor, soft_labels: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """MLM of hidden (P, C): mean loss against labels (P,) int64, mean loss against soft_labels (P, V), which is 0
-    without them, and the accuracy."""
+    without them, and the accuracy. Words with a negative label (-100) do not count."""
     logits = word_logits(weights, hidden, eps).float()
     log_probability = logits.log_softmax(-1)
-    hard = F.nll_loss(log_probability, labels)
-    soft = torch.zeros_like(hard) if soft_labels is None else -(soft_labels * log_probability).sum(-1).mean()
-    return hard, soft, (logits.argmax(-1) == labels).float().mean()
+    hard, scored = F.nll_loss(log_probability, labels), labels >= 0
+    soft = torch.zeros_like(hard)
+    if soft_labels is not None:
+        soft = -(soft_labels * log_probability).sum(-1).mul(scored).sum() / scored.sum()
+    return hard, soft, (logits.argmax(-1) == labels).sum() / scored.sum()

@@ -20,11 +20,16 @@ from softmask_fast.ops import FeatureQueue
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What changes from step to step."""
+    """What changes from step to step. Tensors are 0-dim, on the model's device, and not read by the host."""
 
-    alpha: float  # weight of the teacher's soft targets
-    seed: int  # of the negatives drawn in the step
+    alpha: float | Tensor  # weight of the teacher's soft targets
+    seed: int | Tensor  # of the negatives drawn in the step
     use_queue: bool = True  # whether the queued features are contrastive keys beside those of the batch
+
+
+def distills(alpha: float | Tensor) -> bool:
+    """Whether there are soft targets of that weight; with a tensor there are, whatever its value."""
+    return isinstance(alpha, Tensor) or alpha > 0
 
 
 class MomentumCopy(nn.Module):
@@ -41,15 +46,22 @@ class MomentumCopy(nn.Module):
         self.model.eval()
         return self
 
-    @torch.no_grad()
-    def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Moves the average towards the weights, (name, full fp32 tensor) of all parameters of the model."""
+    def pairs(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages, and in the same order the weights, (name, full fp32 tensor) of all parameters of the model."""
         averages = self._averages.copy()
         pairs = [(averages.pop(name), weight) for name, weight in weights]
         if averages:
             raise ValueError(f"weights: expected every parameter of the model, missing {sorted(averages)}")
-        ours, theirs = [average for average, _ in pairs], [weight.to(average.dtype) for average, weight in pairs]
-        torch._foreach_lerp_(ours, theirs, 1 - self.momentum)
+        return [average for average, _ in pairs], [weight for _, weight in pairs]
+
+    @torch.no_grad()
+    def move(self, averages: list[Tensor], weights: list[Tensor]) -> None:
+        """Moves the averages towards the weights, both from `pairs`."""
+        torch._foreach_lerp_(averages, weights, 1 - self.momentum)
+
+    def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Moves the average towards the weights, (name, full fp32 tensor) of all parameters of the model."""
+        self.move(*self.pairs(weights))
 
     @functools.cached_property
     def _averages(self) -> dict[str, Tensor]:

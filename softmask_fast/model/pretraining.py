@@ -18,13 +18,13 @@ from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.types import Batch
 from softmask_fast.model.fusion import KeyValue
 from softmask_fast.model.layers import word_losses, word_probabilities
-from softmask_fast.model.momentum import MomentumTeacher, StepSettings
+from softmask_fast.model.momentum import MomentumTeacher, StepSettings, distills
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import FocalITCLoss, FocalITCStats, word_soft_mask
 from softmask_fast.ops.collectives import exchange, index_rows, take_rows, world_size
 
-MATCHED, NOT_MATCHED, NOT_SCORED = 1, 0, -100  # labels of ITM
+MATCHED, NOT_MATCHED, NOT_SCORED = 1, 0, -100  # labels of ITM; the last one also of MLM
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Sequences:
     keep: Tensor | None = None  # (S, N) soft mask of the image; None: whole images
     target: Tensor | None = None  # (S,) int64 label that [CLS] is matched against; None: no ITM
     words: Tensor | None = None  # (P,) int64 positions, among the S * L tokens, of words to predict; None: no MLM
-    token_count: int | None = None  # tokens in `mask`, if the host knows it
+    token_bounds: tuple[int, int] | None = None  # of the number of tokens in `mask`, if the host knows any
 
 
 class PretrainingStep(nn.Module):
@@ -88,8 +88,8 @@ class PretrainingStep(nn.Module):
         metrics: dict[str, Tensor] = {}
         if objectives.gathered_negatives:
             batch = _padded(batch, int(exchange([batch.input_ids.shape[1]]).max()))
-        mask, count = batch.attention_mask, batch.token_count
-        packing = Packing.of(mask, count or 0, count)
+        mask, bounds = batch.attention_mask, batch.token_bounds
+        packing = Packing.of(mask, *bounds)
 
         # Encode
         text_ids = batch.masked_ids if objectives.masked_captions else batch.input_ids
@@ -108,7 +108,7 @@ class PretrainingStep(nn.Module):
         # Collect the sequences. All attend to one of the images, whose keys and values are computed once.
         pairs = torch.arange(len(mask), device=mask.device)
         matched = torch.full_like(pairs, MATCHED) if objectives.itm_weight else None
-        true_pairs = Sequences(text_tokens, mask, pairs, target=matched, token_count=count)
+        true_pairs = Sequences(text_tokens, mask, pairs, target=matched, token_bounds=bounds)
         sequences, images = [true_pairs], image_tokens
         if objectives.itm_weight:
             images, wrong_image, wrong_text = self._negatives(stats, image_tokens, true_pairs)
@@ -122,7 +122,7 @@ class PretrainingStep(nn.Module):
             true_pairs.words = batch.mlm_positions
         elif objectives.mlm_weight:
             masked_text, _ = model.encode_text(batch.masked_ids, mask, packing)
-            sequences.append(Sequences(masked_text, mask, pairs, words=batch.mlm_positions, token_count=count))
+            sequences.append(Sequences(masked_text, mask, pairs, words=batch.mlm_positions, token_bounds=bounds))
 
         # Fuse, match, predict the masked words
         first_tokens, masked_words = self._fuse(sequences, keys_values)
@@ -141,13 +141,13 @@ class PretrainingStep(nn.Module):
 
     @torch.no_grad()
     def _encode_with_teacher(
-        self, batch: Batch, teacher: MomentumTeacher, packing: Packing, alpha: float
+        self, batch: Batch, teacher: MomentumTeacher, packing: Packing, alpha: float | Tensor
     ) -> TeacherOutputs:
         with teacher.model.holding_weights(self._dtype):
             return self._teacher_outputs(batch, teacher.model, packing, alpha)
 
     def _teacher_outputs(
-        self, batch: Batch, model: VisionLanguageModel, packing: Packing, alpha: float
+        self, batch: Batch, model: VisionLanguageModel, packing: Packing, alpha: float | Tensor
     ) -> TeacherOutputs:
         mask, positions = batch.attention_mask, batch.mlm_positions
         image_tokens, image_features = model.encode_image(batch.pixels)
@@ -155,7 +155,7 @@ class PretrainingStep(nn.Module):
         if not self.objectives.masked_captions:
             _, text_features = model.encode_text(batch.input_ids, mask, packing)
         words = None
-        if alpha > 0 and self.objectives.mlm_weight:
+        if distills(alpha) and self.objectives.mlm_weight:
             keys_values = model.fusion.keys_values(image_tokens)
             hidden = model.fusion(masked_tokens, mask, keys_values, positions=positions, packing=packing)
             words = model.language_head(hidden, function=word_probabilities)
@@ -241,8 +241,9 @@ class PretrainingStep(nn.Module):
                 first_tokens.append(torch.arange(start, start + rows, device=mask.device) * length)
             if part.words is not None:
                 words.append(start * length + part.words)
-            fewest_tokens += part.token_count or 0
-            most_tokens += part.mask.numel() if part.token_count is None else part.token_count
+            fewest, most = part.token_bounds or (0, part.mask.numel())
+            fewest_tokens += fewest
+            most_tokens += most
             start += rows
         packing = Packing.of(mask, fewest_tokens, most_tokens)
         positions = torch.cat(first_tokens + words)
@@ -257,9 +258,12 @@ class PretrainingStep(nn.Module):
         return loss, (logits.argmax(-1) == target).float().sum() / (target != NOT_SCORED).sum()
 
     def _predict_words(
-        self, masked_words: Tensor, labels: Tensor, teacher_out: TeacherOutputs, alpha: float
+        self, masked_words: Tensor, labels: Tensor, teacher_out: TeacherOutputs, alpha: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """MLM of the fused masked words (P, C), with the teacher's predictions as soft targets: loss and accuracy."""
+        """MLM of the fused masked words (P, C), with the teacher's predictions as soft targets: loss and accuracy.
+
+        Words with the label NOT_SCORED, which fill a batch up to a fixed number, do not count.
+        """
         loss, soft_loss, accuracy = self.model.language_head(
             masked_words, labels, teacher_out.words, function=word_losses
         )

@@ -96,19 +96,21 @@ def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: Mome
         universal = path.with_name(f"universal-{path.name}")
         run_on_all_ranks(lambda: to_universal(path, universal))
     source = universal or path
+    optimizer = engine.basic_optimizer
     engine._config.load_universal_checkpoint = universal is not None
-    groups = engine.optimizer.param_groups
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     loaded, _ = engine.load_checkpoint(str(source.parent), tag=source.name)
     engine._config.load_universal_checkpoint = False
     if loaded is None:
         raise UsageError(f"resume: {path} holds no DeepSpeed checkpoint")
-    if universal:  # under ZeRO-3 all groups now have the first one's weight decay, and share one step counter
-        for group, own in zip(groups, settings, strict=True):
-            group.update(own)
-        for moments in engine.optimizer.optimizer.state.values():
-            if isinstance(moments.get("step"), Tensor):
-                moments["step"] = moments["step"].clone()
+    # A checkpoint of before has another implementation of AdamW among the groups' settings. What loads the universal
+    # format gives all groups the first one's weight decay under ZeRO-3, and one step counter.
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for weight, moments in optimizer.state.items():
+        if isinstance(moments.get("step"), Tensor):
+            moments["step"] = moments["step"].to(weight.device, copy=True)
+    if universal:
         dist.barrier()  # every rank has read
         if engine.global_rank == 0:
             shutil.rmtree(universal)

@@ -56,9 +56,9 @@ def parameter_groups(step: nn.Module, train: TrainConfig) -> list[dict[str, Any]
     return [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def create_optimizer(step: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+def create_optimizer(step: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     """The optimizer of a run whose DeepSpeed configuration names none."""
-    return torch.optim.AdamW(parameter_groups(step, train), lr=train.learning_rate)
+    return torch.optim.AdamW(parameter_groups(step, train), lr=train.learning_rate, fused=True)
 
 
 def import_muon() -> None:

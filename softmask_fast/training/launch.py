@@ -28,6 +28,7 @@ from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.options import LaunchOptions
 from softmask_fast.training.compilation import decide_compilation
 from softmask_fast.training.deepspeed_engine import check_execution, read_deepspeed_config
+from softmask_fast.training.meters import HostCopy
 from softmask_fast.training.ranks import AgreedUsageError, run_on_all_ranks
 
 SILENT_SECONDS = 30.0  # silent ranks wait this long before exiting: the launcher kills all ranks when one exits
@@ -164,6 +165,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._exchanged: HostCopy | None = None  # at the last call
         # The launcher forwards a signal to its process group, but not one that was sent to its first process alone.
         parents = psutil.Process().parents()[:2]
         self.launchers = [process for process in parents if "deepspeed" in " ".join(process.cmdline())]
@@ -176,14 +178,19 @@ class StopRequest:
         self.received = signal.Signals(number).name
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop. A collective."""
+        """Whether any rank was asked to stop; with several ranks, before their last call. A collective.
+
+        What is exchanged now is read at the next call, so that no host waits for its GPU at every step.
+        """
         if self.received is None and any(has_ended(process) for process in self.launchers):
             self.received = "the launcher's end"
         if dist.get_world_size() == 1:
             return self.received is not None
-        flag = torch.tensor(self.received is not None, dtype=torch.int32, device=device)
+        before = self._exchanged
+        flag = torch.full((), float(self.received is not None), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        self._exchanged = HostCopy(flag)
+        return before is not None and before.value > 0
 
 
 def has_ended(process: psutil.Process) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -27,9 +28,12 @@ def distillation_alpha(step: int, steps_per_epoch: int, momentum: MomentumConfig
 
 def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """A seed for each (run, step, micro step, rank), far from its neighbors'."""
-    mixed = torch.Generator().manual_seed(seed)
-    base = int(torch.randint(2**31, (), generator=mixed))
-    return (base + 1_000_003 * step + 10_007 * micro_step + rank) % 2**31
+    return (_mixed(seed) + 1_000_003 * step + 10_007 * micro_step + rank) % 2**31
+
+
+@functools.cache
+def _mixed(seed: int) -> int:
+    return int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
 
 
 def step_settings(config: RunConfig, step: int, micro_step: int, rank: int, steps_per_epoch: int) -> StepSettings:

@@ -19,17 +19,19 @@ from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.loader import SampleLoader, default_workers
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.model.export import save_model
-from softmask_fast.model.momentum import MomentumCopy, StepSettings
-from softmask_fast.training.checkpoint import checkpoints, full_state, full_weights, load_checkpoint, save_checkpoint
+from softmask_fast.model.momentum import MomentumCopy
+from softmask_fast.training.checkpoint import checkpoints, full_state, load_checkpoint, save_checkpoint
+from softmask_fast.training.cuda_graphs import GraphedUpdates, graph_refusal
 from softmask_fast.training.deepspeed_engine import create_engine
 from softmask_fast.training.launch import StopRequest
-from softmask_fast.training.meters import DataTimer, FlopCount, HostCopy, StepProfiler, matmul_rate, peak_memory
+from softmask_fast.training.meters import DataTimer, FlopCount, StepProfiler, matmul_rate, peak_memory
 from softmask_fast.training.metrics import MetricsLog
 from softmask_fast.training.periodic_eval import Evaluator
-from softmask_fast.training.ranks import mean_over_ranks, run_on_all_ranks
+from softmask_fast.training.ranks import AgreedUsageError, mean_over_ranks, run_on_all_ranks
 from softmask_fast.training.run_record import check_same_run, run_record
 from softmask_fast.training.schedule import learning_rate, step_settings
 from softmask_fast.training.step_times import StepTimes
+from softmask_fast.training.updates import DirectUpdates, EngineUpdates, FiniteWatch
 from softmask_fast.utils import write_json
 
 logger = logging.getLogger("softmask_fast")
@@ -65,10 +67,16 @@ class Trainer:
         self.teacher, self.loader, self.evaluator = teacher, loader, evaluator
         for network in (step.model, teacher.model):
             network.set_execution(self.options.attention, self.options.activation_checkpointing, self.options.compile)
+        through_engine = DirectUpdates.refusal(deepspeed_config)
+        if self.options.cuda_graph and (reason := through_engine or graph_refusal(step, self.options, loader.device)):
+            raise AgreedUsageError(f"cuda_graph: expected false with {reason}, got true")
         self.flops = FlopCount(step, teacher, loader.device)
         self.engine = create_engine(step, deepspeed_config, self.options)
         self.model, self.device = self.engine.module.model, self.engine.device
         self.rank, ranks = dist.get_rank(), dist.get_world_size()
+        self.watch, self.times = FiniteWatch(), StepTimes(self.device)
+        kind = EngineUpdates if through_engine else GraphedUpdates if self.options.cuda_graph else DirectUpdates
+        self.updates = kind(self.engine, teacher, self.watch, self.times)
 
         # Count the steps.
         self.samples = len(loader.source)
@@ -80,7 +88,7 @@ class Trainer:
         self.state = TrainerState()
         if self.options.resume:
             self.load()
-        self.saved_step = self.state.step
+        self.watch.saved_step = self.state.step
         if evaluator is not None:
             evaluator.begin(self.state.step, self.steps_per_epoch)
 
@@ -88,9 +96,10 @@ class Trainer:
         if self.rank == 0:
             counts = {"world_size": ranks, "samples": self.samples, "steps": self.steps}
             record = run_record(config, self.device, self.model, **counts) | {"deepspeed": deepspeed_config}
+            record["updates"] = self.updates.name + (f" ({through_engine})" if through_engine else "")
             print(json.dumps(record, indent=2), flush=True)
             resumed = f", resuming after step {self.state.step}" if self.state.step else ""
-            logger.info("writing to %s%s", output, resumed)
+            logger.info("writing to %s%s; updates: %s", output, resumed, record["updates"])
             name = f"config-from-step-{self.state.step:08d}.json" if self.state.step else "config.json"
             write_json(output / name, record)
 
@@ -101,7 +110,7 @@ class Trainer:
         self.log = None
         if self.rank == 0:
             self.log = MetricsLog(output, self.state.step, self.steps, self.pairs_per_step, rate)
-        self.timer, self.times = DataTimer(), StepTimes(self.device)
+        self.timer = DataTimer()
         self.profiler = StepProfiler(output / "trace.json", self.options.profile if self.rank == 0 else 0)
 
     def train(self) -> bool:
@@ -133,49 +142,30 @@ class Trainer:
         return self.finish()
 
     def train_step(self) -> dict[str, Tensor]:
-        """One optimizer step; returns the metrics of its last micro step."""
+        """One optimizer step; returns the metrics of its last micro step.
+
+        Raises:
+            FloatingPointError: for a loss that was not finite. The weights are those of before, as is the checkpoint.
+        """
         rate = learning_rate(self.state.step, self.steps, self.options)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
         for micro_step in range(self.options.gradient_accumulation_steps):
             settings = step_settings(self.config, self.state.step, micro_step, self.rank, self.steps_per_epoch)
             torch.manual_seed(settings.seed)  # dropout depends on the step alone, so a resumed run draws the same
             batch = self.timer.next(self.loader)
             self.times.end("data")
             self.flops.note(batch, settings)
-            metrics = self.forward_backward(batch, settings)
-            self.engine.step()
-            self.times.end("optimizer")
-        self.teacher.update(full_weights(self.model))
-        self.times.end("momentum copy")
+            metrics = self.updates.step(batch, settings, self.state.step + 1, rate)
         self.state.step += 1
         self.state.pairs += self.pairs_per_step
+        # What the GPU has not computed yet is looked at after the next step is queued, so that it does not run dry.
+        self.watch.check(self.state.step if self.device.type == "cuda" else math.inf)
+        self.times.end("waiting for the GPU")
         schedule = {"learning_rate": rate, "alpha": settings.alpha}
         return metrics | {name: torch.tensor(value, dtype=torch.float64) for name, value in schedule.items()}
 
-    def forward_backward(self, batch: Any, settings: StepSettings) -> dict[str, Tensor]:
-        """Accumulate the gradients of a batch; returns its metrics.
-
-        Raises:
-            FloatingPointError: for a loss that is not finite. The weights are untouched, the last checkpoint stays.
-        """
-        loss, metrics = self.engine(batch, self.teacher, settings)
-        copy = HostCopy(loss)
-        self.engine.backward(loss)
-        self.times.end("forward and backward")
-        # The host waits for the loss once the backward pass is queued, so that a GPU never runs dry.
-        finite = math.isfinite(copy.value)
-        self.times.end("waiting for the GPU")
-        if not finite:
-            values = ", ".join(f"{name} {value.item():.6g}" for name, value in metrics.items() if value.ndim == 0)
-            raise FloatingPointError(
-                f"step {self.state.step + 1}: the loss is not finite ({values}). Samples: {', '.join(batch.keys)}. "
-                f"The last checkpoint is that of step {self.saved_step}."
-            )
-        return metrics
-
     def log_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Log the metrics of the last step; `MetricsLog` documents the keys."""
+        self.watch.check()
         waited, memory = torch.tensor(self.timer.fraction()), torch.tensor(peak_memory(self.device) / 2**30)
         means = mean_over_ranks(metrics | {"data_wait": waited, "peak_memory_gib": memory}, self.device)
         counts = {"bad_samples": len(self.bad_samples()), "truncated_captions": self.loader.truncated_captions}
@@ -190,6 +180,7 @@ class Trainer:
 
     def evaluate(self, weights: dict[str, Tensor], final: bool = False) -> None:
         """Evaluate the whole `weights` on held-out data; the time does not count as training."""
+        self.watch.check()
         began = time.monotonic()
         epoch = self.state.pairs / self.samples
         headline = self.evaluator.evaluate(self.state.step, epoch, self.model, self.loader.tokenizer, weights, final)
@@ -199,11 +190,13 @@ class Trainer:
             self.log.write_held_out(self.state.step, headline, seconds)
 
     def save(self) -> None:
+        self.watch.check()
+        self.updates.before_saving()
         save_checkpoint(
             self.output / "checkpoints", self.engine, self.teacher, self.loader.tokenizer, asdict(self.state),
             self.loader.state_dict(), self.options.keep_checkpoints,
         )  # fmt: skip
-        self.saved_step = self.state.step
+        self.watch.saved_step = self.state.step
 
     def load(self) -> None:
         """Load the newest checkpoint, if there is one."""
@@ -212,13 +205,14 @@ class Trainer:
             return
         run_on_all_ranks(lambda: check_same_run(self.output, self.config))
         saved = run_on_all_ranks(lambda: load_checkpoint(found[-1], self.engine, self.teacher))
+        self.updates.after_loading()
         run_on_all_ranks(lambda: self.loader.load_state_dict(self.loader.redistributed(saved["loaders"])))
         self.state = TrainerState(step=saved["step"], pairs=saved["pairs"])
 
     def finish(self) -> bool:
         """After the last step or a stop: write what remains; returns whether the end was reached."""
         self.profiler.stop()
-        if self.state.step > self.saved_step:
+        if self.state.step > self.watch.saved_step:
             self.save()
         if bad := self.bad_samples():
             reasons = "; ".join(f"{key} ({reason})" for key, reason in bad.items())
