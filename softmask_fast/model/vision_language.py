@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,10 @@ class VisionLanguageModel(nn.Module):
         if self._held is None:
             self._held = HeldWeights(self)
         return self._held.hold(dtype)
+
+    def _apply(self, *arguments: Any, **options: Any) -> VisionLanguageModel:
+        self._held = None  # a move between devices may make other parameters
+        return super()._apply(*arguments, **options)
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ALIGNMENT = 64  # elements between the beginnings of two cast weights
+ALIGNMENT = 16  # elements between the beginnings of two cast weights are a multiple of this
 
 
 class Joined(NamedTuple):
@@ -102,6 +102,9 @@ class HeldWeights:
         self.layers = weighted_layers(network)
         self.parts = [layer.joined() for layer in self.layers]
         self.sharded = any(hasattr(parameter, "ds_id") for parameter in network.parameters())
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the network collects its own."""
 
     @contextmanager
     def hold(self, dtype: torch.dtype | None = None) -> Iterator[None]:
