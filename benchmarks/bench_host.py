@@ -221,7 +221,7 @@ def job_iteration(compile: bool = False, bf16: bool = False, steps: int = 20) ->
             return parts.measure(iteration, steps, compile)
 
 
-def loader_milliseconds(batches: int = 6) -> float:
+def loader_milliseconds(workers: int, batches: int = 6) -> float:
     """Median processor time of the main thread for a batch of 128."""
     with tempfile.TemporaryDirectory() as folder:
         config = make_config("base", **TOY | {"batch_size": LOADED_PAIRS})
@@ -230,7 +230,7 @@ def loader_milliseconds(batches: int = 6) -> float:
     options = dict(image_size=config.model.image_size, max_tokens=config.model.max_tokens, batch_size=LOADED_PAIRS)
     augment = AugmentConfig.of(config.data)
     seconds = []
-    with PretrainingLoader(source, tokenizer, augment=augment, seed=0, **options) as loader:
+    with PretrainingLoader(source, tokenizer, augment=augment, seed=0, workers=workers, **options) as loader:
         for _ in range(batches):
             began = time.thread_time()
             next(loader)
@@ -255,11 +255,12 @@ def test_host(benchmark, capsys, name, compile):
         print("", *lines(f"{name}, {'compiled' if compile else 'eager'}", parts), sep="\n")
 
 
-def test_loader(benchmark, capsys):
-    milliseconds = benchmark.pedantic(loader_milliseconds, rounds=1, iterations=1)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader(benchmark, capsys, workers):
+    milliseconds = benchmark.pedantic(loader_milliseconds, (workers,), rounds=1, iterations=1)
     benchmark.extra_info["milliseconds"] = milliseconds
     with capsys.disabled():
-        print(f"\nloader, main thread: {milliseconds:.1f} ms per {LOADED_PAIRS} pairs")
+        print(f"\nloader with {workers} workers, main thread: {milliseconds:.1f} ms per {LOADED_PAIRS} pairs")
 
 
 def main() -> None:
@@ -274,7 +275,9 @@ def main() -> None:
             parts = measure(options.compile, options.bf16, options.steps)
             print(*lines(f"{name}{', compiled' * options.compile}{', bf16' * options.bf16}", parts), sep="\n")
     if options.only in (None, "loader"):
-        print(f"loader, main thread: {loader_milliseconds():.1f} ms per {LOADED_PAIRS} pairs")
+        for workers in (0, 1):
+            milliseconds = loader_milliseconds(workers)
+            print(f"loader with {workers} workers, main thread: {milliseconds:.1f} ms per {LOADED_PAIRS} pairs")
 
 
 if __name__ == "__main__":
