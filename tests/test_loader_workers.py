@@ -16,11 +16,10 @@ from shard_files import scene_files, write_shard
 from test_loader import BAD, GOOD, loader, same
 
 from softmask_fast.config import DataConfig
-from softmask_fast.data.loader import default_workers
 from softmask_fast.data.preparing import FACTS, Job
 from softmask_fast.data.seeding import hash_names, visiting_order
 from softmask_fast.data.sources import open_source
-from softmask_fast.data.workers import WorkerError, WorkerPool
+from softmask_fast.data.workers import WorkerError, WorkerPool, default_workers
 from softmask_fast.errors import UsageError
 from softmask_fast.tasks.recipes import TASKS
 

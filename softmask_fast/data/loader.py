@@ -7,12 +7,11 @@ prepared ahead, by threads or worker processes (`data.workers`), and DALI makes 
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+from dataclasses import asdict, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -21,11 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.images import MAX_PIXELS
-from softmask_fast.data.preparing import FACTS, Column, Job, Prepared, Preparer, PretrainingPreparer, cut, join, padded
-from softmask_fast.data.sampler import HashSampler, WindowedSampler, local_ranks
+from softmask_fast.data.preparing import FACTS, Job, Preparer, PretrainingPreparer, padded
+from softmask_fast.data.sampler import HashSampler, WindowedSampler
+from softmask_fast.data.selection import Chunk, Progress, Selection
 from softmask_fast.data.transfer import Transfer
 from softmask_fast.data.types import BadSample, Batch, CaptionSource, UnreachableFile
-from softmask_fast.data.workers import ThreadPool, WorkerError, WorkerPool
+from softmask_fast.data.workers import ThreadPool, WorkerError, WorkerPool, default_threads
 from softmask_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,60 +36,12 @@ logger = logging.getLogger(__name__)
 _NAMED_IN_ERROR = 10  # bad samples that an error names
 _SEARCHED = 1000  # samples that are read, at most, to find so many
 _JOB = 128  # visits that a worker process prepares at a time, at most
-_MOST_WORKERS = 8
 
 BatchType = TypeVar("BatchType")
 
 
 class BadDataError(RuntimeError):
     """More samples are bad than `max_bad_fraction` allows."""
-
-
-@dataclass
-class _Chunk:
-    """Consecutive visits of the stream, which are prepared together."""
-
-    visits: list[tuple[int, int, int]]  # epoch, position in this rank's order of the epoch, index
-    keys: list[str]
-    prepared: Prepared | None = None
-    problems: dict[int, BadSample | UnreachableFile] = field(default_factory=dict)  # by number of the visit, ascending
-    visit: int = 0  # the number of the next one
-    row: int = 0  # its place among the prepared samples
-
-
-@dataclass
-class _Progress:
-    """Position in the stream after a batch; part of `state_dict`."""
-
-    epoch: int = 0
-    position: int = 0  # in this rank's order of the epoch
-    truncated_captions: int = 0
-    skipped_captions: int = 0
-
-
-@dataclass
-class _Selection:
-    """The samples of the next batch, and the position in the stream after them."""
-
-    progress: _Progress
-    bad: dict[str, str] = field(default_factory=dict)  # new bad samples among them: key -> reason
-    keys: list[str] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    pieces: list[tuple[Prepared, int, int]] = field(default_factory=list)  # from which to which prepared sample
-    last: int = -1  # index of the sample visited last
-    finished: int = 0  # chunks that end in it
-    transfer: Transfer | None = None
-
-    def column(self, name: str) -> Column:
-        return join([cut(prepared.columns[name], *part) for prepared, *part in self.pieces])
-
-    def images(self, each: int) -> Sequence[bytes | np.ndarray]:
-        """The images, `each` of a sample."""
-        parts = [prepared.images[each * start : each * stop] for prepared, start, stop in self.pieces]
-        return parts[0] if len(parts) == 1 else list(chain(*parts))
-
-    def parameters(self, each: int) -> np.ndarray:
-        return join([prepared.parameters[each * start : each * stop] for prepared, start, stop in self.pieces])
 
 
 class SampleLoader(Generic[BatchType]):
@@ -134,6 +86,8 @@ class SampleLoader(Generic[BatchType]):
             raise UsageError(f"max_bad_fraction: expected in [0, 1], got {max_bad_fraction}")
         if workers < 0:
             raise UsageError(f"data_workers: expected at least 0, got {workers}")
+        if workers and type(source).__module__ == "__main__":
+            raise UsageError("data_workers: expected 0, or a source defined in a module that workers can import")
         self.source, self.tokenizer, self.batch_size, self.image_size = source, tokenizer, batch_size, image_size
         self.augment, self.max_tokens, self.seed = augment, max_tokens, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
@@ -164,18 +118,22 @@ class SampleLoader(Generic[BatchType]):
         else:
             self._pool = ThreadPool(preparer, self.num_threads)
         self._closed = False
-        self._progress = _Progress()
-        self._chunks: deque[_Chunk] = deque()  # submitted and not released, in order
-        self._restart()
+        self._progress = Progress()
+        self._chunks: deque[Chunk] = deque()  # submitted and not released, in order
+        try:
+            self._restart()
+        except BaseException:
+            self._pool.close()
+            raise
 
     def __iter__(self) -> Iterator[BatchType]:
         return self
 
-    def _arrays(self, selection: _Selection) -> dict[str, np.ndarray]:
+    def _arrays(self, selection: Selection) -> dict[str, np.ndarray]:
         """What goes to the device with the pixels."""
         raise NotImplementedError
 
-    def _batch(self, selection: _Selection, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> BatchType:
+    def _batch(self, selection: Selection, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> BatchType:
         """Makes a batch. pixels: (batch_size * images_per_sample, 3, size, size), the images of each sample in turn;
         tensors: the `_arrays` on the device."""
         raise NotImplementedError
@@ -226,7 +184,7 @@ class SampleLoader(Generic[BatchType]):
                     f"state: was taken with another {name} ({state[name]}, now {own[name]}); "
                     f"continue with the same data and seed, or start a new run"
                 )
-        progress = _Progress(**{name: state[name] for name in _Progress.__dataclass_fields__})
+        progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
         self._progress, self.bad = progress, dict(state["bad"])
         self._restart()
 
@@ -277,7 +235,7 @@ class SampleLoader(Generic[BatchType]):
         self._known_bad = dict(self.bad)
         self._stream = self._visit_stream(self._progress.epoch, self._progress.position)
         self._at = 0  # the place among them of the next one to visit
-        self._scheduled: _Selection | None = None
+        self._scheduled: Selection | None = None
         self._failure: BadDataError | UnreachableFile | WorkerError | None = None
         images = self._facts.shape[1] * self.batch_size
         self._pipeline = self._new_pipeline(images, arguments=self.augment.arguments(), num_threads=self.num_threads)
@@ -302,11 +260,11 @@ class SampleLoader(Generic[BatchType]):
         while len(self._chunks) < self._capacity:
             visits = list(islice(self._stream, self._job_size))
             epochs, _, indices = map(list, zip(*visits, strict=True))
-            chunk = _Chunk(visits, [self.source.keys[index] for index in indices])
+            chunk = Chunk(visits, [self.source.keys[index] for index in indices])
             self._pool.submit(Job(epochs, chunk.keys, [*map(self._locate, indices)], self._facts[indices]))
             self._chunks.append(chunk)
 
-    def _next_chunk(self, selection: _Selection) -> _Chunk:
+    def _next_chunk(self, selection: Selection) -> Chunk:
         """The earliest chunk with a visit left, prepared."""
         if self._at < len(self._chunks) and self._chunks[self._at].visit == len(self._chunks[self._at].visits):
             self._at += 1
@@ -327,7 +285,7 @@ class SampleLoader(Generic[BatchType]):
             raise
         return chunk
 
-    def _receive(self, chunk: _Chunk) -> None:
+    def _receive(self, chunk: Chunk) -> None:
         chunk.prepared = self._pool.receive()
         self._facts[[index for *_, index in chunk.visits]] = chunk.prepared.facts
         problems = dict(chunk.prepared.problems)
@@ -336,7 +294,7 @@ class SampleLoader(Generic[BatchType]):
             problems |= {visit: BadSample(self._known_bad[key]) for visit, key in known.items()}
         chunk.problems = dict(sorted(problems.items()))
 
-    def _release(self, selection: _Selection) -> None:
+    def _release(self, selection: Selection) -> None:
         """Gives up the chunks that ended in a selection whose images are no longer needed."""
         for _ in range(selection.finished):
             self._chunks.popleft()
@@ -344,7 +302,7 @@ class SampleLoader(Generic[BatchType]):
         self._at -= selection.finished
         selection.finished = 0
 
-    def _visit(self, selection: _Selection, most: int) -> BadSample | UnreachableFile | None:
+    def _visit(self, selection: Selection, most: int) -> BadSample | UnreachableFile | None:
         """Selects up to `most` good samples in a row, at least one; or skips the next one and returns its problem."""
         chunk = self._next_chunk(selection)
         first = chunk.visit
@@ -364,9 +322,9 @@ class SampleLoader(Generic[BatchType]):
         selection.progress.position = position + 1
         return problem
 
-    def _select(self, progress: _Progress) -> _Selection:
+    def _select(self, progress: Progress) -> Selection:
         """The next `batch_size` good samples after `progress`."""
-        selection = _Selection(replace(progress))
+        selection = Selection(replace(progress))
         bad_in_a_row = 0
         while (missing := self.batch_size - len(selection.keys)) > 0:
             problem = self._visit(selection, missing)
@@ -384,7 +342,7 @@ class SampleLoader(Generic[BatchType]):
         self._count_cut_texts(selection)
         return selection
 
-    def _note_bad(self, key: str, reason: str, selection: _Selection, epoch: int) -> None:
+    def _note_bad(self, key: str, reason: str, selection: Selection, epoch: int) -> None:
         if key in self._known_bad:
             return
         self._known_bad[key] = selection.bad[key] = reason
@@ -398,7 +356,7 @@ class SampleLoader(Generic[BatchType]):
                 f"more than {limit} of {seen} samples cannot be used (max_bad_fraction {self.max_bad_fraction:g})"
             )
 
-    def _search_bad(self, selection: _Selection) -> None:
+    def _search_bad(self, selection: Selection) -> None:
         """Reads some more samples, so that the error can name several bad ones."""
         for _ in range(min(_SEARCHED, self._rank_samples)):
             if len(self._known_bad) >= _NAMED_IN_ERROR:
@@ -413,13 +371,13 @@ class SampleLoader(Generic[BatchType]):
         self._failure = BadDataError(f"{message}; {len(self.bad)} bad so far, the first are:\n{first}")
         return self._failure
 
-    def _schedule(self, selection: _Selection) -> None:
+    def _schedule(self, selection: Selection) -> None:
         selection.transfer = Transfer(self._arrays(selection), self.device, self._copies)
         each = self._facts.shape[1]
         self._pipeline.schedule(selection.images(each), selection.parameters(each))
         self._scheduled = selection
 
-    def _take(self) -> tuple[_Selection, torch.Tensor]:
+    def _take(self) -> tuple[Selection, torch.Tensor]:
         while True:
             if self._scheduled is None:
                 self._schedule(self._select(self._progress))
@@ -432,7 +390,7 @@ class SampleLoader(Generic[BatchType]):
             self._release(selection)
             return selection, pixels
 
-    def _drop_undecodable(self, selection: _Selection, error: RuntimeError) -> None:
+    def _drop_undecodable(self, selection: Selection, error: RuntimeError) -> None:
         """Marks the images that failed in DALI, though not in PIL, as bad and goes back to retry the batch."""
         undecodable = {}
         each = self._facts.shape[1]
@@ -452,7 +410,7 @@ class SampleLoader(Generic[BatchType]):
             self._note_bad(key, reason, selection, selection.progress.epoch)
         self.bad.update(undecodable)
 
-    def _count_cut_texts(self, selection: _Selection) -> None:
+    def _count_cut_texts(self, selection: Selection) -> None:
         tokens = selection.column("tokens")
         for row in np.flatnonzero(tokens > self.max_tokens):
             selection.progress.truncated_captions += 1
@@ -473,7 +431,7 @@ class PretrainingLoader(SampleLoader[Batch]):
         """mask_probability: fraction of the word pieces that are masked; options: those of `SampleLoader`."""
         super().__init__(source, tokenizer, mask_probability=mask_probability, **options)
 
-    def _arrays(self, selection: _Selection) -> dict[str, np.ndarray]:
+    def _arrays(self, selection: Selection) -> dict[str, np.ndarray]:
         captions, positions = selection.column("input_ids"), selection.column("mlm_positions")
         mask = captions.mask()
         first = np.arange(len(mask)) * mask.shape[1]  # flat position of each row
@@ -487,23 +445,6 @@ class PretrainingLoader(SampleLoader[Batch]):
             "ids": self.source.image_ids[selection.indices],
         }
 
-    def _batch(self, selection: _Selection, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Batch:
+    def _batch(self, selection: Selection, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Batch:
         token_count = int(selection.column("input_ids").lengths.sum())
         return Batch(pixels=pixels, **tensors, keys=selection.keys, token_count=token_count)
-
-
-def default_threads() -> int:
-    """The cores of this process divided by the ranks on this machine, from 1 to 16."""
-    return max(1, min(16, cores_per_rank()))
-
-
-def default_workers(device: torch.device) -> int:
-    """Half of a rank's cores, up to 8, where a GPU trains; none on a CPU, where training itself uses all cores, nor
-    with fewer than 4 cores."""
-    cores = cores_per_rank()
-    return min(_MOST_WORKERS, cores // 2) if device.type == "cuda" and cores >= 4 else 0
-
-
-def cores_per_rank() -> int:
-    """The cores of this process divided by the ranks on this machine."""
-    return len(os.sched_getaffinity(0)) // local_ranks()

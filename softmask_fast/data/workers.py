@@ -24,12 +24,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softmask_fast.data.preparing import Job, Prepared, Preparer
+from softmask_fast.data.sampler import local_ranks
 from softmask_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -38,6 +42,7 @@ _START = (
 # one thread each: the libraries would start one a core
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _PROTOCOL = pickle.HIGHEST_PROTOCOL
+_MOST_WORKERS = 8
 _LOOK = 0.2  # seconds between two looks at whether a process still lives
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
@@ -96,7 +101,11 @@ class WorkerPool:
             file.flush()
             masked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which the processes inherit
             try:
-                self._workers += [_Worker(number, file.fileno(), self._slots) for number in range(workers)]
+                for number in range(workers):
+                    self._workers.append(_Worker(number, file.fileno(), self._slots))
+            except OSError:
+                self.close()
+                raise
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
@@ -139,6 +148,23 @@ class WorkerPool:
     def _check(self) -> None:
         for worker in self._workers:
             worker.check()
+
+
+def default_threads() -> int:
+    """The cores of this process divided by the ranks on this machine, from 1 to 16."""
+    return max(1, min(16, cores_per_rank()))
+
+
+def default_workers(device: torch.device) -> int:
+    """Half of a rank's cores, up to 8, where a GPU trains; none on a CPU, where training itself uses all cores, nor
+    with fewer than 4 cores."""
+    cores = cores_per_rank()
+    return min(_MOST_WORKERS, cores // 2) if device.type == "cuda" and cores >= 4 else 0
+
+
+def cores_per_rank() -> int:
+    """The cores of this process divided by the ranks on this machine."""
+    return len(os.sched_getaffinity(0)) // local_ranks()
 
 
 class _Slot:

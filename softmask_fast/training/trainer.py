@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from softmask_fast.config import RunConfig
 from softmask_fast.data.augment import AugmentConfig
-from softmask_fast.data.loader import SampleLoader, default_workers
+from softmask_fast.data.loader import SampleLoader
+from softmask_fast.data.workers import default_workers
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.model.export import save_model
 from softmask_fast.model.momentum import MomentumCopy
