@@ -86,6 +86,17 @@ def open_clip(folder: Path) -> Path:
     return folder
 
 
+def blip_captioner(folder: Path) -> Path:
+    tokenizer = small_tokenizer()
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
+    ids = dict(bos_token_id=tokenizer.cls_token_id, pad_token_id=tokenizer.pad_token_id)
+    ids |= dict(sep_token_id=tokenizer.sep_token_id, eos_token_id=tokenizer.sep_token_id)
+    text = dict(sizes, vocab_size=len(tokenizer), encoder_hidden_size=32, is_decoder=True, **ids)
+    config = tf.BlipConfig(text_config=text, vision_config=dict(sizes, image_size=16, patch_size=4))
+    processor = tf.BlipProcessor(tf.BlipImageProcessor(size=SIZE), tokenizer)
+    return _save(folder, _even(tf.BlipForConditionalGeneration(config)), processor)
+
+
 def own(folder: Path) -> Path:
     tokenizer = small_tokenizer()
     torch.manual_seed(0)
@@ -93,4 +104,12 @@ def own(folder: Path) -> Path:
     return folder
 
 
-FOLDERS = {"own": own, "open_clip": open_clip, "llava": llava, "clip": clip, "blip": blip, "captioner": captioner}
+FOLDERS = {
+    "own": own,
+    "open_clip": open_clip,
+    "llava": llava,
+    "clip": clip,
+    "blip": blip,
+    "captioner": captioner,
+    "blip_captioner": blip_captioner,
+}

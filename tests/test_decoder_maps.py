@@ -80,6 +80,26 @@ def test_flex_attention(family):
             close(maps[sample, word, :tokens], of_image(full, batch, answer, word, sample))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["sdpa", "flex_attention", "flash_attention_2"])
+def test_on_a_gpu(backend):
+    """As eager attention on the CPU, below other layers of the same attention, whose backward passes it needs."""
+    half = backend == "flash_attention_2"
+    if half:
+        pytest.importorskip("flash_attn", reason="flash_attn is not installed")
+    batch, answer = small_batch("llava")
+    full, model = full_maps("llava", batch, answer, 0, head_dim=16), small_decoder("llava", backend, head_dim=16)
+    model = model.to("cuda", torch.bfloat16 if half else torch.float32)
+    batch_there = {name: value.cuda() for name, value in batch.items()}
+    batch_there["pixel_values"] = batch_there["pixel_values"].to(model.dtype)
+    maps = relevance(model, batch_there, answer=answer).maps().cpu()
+    for sample in range(2):
+        for word in batch["attention_mask"][sample].nonzero()[:, 0].tolist():
+            expected = of_image(full, batch, answer, word, sample)
+            error = (maps[sample, word, : len(expected)] - expected).abs().max()
+            assert error <= (0.1 if half else 1e-3) * full.max()
+
+
 @pytest.fixture(scope="module")
 def qwen():
     return small_decoder("qwen2_5_vl")

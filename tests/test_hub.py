@@ -101,10 +101,11 @@ def test_an_answer_or_a_caption_can_be_given(folders, pictures):
     assert [word.text for word in answered] == ["a", "blue", "square"]
     assert all(word.heat.max() > 0 for word in answered)
     assert explain_image(model, processor, picture, TEXT, max_new_tokens=2).answer
-    model, processor = open_model(folders["captioner"])
-    assert explain_image(model, processor, picture, "a blue square").answer == "a blue square"
-    said = explain_image(model, processor, picture, max_new_tokens=4)
-    assert said.answer and said.text == ""
+    for name in ("captioner", "blip_captioner"):
+        model, processor = open_model(folders[name])
+        assert explain_image(model, processor, picture, "a blue square").answer == "a blue square"
+        said = explain_image(model, processor, picture, max_new_tokens=4)
+        assert said.answer and said.text == ""
 
 
 def test_mistakes_are_named(folders, pictures, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Image tokens mapped back onto the pictures, family by family."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small_decoders import FAMILIES, IMAGE, small_batch, small_decoder
@@ -47,6 +49,20 @@ def test_several_images_in_a_sample(family):
     [first], [second] = find_layouts(model, batch, batch["input_ids"] == IMAGE, None)
     [images] = find_layouts(model, batch | dict(input_ids=ids), ids == IMAGE, None)
     assert images == [first, second]
+
+
+def test_pixtral_rows():
+    """LLaVA with Pixtral, and Mistral 3: any grid, each row ended by a token that is not the image's."""
+    vision = SimpleNamespace(model_type="pixtral", patch_size=4)
+    inputs = {"image_sizes": torch.tensor([[8, 12], [16, 8]])}
+    for kind, options, grids in (
+        ("llava", {}, [(2, 3), (4, 2)]),
+        ("mistral3", {"spatial_merge_size": 2}, [(1, 1), (2, 1)]),
+    ):
+        model = SimpleNamespace(config=SimpleNamespace(model_type=kind, vision_config=vision, **options))
+        rows = [[True] * columns + [False] for rows, columns in grids for _ in range(rows)]
+        [images] = find_layouts(model, inputs, torch.tensor([sum(rows, [])]), None)
+        assert [(image.parts[0].rows, image.parts[0].columns) for image in images] == grids
 
 
 def test_relevance_is_spread_evenly_and_added():

@@ -7,6 +7,7 @@ import torch
 from transformers import (
     BertConfig,
     BlipConfig,
+    BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BridgeTowerConfig,
     BridgeTowerForImageAndTextRetrieval,
@@ -79,7 +80,20 @@ def expected_maps(model, attention, score, batch):
     return (kept["map"] * gradient.clamp(min=0)).mean(1).detach()
 
 
+def blip_captioner(backend):
+    text = TEXT | dict(encoder_hidden_size=64, is_decoder=True, bos_token_id=1, sep_token_id=2)
+    config = BlipConfig(text_config=text, vision_config=IMAGE)
+    return BlipForConditionalGeneration._from_config(config, attn_implementation=backend)
+
+
+def blip_caption_score(model, batch):
+    """Log-probability of each caption."""
+    ids, logits = batch["input_ids"], model(**batch).logits
+    return logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).sum((1, 2))
+
+
 MODELS = {
+    "blip captioner": (blip_captioner, blip_caption_score, lambda model: model.text_decoder.bert.encoder.layer),
     "blip": (blip, matched, lambda model: model.text_encoder.encoder.layer),
     "captioner": (captioner, caption_score, lambda model: model.decoder.bert.encoder.layer),
     "bridgetower": (bridgetower, matched, lambda model: model.bridgetower.cross_modal_text_layers),

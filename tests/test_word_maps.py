@@ -365,6 +365,7 @@ TESTED = {
     "CLIPModel", "SiglipModel", "Siglip2Model", "CustomTextCLIP", "VisionLanguageModel",
     "Blip2ForConditionalGeneration",
     "InstructBlipForConditionalGeneration", "MllamaForConditionalGeneration",
+    "BlipForConditionalGeneration",
 }  # fmt: skip
 REFUSED = {"T5Attention", "GitForCausalLM", "ModifiedResNet"}
 
