@@ -10,6 +10,7 @@ from small_decoders import FAMILIES, IMAGE, small_batch, small_decoder
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_utils import AttentionInterface
 
 from softmask_fast.adapters.decoders import decoder_attention
 from softmask_fast.adapters.transformers import word_relevance
@@ -298,10 +299,31 @@ def test_mistakes_are_named(qwen):
             word_relevance(model, 0).__enter__()
 
 
+def test_two_layers_in_one_pass(qwen):
+    batch, answer = small_batch("qwen2_5_vl")
+    with torch.no_grad(), word_relevance(qwen, 0, answer=answer) as low, word_relevance(qwen, 1, answer=answer) as high:
+        qwen(**batch)
+    close(low.maps(), relevance(qwen, batch, 0, answer=answer).maps())
+    close(high.maps(), relevance(qwen, batch, 1, answer=answer).maps())
+
+
+def test_blocks_of_several_threads_end_in_any_order(qwen):
+    """Each wrapped lookup would otherwise put back the one that it had found."""
+    other = small_decoder("llava")
+    interface = AttentionInterface.get_interface
+    first, second = word_relevance(qwen, 0), word_relevance(other, 0)
+    first.__enter__()
+    cam = second.__enter__()
+    first.__exit__(None, None, None)
+    other(**small_batch("llava")[0])
+    assert cam.maps().max() > 0
+    second.__exit__(None, None, None)
+    assert AttentionInterface.get_interface is interface
+    torch.set_grad_enabled(True)
+
+
 def test_nothing_stays(qwen):
     batch, answer = small_batch("qwen2_5_vl")
-    from transformers.modeling_utils import AttentionInterface
-
     before, interface = qwen(**batch).logits, AttentionInterface.get_interface
     with pytest.raises(RuntimeError, match="inside"), word_relevance(qwen, 0):
         qwen(**batch)

@@ -8,7 +8,7 @@ from PIL import Image
 from small_decoders import CONFIGS, PINPOINTS
 from tokenizers import ByteLevelBPETokenizer
 
-from softmask_fast.adapters.hub import explain_image
+from softmask_fast.adapters.hub import _in_picture, explain_image
 from softmask_fast.adapters.image_layouts import find_layouts
 
 TEMPLATE = (
@@ -148,6 +148,28 @@ def test_a_question_to_the_maps_of_its_words(family):
     assert [note for note in found.notes if "before" in note] == before
     given = explain_image(small, processor, picture(90, 40), "what is it?", layer=0, answer=" a red circle")
     assert [word.text for word in given.words if word.part == "answer"] == ["a", "red", "circle"]
+
+
+@pytest.mark.parametrize(
+    "processor, seen",
+    [
+        (tf.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=SIDE), (0, 0.25, 1, 0.75)),
+        (tf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SIDE), (0.25, 0.375, 0.75, 0.625)),
+        (tf.LlavaImageProcessor(size={"shortest_edge": 16}, crop_size=SIDE, do_pad=True), (-0.5, 0, 1.5, 1)),
+        (tf.SiglipImageProcessor(size=SIDE), (0, 0, 1, 1)),
+    ],
+)
+def test_what_a_processor_cuts_out_or_pads(processor, seen):
+    """Of a picture of 80 x 40 pixels: a map of ones lies where the model saw the picture."""
+    image = picture(80, 40)
+    maps = _in_picture(torch.ones(1, 4, 4), processor, image)[0]
+    top, left, bottom, right = seen
+    inside = max(0, top) * maps.shape[0], min(1, bottom) * maps.shape[0], left * maps.shape[1], right * maps.shape[1]
+    low, high, first, last = map(round, inside)
+    assert maps[low:high, first:last].min() > 0
+    assert maps.sum() == pytest.approx(maps[low:high, first:last].sum().item())
+    share = (min(1, bottom) - max(0, top)) / (bottom - top)  # of the grid, on the picture
+    assert maps.sum().item() == pytest.approx(16 * share)
 
 
 @pytest.mark.parametrize("kind", ["Blip2", "InstructBlip"])

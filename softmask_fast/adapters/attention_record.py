@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from softmask_fast.ops.checks import compute_dtype
 MASKED = -1e4  # additive masks have at most this value at hidden keys
 # Arguments of attention functions that change what a row attends to, beside its mask.
 REFUSED = (("s_aux", "attention sinks"), ("position_bias", "a position bias"), ("cu_seq_lens_q", "packed sequences"))
+_KEEPERS: dict[int, Callable] = {}  # of the modules that are observed, by their id
+_LOCK = threading.Lock()
 LOGITS = 1 << 22  # logits at a time, in one key head: bounds the memory of maps, whatever the number of words
 
 
@@ -162,20 +164,43 @@ def observed_attention(
 ) -> Iterator[None]:
     """Within the block, `keep` gets a record of every call of the attention interface of transformers by `modules`.
 
-    The name of the model's attention stays, as masks are made by it; only what the interface returns is wrapped.
+    The name of the model's attention stays, as masks are made by it; only what the interface returns is wrapped, once
+    for all blocks that are open: of several threads, too.
     """
+    if not modules:
+        yield
+        return
     from transformers.modeling_utils import AttentionInterface
 
-    original = AttentionInterface.get_interface
-    chosen = {id(module) for module in modules}
+    with _LOCK:
+        before = {id(module): _KEEPERS.get(id(module)) for module in modules}
+        if not _KEEPERS:
+            AttentionInterface.get_interface = _observed(AttentionInterface.get_interface)
+        _KEEPERS.update(dict.fromkeys(before, keep))
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for module, outer in before.items():
+                del _KEEPERS[module]
+                if outer is not None:
+                    _KEEPERS[module] = outer
+            if not _KEEPERS:
+                AttentionInterface.get_interface = AttentionInterface.get_interface.__wrapped__
 
-    def get_interface(self: AttentionInterface, implementation: str, default: Callable) -> Callable:
-        attend = original(self, implementation, default)
+
+def _observed(get_interface: Callable) -> Callable:
+    """The interface's lookup, whose attention functions record the modules that someone waits for."""
+
+    @functools.wraps(get_interface)
+    def lookup(self: Any, implementation: str, default: Callable) -> Callable:
+        attend = get_interface(self, implementation, default)
 
         @functools.wraps(attend)
-        def observed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        def recorded(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple:
             outputs = attend(module, query, key, value, *args, **kwargs)
-            if id(module) not in chosen:
+            keep = _KEEPERS.get(id(module))
+            if keep is None:
                 return outputs
             for name, what in REFUSED:
                 if kwargs.get(name) is not None:
@@ -196,10 +221,9 @@ def observed_attention(
             keep(module, record)
             return output, *outputs[1:]
 
-        return observed
+        return recorded
 
-    with mock.patch.object(AttentionInterface, "get_interface", get_interface):
-        yield
+    return lookup
 
 
 def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
