@@ -5,6 +5,7 @@ import torch
 from plain_attention import plain_attention
 
 from softmask_fast.model.fusion import CrossAttention
+from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.ops import word_soft_mask
 from softmask_fast.training.options import make_config
@@ -53,6 +54,26 @@ def test_sequences_share_the_keys_of_their_image(model, pairs):
     shared = model.match_tokens(images, texts[rows], mask[rows], image_index)
     gathered = model.match_tokens(images[image_index], texts[rows], mask[rows])
     torch.testing.assert_close(shared, gathered)
+
+
+def test_rows_beyond_the_last_token_change_nothing(model, pairs):
+    """On a GPU there are more rows than tokens, as nobody waits for their number."""
+    pixels, ids, mask = pairs
+    images, _ = model.encode_image(pixels)
+    texts, _ = model.encode_text(ids, mask)
+    exact = Packing.of(mask)
+    positions = (~mask.flatten()).to(torch.uint8).argsort(stable=True)
+    boundaries = torch.cat([exact.boundaries, torch.tensor([mask.numel()], dtype=torch.int32)])
+    assert len(positions) > len(exact.positions)
+    outputs, gradients = [], []
+    for packing in (exact, Packing(mask, positions, boundaries)):
+        leaf = texts.detach().requires_grad_()
+        outputs.append(model.fusion(leaf, mask, model.fusion.keys_values(images.detach()), packing=packing)[mask])
+        parameters = [layer.cross_attention.value_bias for layer in model.fusion.layers]
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), [leaf, *parameters]))
+    torch.testing.assert_close(*outputs)
+    for pair in zip(*gradients, strict=True):
+        torch.testing.assert_close(*pair)
 
 
 def test_keep_is_attention_over_soft_masked_features(model, pairs):

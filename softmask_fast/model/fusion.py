@@ -27,7 +27,7 @@ from softmask_fast.model.layers import after_attention, cross_query, run_region
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.text import attend, attention_parts, bert_config, feed_forward_parts, output_parts
 from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
-from softmask_fast.ops import attention_output_gradient, soft_masked_attention
+from softmask_fast.ops import ImagePlan, attention_output_gradient, plan_image_index, soft_masked_attention
 
 Result = TypeVar("Result")
 KeyValue = tuple[Tensor, Tensor]  # each (B, H, N, D), without bias
@@ -48,8 +48,11 @@ class CrossAttention(nn.Module):
         """(B, T, C) -> (B, H, T, D)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, query: Tensor, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None) -> Tensor:
-        """query (S, H, L, D), image_index (S,) or None, keep (S, N) or None -> attention output (S, H, L, D)."""
+    def forward(
+        self, query: Tensor, key_value: KeyValue, image_index: ImagePlan | Tensor | None, keep: Tensor | None
+    ) -> Tensor:
+        """query (S, H, L, D), or packed rows (T, H, D) with their plan; keep (S, N) or None -> output of the query's
+        size."""
         key, value = key_value
         return soft_masked_attention(query, key, value, keep, image_index=image_index, value_bias=self.value_bias)
 
@@ -104,24 +107,22 @@ class FusionLayer(WeightedLayer):
         return run_region(self.compiled, after_attention, weights[9:], attended, text, self.eps, drop)
 
     def whole(
-        self, text: Tensor, packing: Packing, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None,
+        self, text: Tensor, packing: Packing, key_value: KeyValue, plan: ImagePlan, keep: Tensor | None,
         attention: str, frozen: bool = False,
     ) -> Tensor:  # fmt: skip
         """text (T, C) -> the layer's output (T, C); the rest as in `CrossAttention.forward` and `query`."""
         text, query = self.query(text, packing, attention, frozen=frozen)
-        attended = self.cross_attention(
-            self.cross_attention.split_heads(packing.pad(query)), key_value, image_index, keep
-        )
-        return self.finish(text, packing.pack(join_heads(attended)), frozen)
+        attended = self.cross_attention(query.unflatten(-1, (self.cross_attention.heads, -1)), key_value, plan, keep)
+        return self.finish(text, attended.flatten(1), frozen)
 
     def read(
-        self, text: Tensor, packing: Packing, key_value: KeyValue, image_index: Tensor | None, keep: Tensor | None,
+        self, text: Tensor, packing: Packing, key_value: KeyValue, plan: ImagePlan, keep: Tensor | None,
         attention: str, positions: Tensor, frozen: bool = False,
     ) -> Tensor:  # fmt: skip
         """`whole` for some tokens only: positions (R,) among the S * L tokens -> (R, C)."""
         text, query = self.query(text, packing, attention, packing.rows_of(positions), frozen)
         sequence = positions // packing.mask.shape[1]
-        image_index = sequence if image_index is None else image_index[sequence]
+        image_index = plan.image_index[sequence]
         keep = None if keep is None else keep[sequence]
         attended = self.cross_attention(self.cross_attention.split_heads(query[:, None]), key_value, image_index, keep)
         return self.finish(text, join_heads(attended)[:, 0], frozen)
@@ -163,7 +164,7 @@ class FusionEncoder(nn.Module):
         """
         packing = Packing.of(attention_mask) if packing is None else packing
         text = packing.pack(text)
-        inputs = (image_index, keep, self.attention)
+        inputs = (plan_of(packing, image_index, keys_values), keep, self.attention)
         whole = self.layers if positions is None else self.layers[:-1]
         run = functools.partial(run_layer, checkpointing=self.checkpointing)
         for layer, key_value in zip(whole, keys_values, strict=False):
@@ -185,7 +186,8 @@ class FusionEncoder(nn.Module):
         packing = Packing.of(attention_mask) if packing is None else packing
         keys_values = [(key.detach(), value.detach()) for key, value in keys_values]
         chosen, last, positions = self.layers[layer], self.layers[-1], first_tokens(text)
-        inputs = dict(image_index=None, keep=None, attention=self.attention, frozen=True)
+        plan = plan_of(packing, None, keys_values)
+        inputs = dict(plan=plan, keep=None, attention=self.attention, frozen=True)
         with torch.no_grad():
             text = packing.pack(text)
             for below, key_value in zip(self.layers[:layer], keys_values, strict=False):
@@ -203,6 +205,15 @@ class FusionEncoder(nn.Module):
             return score(hidden).sum()
 
         return query, keys_values[layer][0], value, attention_output_gradient(score_of, attended)
+
+
+def plan_of(packing: Packing, image_index: Tensor | None, keys_values: list[KeyValue]) -> ImagePlan:
+    """Which rows see which image, for all layers: sequence i the image image_index[i], by default image i."""
+    images, sequences = len(keys_values[0][0]), len(packing.mask)
+    if image_index is None:
+        image_index = torch.arange(images, device=packing.mask.device)
+    boundaries = packing.boundaries[: sequences + 1]  # the rows behind are padding
+    return plan_image_index(image_index, images, boundaries=boundaries, rows=len(packing.positions))
 
 
 def first_tokens(text: Tensor) -> Tensor:

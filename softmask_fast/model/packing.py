@@ -8,8 +8,7 @@ S * L. Self-attention has three implementations:
 - "xformers": packed, `memory_efficient_attention` with a `BlockDiagonalMask`; GPU. Its mask needs the lengths on the
   host, which waits for the device to compute them.
 
-"auto" is "varlen" where it runs, else "padded". Cross-attention takes padded queries (`Packing.pad`): its cost lies in
-the image's keys and values, and a padded query affects no other row.
+"auto" is "varlen" where it runs, else "padded". Cross-attention takes the packed rows everywhere.
 """
 
 from __future__ import annotations

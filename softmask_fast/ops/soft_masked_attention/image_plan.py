@@ -46,7 +46,9 @@ def plan_image_index(
         like = ("image_index", image_index)
         check_tensor("boundaries", boundaries, (image_index.shape[0] + 1,), dtypes=(torch.int32,), like=like)
         check_integer("rows", rows, 0, None)
-    table = torch.ops.softmask_fast.plan_image_index(image_index, images, boundaries, rows)
+    eager = registry.plain_eager(image_index, boundaries)
+    make_table = _plan if eager else torch.ops.softmask_fast.plan_image_index
+    table = make_table(image_index, images, boundaries, rows)
     return ImagePlan(image_index, images, boundaries, rows, table)
 
 
@@ -65,11 +67,13 @@ torch.library.define(
 )
 
 
-@torch.library.impl("softmask_fast::plan_image_index", "CompositeExplicitAutograd")
 def _plan(image_index, images, boundaries, rows):
     check_sequences(image_index, images, boundaries, rows)
     run = registry.resolve("soft_masked_attention", None, image_index.device)["plan"]
     return run(image_index, images, boundaries, rows)
+
+
+torch.library.impl("softmask_fast::plan_image_index", "CompositeExplicitAutograd", _plan)
 
 
 @torch.library.register_fake("softmask_fast::plan_image_index")
