@@ -20,6 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_STEP = 200.0  # seconds that a job may take to its first steady steps
 SETTLED = 20  # steps before the steady ones
@@ -37,7 +39,14 @@ class Failures:
 
     def __init__(self, config: Any) -> None:
         self.path, self.counts, self.failed = config.getoption("--failures"), Counter(), {}
-        self.plugins = config.pluginmanager
+        self.chosen, self.plugins = 0, config.pluginmanager
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self.chosen = max(self.chosen, len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        self.chosen = max(self.chosen, len(ids))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
@@ -55,7 +64,7 @@ class Failures:
         self.save()
 
     def save(self) -> None:
-        write(self.path, dict(self.counts) | {"failures": self.failed})
+        write(self.path, {"chosen": self.chosen, **self.counts, "failures": self.failed})
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -138,7 +147,7 @@ def collect(state: Path, results: Path) -> None:
     import report
     from measure import environment
 
-    runs = [json.loads(path.read_text()) for path in sorted(state.glob("benchmarks/*/*.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted(state.glob("benchmarks/*/*/*.json"))]
     parts: dict[str, dict] = {}
     for line in (state / "times.txt").read_text().splitlines():  # of a part that was repeated the last one counts
         name, seconds, outcome = line.split()
@@ -149,6 +158,7 @@ def collect(state: Path, results: Path) -> None:
     if not about.exists():  # the date of the first part names the file
         write(about, environment())
     run = json.loads(about.read_text())
+    run["busy_elsewhere"] = max(one["busy_elsewhere"] for one in (run, *runs))
     ceilings = {name: value for one in runs for name, value in one["ceilings"].items()}
     run |= {"ceilings": ceilings, "rows": [row for one in runs for row in one["rows"]], "parts": parts}
     print(f"results: {report.save(results, run)}")

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu_parts  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 
@@ -216,6 +217,21 @@ def test_gpu_script_repeats_a_named_part_and_reports_failure(tmp_path):
     }
 
 
+def test_the_results_of_a_gpu_run_are_one_file_that_the_report_reads(run, tmp_path, capsys):
+    (tmp_path / "times.txt").write_text("tests 170 failed\nbench_word_mask 9 done\ntests 20 done\n")
+    (tmp_path / "part-tests.json").write_text('{"passed": 3, "failures": {}}')
+    report.save(tmp_path / "benchmarks" / "bench_word_mask", run | {"busy_elsewhere": 99.0})
+    gpu_parts.collect(tmp_path, tmp_path / "results")
+    found = gpu_results(tmp_path)
+    assert found["rows"] == run["rows"] and found["ceilings"] == run["ceilings"] and found["busy_elsewhere"] == 99
+    assert found["parts"] == {
+        "tests": {"seconds": 20, "outcome": "done", "passed": 3, "failures": {}},
+        "bench_word_mask": {"seconds": 9, "outcome": "done"},
+    }
+    (newest,) = report.newest(tmp_path / "results")
+    assert newest["rows"] == run["rows"]
+
+
 def test_gpu_script_names_each_failing_test_with_its_error(tmp_path):
     text = "import pytest\npytestmark = pytest.mark.gpu\n\ndef test_right(): pass\n\n"
     text += "def test_wrong():\n    total = 1 + 1\n    assert total == 3, 'expected three'\n"
@@ -224,7 +240,7 @@ def test_gpu_script_names_each_failing_test_with_its_error(tmp_path):
     assert run.returncode == 2, run.stdout
     assert "FAILED test_things.py::test_wrong: AssertionError: expected three" in run.stdout
     tests = gpu_results(tmp_path)["parts"]["tests"]
-    assert tests["passed"] == tests["failed"] == 1 and tests["outcome"] == "failed"
+    assert tests["chosen"] == 2 and tests["passed"] == tests["failed"] == 1 and tests["outcome"] == "failed"
     assert tests["failures"] == {"test_things.py::test_wrong": "AssertionError: expected three"}
 
 
