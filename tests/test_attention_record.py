@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers.modeling_utils import AttentionInterface
 
-from softmask_fast.adapters.attention_record import AttentionRecord
+from softmask_fast.adapters.attention_record import REFUSED, AttentionRecord, observed_attention
 
 LENGTH, TOKENS = 5, 8
 ROWS = torch.tensor([[0, 2, 4], [1, 2, 3]])
@@ -82,3 +83,16 @@ def test_a_capped_logit_and_many_rows_in_pieces(monkeypatch):
             expected = whole[sample, row, columns[sample]] * exists[sample]
             torch.testing.assert_close(maps[sample, number], expected)
     assert maps.dtype == torch.float64 and sees.all()
+
+
+@pytest.mark.parametrize("argument, what", REFUSED)
+def test_what_changes_a_row_beside_its_mask_is_refused_by_name(argument, what):
+    module, tensor = torch.nn.Identity(), torch.randn(1, 2, LENGTH, 8)
+    attend = AttentionInterface().get_interface("sdpa", None)
+    with observed_attention([module], lambda *_: None):
+        watched = AttentionInterface().get_interface("sdpa", None)
+        with pytest.raises(ValueError, match=f"expected attention without {what}, got Identity with it"):
+            watched(module, tensor, tensor, tensor, None, **{argument: torch.zeros(1, 1, LENGTH, LENGTH)})
+        output, _ = watched(torch.nn.Identity(), tensor, tensor, tensor, None)  # another module: as ever
+    assert torch.equal(output, attend(torch.nn.Identity(), tensor, tensor, tensor, None)[0])
+    assert not output.requires_grad

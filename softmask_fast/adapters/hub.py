@@ -113,7 +113,10 @@ def _required(text: str | None) -> str:
     return text
 
 
-def _decoder(model, processor, image, text, layer, answer, max_new_tokens) -> Explanation:
+def _decoder(
+    model: nn.Module, processor: Any, image: Image.Image, text: str, layer: int | None, answer: str | None,
+    max_new_tokens: int,
+) -> Explanation:  # fmt: skip
     tokenizer = processor.tokenizer
     if getattr(processor, "chat_template", None):
         content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
@@ -146,7 +149,7 @@ def _decoder(model, processor, image, text, layer, answer, max_new_tokens) -> Ex
     return Explanation(text, said, "log-probability of the answer", value.item(), made, _zero(cam, words))
 
 
-def _dual(model, processor, image, text, layer) -> Explanation:
+def _dual(model: nn.Module, processor: Any, image: Image.Image, text: str, layer: int | None) -> Explanation:
     """The text's map, and of each word that of what it adds: the similarity less that to the text without it."""
     words = text.split()
     texts = [text] + [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words)) if len(words) > 1]
@@ -168,7 +171,7 @@ def _dual(model, processor, image, text, layer) -> Explanation:
     return Explanation(text, None, "similarity; of a word, what it adds", scores[0, 0].item(), made, [])
 
 
-def _matching(model, processor, image, text, layer) -> Explanation:
+def _matching(model: nn.Module, processor: Any, image: Image.Image, text: str, layer: int | None) -> Explanation:
     inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
     with torch.no_grad(), word_relevance(model, layer) as cam:
         outputs = model(**inputs)
@@ -180,7 +183,9 @@ def _matching(model, processor, image, text, layer) -> Explanation:
     return Explanation(text, None, "probability of a match", logits.softmax(-1)[0, 1].item(), made, _zero(cam, words))
 
 
-def _captioner(model, processor, image, text, layer, max_new_tokens) -> Explanation:
+def _captioner(
+    model: nn.Module, processor: Any, image: Image.Image, text: str | None, layer: int | None, max_new_tokens: int
+) -> Explanation:
     images, tokenizer = processor if isinstance(processor, tuple) else (processor.image_processor, processor.tokenizer)
     pixels = images(image, return_tensors="pt").pixel_values.to(model.device)
     if text is None:

@@ -39,7 +39,7 @@ def answer_log_probability(logits: Tensor, ids: Tensor, first: Tensor, attended:
     Raises:
         UsageError: if a sample has no answer, or its logits were not kept.
     """
-    length = ids.shape[1]
+    length, first = ids.shape[1], first.to(ids.device)
     wanted = (torch.arange(length, device=ids.device) >= first[:, None]) & attended
     low, offset = int(first.min()), length - logits.shape[1]
     if not wanted.any(1).all() or low < 1 or low - 1 < offset:
