@@ -34,6 +34,7 @@ GiB per GPU of the `{preset}` preset ({parameters:.0f} M parameters) with {ranks
 
 - Activations: forward and backward pass on tensors without data, every storage counted from its making to its end
   (which operators run in bf16 is the CPU's list of autocast, close to the GPU's).
+- ZeRO 3 casts weights at each use and keeps residual streams in float32: its activations are up to a quarter larger.
 - Weights, gradients, AdamW's moments: by formula, 4, 4 and 8 bytes a parameter, and 4 for the copy of the weights that
   ZeRO's optimiser holds from stage 1 on; ZeRO 1 shares moments and copy among the ranks, 2 gradients too, 3 weights
   too; offload moves moments and copy to the host.
