@@ -98,7 +98,7 @@ class SampleLoader(Generic[BatchType]):
         self._rank_samples = len(range(rank, len(source), world_size))  # visits of this rank in an epoch
         self._sampler: HashSampler | WindowedSampler = getattr(source, "sampler", None) or HashSampler(source.keys)
         self._padding = tokenizer.pad_token_id
-        self._locate = getattr(source, "locate", lambda index: index)
+        self._locate = getattr(source, "locate", None)
         self._truncated_keys: set[str] = set()
         self._facts = np.zeros((len(source), images_per_sample), FACTS)
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -233,7 +233,7 @@ class SampleLoader(Generic[BatchType]):
         self._pool.drop()
         self._chunks.clear()
         self._known_bad = dict(self.bad)
-        self._stream = self._visit_stream(self._progress.epoch, self._progress.position)
+        self._stream = self._jobs(self._progress.epoch, self._progress.position)
         self._at = 0  # the place among them of the next one to visit
         self._scheduled: Selection | None = None
         self._failure: BadDataError | UnreachableFile | WorkerError | None = None
@@ -247,26 +247,33 @@ class SampleLoader(Generic[BatchType]):
             image_size=self.image_size, batch_size=images, encoded=self.source.encoded, device=self.device, **options
         )
 
-    def _visit_stream(self, epoch: int, position: int) -> Iterator[tuple[int, int, int]]:
-        """Endless (epoch, position, index) of this rank's visits, from this epoch and position on."""
+    def _jobs(self, epoch: int, position: int) -> Iterator[Chunk]:
+        """Endless jobs of this rank's visits, from this epoch and position on."""
+        chunk = Chunk([], [], [], [])
         while True:
             indices = self._sampler.indices(self.seed, epoch, self.rank, self.world_size, position)
-            for visit, index in enumerate(indices, position):
-                yield epoch, visit, index
+            while found := list(islice(indices, self._job_size - len(chunk.indices))):
+                chunk.epochs += [epoch] * len(found)
+                chunk.positions += range(position, position + len(found))
+                chunk.indices += found
+                position += len(found)
+                if len(chunk.indices) == self._job_size:
+                    chunk.keys += map(self.source.keys.__getitem__, chunk.indices)
+                    yield chunk
+                    chunk = Chunk([], [], [], [])
             epoch, position = epoch + 1, 0
 
     def _request(self) -> None:
         """Keeps those busy who prepare."""
         while len(self._chunks) < self._capacity:
-            visits = list(islice(self._stream, self._job_size))
-            epochs, _, indices = map(list, zip(*visits, strict=True))
-            chunk = Chunk(visits, [self.source.keys[index] for index in indices])
-            self._pool.submit(Job(epochs, chunk.keys, [*map(self._locate, indices)], self._facts[indices]))
+            chunk = next(self._stream)
+            places = chunk.indices if self._locate is None else [*map(self._locate, chunk.indices)]
+            self._pool.submit(Job(chunk.epochs, chunk.keys, places, self._facts[chunk.indices]))
             self._chunks.append(chunk)
 
     def _next_chunk(self, selection: Selection) -> Chunk:
         """The earliest chunk with a visit left, prepared."""
-        if self._at < len(self._chunks) and self._chunks[self._at].visit == len(self._chunks[self._at].visits):
+        if self._at < len(self._chunks) and self._chunks[self._at].visit == self._job_size:
             self._at += 1
             selection.finished += 1
         try:
@@ -287,7 +294,7 @@ class SampleLoader(Generic[BatchType]):
 
     def _receive(self, chunk: Chunk) -> None:
         chunk.prepared = self._pool.receive()
-        self._facts[[index for *_, index in chunk.visits]] = chunk.prepared.facts
+        self._facts[chunk.indices] = chunk.prepared.facts
         problems = dict(chunk.prepared.problems)
         if self._known_bad:  # also by DALI or in an earlier run
             known = {visit: key for visit, key in enumerate(chunk.keys) if key in self._known_bad}
@@ -306,20 +313,21 @@ class SampleLoader(Generic[BatchType]):
         """Selects up to `most` good samples in a row, at least one; or skips the next one and returns its problem."""
         chunk = self._next_chunk(selection)
         first = chunk.visit
-        stop = next((visit for visit in chunk.problems if visit >= first), len(chunk.visits))
+        stop = next((visit for visit in chunk.problems if visit >= first), self._job_size)
         problem = chunk.problems.get(first)
         if problem is None:
             chunk.visit = min(stop, first + most)
             end = chunk.row + chunk.visit - first
             selection.pieces.append((chunk.prepared, chunk.row, end))
             selection.keys += chunk.keys[first : chunk.visit]
-            selection.indices += [index for *_, index in chunk.visits[first : chunk.visit]]
+            selection.indices += chunk.indices[first : chunk.visit]
             chunk.row = end
         else:
             chunk.visit += 1
             chunk.row += first not in chunk.prepared.problems
-        selection.progress.epoch, position, selection.last = chunk.visits[chunk.visit - 1]
-        selection.progress.position = position + 1
+        last = chunk.visit - 1
+        selection.last, selection.progress.epoch = chunk.indices[last], chunk.epochs[last]
+        selection.progress.position = chunk.positions[last] + 1
         return problem
 
     def _select(self, progress: Progress) -> Selection:

@@ -17,7 +17,9 @@ from softmask_fast.data.types import BadSample, UnreachableFile
 class Chunk:
     """Consecutive visits of the stream, which are prepared together."""
 
-    visits: list[tuple[int, int, int]]  # epoch, position in this rank's order of the epoch, index
+    epochs: list[int]
+    positions: list[int]  # in this rank's order of the epoch
+    indices: list[int]
     keys: list[str]
     prepared: Prepared | None = None
     problems: dict[int, BadSample | UnreachableFile] = field(default_factory=dict)  # by number of the visit, ascending
