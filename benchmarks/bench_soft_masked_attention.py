@@ -29,7 +29,7 @@ from measure import DEVICE, DTYPE, ON_GPU, Variant
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from softmask_fast.ops import registry, soft_masked_attention
+from softmask_fast.ops import plan_image_index, registry, soft_masked_attention
 
 IMAGES = 256 if ON_GPU else 8
 PASSES, HEADS, LENGTH, WIDTH = 4, 12, 30, 64
@@ -51,6 +51,7 @@ class Problem:
         self.key, self.value = (part.detach().requires_grad_() for part in self.project(self.features))
         self.keep = torch.rand(sequences, tokens, generator=generator).to(DEVICE)
         self.image_index = torch.arange(sequences, device=DEVICE) % images
+        self.plan = plan_image_index(self.image_index, images)  # made once for all layers of a step
         self.grad = draw(sequences, heads, length, width)
         products = sequences * heads * length * tokens * width
         self.work = {"forward": 4 * products, "both": 14 * products}
@@ -92,7 +93,7 @@ class Problem:
 
     def fused(self, impl, projection=False):
         key, value = self.project(self.features) if projection else (self.key, self.value)
-        return soft_masked_attention(self.query, key, value, self.keep, image_index=self.image_index, impl=impl)
+        return soft_masked_attention(self.query, key, value, self.keep, image_index=self.plan, impl=impl)
 
     def variant(self, forward, projection=False, **options) -> Variant:
         inputs = (self.query, self.features, self.weight) if projection else (self.query, self.key, self.value)

@@ -28,6 +28,7 @@ from softmask_fast.ops.focal_itc import (
 from softmask_fast.ops.focal_itc import triton_launch as focal_launch
 from softmask_fast.ops.soft_masked_attention import triton_kernels as attention_kernels
 from softmask_fast.ops.soft_masked_attention import triton_launch as attention_launch
+from softmask_fast.ops.soft_masked_attention import triton_plan
 from softmask_fast.ops.triton_support import Machine, element_options
 from softmask_fast.ops.word_mask import triton_kernels as word_mask_kernels
 from softmask_fast.ops.word_mask import triton_launch as word_mask_launch
@@ -52,7 +53,7 @@ KERNELS = {
     kernel.__name__: kernel
     for kernel in (
         word_mask_kernels.word_products, word_mask_kernels.word_map, word_mask_kernels.mask_features,
-        word_mask_kernels.all_words_statistics, word_mask_kernels.all_words_map, attention_kernels.plan,
+        word_mask_kernels.all_words_statistics, word_mask_kernels.all_words_map, triton_plan.plan,
         attention_kernels.forward, attention_kernels.backward_rows, attention_kernels.backward_key_value,
         attention_kernels.backward_keep, triton_kernels.row_sums, triton_kernels.row_terms,
         triton_negatives.row_negatives, triton_finish.merge, triton_finish.finish, triton_backward.grad_rows,

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import test_word_gradcam as map_cases
 import test_word_mask as cases
 import torch
 from compare import assert_as_accurate
@@ -80,8 +81,8 @@ def test_soft_mask(dtype, prefix, masked):
         cases.test_maps_without_a_spread_keep_everything,
         cases.test_images_of_padding_only,
         cases.test_any_strides,
-        cases.test_rows_without_any_key_give_zeros,
-        cases.test_log_sum_exp_of_any_strides,
+        map_cases.test_rows_without_any_key_give_zeros,
+        map_cases.test_log_sum_exp_of_any_strides,
         cases.test_gradient_flows_to_features_alone,
         cases.test_empty_batch,
     ],
@@ -95,10 +96,10 @@ def test_nan(every_word):
     cases.test_nan_stays_nan_and_padding_is_not_read("cuda", every_word, CPU)
 
 
-@pytest.mark.parametrize("options", cases.OPTIONS, ids="-".join)
+@pytest.mark.parametrize("options", map_cases.OPTIONS, ids="-".join)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_attention_of_other_models(dtype, options):
-    cases.test_attention_of_other_models("cuda", 1.0, dtype, options, CPU)
+    map_cases.test_attention_of_other_models("cuda", 1.0, dtype, options, CPU)
 
 
 # B, H, L, N, D, C: one tile of tokens and many, whole and cut; more heads than warps

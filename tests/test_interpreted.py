@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize(
     "file",
     [
-        "test_word_mask.py", "test_soft_masked_attention.py", "test_focal_itc_streaming.py",
-        "test_focal_itc_symmetric.py", "test_focal_itc_module.py",
+        "test_word_mask.py", "test_word_gradcam.py", "test_soft_masked_attention.py", "test_packed_attention.py",
+        "test_focal_itc_streaming.py", "test_focal_itc_symmetric.py", "test_focal_itc_module.py",
     ],
 )  # fmt: skip
 def test_kernels_in_the_interpreter(file):

@@ -130,7 +130,7 @@ class _Packing:
 
 
 def plan(image_index: Tensor, images: int, boundaries: Tensor | None, rows: int) -> Tensor:
-    """The table of an `ImagePlan`: (B + 2 + S,) packed (B + 2 + 2 T,), int32, see ``triton_kernels.plan``."""
+    """The table of an `ImagePlan`: (B + 2 + S,) packed (B + 2 + 2 T,), int32, see ``triton_plan.plan``."""
     owner = torch.where((image_index < 0) | (image_index >= images), images, image_index)
     if boundaries is not None:
         row = torch.arange(rows, dtype=torch.int32, device=boundaries.device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from softmask_fast.ops.soft_masked_attention import triton_kernels as kernels
+from softmask_fast.ops.soft_masked_attention import triton_plan
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
     Machine,
@@ -81,7 +82,7 @@ def plan(image_index: Tensor, images: int, boundaries: Tensor | None, rows: int)
     packed = boundaries is not None
     table = torch.empty(images + 2 + (2 if packed else 1) * rows, dtype=torch.int32, device=image_index.device)
     with device_of(image_index):
-        kernels.plan[(images + 1,)](
+        triton_plan.plan[(images + 1,)](
             image_index.contiguous(), boundaries.contiguous() if packed else None, table,
             len(image_index), images, rows, PACKED=packed, BLOCK=64 if INTERPRETED else 1024,
         )  # fmt: skip
