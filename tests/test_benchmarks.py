@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench_host  # noqa: E402
 import gpu_parts  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
@@ -54,6 +55,12 @@ def test_rows(run):
     assert fast["ours"] and not usual["ours"]
     assert fast["share"]["forward"] == pytest.approx(8000 / fast["seconds"]["forward"] / 1e13)
     assert elsewhere["seconds"] == {} and elsewhere["missing"] == {"all": "its kernels need another machine"}
+
+
+@pytest.mark.parametrize("bf16, limit", [(False, 4_400), (True, 4_950)])
+def test_a_step_dispatches_no_more_operators_than_it_did(bf16, limit):
+    """Base's depth at toy width: host time must not come back unseen. A lower count lowers its limit."""
+    assert 0.95 * limit < bench_host.bare_step(bf16=bf16, steps=1)["all"][1] <= limit
 
 
 @pytest.mark.skipif(measure.ON_GPU, reason="the resident memory of the process")
