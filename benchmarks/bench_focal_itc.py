@@ -71,7 +71,7 @@ class Problem:
         """The operator's arguments, as far as they decide what is computed once for both directions."""
         keys = (self.options.get(name) for name in ("image_keys", "text_keys"))
         return state.Problem(
-            self.image, self.text, *keys, self.temperature, *[None] * 6, self.gamma, False, 0, 0, self.keys, impl
+            self.image, self.text, *keys, self.temperature, *[None] * 7, self.gamma, False, 0, 0, self.keys, impl
         )
 
     def loss(self, impl: str) -> torch.Tensor:

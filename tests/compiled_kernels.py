@@ -22,6 +22,7 @@ from softmask_fast.ops.focal_itc import (
     triton_finish,
     triton_kernels,
     triton_negatives,
+    triton_sigmoid,
     triton_symmetric,
     triton_symmetric_launch,
 )
@@ -58,10 +59,12 @@ KERNELS = {
         attention_kernels.backward_keep, triton_kernels.row_sums, triton_kernels.row_terms,
         triton_negatives.row_negatives, triton_finish.merge, triton_finish.finish, triton_backward.grad_rows,
         triton_backward.grad_keys, triton_symmetric.symmetric_sums, triton_symmetric.add_parts,
-        triton_symmetric.symmetric_finish, triton_symmetric.symmetric_gradient,
+        triton_symmetric.symmetric_finish, triton_symmetric.symmetric_gradient, triton_sigmoid.sigmoid_sums,
+        triton_sigmoid.sigmoid_gradient,
     )
 }  # fmt: skip
 WITHOUT_PRODUCTS = ("plan", "word_products", "word_map", "mask_features", "merge", "finish", "add_parts")
+SIGMOID = ("sigmoid_sums", "sigmoid_gradient")
 SYMMETRIC = ("symmetric_sums", "symmetric_finish", "symmetric_gradient")
 FOCAL = ("row_sums", "row_terms", "row_negatives", "merge", "finish", "grad_rows", "grad_keys")
 ATTENTION_FLAGS = {
@@ -195,12 +198,18 @@ def cases(target: str, everything: bool) -> list[Case]:
         add("symmetric_finish", dtype, triton_symmetric_launch.finish_tiles(width, machine), {"ORDER": order})
         add("add_parts", torch.float32, {"BLOCK_B": triton_symmetric_launch.ADD_ROWS}, {"FIRST": False})
 
+    def add_sigmoid(dtype, width, order, ids, both):
+        for kernel in SIGMOID:
+            flags = {"ORDER": order, "HAS_IDS": ids, "BOTH": both}
+            add(kernel, dtype, triton_sigmoid.tiles(dtype, width, machine), flags)
+
     for tokens in (257, 577, 1025, 4096):
         add_word_map(tokens, (True, False, True))
         add_word_map(tokens, (True, True, False))
     for dtype in (torch.bfloat16, torch.float32):
         add_attention(dtype, 64, True)
         add_focal(dtype, 256, *FOCAL_FLAGS[0])
+        add_sigmoid(dtype, 256, 0, True, True)
     add_symmetric(torch.bfloat16, 256, 0)
     if everything:
         for tokens in (16, 50, 100, 197, 257, 577, 1025, 4096, 8192, 16384):
@@ -215,6 +224,9 @@ def cases(target: str, everything: bool) -> list[Case]:
         for dtype in (torch.bfloat16, torch.float32):
             for width, flag in ((64, False), (16, True), (32, True), (128, True)):
                 add_attention(dtype, width, flag)
+            for width, order, ids in itertools.product((16, 256, 768), (-1, 0, 2), (False, True)):
+                for both in (False, True):
+                    add_sigmoid(dtype, width, order, ids, both)
             for width, flags in itertools.product((16, 32, 64, 128, 256, 512, 1024), FOCAL_FLAGS):
                 if width == 256 or flags in FOCAL_FLAGS[:2]:
                     add_focal(dtype, width, *flags)
@@ -237,7 +249,7 @@ def compile_case(case: Case):
             signature[name] = f"tensordesc<{TYPES[case.dtype][1:]}[{rows}, {options['BLOCK_D']}]>"
         elif name.startswith("p_"):
             signature[name] = POINTERS.get(name, TYPES[case.dtype])
-            if case.kernel in FOCAL + SYMMETRIC and name == "p_grad":  # of the losses, elsewhere of rows
+            if case.kernel in FOCAL + SYMMETRIC + SIGMOID and name == "p_grad":  # of the losses, elsewhere of rows
                 signature[name] = "*fp32"
             attributes[(place,)] = [["tt.divisibility", 16]]
         elif name in FLOATS:

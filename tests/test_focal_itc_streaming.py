@@ -210,7 +210,7 @@ def test_bitwise_reproducible(impl, nan_filled_empty):
     assert all(bool(tensor.isfinite().all()) for tensor in first)
 
 
-@pytest.mark.parametrize("keys", ["own", "other", "ids", "own ids", "own, teacher"])
+@pytest.mark.parametrize("keys", ["own", "other", "ids", "own ids", "own, teacher", "sigmoid", "own, sigmoid"])
 def test_opcheck(impl, keys):
     device = device_of(impl)
     image, text, image_keys, text_keys, *teachers = inputs(18, 30, 24, torch.float32, device=device)
@@ -221,22 +221,23 @@ def test_opcheck(impl, keys):
     key_ids = torch.arange(30, device=device) % 6 if keys == "ids" else None
     alpha = torch.tensor(0.4, dtype=torch.float64, device=device) if keys in ("other", "own, teacher") else None
     teachers = [None, None] if alpha is None else teachers
+    bias = torch.tensor(-1.0, device=device) if "sigmoid" in keys else None
     seed = None if keys == "own" else torch.tensor(1, device=device)
     last = 18 if image_keys is None else 30
     problem = Problem(
-        image, text, image_keys, text_keys, temperature, *teachers, ids, key_ids, alpha, seed, 2.0, False, 0, 0, last,
-        impl,
+        image, text, image_keys, text_keys, temperature, bias, *teachers, ids, key_ids, alpha, seed, 2.0, False, 0, 0,
+        last, impl,
     )  # fmt: skip
     with torch.no_grad():
         loss, row_state, dominant, _, _ = torch.ops.softmask_fast.focal_itc(*problem)
-    for wanted in ([True] * 5, [True, False, False, False, False], [False, True, False, True, True]):
+    for wanted in ([True] * 6, [True] + [False] * 5, [False, True, False, True, True, True]):
         wanted = [wants and x is not None for wants, x in zip(wanted, problem, strict=False)]
         torch.library.opcheck(
             torch.ops.softmask_fast.focal_itc_backward.default,
             (torch.ones_like(loss), row_state, dominant, wanted, *problem),
         )
-    leaves = (x if x is None else x.requires_grad_() for x in problem[:5])
-    torch.library.opcheck(torch.ops.softmask_fast.focal_itc.default, (*leaves, *problem[5:]))
+    leaves = (x if x is None else x.requires_grad_() for x in problem[:6])
+    torch.library.opcheck(torch.ops.softmask_fast.focal_itc.default, (*leaves, *problem[6:]))
 
 
 def test_compiles_as_one_graph(impl):

@@ -196,7 +196,7 @@ def test_two_byte_elements_take_few_launches(triton_launch, monkeypatch):
     focal_itc_loss(image, text, temperature=0.1, ids=torch.arange(20, device=image.device), impl="triton").backward()
     focal_itc_loss(image, text, temperature=0.1, return_stats=True, impl="triton")[0].backward()
     assert launched == ["forward", "backward"]
-    problem = Problem(image, text, None, None, torch.tensor(0.1), *[None] * 6, 2.0, False, 0, 0, 20, None)
+    problem = Problem(image, text, None, None, torch.tensor(0.1), *[None] * 7, 2.0, False, 0, 0, 20, None)
     assert triton_launch.covers(problem)
     assert not triton_launch.covers(problem._replace(image=image.float()))
 
@@ -207,7 +207,7 @@ def test_two_byte_elements_opcheck_and_compile(triton_launch):
     temperature = torch.tensor(0.1, device=device, requires_grad=True)
     torch.library.opcheck(
         torch.ops.softmask_fast.focal_itc.default,
-        (image, text, None, None, temperature, *[None] * 6, 2.0, False, 0, 0, 18, "triton"),
+        (image, text, None, None, temperature, *[None] * 7, 2.0, False, 0, 0, 18, "triton"),
     )
 
     def loss(*inputs):

@@ -10,21 +10,25 @@ from torch import Tensor
 
 from softmask_fast.ops import registry, triton_support
 from softmask_fast.ops.checks import (
+    as_device_number,
     as_scalar,
     check_choice,
     check_gamma,
     check_integer,
+    check_number,
     check_seed,
     check_teachers,
     check_tensor,
+    compute_dtype,
 )
 from softmask_fast.ops.extension import cpu_unavailable_reason
-from softmask_fast.ops.focal_itc import cpp, operators, reference, streamed
+from softmask_fast.ops.focal_itc import cpp, operators, reference, sigmoid, streamed
 from softmask_fast.ops.focal_itc.state import Problem
 
 __all__ = ["FocalITCStats", "focal_itc_loss"]
 
 _TRITON = "softmask_fast.ops.focal_itc.triton_launch"
+_TRITON_SIGMOID = "softmask_fast.ops.focal_itc.triton_sigmoid"
 _TRITON_SYMMETRIC = "softmask_fast.ops.focal_itc.triton_symmetric_launch"
 registry.register(
     "focal_itc",
@@ -32,6 +36,7 @@ registry.register(
         "triton",
         registry.lazily(_TRITON, "Forward"),
         registry.lazily(_TRITON, "backward"),
+        tuple(registry.lazily(_TRITON_SIGMOID, part) for part in ("forward", "backward")),
         symmetric=tuple(registry.lazily(_TRITON_SYMMETRIC, part) for part in ("covers", "forward", "backward")),
         unavailable_reason=functools.partial(triton_support.unavailable_reason, largest=1024, what="features"),
         automatic_on=("cuda",),
@@ -40,11 +45,12 @@ registry.register(
         "cpp",
         cpp.Forward,
         cpp.backward,
+        (sigmoid.forward, sigmoid.backward),
         symmetric=(cpp.symmetric_covers, cpp.symmetric_forward, cpp.symmetric_backward),
         unavailable_reason=cpu_unavailable_reason,
         automatic_on=("cpu",),
     ),
-    operators.streaming("streamed", streamed.Forward, streamed.backward),
+    operators.streaming("streamed", streamed.Forward, streamed.backward, (sigmoid.forward, sigmoid.backward)),
     registry.Implementation("reference", {"direction": reference.focal_itc_direction}),
 )
 
@@ -85,6 +91,8 @@ def focal_itc_loss(
     reduction: str = "mean",
     return_stats: bool = False,
     negative_range: tuple[int, int] | None = None,
+    loss: str = "softmax",
+    bias: float | Tensor | None = None,
     seed: int | Tensor = 0,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, FocalITCStats]:
@@ -113,6 +121,10 @@ def focal_itc_loss(
         reduction: "mean" or "sum" over the rows, or "none" for the (B,) losses.
         return_stats: also return ``FocalITCStats``.
         negative_range: (first, last + 1) key columns from which hard negatives are drawn; all keys by default.
+        loss: "softmax": which of the keys belongs to a row. "sigmoid": whether it does, asked of each pair alone (with
+            gamma 0 SigLIP's); a row's loss is the sum over its keys, each key with its id is a positive, there are no
+            soft targets, and the statistics are those of the softmax of the same logits.
+        bias: added to the logits of "sigmoid": a number or a 0-dim tensor, which gets its gradient; None: 0.
         seed: of the hard negatives: a number, or a 0-dim int64 tensor, as alpha. A draw depends on (seed, direction,
             row_offset + row) and the row's softmax alone.
         impl: implementation by name; None takes the best one that runs here.
@@ -149,29 +161,49 @@ def focal_itc_loss(
     seed = check_seed(seed, image, return_stats)
     temperature = as_scalar(temperature, image)
 
+    bias = _check_loss(loss, bias, positives, alpha, image)
     teachers = [None if alpha is None else teacher.detach() for teacher in (teacher_image, teacher_text)]
     problem = Problem(
-        image, text, image_keys, text_keys, temperature, *teachers, ids, key_ids, alpha, seed,
+        image, text, image_keys, text_keys, temperature, bias, *teachers, ids, key_ids, alpha, seed,
         gamma, positives == "any", row_offset, first_negative, last_negative, impl,
     )  # fmt: skip
     if impl == "reference":
-        registry.refuse_transforms("focal_itc_loss", image, text, image_keys, text_keys, temperature)
+        registry.refuse_transforms("focal_itc_loss", image, text, image_keys, text_keys, temperature, bias)
         with torch.autocast(image.device.type, enabled=False):
-            directions = [reference.focal_itc_direction(*direction) for direction in problem.directions()]
-            loss, *figures = (torch.stack(results) for results in zip(*directions, strict=True))
+            directions = [reference.direction(*direction, bias) for direction in problem.directions()]
+            of_rows, *figures = (torch.stack(results) for results in zip(*directions, strict=True))
     else:
-        loss, *figures = operators.focal_itc(problem)
+        of_rows, *figures = operators.focal_itc(problem)
     if reduction == "mean":
-        loss = loss.mean()
+        result = of_rows.mean()
     else:
-        loss = loss.mean(0) if reduction == "none" else loss.sum() / 2
-    return (loss, statistics(*figures)) if return_stats else loss
+        result = of_rows.mean(0) if reduction == "none" else of_rows.sum() / 2
+    return (result, statistics(*figures)) if return_stats else result
 
 
 def statistics(of_rows: Tensor, hard_negative: Tensor) -> FocalITCStats:
     """The rows' statistics of both directions (2, 3, B), averaged, and hard negatives (2, B)."""
     means = of_rows.mean(-1)
     return FocalITCStats(*means.T.flatten().unbind(), *hard_negative.unbind())
+
+
+def _check_loss(
+    loss: str, bias: float | Tensor | None, positives: str, alpha: Tensor | None, image: Tensor
+) -> Tensor | None:
+    """The bias as a 0-dim tensor in the `compute_dtype` of the image, None for the softmax."""
+    check_choice("loss", loss, ("softmax", "sigmoid"))
+    if loss == "softmax":
+        if bias is not None:
+            raise ValueError("bias: expected None with loss='softmax', which no bias changes, got one")
+        return None
+    if positives != "mean":
+        raise ValueError(f"positives: expected 'mean' with loss='sigmoid', got {positives!r}")
+    if alpha is not None:
+        raise ValueError("alpha: expected 0 with loss='sigmoid', which has no soft targets, got another")
+    dtype = compute_dtype(image.dtype)
+    if isinstance(bias, Tensor):
+        return check_tensor("bias", bias, (), like=("image", image)).to(dtype)
+    return as_device_number(0.0 if bias is None else check_number("bias", bias), dtype, image)
 
 
 def _check_keys(image: Tensor, image_keys: Tensor | None, text_keys: Tensor | None) -> int:

@@ -52,7 +52,7 @@ class FocalITCLoss(nn.Module):
     Args:
         width: d; required with a queue.
         queue_size: number of entries of the queue.
-        gamma, positives, impl: as in `focal_itc_loss`.
+        gamma, positives, loss, impl: as in `focal_itc_loss`. There is no ring for loss="sigmoid".
         gather: see above.
         group: the ranks that share a batch; None: all.
         seed: of the queue's initial content.
@@ -65,6 +65,7 @@ class FocalITCLoss(nn.Module):
         *,
         gamma: float = 2.0,
         positives: str = "mean",
+        loss: str = "softmax",
         gather: str = "momentum",
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
@@ -75,9 +76,10 @@ class FocalITCLoss(nn.Module):
         if width is not None or queue_size:
             check_integer("width", width, 1, None)
         check_choice("positives", positives, ("mean", "any"))
-        check_choice("gather", gather, GATHERS)
+        check_choice("loss", loss, ("softmax", "sigmoid"))
+        check_choice("gather", gather, GATHERS if loss == "softmax" else GATHERS[:2])
         self.gamma, self.positives, self.gather = check_gamma(gamma), positives, gather
-        self.group, self.impl = group, impl
+        self.loss, self.group, self.impl = loss, group, impl
         self.queue = FeatureQueue(width, queue_size, seed) if queue_size else None
 
     def extra_repr(self) -> str:
@@ -89,6 +91,7 @@ class FocalITCLoss(nn.Module):
         text: Tensor,
         *,
         temperature: float | Tensor,
+        bias: float | Tensor | None = None,
         teacher_image: Tensor | None = None,
         teacher_text: Tensor | None = None,
         alpha: float | Tensor = 0.0,
@@ -103,7 +106,7 @@ class FocalITCLoss(nn.Module):
 
         Args:
             image, text: (B, d) unit vectors of this rank's pairs.
-            temperature: as in `focal_itc_loss`.
+            temperature, bias: as in `focal_itc_loss`.
             teacher_image, teacher_text: (B, d) momentum features of the same pairs, constants. Required for
                 `gather="momentum"`, whose keys they are, and for alpha > 0. They are what enters the queue; without
                 them the features themselves do.
@@ -156,7 +159,8 @@ class FocalITCLoss(nn.Module):
         else:
             image_keys, text_keys, key_ids = self._gather_keys(joined, rows, newest, queued)
             result = focal_itc_loss(
-                image, text, image_keys, text_keys, key_ids=key_ids, temperature=temperature, gamma=self.gamma,
+                image, text, image_keys, text_keys, key_ids=key_ids, temperature=temperature, bias=bias, loss=self.loss,
+                gamma=self.gamma,
                 teacher_image=teacher_image, teacher_text=teacher_text, ids=ids, positives=self.positives,
                 row_offset=joined.offset, impl=self.impl, alpha=0.0 if alpha is None else alpha, **options,
             )  # fmt: skip
@@ -199,7 +203,7 @@ class FocalITCLoss(nn.Module):
         """`focal_itc_loss` with keys that travel around the ranks."""
         teachers = (None, None) if alpha is None else (teacher.image.detach(), teacher.text.detach())
         problem = Problem(
-            rows.image, rows.text, None, None, temperature, *teachers, rows.ids, None, alpha,
+            rows.image, rows.text, None, None, temperature, None, *teachers, rows.ids, None, alpha,
             check_seed(seed, rows.image, return_stats), self.gamma, self.positives == "any", joined.offset,
             *negative_range, self.impl,
         )  # fmt: skip

@@ -1,9 +1,9 @@
 """Both directions of the loss as one operator: the forward stores row sums, the backward recomputes tiles.
 
 Every streaming implementation has two parts: "forward", a class derived from ``BlockwiseForward``, and "backward", a
-function with the arguments of ``Backward``. One that can compute each product <x_i, y_j> of a batch that is its own
-keys once for both directions has three more: "symmetric_covers", which says for what, "symmetric_forward" and
-"symmetric_backward".
+function with the arguments of ``Backward``, and for the sigmoid's loss those of sigmoid.py. One that can compute each
+product <x_i, y_j> of a batch that is its own keys once for both directions has three more: "symmetric_covers", which
+says for what, "symmetric_forward" and "symmetric_backward".
 
 In eager mode an autograd.Function calls the implementation, which costs the host less than the registered operator.
 """
@@ -30,9 +30,9 @@ from softmask_fast.ops.focal_itc.state import (
 )
 
 _ARGUMENTS = (
-    "Tensor image, Tensor text, Tensor? image_keys, Tensor? text_keys, Tensor temperature, Tensor? teacher_image, "
-    "Tensor? teacher_text, Tensor? ids, Tensor? key_ids, Tensor? alpha, Tensor? seed, float gamma, bool any_positive, "
-    "SymInt row_offset, SymInt first_negative, SymInt last_negative, str? impl"
+    "Tensor image, Tensor text, Tensor? image_keys, Tensor? text_keys, Tensor temperature, Tensor? bias, "
+    "Tensor? teacher_image, Tensor? teacher_text, Tensor? ids, Tensor? key_ids, Tensor? alpha, Tensor? seed, "
+    "float gamma, bool any_positive, SymInt row_offset, SymInt first_negative, SymInt last_negative, str? impl"
 )
 torch.library.define(
     "softmask_fast::focal_itc",
@@ -41,7 +41,8 @@ torch.library.define(
 torch.library.define(
     "softmask_fast::focal_itc_backward",
     f"(Tensor grad_loss, Tensor row_state, Tensor dominant, bool[] wanted, {_ARGUMENTS}) -> (Tensor grad_image, "
-    "Tensor grad_text, Tensor grad_image_keys, Tensor grad_text_keys, Tensor grad_temperature)",
+    "Tensor grad_text, Tensor grad_image_keys, Tensor grad_text_keys, Tensor grad_temperature, "
+    "Tensor grad_bias)",
 )
 # (grad_loss (B,), rows, keys, (row_state, dominant), (rows, keys, temperature: whether wanted))
 # -> gradients of rows, keys and temperature, empty where not wanted
@@ -97,10 +98,17 @@ class BlockwiseForward:
 
 
 def streaming(
-    name: str, forward: type[BlockwiseForward], backward: Backward, symmetric=None, **keywords
+    name: str,
+    forward: type[BlockwiseForward],
+    backward: Backward,
+    sigmoid: tuple[Callable, Callable],
+    symmetric: tuple[Callable, Callable, Callable] | None = None,
+    **keywords,
 ) -> registry.Implementation:
-    """An ``Implementation`` of the two parts that stream, and of the three for both directions where it has them."""
-    parts = {"forward": forward, "backward": backward}
+    """An ``Implementation`` of the two parts that stream, those of sigmoid.py, and where it has them the three of both
+    directions together.
+    """
+    parts = {"forward": forward, "backward": backward, "sigmoid_forward": sigmoid[0], "sigmoid_backward": sigmoid[1]}
     if symmetric is not None:
         parts["symmetric_covers"], parts["symmetric_forward"], parts["symmetric_backward"] = symmetric
     return registry.Implementation(name, parts, **keywords)
@@ -112,16 +120,20 @@ def resolve(impl: str | None, rows: Tensor) -> registry.Implementation:
 
 def together(run: registry.Implementation, problem: Problem) -> bool:
     """Whether the implementation does both directions together. Forward and backward must agree, so no more decides."""
-    own_keys = problem.image_keys is None and problem.key_ids is None and problem.alpha is None
-    return own_keys and "symmetric_covers" in run and run["symmetric_covers"](problem)
+    return problem.own_keys and problem.alpha is None and "symmetric_covers" in run and run["symmetric_covers"](problem)
 
 
 @without_autocast
 def _forward(*arguments):
     problem = Problem(*arguments)
     directions = problem.directions()
-    outputs = Outputs.empty(directions[0][0], 2)
+    outputs = Outputs.empty(directions[0][0], 2, sigmoid=problem.bias is not None)
     run = resolve(problem.impl, problem.image)
+    if problem.bias is not None:
+        run["sigmoid_forward"](problem, outputs.loss)
+        if problem.seed is None:
+            return tuple(outputs)
+        return (*outputs[:3], *_forward(*problem._replace(bias=None))[3:])
     if together(run, problem):
         run["symmetric_forward"](problem, outputs)
         return tuple(outputs)
@@ -138,7 +150,9 @@ def _backward(grad_loss, row_state, dominant, wanted, *arguments):
     problem = Problem(*arguments)
     run = resolve(problem.impl, problem.image)
     gradients = [None] * DIFFERENTIABLE
-    if together(run, problem):
+    if problem.bias is not None:
+        gradients = run["sigmoid_backward"](grad_loss, problem, wanted)
+    elif together(run, problem):
         gradients[0], gradients[1], gradients[4] = run["symmetric_backward"](
             grad_loss, problem, row_state, dominant, (wanted[0], wanted[1], wanted[4])
         )
@@ -160,7 +174,8 @@ torch.library.impl("softmask_fast::focal_itc_backward", "CompositeExplicitAutogr
 
 @torch.library.register_fake("softmask_fast::focal_itc")
 def _forward_fake(*arguments):
-    return tuple(Outputs.empty(Problem(*arguments).directions()[0][0], 2))
+    problem = Problem(*arguments)
+    return tuple(Outputs.empty(problem.directions()[0][0], 2, sigmoid=problem.bias is not None))
 
 
 @torch.library.register_fake("softmask_fast::focal_itc_backward")

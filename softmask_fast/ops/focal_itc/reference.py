@@ -16,13 +16,20 @@ t'_ij = alpha t_ij + (1 - alpha) h_ij and W_i = sum_j t'_ij w(p_ij):
 ("any": h_ij = p_ij / P_i over the positives, with P_i = sum of p_ij over them, and w(P_i) in place of w(p_ij) for the
 hard part.)
 
+loss="sigmoid" asks of each pair alone whether it belongs together, with a learned bias b:
+
+    p_ij   = sigmoid(z_ij (s_ij + b)),  z_ij = 1 for the positive keys j of row i, -1 for all others
+    loss_i = sum_j f(p_ij)              dloss_i / ds_ij = -z_ij (1 - p_ij) w(p_ij), and their sum is dloss / db
+
 Sources: the focal factor is that of SoftMask++ (Park & Han, CVPR 2023, arXiv 2304.00719), the soft targets those of
-ALBEF (Li et al., NeurIPS 2021, arXiv 2107.07651), "any" is EgoNCE (Lin et al., NeurIPS 2022, arXiv 2206.01670).
+ALBEF (Li et al., NeurIPS 2021, arXiv 2107.07651), "any" is EgoNCE (Lin et al., NeurIPS 2022, arXiv 2206.01670), the
+sigmoid's loss with gamma 0 SigLIP's (Zhai et al., ICCV 2023, arXiv 2303.15343).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softmask_fast.ops.focal_itc.sampling import negative_log_exponential, row_keys
@@ -114,6 +121,26 @@ def focal_itc_direction(rows: Rows, keys: Keys) -> tuple[Tensor, Tensor, Tensor]
     if not options.stats:
         return loss, loss.new_empty(3, 0), torch.empty(0, dtype=torch.int64, device=loss.device)
     return loss, *_statistics(log_p.detach(), positive, options)
+
+
+def direction(rows: Rows, keys: Keys, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction of the loss; without a bias by the softmax."""
+    return focal_itc_direction(rows, keys) if bias is None else sigmoid_direction(rows, keys, bias)
+
+
+def sigmoid_direction(rows: Rows, keys: Keys, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction of loss="sigmoid"; gradients to rows, keys, temperature and bias. Returns what the other one does.
+
+    The statistics are those of the softmax of the same logits.
+    """
+    x, _, ids, temperature, options = rows
+    logits = x.to(temperature.dtype) @ keys.features.to(temperature.dtype).T / temperature + bias
+    positive = positive_mask(*logits.shape, ids, keys.ids, options.row_offset, logits.device)
+    log_p = F.logsigmoid(torch.where(positive, logits, -logits))
+    loss = focal_cross_entropy(log_p, options.gamma).sum(dim=1)
+    if not options.stats:
+        return loss, loss.new_empty(3, 0), torch.empty(0, dtype=torch.int64, device=loss.device)
+    return loss, *_statistics(torch.log_softmax(logits.detach(), dim=1), positive, options)
 
 
 def _statistics(log_p: Tensor, positive: Tensor, options: Options) -> tuple[Tensor, Tensor]:

@@ -79,14 +79,15 @@ class Outputs(NamedTuple):
     hard_negative: Tensor  # (B,) int64 key column, -1 where the row has no negative in the range
 
     @classmethod
-    def empty(cls, rows: Rows, *directions: int) -> Outputs:
-        """Room for the results, of both directions with 2."""
+    def empty(cls, rows: Rows, *directions: int, sigmoid: bool = False) -> Outputs:
+        """Room for the results, of both directions with 2; the sigmoid's loss leaves no state."""
         batch, new = rows.features.shape[0], rows.temperature.new_empty
+        saved = 0 if sigmoid else batch
         counted = batch if rows.options.stats else 0
         return cls(
             new(*directions, batch),
-            new(*directions, ROW_STATES, batch),
-            new(*directions, batch, dtype=torch.int64),
+            new(*directions, ROW_STATES, saved),
+            new(*directions, saved, dtype=torch.int64),
             new(*directions, 3, counted),
             new(*directions, counted, dtype=torch.int64),
         )
@@ -104,6 +105,7 @@ class Problem(NamedTuple):
     image_keys: Tensor | None  # (M, d); None, as text_keys: the batch is its own keys, by default with its ids
     text_keys: Tensor | None
     temperature: Tensor
+    bias: Tensor | None  # () of the same dtype; None: softmax
     teacher_image: Tensor | None
     teacher_text: Tensor | None
     ids: Tensor | None
@@ -119,7 +121,12 @@ class Problem(NamedTuple):
 
     @property
     def options(self) -> Options:
-        return Options(*self[9:16])
+        return Options(*self[10:17])
+
+    @property
+    def own_keys(self) -> bool:
+        """Whether one matrix of products is that of both directions."""
+        return self.image_keys is None and self.key_ids is None
 
     def directions(self) -> list[tuple[Rows, Keys]]:
         """Image rows against text keys, text rows against image keys."""
@@ -135,7 +142,7 @@ class Problem(NamedTuple):
         ]
 
 
-TENSORS, DIFFERENTIABLE = 11, 5  # of the fields of `Problem`, the first so many
+TENSORS, DIFFERENTIABLE = 12, 6  # of the fields of `Problem`, the first so many
 
 
 def check_every_row_has_positive(has_positive: Tensor, ids: Tensor) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -151,9 +154,9 @@ def backward(
                 )  # fmt: skip
                 part = gradient[:height, :breadth]
                 if wants_image:
-                    _add_product(sums[0][rows], part, text[columns], first_column == 0)
+                    add_product(sums[0][rows], part, text[columns], first_column == 0)
                 if wants_text:
-                    _add_product(sums[1][columns], part.T, image[rows], first == 0)
+                    add_product(sums[1][columns], part.T, image[rows], first == 0)
     factor = largest / (temperature * MAGNIFY)
     grad_image, grad_text = (
         source.new_empty(0)
@@ -169,7 +172,7 @@ def backward(
     return grad_image, grad_text, grad_temperature
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """total = left right, or total += left right, in float32 by the library, in place.
 
     The same bits every time where the library promises it: with cuBLAS on one stream, or CUBLAS_WORKSPACE_CONFIG set.
@@ -177,8 +180,21 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> Non
     if total.device.type != "cuda" or torch.version.hip is not None:  # there products have the dtype of their inputs
         left, right, widened = left.float(), right.float(), {}
     else:
-        widened = {"out_dtype": torch.float32}
-    if first:
-        torch.mm(left, right, **widened, out=total)
-    else:
-        torch.addmm(total, left, right, **widened, out=total)
+        widened = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
+    with full_float32() if left.dtype == torch.float32 else nullcontext():
+        if first:
+            torch.mm(left, right, **widened, out=total)
+        else:
+            torch.addmm(total, left, right, **widened, out=total)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 in float32, whatever the program allows."""
+    settings = torch.backends.cuda.matmul
+    allowed = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = allowed

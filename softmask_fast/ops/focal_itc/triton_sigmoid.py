@@ -1,0 +1,226 @@
+"""loss="sigmoid" in Triton: kernels with a program per tile of products, and their launches.
+
+As in ``triton_symmetric.py`` a tile serves both directions of a batch that is its own keys, and the backward writes the
+gradient of the logits chunk by chunk and leaves the products with it to the library.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softmask_fast.ops.focal_itc.sigmoid import Side, sides
+from softmask_fast.ops.focal_itc.state import DIFFERENTIABLE, Problem, expansion_order
+from softmask_fast.ops.focal_itc.triton_kernels import focal, log1p
+from softmask_fast.ops.focal_itc.triton_symmetric_launch import (
+    CHUNK_COLUMNS,
+    CHUNK_ROWS,
+    MAGNIFY,
+    PARTIAL_SUMS,
+    add_product,
+)
+from softmask_fast.ops.triton_support import (
+    INTERPRETED,
+    Machine,
+    device_of,
+    element_options,
+    machine_of,
+    next_power_of_2,
+    with_aligned_rows,
+)
+from softmask_fast.ops.triton_tiles import load_tile
+
+
+@triton.jit
+def sigmoid_tile(
+    p_x, p_y, p_ids, p_key_ids, p_temperature, p_bias, x_b, y_m, r0, c0, B, M, D, row_offset,
+    HAS_IDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of the rows from r0 on with the keys from c0 on; 1 where positive, else -1; log p and 1 - p."""
+    row, column = r0 + tl.arange(0, BLOCK_B), c0 + tl.arange(0, BLOCK_K)
+    m_rows, m_keys = row < B, column < M
+    p_x += r0.to(tl.int64) * x_b
+    p_y += c0.to(tl.int64) * y_m
+    products = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        x = load_tile(p_x, tl.arange(0, BLOCK_B) * x_b, d, m_rows, d < D, WIDEN)
+        y = load_tile(p_y, tl.arange(0, BLOCK_K) * y_m, d, m_keys, d < D, WIDEN)
+        products = tl.dot(x, tl.trans(y), products, input_precision=PRECISION)
+    wanted, found = row + row_offset, column
+    if HAS_IDS:
+        wanted = tl.load(p_ids + row, mask=m_rows, other=0)
+        found = tl.load(p_key_ids + column, mask=m_keys, other=0)
+    sign = tl.where(wanted[:, None] == found[None, :], 1.0, -1.0)
+    temperature = tl.load(p_temperature)
+    scale = tl.div_rn(tl.full(temperature.shape, 1.0, tl.float32), temperature)
+    z = (products * scale + tl.load(p_bias)) * sign
+    e = tl.exp(-tl.abs(z))
+    return products, sign, tl.minimum(z, 0.0) - log1p(e), tl.where(z > 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def sigmoid_sums(
+    p_x, p_y, p_ids, p_key_ids, p_temperature, p_bias, p_row_parts, p_column_parts,
+    x_b, y_m, B, M, D, first_row, rows, row_offset, row_parts_n, gamma,
+    ORDER: tl.constexpr, HAS_IDS: tl.constexpr, BOTH: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(rows, BLOCK_B), cdiv(M, BLOCK_K)): the loss of a tile of the rows first_row ... first_row + rows.
+
+    Its row sums, row_parts (cdiv(M, BLOCK_K), row_parts_n) from first_row on, and with BOTH its column sums,
+    column_parts (cdiv(rows, BLOCK_B), M).
+    """
+    i, j = tl.program_id(0), tl.program_id(1)
+    r0, c0 = first_row + i * BLOCK_B, j * BLOCK_K
+    _, _, log_p, one_minus_p = sigmoid_tile(
+        p_x, p_y, p_ids, p_key_ids, p_temperature, p_bias, x_b, y_m, r0, c0, B, M, D, row_offset,
+        HAS_IDS, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN, PRECISION,
+    )  # fmt: skip
+    row, column = r0 + tl.arange(0, BLOCK_B), c0 + tl.arange(0, BLOCK_K)
+    loss, _ = focal(log_p, one_minus_p, gamma, ORDER)
+    loss = tl.where((row < first_row + rows)[:, None] & (column < M)[None, :], loss, 0.0)
+    p_row_parts += j.to(tl.int64) * row_parts_n + row - first_row
+    tl.store(p_row_parts, tl.sum(loss, 1), mask=row < first_row + rows)
+    if BOTH:
+        tl.store(p_column_parts + i.to(tl.int64) * M + column, tl.sum(loss, 0), mask=column < M)
+
+
+@triton.jit
+def sigmoid_gradient(
+    p_grad, p_key_grad, p_largest, p_x, p_y, p_ids, p_key_ids, p_temperature, p_bias, p_gradient, p_totals,
+    x_b, y_m, gradient_b, B, M, D, first_row, first_column, rows, columns, row_offset, gamma, magnify,
+    ORDER: tl.constexpr, HAS_IDS: tl.constexpr, BOTH: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(rows, BLOCK_B), cdiv(columns, BLOCK_K)): a tile of a chunk of the gradient of the logits.
+
+    gradient (rows, columns): relative to the largest size of the losses' gradients, times `magnify`, so that float16
+    keeps small ones. totals (2, cdiv(columns, BLOCK_K), rows): the row sums of gradient times products, and of the
+    gradient. The losses' gradients are grad (B,) of the rows, with BOTH also key_grad (M,) of the columns.
+    """
+    i, j = tl.program_id(0), tl.program_id(1)
+    r0, c0 = first_row + i * BLOCK_B, first_column + j * BLOCK_K
+    products, sign, log_p, one_minus_p = sigmoid_tile(
+        p_x, p_y, p_ids, p_key_ids, p_temperature, p_bias, x_b, y_m, r0, c0, B, M, D, row_offset,
+        HAS_IDS, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN, PRECISION,
+    )  # fmt: skip
+    row, column = r0 + tl.arange(0, BLOCK_B), c0 + tl.arange(0, BLOCK_K)
+    m_rows, m_columns = row < first_row + rows, column < first_column + columns
+    weight = tl.load(p_grad + row, mask=m_rows, other=0.0)[:, None]
+    if BOTH:
+        weight = weight + tl.load(p_key_grad + column, mask=m_columns, other=0.0)[None, :]
+    _, slope = focal(log_p, one_minus_p, gamma, ORDER)
+    gradient = slope * one_minus_p * (weight * (magnify / tl.load(p_largest))) * -sign
+    gradient = tl.where(m_rows[:, None] & m_columns[None, :], gradient, 0.0)
+    # as rows: Triton 3.6 fails for sm_100 where products are reduced to a row, and it to one number
+    p_totals += j.to(tl.int64) * rows + row - first_row
+    tl.store(p_totals, tl.sum(gradient * products, 1), mask=m_rows)
+    tl.store(p_totals + tl.num_programs(1).to(tl.int64) * rows, tl.sum(gradient, 1), mask=m_rows)
+    o_gradient = (row - first_row)[:, None] * gradient_b + (column - first_column)[None, :]
+    mask = m_rows[:, None] & m_columns[None, :]
+    tl.store(p_gradient + o_gradient, gradient.to(p_gradient.dtype.element_ty), mask=mask)
+
+
+def tiles(dtype: torch.dtype, width: int, machine: Machine) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages; by what compiles without spills, not timed."""
+    if INTERPRETED:
+        sizes = 16, 32, 16, 4, 1
+    elif dtype == torch.float32:
+        sizes = 64, 64, 32, 8, 1
+    else:  # on Blackwell the larger tile spills a register
+        sizes = 128 if machine.capability <= 90 else 64, 64, 64, 8, 3
+    block_d = min(sizes[2], next_power_of_2(width))
+    options = dict(BLOCK_B=sizes[0], BLOCK_K=sizes[1], BLOCK_D=block_d, num_warps=sizes[3], num_stages=sizes[4])
+    return {**options, **machine.launch_options}
+
+
+class _Launch:
+    """What both kernels take of one matrix of products."""
+
+    def __init__(self, side: Side, problem: Problem):
+        self.x, self.y = with_aligned_rows(side.rows.features, 1), with_aligned_rows(side.keys.features, 1)
+        ids = None if side.rows.ids is None else side.rows.ids.contiguous()
+        key_ids = None if ids is None else side.keys.ids.contiguous()
+        (self.batch, self.width), self.keys = self.x.shape, self.y.shape[0]
+        self.inputs = self.x, self.y, ids, key_ids, problem.temperature, problem.bias
+        self.strides = self.x.stride(0), self.y.stride(0)
+        self.sizes = tiles(self.x.dtype, self.width, machine_of(self.x.device))
+        self.options = dict(
+            ORDER=expansion_order(problem.gamma), HAS_IDS=ids is not None, BOTH=side.both, **self.sizes,
+            **element_options(self.x.dtype),
+        )  # fmt: skip
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        return triton.cdiv(rows, self.sizes["BLOCK_B"]), triton.cdiv(columns, self.sizes["BLOCK_K"])
+
+
+def forward(problem: Problem, loss: Tensor) -> None:
+    """Writes the loss (2, B)."""
+    loss.zero_()
+    for side in sides(problem):
+        launch = _Launch(side, problem)
+        batch, keys, block = launch.batch, launch.keys, launch.sizes["BLOCK_B"]
+        column_tiles = launch.grid(1, keys)[1]
+        chunk = min(max(1, PARTIAL_SUMS // max(keys, column_tiles * block)) * block, batch)
+        row_parts = loss.new_empty(column_tiles, chunk)
+        column_parts = loss.new_empty(triton.cdiv(chunk, block), keys if side.both else 0)
+        with device_of(launch.x):
+            for first in range(0, batch, chunk):
+                rows = min(chunk, batch - first)
+                grid = launch.grid(rows, keys)
+                sigmoid_sums[grid](
+                    *launch.inputs, row_parts, column_parts, *launch.strides, batch, keys, launch.width, first, rows,
+                    problem.row_offset, chunk, problem.gamma, **launch.options,
+                )  # fmt: skip
+                loss[side.direction, first : first + rows] += row_parts[:, :rows].sum(0)
+                if side.both:
+                    loss[1] += column_parts[: grid[0]].sum(0)
+
+
+def backward(grad_loss: Tensor, problem: Problem, wanted: list[bool]) -> list[Tensor | None]:
+    """The gradients that are wanted, in the order of the problem; None for the others."""
+    temperature, grad_loss, gradients = problem.temperature, grad_loss.contiguous(), [None] * DIFFERENTIABLE
+    largest = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    scale, totals = largest / MAGNIFY, []
+    for side in sides(problem):
+        launch = _Launch(side, problem)
+        x, y, batch, keys = launch.x, launch.y, launch.batch, launch.keys
+        chunk_rows, chunk_columns = min(CHUNK_ROWS, batch), min(CHUNK_COLUMNS, keys)
+        chunk = x.new_empty(chunk_rows, -(-chunk_columns // 16) * 16)  # rows that begin at multiples of 16 bytes
+        sums = [
+            temperature.new_empty(source.shape) if wanted[place] else None
+            for source, place in ((x, side.row_place), (y, side.key_place))
+        ]
+        with device_of(x):
+            for first in range(0, batch, chunk_rows):
+                for first_column in range(0, keys, chunk_columns):
+                    rows = slice(first, min(first + chunk_rows, batch))
+                    columns = slice(first_column, min(first_column + chunk_columns, keys))
+                    shape = rows.stop - rows.start, columns.stop - columns.start
+                    grid = launch.grid(*shape)
+                    parts = temperature.new_empty(2, grid[1], shape[0])
+                    sigmoid_gradient[grid](
+                        grad_loss[side.direction], grad_loss[1], largest, *launch.inputs, chunk, parts,
+                        *launch.strides, chunk.stride(0), batch, keys, launch.width, first, first_column, *shape,
+                        problem.row_offset, problem.gamma, MAGNIFY, **launch.options,
+                    )  # fmt: skip
+                    totals.append(parts.sum((1, 2), dtype=torch.float64))
+                    part = chunk[: shape[0], : shape[1]]
+                    if sums[0] is not None:
+                        add_product(sums[0][rows], part, y[columns], first_column == 0)
+                    if sums[1] is not None:
+                        add_product(sums[1][columns], part.T, x[rows], first == 0)
+        for total, place in zip(sums, (side.row_place, side.key_place), strict=True):
+            if total is not None:
+                unpadded = total[:, : problem[place].shape[1]] * (scale / temperature)
+                gradients[place] = unpadded.to(x.dtype)
+    with_products, alone = torch.stack(totals).sum(0) * scale
+    if wanted[4]:
+        gradients[4] = (-with_products / temperature.double() ** 2).to(temperature.dtype)
+    if wanted[5]:
+        gradients[5] = alone.to(temperature.dtype)
+    return gradients
