@@ -16,6 +16,7 @@ import bench_host  # noqa: E402
 import gpu_parts  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
+import traffic  # noqa: E402
 
 
 @pytest.fixture
@@ -61,6 +62,15 @@ def test_rows(run):
 def test_a_step_dispatches_no_more_operators_than_it_did(bf16, limit):
     """Base's depth at toy width: host time must not come back unseen. A lower count lowers its limit."""
     assert 0.95 * limit < bench_host.bare_step(bf16=bf16, steps=1)["all"][1] <= limit
+
+
+def test_traffic_counts_less_where_operators_are_fused():
+    small, large = (traffic.count("tiny", pairs, copy=1e12, matmul=1e15) for pairs in (4, 8))
+    for one in (small, large):
+        assert 0 < one.fused_bytes() < one.bytes[traffic.FUSABLE]
+        assert set(one.bytes) == {*traffic.KERNELS, traffic.FUSABLE}
+    ratio = large.operations["matrix products"] / small.operations["matrix products"]
+    assert 1.5 < ratio < 2.1  # what grows with the batch
 
 
 @pytest.mark.skipif(measure.ON_GPU, reason="the resident memory of the process")
