@@ -1,8 +1,10 @@
-"""When a run compiles its layers, and that the log says why."""
+"""When a run compiles its layers, that the log says why, and what compiled runs log."""
 
 import logging
 
 import pytest
+from test_train import metrics
+from test_zero import run_cases
 
 from softmask_fast.training import compilation
 
@@ -39,3 +41,24 @@ def test_one_rank_that_lacks_something_keeps_all_from_it(gpu, monkeypatch, missi
 def test_a_cpu_does_not_compile_by_itself():
     if compilation.get_accelerator().device_name() != "cuda":
         assert compilation.reason_against({}) == "the device is no GPU"
+
+
+@pytest.mark.gpu
+def test_a_compiled_run_begins_as_the_others_do(tmp_path):
+    """Later, its rounding errors occasionally choose another hard negative. Compiled code draws its own dropout."""
+    run_cases("0,1+compile", tmp_path, max_steps=2, checkpoint_steps=2, hidden_dropout=0)
+    plain, compiled = metrics(tmp_path / "0"), metrics(tmp_path / "1+compile")
+    for step, expected in plain.items():
+        assert compiled[step] == pytest.approx(expected, abs=1e-5), step
+
+
+def test_a_compiled_run_resumes_to_the_last_bit(tmp_path):
+    """Dropout included, in a process that compiles at another batch."""
+    options = dict(checkpoint_steps=1, learning_rate=1e-3, final_learning_rate=1e-3, hidden_dropout=0.1)
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    run_cases("1+compile", tmp_path / "whole", max_steps=3, **options)
+    for steps in (1, 3):
+        run_cases("1+compile", tmp_path / "cut", max_steps=steps, resume=steps > 1, **options)
+    whole, cut = (metrics(tmp_path / folder / "1+compile") for folder in ("whole", "cut"))
+    assert len(whole) == 3 and whole == cut

@@ -1,5 +1,7 @@
-"""Launched by test_zero.py: one run in several ways, each in its own folder. $CASES: a comma list of a ZeRO stage and,
-after plus signs, options that are switched on."""
+"""Launched by test_zero.py and test_compilation.py: one run in several ways, each in its own folder.
+
+$CASES: a comma list of a ZeRO stage and, after plus signs, options that are switched on.
+"""
 
 import os
 import sys
