@@ -16,6 +16,7 @@ Queue and vocabulary are small, as their arithmetic is not.
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import io
 import logging
@@ -182,20 +183,19 @@ def bare_step(compile: bool = False, bf16: bool = False, steps: int = 20) -> dic
 
 @contextmanager
 def trainer(folder: Path, **options) -> Iterator[Trainer]:
-    """The real job's trainer, in a process group of one."""
+    """The real job's trainer, in a process group of one, which stays: DeepSpeed takes no second one of a process."""
     launch = LaunchOptions(str(DS_CONFIG), local_rank=-1)
-    start_distributed(launch)
-    try:
-        config = make_config("base", **TOY, output_dir=str(folder), **options)
-        config, deepspeed_config, output = prepare_run(config, launch)
-        with redirect_stdout(io.StringIO()):  # the record of the run
-            job = train.build_trainer(config, deepspeed_config, output, StopRequest())
-        job.engine.train()
-        yield job
-        job.loader.close()
-        job.log.close()
-    finally:
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        start_distributed(launch)
+        atexit.register(dist.destroy_process_group)
+    config = make_config("base", **TOY, output_dir=str(folder), **options)
+    config, deepspeed_config, output = prepare_run(config, launch)
+    with redirect_stdout(io.StringIO()):  # the record of the run
+        job = train.build_trainer(config, deepspeed_config, output, StopRequest())
+    job.engine.train()
+    yield job
+    job.loader.close()
+    job.log.close()
 
 
 def job_iteration(compile: bool = False, bf16: bool = False, steps: int = 20) -> dict[str, tuple[float, int]]:
