@@ -158,7 +158,7 @@ def collect(state: Path, results: Path) -> None:
     if not about.exists():  # the date of the first part names the file
         write(about, environment())
     run = json.loads(about.read_text())
-    run["busy_elsewhere"] = max(one["busy_elsewhere"] for one in (run, *runs))
+    run["busy_elsewhere"] = max((one["busy_elsewhere"] for one in runs), default=run["busy_elsewhere"])
     ceilings = {name: value for one in runs for name, value in one["ceilings"].items()}
     run |= {"ceilings": ceilings, "rows": [row for one in runs for row in one["rows"]], "parts": parts}
     print(f"results: {report.save(results, run)}")

@@ -47,6 +47,8 @@ VARIANTS = {
     "flex": ("FlexAttention", "#9467bd"),
     "projected": ("ALBEF: every sequence projected", "#2ca02c"),
     "open_clip": ("open_clip", "#2ca02c"),
+    "eager forward": ("eager attention's forward pass", "#7f7f7f"),
+    "ours": ("ours", "#d62728"),
     "inf_cl": ("Inf-CL", "#9467bd"),
     "liger": ("Liger-Kernel", "#8c564b"),
     "torch_fused": ("PyTorch, fused linear cross-entropy", "#9edae5"),
@@ -66,6 +68,7 @@ FRONT_SIZES: dict[str, dict[str, tuple]] = {
     "focal_itc": {"B": (4096,), "d": (256,)},
     "focal_itc_queue": {},
     "step": {"preset": ("small", "base")},
+    "word_maps": {},
 }
 # The pages that show all sizes, and of which benchmarks (None: of all).
 PAGES: dict[str, tuple[str, ...] | None] = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,14 @@ def test_the_front_page_refuses_a_loaded_machine_and_more_than_the_ceiling(run, 
         report.save(tmp_path / "results", changed)
         report.write_front(tmp_path / "results", page, tmp_path / "images")
         assert reason in capsys.readouterr().out and "| `word_soft_mask`" not in page.read_text()
+
+
+def test_the_front_page_knows_every_benchmark():
+    files = {path.stem: path.read_text() for path in ROOT.glob("benchmarks/bench_*.py")}
+    files = {name: text for name, text in files.items() if "comparison(" in text}
+    for name, text in files.items():
+        assert any(f'"{benchmark}"' in text for benchmark in report.FRONT_SIZES), name
+        assert set(re.findall(r'comparison\(\s*"(\w+)"', text)) <= set(report.FRONT_SIZES)
 
 
 def test_every_variant_has_a_name_and_a_color():
