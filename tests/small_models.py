@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from PIL import Image
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
 
@@ -30,6 +31,13 @@ def small_model(tokenizer, **options):
         fusion_layers=3, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=0, max_tokens=32, hidden_dropout=0.0,
     )  # fmt: skip
     return VisionLanguageModel(ModelConfig(**sizes | options))
+
+
+def small_pair(source, **options):
+    """A random model with two heads, in evaluation mode, and the tokenizer of the source's captions."""
+    tokenizer = small_tokenizer(source)
+    torch.manual_seed(0)
+    return small_model(tokenizer, **TWO_HEADS, **options).eval(), tokenizer
 
 
 def small_blip(image_size, patch_size, layers, vocabulary):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gloo_ranks import results_of_ranks
-from small_models import TWO_HEADS, small_model, small_tokenizer
+from small_models import small_pair
 
 from softmask_fast.data.pixels import evaluation_pixels
 from softmask_fast.data.sources import open_source
@@ -45,9 +45,7 @@ def small_source():
 
 
 def model_of(shapes):
-    tokenizer = small_tokenizer(shapes)
-    torch.manual_seed(0)
-    return small_model(tokenizer, **TWO_HEADS, soft_mask_layer=1).eval(), tokenizer
+    return small_pair(shapes, soft_mask_layer=1)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import TWO_HEADS, small_model, small_tokenizer
+from small_models import small_pair
 
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.types import BadSample, Sample
@@ -24,9 +24,7 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer(shapes):
-    tokenizer = small_tokenizer(shapes)
-    torch.manual_seed(0)
-    return small_model(tokenizer, **TWO_HEADS, fusion_layers=2).eval(), tokenizer
+    return small_pair(shapes, fusion_layers=2)
 
 
 def size_of(png):

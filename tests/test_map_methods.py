@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_models import TWO_HEADS, small_model, small_tokenizer
+from small_models import small_pair
 
 from softmask_fast.data.sources import open_source
 from softmask_fast.errors import UsageError
@@ -23,9 +23,7 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer(shapes):
-    tokenizer = small_tokenizer(shapes)
-    torch.manual_seed(0)
-    return small_model(tokenizer, **TWO_HEADS, vision_depth=2).eval(), tokenizer
+    return small_pair(shapes, vision_depth=2)
 
 
 def test_the_table_has_every_method(model_and_tokenizer, shapes):

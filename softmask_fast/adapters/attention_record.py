@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softmask_fast.adapters.scores import output_gradient
 from softmask_fast.errors import UsageError
 from softmask_fast.ops import word_gradcam
 from softmask_fast.ops.checks import compute_dtype
@@ -49,14 +50,7 @@ class AttentionRecord:
 
     def gradient(self, score: Tensor) -> Tensor:
         """d score / d output as (B, H, L, D); raises UsageError for a score that does not depend on the layer."""
-        gradient = None
-        if score.requires_grad:
-            (gradient,) = torch.autograd.grad(score.sum(), self.output, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            raise UsageError(
-                "score: expected one computed inside the `with` block from the layer's output, got one that does not "
-                "depend on it"
-            )
+        gradient = output_gradient(score, self.output)
         if self.projection is not None:
             gradient = gradient @ self.projection.to(gradient.dtype)
         return gradient.reshape(*gradient.shape[:2], self.query.shape[1], -1).transpose(1, 2)

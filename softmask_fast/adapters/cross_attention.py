@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from softmask_fast.adapters.attention_record import MASKED
 from softmask_fast.adapters.image_layouts import square_grid
-from softmask_fast.adapters.scores import UNREAD, notes
+from softmask_fast.adapters.scores import UNREAD, notes, output_gradient
 from softmask_fast.errors import UsageError
 from softmask_fast.ops import word_gradcam, word_soft_mask
 
@@ -83,17 +83,10 @@ class WordRelevance:
         """Query, key, value and the gradient of the attention output, each (B, H, T, D)."""
         if self.output is None:
             raise UsageError("score: expected a forward pass inside the `with` block first, the layer has not run yet")
-        gradient = None
         if score is None:
             with torch.enable_grad():
                 score = (self.score or _matched)(self.outputs)
-        if score.requires_grad:
-            (gradient,) = torch.autograd.grad(score.sum(), self.output, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            raise UsageError(
-                "score: expected one computed inside the `with` block from the layer's output, got one that does not "
-                "depend on it"
-            )
+        gradient = output_gradient(score, self.output)
         parts = [*(self.projected[name] for name in ("query", "key", "value")), gradient]
         return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
 

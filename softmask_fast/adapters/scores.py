@@ -1,4 +1,5 @@
-"""What a map explains where the caller names no score, and what is said of maps that are zero by construction."""
+"""What a map explains where the caller names no score, its gradient, and what is said of maps that are zero by
+construction."""
 
 from __future__ import annotations
 
@@ -14,6 +15,19 @@ LABEL_IGNORED = -100
 BEFORE = "before the image, which it cannot see"
 OUTSIDE = "the image is outside this layer's window"
 UNREAD = "not read by the score"
+
+
+def output_gradient(score: Tensor, output: Tensor) -> Tensor:
+    """d score / d output, of a layer that has run; the graph stays. Raises UsageError for a score without it."""
+    gradient = None
+    if score.requires_grad:
+        (gradient,) = torch.autograd.grad(score.sum(), output, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        raise UsageError(
+            "score: expected one computed inside the `with` block from the layer's output, got one that does not "
+            "depend on it"
+        )
+    return gradient
 
 
 def answer_start(inputs: dict[str, Any], answer: int | Tensor | None) -> Tensor | None:
