@@ -437,3 +437,14 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             FocalITCLoss(**options)(x, x, temperature=0.1, **arguments)
+
+
+def test_bad_arguments_are_named_before_anything_travels(monkeypatch):
+    """A rank that raises later would leave the others waiting; a ring would not look at a bias at all."""
+    x = unit(4, 0)
+    loss = FocalITCLoss(gather="ring")
+    monkeypatch.setattr(loss, "_join", lambda *_: pytest.fail("the ranks have exchanged sizes"))
+    with pytest.raises(ValueError, match="bias: expected None with loss='softmax'"):
+        loss(x, x, temperature=0.1, bias=1.0)
+    with pytest.raises(TypeError, match="seed: expected an integer, got float"):
+        loss(x, x, temperature=0.1, seed=0.5)

@@ -119,7 +119,7 @@ class SampleLoader(Generic[BatchType]):
             self._pool = ThreadPool(preparer, self.num_threads)
         self._closed = False
         self._progress = Progress()
-        self._chunks: deque[Chunk] = deque()  # submitted and not released, in order
+        self._chunks: deque[Chunk] = deque()  # submitted, their images still needed, in order
         try:
             self._restart()
         except BaseException:
@@ -305,7 +305,6 @@ class SampleLoader(Generic[BatchType]):
         """Gives up the chunks that ended in a selection whose images are no longer needed."""
         for _ in range(selection.finished):
             self._chunks.popleft()
-            self._pool.release()
         self._at -= selection.finished
         selection.finished = 0
 
@@ -326,7 +325,7 @@ class SampleLoader(Generic[BatchType]):
             chunk.visit += 1
             chunk.row += first not in chunk.prepared.problems
         last = chunk.visit - 1
-        selection.last, selection.progress.epoch = chunk.indices[last], chunk.epochs[last]
+        selection.last, selection.progress.epoch = chunk.keys[last], chunk.epochs[last]
         selection.progress.position = chunk.positions[last] + 1
         return problem
 
@@ -343,20 +342,20 @@ class SampleLoader(Generic[BatchType]):
                 raise problem
             else:
                 bad_in_a_row += 1
-                self._note_bad(self.source.keys[selection.last], str(problem), selection, selection.progress.epoch)
+                self._note_bad(selection.last, str(problem), selection)
                 if bad_in_a_row >= self._rank_samples:
                     raise self._fail("no sample of this rank can be used") from problem
         selection.progress.skipped_captions += int(selection.column("skipped_captions").sum())
         self._count_cut_texts(selection)
         return selection
 
-    def _note_bad(self, key: str, reason: str, selection: Selection, epoch: int) -> None:
+    def _note_bad(self, key: str, reason: str, selection: Selection) -> None:
         if key in self._known_bad:
             return
         self._known_bad[key] = selection.bad[key] = reason
         logger.warning("skipped %s: %s", key, reason)
         # a rank sees other samples in every epoch
-        seen = min(len(self.source), self._rank_samples * (epoch + 1))
+        seen = min(len(self.source), self._rank_samples * (selection.progress.epoch + 1))
         limit = int(self.max_bad_fraction * seen + 1e-9)
         if len(self._known_bad) > limit:
             self._search_bad(selection)
@@ -370,7 +369,7 @@ class SampleLoader(Generic[BatchType]):
             if len(self._known_bad) >= _NAMED_IN_ERROR:
                 return
             if isinstance(problem := self._visit(selection, 1), BadSample):
-                self._known_bad.setdefault(self.source.keys[selection.last], str(problem))
+                self._known_bad.setdefault(selection.last, str(problem))
 
     def _fail(self, message: str) -> BadDataError:
         """The error to raise, now and in every later call."""
@@ -415,7 +414,7 @@ class SampleLoader(Generic[BatchType]):
             raise error
         self._restart()
         for key, reason in undecodable.items():
-            self._note_bad(key, reason, selection, selection.progress.epoch)
+            self._note_bad(key, reason, selection)
         self.bad.update(undecodable)
 
     def _count_cut_texts(self, selection: Selection) -> None:

@@ -46,7 +46,7 @@ class Selection:
     keys: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     pieces: list[tuple[Prepared, int, int]] = field(default_factory=list)  # from which to which prepared sample
-    last: int = -1  # index of the sample visited last
+    last: str = ""  # key of the sample visited last
     finished: int = 0  # chunks that end in it
     transfer: Transfer | None = None
 

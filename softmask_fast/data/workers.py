@@ -67,9 +67,6 @@ class ThreadPool:
         self._futures.popleft()
         return result
 
-    def release(self) -> None:
-        """Says that the images of the earliest result not released yet are no longer needed."""
-
     def drop(self) -> None:
         """Forgets all jobs and results."""
         for future in self._futures:
@@ -83,14 +80,14 @@ class ThreadPool:
 class WorkerPool:
     """Prepares in worker processes, to which the jobs go in turn; used as `ThreadPool`.
 
-    At most `capacity` jobs may be submitted and not released. Raises WorkerError, which names the process, when one has
-    ended.
+    The images of a result are read in place, and gone once `capacity` more jobs have been submitted. Raises
+    WorkerError, which names the process, when one has ended.
     """
 
     def __init__(self, preparer: Preparer, workers: int, capacity: int):
         """Starts the processes. Raises UsageError if the preparer, which holds the source, cannot be pickled."""
         self._slots = -(-capacity // workers)
-        self._submitted = self._received = self._released = 0
+        self._submitted = self._received = 0
         self._workers: list[_Worker] = []
         try:
             content = pickle.dumps(preparer, _PROTOCOL)
@@ -124,13 +121,9 @@ class WorkerPool:
         prepared.images = worker.slots[slot].read(shapes)
         return prepared
 
-    def release(self) -> None:
-        self._released += 1
-
     def drop(self) -> None:
         while self._received < self._submitted:
             self.receive()
-        self._released = self._received
 
     def close(self) -> None:
         for worker in self._workers:

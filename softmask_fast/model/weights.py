@@ -101,6 +101,8 @@ class HeldWeights:
     def __init__(self, network: nn.Module):
         self.layers = weighted_layers(network)
         self.parts = [layer.joined() for layer in self.layers]
+        self.shapes = [part.shape() for parts in self.parts for part in parts]
+        self.sizes = [-(-shape.numel() // ALIGNMENT) * ALIGNMENT for shape in self.shapes]
         self.sharded = any(hasattr(parameter, "ds_id") for parameter in network.parameters())
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -125,10 +127,8 @@ class HeldWeights:
         return (tuple(part.join() for part in parts) for parts in self.parts)
 
     def _cast(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
-        shapes = [part.shape() for parts in self.parts for part in parts]
-        sizes = [-(-shape.numel() // ALIGNMENT) * ALIGNMENT for shape in shapes]
-        memory = self.parts[0][0].parameters[0].new_empty(sum(sizes), dtype=dtype).split(sizes)
-        copies = iter([_as(x, shape) for x, shape in zip(memory, shapes, strict=True)])
+        memory = self.parts[0][0].parameters[0].new_empty(sum(self.sizes), dtype=dtype).split(self.sizes)
+        copies = iter([_as(x, shape) for x, shape in zip(memory, self.shapes, strict=True)])
         cast = [[(part, next(copies)) for part in parts] for parts in self.parts]
         targets, sources, zeros = [], [], []
         for part, copy in (pair for layer in cast for pair in layer):

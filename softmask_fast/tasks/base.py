@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -111,13 +112,13 @@ class TaskStep(nn.Module):
 
         The momentum copy gives soft targets if `settings.alpha` is above 0. The other settings are unused.
         """
-        dtype = torch.bfloat16 if self.bf16 else None
+        dtype, soft = torch.bfloat16 if self.bf16 else None, settings.alpha > 0
         with (
             torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16),
             self.model.base.holding_weights(dtype),
-            teacher.model.base.holding_weights(dtype),
+            teacher.model.base.holding_weights(dtype) if soft else nullcontext(),
         ):
-            loss, metrics = self.model.loss(batch, teacher.model if settings.alpha > 0 else None, settings.alpha)
+            loss, metrics = self.model.loss(batch, teacher.model if soft else None, settings.alpha)
         metrics = metrics | {"loss": loss}
         return loss, {name: value.detach().float() for name, value in metrics.items()}
 

@@ -66,7 +66,7 @@ class StaticBatch:
     """A batch at fixed addresses, for batches of one size with captions of up to `length` tokens."""
 
     def __init__(self, like: Batch, length: int) -> None:
-        self.like, self.length = like, length
+        self.length = length
         texts = ("input_ids", "masked_ids", "attention_mask")
         self.texts = {name: getattr(like, name).new_zeros(len(like.ids), length) for name in texts}
         self.others = {name: torch.empty_like(getattr(like, name)) for name in ("pixels", "word_index", "ids")}

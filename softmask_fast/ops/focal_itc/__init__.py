@@ -161,7 +161,7 @@ def focal_itc_loss(
     seed = check_seed(seed, image, return_stats)
     temperature = as_scalar(temperature, image)
 
-    bias = _check_loss(loss, bias, positives, alpha, image)
+    bias = check_loss(loss, bias, positives, alpha, image)
     teachers = [None if alpha is None else teacher.detach() for teacher in (teacher_image, teacher_text)]
     problem = Problem(
         image, text, image_keys, text_keys, temperature, bias, *teachers, ids, key_ids, alpha, seed,
@@ -187,7 +187,7 @@ def statistics(of_rows: Tensor, hard_negative: Tensor) -> FocalITCStats:
     return FocalITCStats(*means.T.flatten().unbind(), *hard_negative.unbind())
 
 
-def _check_loss(
+def check_loss(
     loss: str, bias: float | Tensor | None, positives: str, alpha: Tensor | None, image: Tensor
 ) -> Tensor | None:
     """The bias as a 0-dim tensor in the `compute_dtype` of the image, None for the softmax."""

@@ -18,7 +18,7 @@ from softmask_fast.ops.checks import (
     check_tensor,
 )
 from softmask_fast.ops.collectives import JoinedBatch, exchange, world_size
-from softmask_fast.ops.focal_itc import FocalITCStats, focal_itc_loss, statistics
+from softmask_fast.ops.focal_itc import FocalITCStats, check_loss, focal_itc_loss, statistics
 from softmask_fast.ops.focal_itc.feature_queue import FeatureQueue, Features
 from softmask_fast.ops.focal_itc.ring import ring_rows
 from softmask_fast.ops.focal_itc.state import Problem
@@ -136,6 +136,8 @@ class FocalITCLoss(nn.Module):
         rows = Features(image, text, ids)
         alpha = self._check(rows, teacher_image, teacher_text, alpha, queue)
         check_choice("negatives", negatives, NEGATIVES)
+        check_seed(seed, image, False)
+        check_loss(self.loss, bias, self.positives, alpha, image)
         teacher = None if teacher_image is None else Features(teacher_image, teacher_text, ids)
         joined = self._join(rows, teacher, queue)
         ring = self.gather == "ring" and joined.world > 1

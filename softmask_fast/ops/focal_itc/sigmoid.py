@@ -85,10 +85,11 @@ def backward(grad_loss: Tensor, problem: Problem, wanted: list[bool]) -> list[Te
             gradient = torch.expm1(log_p).mul_(sign).mul_(side.weight(grad_loss, part, place))
             if problem.gamma:
                 gradient *= focal_weight(log_p, problem.gamma)
+            of_products = gradient / temperature
             if wanted[side.row_place]:
-                totals[side.row_place][part].addmm_(gradient / temperature, y)
+                totals[side.row_place][part].addmm_(of_products, y)
             if wanted[side.key_place]:
-                totals[side.key_place][place].addmm_((gradient / temperature).T, x)
+                totals[side.key_place][place].addmm_(of_products.T, x)
             if wanted[4]:
                 totals[4] -= (gradient * products).sum() / temperature**2
             if wanted[5]:

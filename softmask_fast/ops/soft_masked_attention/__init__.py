@@ -90,6 +90,8 @@ def soft_masked_attention(
     sequences = query.shape[0]
     if boundaries is not None:
         check_tensor("boundaries", boundaries, ("S + 1",), dtypes=(torch.int32,), like=("query", query))
+        if not len(boundaries):
+            raise ValueError("boundaries: expected at least one element, got none")
         sequences = boundaries.shape[0] - 1
     check_tensor("key", key, ("B", heads, "N", width), like=("query", query), same_dtype=True)
     check_has_tokens(key)
