@@ -15,7 +15,7 @@ from softmask_fast.data.images import check_image, decode_image
 from softmask_fast.data.types import BadSample, Sample
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import image_pixels
-from softmask_fast.evaluation.heatmaps import draw, explained_words, peak, strengths
+from softmask_fast.evaluation.heatmaps import draw, explained_words, left_out_notes, peak, strengths
 from softmask_fast.evaluation.map_statistics import color_statistics, map_statistics
 from softmask_fast.evaluation.tables import format_table
 from softmask_fast.model.export import load_model
@@ -70,10 +70,8 @@ def _own(
     for word, heat in zip(shown["words"], maps, strict=True):
         share = torch.from_numpy(heat.flatten() / heat.sum()).to(patches)
         words.append(WordMap(word["word"], "text", heat, (share @ patches).cpu().numpy()))
-    notes = [f"no map, beyond {model.config.max_tokens} tokens or without a token: {' '.join(shown['left_out'])}"]
-    explanation = Explanation(
-        shown["text"], None, "probability of a match", shown["matched"], words, notes if shown["left_out"] else []
-    )
+    notes = left_out_notes(model, shown["left_out"])
+    explanation = Explanation(shown["text"], None, "probability of a match", shown["matched"], words, notes)
     return Image.fromarray(picture), explanation
 
 
@@ -85,7 +83,7 @@ def explain_files(explain: Explainer, files: Sequence[Path], out: Path) -> tuple
     records, arrays = [], {}
     for file in files:
         picture, explanation = explain(file)
-        png = out if out.suffix == ".png" else out / f"{file.stem}.png"
+        png = out if out.suffix.lower() == ".png" else out / f"{file.stem}.png"
         title = explanation.text if explanation.answer is None else f"{explanation.text} {explanation.answer}".strip()
         heats, names = [word.heat for word in explanation.words], [word.text for word in explanation.words]
         note = f"{explanation.score}: {explanation.value:.3g}"

@@ -5,15 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_models import small_pair
 
+from softmask_fast.adapters.hub import Explanation, WordMap
 from softmask_fast.data.sources import open_source
 from softmask_fast.errors import UsageError
-from softmask_fast.evaluation import evaluate_grounding, evaluate_maps
+from softmask_fast.evaluation import evaluate_grounding, evaluate_maps, map_methods
 from softmask_fast.evaluation.boxes import box_coverage, region_score
 from softmask_fast.evaluation.coco import decode_mask, mask_score, read_coco_masks
 from softmask_fast.evaluation.map_methods import METHODS, method_maps
 from softmask_fast.evaluation.map_statistics import color_statistics, map_statistics
+from softmask_fast.word_maps import explain_files
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +140,17 @@ def test_statistics_by_hand():
     assert right["red_mean"] == pytest.approx(1) and right["green_mean"] == 0
     whole = color_statistics(picture, np.zeros((1, 2)))
     assert whole["red_mean"] == pytest.approx(0.5) and whole["red_spread"] == pytest.approx(0.5)
+
+
+def test_a_map_that_is_not_finite_is_an_error(model_and_tokenizer, shapes, monkeypatch):
+    monkeypatch.setattr(
+        map_methods, "method_maps", lambda *inputs: {n: m * torch.nan for n, m in method_maps(*inputs).items()}
+    )
+    with pytest.raises(UsageError, match="^model: its word_gradcam map of '.*' in .* is not finite$"):
+        evaluate_maps(*model_and_tokenizer, shapes, limit=2)
+
+
+def test_one_figure_is_the_named_file_whatever_the_case_of_its_ending(tmp_path):
+    explanation = Explanation("dog", None, "score", 0.5, [WordMap("dog", "text", np.eye(2), np.ones(3))], [])
+    explain_files(lambda _: (Image.new("RGB", (8, 8)), explanation), [tmp_path / "a.jpg"], tmp_path / "figure.PNG")
+    assert (tmp_path / "figure.PNG").is_file()

@@ -315,6 +315,7 @@ def test_second_derivative_raises():
         ("key_mask", torch.ones(4, 5).bool(), ValueError, r"key_mask: expected size \(2, 5\), got \(4, 5\)"),
         ("key_mask", torch.ones(2, 5, device="meta").bool(), ValueError, r"key_mask: expected device cpu .*, got meta"),
         ("scale", None.__class__, TypeError, r"scale: expected a number, got type"),
+        ("boundaries", torch.ones(0).int(), ValueError, r"query: expected size \(T, H, D\), got \(4, 2, 3, 4\)"),
         ("impl", "fast", ValueError, r"impl: soft_masked_attention has the implementations .*; got 'fast'"),
     ],
 )
@@ -323,6 +324,12 @@ def test_errors_name_the_argument(argument, value, error, message):
     tensors["image_index"] = torch.tensor([0, 1, 1, 0])
     with pytest.raises(error, match=message):
         soft_masked_attention(**(tensors | {argument: value}))
+
+
+def test_packed_rows_need_a_boundary():
+    rows, keys = torch.ones(4, 2, 3), torch.ones(1, 2, 5, 3)
+    with pytest.raises(ValueError, match="^boundaries: expected at least one element, got none$"):
+        soft_masked_attention(rows, keys, keys, boundaries=torch.ones(0, dtype=torch.int32))
 
 
 def test_autocast_casts_like_attention():

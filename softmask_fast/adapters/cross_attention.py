@@ -150,13 +150,17 @@ def cross_attention_relevance(
             handle.remove()
 
 
-def _matched(outputs: Any) -> Tensor:
-    """The logit of "matched" of BLIP, BridgeTower and alike."""
+def matching_logits(outputs: Any) -> Tensor:
+    """The logits (B, 2) of BLIP, BridgeTower and alike: not matched, matched."""
     logits = getattr(outputs, "itm_score", None)
     logits = getattr(outputs, "logits", None) if logits is None else logits
     if logits is None or logits.shape[1:] != (2,):
         raise UsageError("score: expected a callable or a tensor, as the output has no matching logits; got None")
-    return logits[:, 1]
+    return logits
+
+
+def _matched(outputs: Any) -> Tensor:
+    return matching_logits(outputs)[:, 1]
 
 
 def bert_cross_attention(model: nn.Module) -> list[nn.Module]:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from softmask_fast.adapters.cross_attention import WordRelevance
+from softmask_fast.adapters.cross_attention import WordRelevance, matching_logits
 from softmask_fast.adapters.decoders import image_token_id
 from softmask_fast.adapters.download import model_folder
 from softmask_fast.adapters.dual_encoders import is_dual_encoder, similarities
@@ -176,11 +176,10 @@ def _matching(model: nn.Module, processor: Any, image: Image.Image, text: str, l
     with torch.no_grad(), word_relevance(model, layer) as cam:
         outputs = model(**inputs)
         maps = cam.maps()
-    logits = getattr(outputs, "itm_score", None)
-    logits = outputs.logits if logits is None else logits
+    matched = matching_logits(outputs).softmax(-1)[0, 1].item()
     words = words_of(processor.tokenizer, inputs["input_ids"][0].tolist())
     made = _words(cam, processor, image, maps[0], cam.pictures(maps)[0], words, ["text"] * len(words))
-    return Explanation(text, None, "probability of a match", logits.softmax(-1)[0, 1].item(), made, _zero(cam, words))
+    return Explanation(text, None, "probability of a match", matched, made, _zero(cam, words))
 
 
 def _captioner(

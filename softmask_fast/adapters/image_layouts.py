@@ -194,14 +194,14 @@ def _internvl(model: nn.Module, inputs: dict[str, Any], runs: list, sizes: Any) 
             count = length // tokens
             parts = [Part((count - 1) * tokens, side, side)]
             if count > 1 and sizes is not None:
-                rows, columns = _canvas(count - 1, *sizes[number], model.config.vision_config.image_size)
+                rows, columns = _canvas(count - 1, *sizes[number])
                 parts += _tiles(rows, columns, side, tokens)
             images[-1].append(Layout(count * tokens, tuple(parts)))
             number += 1
     return images
 
 
-def _canvas(tiles: int, height: int, width: int, tile: Any) -> tuple[int, int]:
+def _canvas(tiles: int, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of a number of tiles with the aspect ratio nearest to the picture's."""
     pairs = [(rows, tiles // rows) for rows in range(1, tiles + 1) if tiles % rows == 0]
     return min(pairs, key=lambda pair: abs(width / height - pair[1] / pair[0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from softmask_fast.data.types import CaptionSource, Phrase, Sample
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import GroundingScore, grounding_score, proposal_score
 from softmask_fast.evaluation.common import (
+    Tokens,
     batches,
     eval_mode,
     gather_objects,
@@ -169,23 +170,32 @@ def map_layer(model: VisionLanguageModel, layer: int | None, words: bool = True)
 
 
 def phrase_maps(
-    model: VisionLanguageModel, tokenizer: Tokenizer, queries: Sequence[Query], *, layer: int | None = None,
-    relevance: Callable[..., Tensor] | None = None,
-) -> tuple[list[list[np.ndarray]], list[list[list[int]]]]:  # fmt: skip
-    """Computes the heat maps of phrases; `layer` is that of `map_layer`, `relevance` what makes the maps of the tokens,
-    by default the model's `word_relevance`.
+    model: VisionLanguageModel, tokenizer: Tokenizer, queries: Sequence[Query], *, layer: int | None = None
+) -> tuple[list[list[np.ndarray]], list[list[list[int]]]]:
+    """Computes the heat maps of phrases; `layer` is that of `map_layer`.
 
     Returns for each phrase of each query its map over the patches, (rows, cols) float32, and the token positions that
     the map averages. A phrase beyond max_tokens has no positions and a map of zeros. Raises UsageError for a layer
     without maps, or a phrase outside its caption.
     """
+    text, pixels = query_inputs(model, tokenizer, queries)
+    layer = map_layer(model, layer, words=not all(phrase.whole for _, _, phrases in queries for phrase in phrases))
+    return mean_maps(model, queries, text, model.word_relevance(pixels, text.input_ids, text.attention_mask, layer))
+
+
+def query_inputs(model: VisionLanguageModel, tokenizer: Tokenizer, queries: Sequence[Query]) -> tuple[Tokens, Tensor]:
+    """The captions of the queries, and the pixels (B, 3, image_size, image_size) of their images."""
     text = tokenize(model, tokenizer, [caption for _, caption, _ in queries])
     samples = {id(sample): sample for sample, _, _ in queries}  # an image with several captions is decoded once
     image_index = {identity: index for index, identity in enumerate(samples)}
     pixels = image_pixels(model, list(samples.values()))[[image_index[id(sample)] for sample, _, _ in queries]]
-    layer = map_layer(model, layer, words=not all(phrase.whole for _, _, phrases in queries for phrase in phrases))
-    relevance = relevance or model.word_relevance
-    tokens = relevance(pixels, text.input_ids, text.attention_mask, layer)  # (B, L, N)
+    return text, pixels
+
+
+def mean_maps(
+    model: VisionLanguageModel, queries: Sequence[Query], text: Tokens, tokens: Tensor
+) -> tuple[list[list[np.ndarray]], list[list[list[int]]]]:
+    """What `phrase_maps` returns, and raises of phrases, for maps of the tokens (B, L, N)."""
     tokens = tokens[:, :, model.prefix_tokens :].float().cpu().numpy()
     maps, spans = [], []
     for row, (sample, caption, phrases) in enumerate(queries):

@@ -56,12 +56,18 @@ def explain(
         UsageError: for a text without words, an unreadable image, or a layer without maps.
     """
     shown, maps = explained_words(model, tokenizer, image, text, layer=layer)
-    left_out = shown["left_out"]
-    notes = [f"no map, beyond {model.config.max_tokens} tokens or without a token: {' '.join(left_out)}"]
+    notes = left_out_notes(model, shown["left_out"])
     words = [word["word"] for word in shown["words"]]
     matched = f"match {100 * shown['matched']:.0f} %"
-    draw(image, words, maps, out, title=text, note=matched, footnotes=notes if left_out else [])
+    draw(image, words, maps, out, title=text, note=matched, footnotes=notes)
     return shown
+
+
+def left_out_notes(model: VisionLanguageModel, left_out: Sequence[str]) -> list[str]:
+    """What a figure says of the words without a map."""
+    if not left_out:
+        return []
+    return [f"no map, beyond {model.config.max_tokens} tokens or without a token: {' '.join(left_out)}"]
 
 
 def explained_words(

@@ -13,7 +13,7 @@ from softmask_fast.data.types import CaptionSource
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import box_coverage, grounding_score, region_score
 from softmask_fast.evaluation.common import batches, eval_mode, gather_objects, sample_count
-from softmask_fast.evaluation.grounding import caption_queries, map_layer, phrase_maps
+from softmask_fast.evaluation.grounding import caption_queries, map_layer, mean_maps, query_inputs
 from softmask_fast.evaluation.tables import format_table, percent
 from softmask_fast.ops import word_gradcam
 
@@ -65,17 +65,12 @@ def evaluate_maps(
     skipped: dict[str, str] = {}
     scores: dict[str, list[tuple[float, float, float]]] = {key: [] for key in METHODS}
     images: set[str] = set()
-    maps: dict[str, Tensor] = {}  # of the batch, by method
-
-    def make(pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, layer: int) -> Tensor:
-        maps.update(method_maps(model, pixels, input_ids, attention_mask, layer))
-        return maps["word_gradcam"]
 
     with eval_mode(model):
         for queries in batches(caption_queries(source, count, skipped, progress), batch_size):
-            found = {"word_gradcam": phrase_maps(model, tokenizer, queries, layer=layer, relevance=make)}
-            for key in ("attention", "rollout", "gradcam"):
-                found[key] = phrase_maps(model, tokenizer, queries, layer=layer, relevance=lambda *_, k=key: maps[k])
+            text, pixels = query_inputs(model, tokenizer, queries)
+            made = method_maps(model, pixels, text.input_ids, text.attention_mask, layer)
+            found = {key: mean_maps(model, queries, text, tokens) for key, tokens in made.items()}
             for row, (sample, _, phrases) in enumerate(queries):
                 images.add(sample.key)
                 for number, phrase in enumerate(phrases):
@@ -83,6 +78,8 @@ def evaluate_maps(
                         continue
                     for key, (heats, _) in found.items():
                         heat = heats[row][number]
+                        if not np.isfinite(heat).all():
+                            raise UsageError(f"model: its {key} map of {phrase.text!r} in {sample.key} is not finite")
                         score = grounding_score(heat, phrase.boxes)
                         iou = region_score(heat, box_coverage(phrase.boxes, *heat.shape))
                         scores[key].append((score.hit, iou, score.mass_inside))
