@@ -231,7 +231,23 @@ def test_pairs_without_a_negative_are_not_scored_as_unmatched(batch, hard_negati
     logits = step.model.match_tokens(step.model.vision(batch.pixels), text_tokens, batch.attention_mask)
     expected = F.cross_entropy(logits, torch.ones(PAIRS, dtype=torch.int64))
     torch.testing.assert_close(metrics["itm"].double(), expected, rtol=1e-6, atol=1e-7)
-    assert metrics["itm_accuracy"] == (logits.argmax(-1) == 1).float().mean()
+    assert metrics["itm_accuracy"] == metrics["itm_true_pair_accuracy"] == (logits.argmax(-1) == 1).float().mean()
+    assert metrics["itm_other_image"].isnan() and metrics["itm_other_text_accuracy"].isnan()
+
+
+def test_matching_is_measured_for_each_kind_of_pair(batch, monkeypatch):
+    """Against the logits, row by row; one row has no negative."""
+    step, teacher = make_step(hard_negatives=False)
+    monkeypatch.setattr("softmask_fast.model.pretraining.draw_any_other", lambda *_: torch.tensor([1, 2, -1, 0]))
+    seen = []
+    step.model.match_head.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    _, metrics = step(batch, teacher, SETTINGS)
+    kinds = {"true_pair": 1, "other_image": 0, "other_text": 0, "soft_masked": 1}
+    for logits, (kind, label) in zip(seen[-1].float().split(PAIRS), kinds.items(), strict=True):
+        logits = logits if label else logits[[0, 1, 3]]
+        torch.testing.assert_close(metrics[f"itm_{kind}"], -logits.log_softmax(-1)[:, label].mean())
+        torch.testing.assert_close(metrics[f"itm_{kind}_accuracy"], (logits.argmax(-1) == label).float().mean())
+    assert not make_step(soft_mask=False)[0](batch, teacher, SETTINGS)[1].keys() & {"itm_soft_masked"}
 
 
 def test_any_other_pair_is_a_negative_without_its_similarity(batch):

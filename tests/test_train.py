@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from shard_files import write_shard
 from test_loader import BAD, GOOD
 
+from softmask_fast.training.metrics import board_tag
+
 ROOT = Path(__file__).parent.parent
 STEPS = 10
 SMALL = {
@@ -113,6 +115,12 @@ def same_run(first: Path, second: Path) -> None:
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_kinds_of_pairs_are_groups_in_tensorboard():
+    names = ("itm", "itm_accuracy", "mlm_accuracy", "itm_other_text", "itm_soft_masked_negative_accuracy")
+    groups = ["itm", "itm_accuracy", "mlm_accuracy", "itm/other_text", "itm_accuracy/soft_masked_negative"]
+    assert [board_tag(name) for name in names] == groups
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     """Two ranks, from the first step to the last, from a working directory that is not the repository."""
@@ -131,6 +139,8 @@ def test_a_run_leaves_its_record(uninterrupted):
     assert list(logged) == list(range(1, STEPS + 1))
     for name in ("loss", "itc", "itm", "mlm", "itm_accuracy", "temperature", "learning_rate", "alpha", "bad_samples"):
         assert name in logged[STEPS], name
+    kinds = ("true_pair", "other_image", "other_text", "soft_masked")
+    assert sum(logged[STEPS][f"itm_{kind}"] for kind in kinds) / 4 == pytest.approx(logged[STEPS]["itm"], rel=1e-5)
     record = json.loads((uninterrupted / "evaluation.json").read_text())
     assert record["step"] == STEPS and record["data"] == SMALL["data"] and record["size"] == 32
     assert record["headline"]["name"] == "mean recall" and set(record["reports"]) == {"retrieval", "grounding"}

@@ -38,8 +38,12 @@ class TeacherOutputs:
 
 @dataclass
 class Sequences:
-    """S texts for the fusion encoder, each with the image that it attends to, and what is read of the result."""
+    """S texts for the fusion encoder, each with the image that it attends to, and what is read of the result.
 
+    All parts of a step have the same S.
+    """
+
+    kind: str  # of pair, as metrics name it
     text: Tensor  # (S, L, C)
     mask: Tensor  # (S, L) bool, True = token
     image_index: Tensor  # (S,) int64
@@ -67,7 +71,9 @@ class PretrainingStep(nn.Module):
         Returns:
             The loss and the detached metrics, all float32 scalars: "loss"; "itc", "itm" and "mlm" if they have a
             weight; "temperature"; "itc_image_accuracy", "itc_text_accuracy", "itm_accuracy" and "mlm_accuracy", from 0
-            to 1; "soft_mask_mean", the fraction of the patches that the soft masks remove.
+            to 1; "itm_<kind>" and "itm_<kind>_accuracy", those of one kind of pair ("true_pair", "other_image",
+            "other_text", "soft_masked"), NaN without such pairs; "soft_mask_mean", the fraction of the patches that
+            the soft masks remove.
         """
         with (
             torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16),
@@ -108,7 +114,7 @@ class PretrainingStep(nn.Module):
         # Collect the sequences. All attend to one of the images, whose keys and values are computed once.
         pairs = torch.arange(len(mask), device=mask.device)
         matched = torch.full_like(pairs, MATCHED) if objectives.itm_weight else None
-        true_pairs = Sequences(text_tokens, mask, pairs, target=matched, token_bounds=bounds)
+        true_pairs = Sequences("true_pair", text_tokens, mask, pairs, target=matched, token_bounds=bounds)
         sequences, images = [true_pairs], image_tokens
         if objectives.itm_weight:
             images, wrong_image, wrong_text = self._negatives(stats, image_tokens, true_pairs)
@@ -116,18 +122,20 @@ class PretrainingStep(nn.Module):
         keys_values = model.fusion.keys_values(images)
         if objectives.itm_weight and objectives.soft_mask:
             keep = self._soft_mask(batch, text_tokens, keys_values, packing)
-            sequences.append(replace(true_pairs, keep=keep))
+            sequences.append(replace(true_pairs, kind="soft_masked", keep=keep))
             metrics["soft_mask_mean"] = 1 - keep[:, model.prefix_tokens :].mean()
         if objectives.mlm_weight and objectives.masked_captions:
             true_pairs.words = batch.mlm_positions
         elif objectives.mlm_weight:
-            masked_text, _ = model.encode_text(batch.masked_ids, mask, packing)
-            sequences.append(Sequences(masked_text, mask, pairs, words=batch.mlm_positions, token_bounds=bounds))
+            text, _ = model.encode_text(batch.masked_ids, mask, packing)
+            positions = batch.mlm_positions
+            sequences.append(Sequences("masked_caption", text, mask, pairs, words=positions, token_bounds=bounds))
 
         # Fuse, match, predict the masked words
         first_tokens, masked_words = self._fuse(sequences, keys_values)
         if objectives.itm_weight:
-            losses["itm"], metrics["itm_accuracy"] = self._match(sequences, first_tokens)
+            losses["itm"], by_kind = self._match(sequences, first_tokens)
+            metrics |= by_kind
         if objectives.mlm_weight:
             losses["mlm"], metrics["mlm_accuracy"] = self._predict_words(
                 masked_words, batch.mlm_labels, teacher_out, settings.alpha
@@ -207,8 +215,8 @@ class PretrainingStep(nn.Module):
         else:
             other_image, other_text = ((rows - _first_row(len(mask))).clamp(min=0) for rows in chosen)
             images, text, mask = image_tokens, index_rows(text, other_text), mask[other_text]
-        wrong_image = replace(pairs, image_index=other_image, target=image_target)
-        return images, wrong_image, Sequences(text, mask, pairs.image_index, target=text_target)
+        wrong_image = replace(pairs, kind="other_image", image_index=other_image, target=image_target)
+        return images, wrong_image, Sequences("other_text", text, mask, pairs.image_index, target=text_target)
 
     @torch.no_grad()
     def _soft_mask(self, batch: Batch, text_tokens: Tensor, keys_values: list[KeyValue], packing: Packing) -> Tensor:
@@ -250,12 +258,20 @@ class PretrainingStep(nn.Module):
         fused = self.model.fusion(text, mask, keys_values, image_index, keep, positions, packing)
         return fused.split([sum(map(len, first_tokens)), sum(map(len, words))])
 
-    def _match(self, sequences: list[Sequences], first_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """ITM of the fused [CLS] tokens (M, C): loss and accuracy."""
+    def _match(self, sequences: list[Sequences], first_tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """ITM of the fused [CLS] tokens (M, C): the loss, and the metrics of all pairs and of each kind."""
         logits = self.model.match_head(first_tokens)
-        target = torch.cat([part.target for part in sequences if part.target is not None])
-        loss = F.cross_entropy(logits.float(), target, ignore_index=NOT_SCORED)
-        return loss, (logits.argmax(-1) == target).float().sum() / (target != NOT_SCORED).sum()
+        scored = [part for part in sequences if part.target is not None]
+        target = torch.cat([part.target for part in scored])
+        log_p = logits.float().log_softmax(-1)
+        loss = F.nll_loss(log_p, target, ignore_index=NOT_SCORED)
+        each = F.nll_loss(log_p.detach(), target, ignore_index=NOT_SCORED, reduction="none")
+        rows = torch.stack([each, logits.argmax(-1) == target, target != NOT_SCORED])  # (3, M) float32
+        sums = rows.unflatten(1, (len(scored), -1)).sum(-1)  # (3, kinds)
+        _, right, count = sums.sum(1).unbind()
+        names = [f"itm_{part.kind}{what}" for what in ("", "_accuracy") for part in scored]
+        by_kind = dict(zip(names, (sums[:2] / sums[2]).flatten().unbind(), strict=True))
+        return loss, {"itm_accuracy": right / count} | by_kind
 
     def _predict_words(
         self, masked_words: Tensor, labels: Tensor, teacher_out: TeacherOutputs, alpha: float | Tensor

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 import time
 from contextlib import ExitStack
@@ -32,6 +34,12 @@ def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
     return [record for _, record in kept]
 
 
+def board_tag(name: str) -> str:
+    """TensorBoard's name of a metric: those of one kind of pair are in groups, "itm/other_text"."""
+    kind = re.fullmatch(r"itm_(?!accuracy)(.+?)(_accuracy)?", name)
+    return f"itm{kind[2] or ''}/{kind[1]}" if kind else name
+
+
 class MetricsLog:
     """Writes metrics on rank 0: one JSON object per line, the same in TensorBoard, and the progress bar.
 
@@ -40,6 +48,8 @@ class MetricsLog:
     - `step`: optimizer steps done; `epoch`: passes over the data so far
     - `loss`: the weighted sum of `itc`, `itm` and `mlm` (pretraining), in nats
     - `itc_image_accuracy`, `itc_text_accuracy`, `itm_accuracy`, `mlm_accuracy`, `accuracy`: fractions in [0, 1]
+    - `itm_true_pair`, `itm_other_image`, `itm_other_text`, `itm_soft_masked`: the matching loss of one kind of pair,
+      and `..._accuracy` of each; left out if a rank's batch had no pair of the kind
     - `soft_mask_mean`: mean strength of the soft mask, 0 (keeps all) to 1; `temperature`: of the contrast
     - `learning_rate`; `alpha`: weight of the teacher's soft targets
     - `data_wait`: fraction of the time since the last line that was spent waiting for data
@@ -67,20 +77,23 @@ class MetricsLog:
         """Opened for the first line, so that the first step does not wait for the import."""
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.first_step + 1)
+        board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.first_step + 1)
+        charts = {"loss": ["Multiline", ["itm/.*"]], "accuracy": ["Multiline", ["itm_accuracy/.*"]]}
+        board.add_custom_scalars({"matching, by kind of pair": charts})
+        return board
 
     def write(self, step: int, metrics: dict[str, float], operations: int) -> None:
         """Log the metrics of a step that took `operations` operations on one device."""
         now = time.monotonic()
         per_second = (step - self.since_step) / (now - self.since)
-        metrics = metrics | {
+        metrics = {name: value for name, value in metrics.items() if not math.isnan(value)} | {
             "pairs_per_second": self.pairs_per_step * per_second,
             "flops_utilisation": operations * per_second / self.matmul_rate,
         }
         self.since, self.since_step = now, step
         self.file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in metrics.items()}}) + "\n")
         for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+            self.board.add_scalar(board_tag(name), value, step)
         shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "itc", "itm", "mlm") if name in metrics}
         meters = {
             "pairs/s": f"{metrics['pairs_per_second']:.0f}",
