@@ -70,7 +70,7 @@ def report(evaluator: Evaluator | None, output: Path) -> None:
     curves, held_out = output / "curves.png", []
     for record in evaluator.records() if evaluator else []:
         headline = record["headline"]
-        held_out.append({"step": record["step"], f"held-out {headline['name']}": headline["value"]})
+        held_out.append({"step": record["step"], headline["name"]: headline["value"]})
     plot_curves(output / "metrics.jsonl", curves, held_out)
     if evaluator is None:
         print(f"no evaluation: no --eval_data was given; the curves are in {curves}")
