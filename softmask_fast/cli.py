@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softmask_fast import __version__
-from softmask_fast.errors import UsageError, format_error, is_user_error
+from softmask_fast.errors import UsageError, format_error, is_user_error, printable
 from softmask_fast.options import CommandParser
 from softmask_fast.utils import write_json
 
@@ -141,7 +141,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     report = (_evaluate_pretrained if options.task in PRETRAINED else _evaluate_answers)(options, common)
     print(report.table())
     for key, reason in report.skipped.items():
-        print(f"skipped {key}: {reason}", file=sys.stderr)
+        print(printable(f"skipped {key}: {reason}"), file=sys.stderr)
     if options.json is not None:
         from softmask_fast.evaluation.record import evaluation_record
 
@@ -260,7 +260,7 @@ def _prepare(options: argparse.Namespace) -> None:
     if summary.skipped_captions:
         print(f"{summary.skipped_captions} captions without a word were dropped")
     for row, image, reason in summary.bad[:10]:
-        print(f"row {row}: {image}: {reason}", file=sys.stderr)
+        print(printable(f"row {row}: {image}: {reason}"), file=sys.stderr)
     if summary.bad:
         print(f"{len(summary.bad)} images cannot be used; {options.out / 'bad.csv'} lists them", file=sys.stderr)
 

@@ -1,10 +1,45 @@
-"""Separates user errors, which are shown in one line, from bugs, which keep their traceback."""
+"""Separates user errors, which are shown in one line, from bugs, which keep their traceback; what messages may show."""
 
 from __future__ import annotations
 
+import re
+import reprlib
+from typing import Any
+
+# scheme, user and password, host and path, query or fragment up to the next URL of a list
+_URL = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s/?#]*@)?([^\s,?#]*)((?:[?#](?:(?!,[a-z][a-z0-9+.-]*://)\S)*)?)", re.I)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
 
 class UsageError(ValueError):
-    """Something that the user can fix: an option, a data file, weights, a model folder."""
+    """Something that the user can fix: an option, a data file, weights, a model folder. The message is one line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(without_secrets(message)))
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that is no printable character: names in data may hold line breaks, escape
+    sequences of terminals, or characters that turn the writing direction around."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def without_secrets(text: str) -> str:
+    """The text, its URLs without user, password, query and fragment, which may be signatures or tokens. In file://
+    these are parts of a name."""
+
+    def shown(url: re.Match) -> str:
+        return url[0] if url[1].lower() == "file://" else url[1] + url[3]
+
+    return _URL.sub(shown, text) if "://" in text else text
+
+
+def short(value: Any) -> str:
+    """A value of unknown size and depth as a message shows it."""
+    return _SHORT.repr(value)
 
 
 def is_user_error(error: BaseException) -> bool:
@@ -15,5 +50,5 @@ def is_user_error(error: BaseException) -> bool:
 def format_error(error: BaseException) -> str:
     """The message of a user error, without the name of its class."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return printable(without_secrets(f"{error.filename}: {error.strerror}"))
     return str(error)

@@ -14,6 +14,7 @@ from typing import Any
 
 from softmask_fast.errors import UsageError
 
+MAX_LIST_BYTES = 1 << 32  # of a JSON file or a table, which are read into memory
 PACKAGES = ("softmask_fast", "torch", "triton", "transformers", "timm", "deepspeed", "nvidia-dali-cuda130", "xformers")
 
 
@@ -37,11 +38,35 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: str | Path, option: str) -> Any:
-    """The content of a JSON file. Raises UsageError, naming the option that the path came from, if it is invalid."""
+    """The content of a JSON file. Raises UsageError, naming the option that the path came from, if it is invalid or
+    larger than `MAX_LIST_BYTES`."""
+    check_size(path, option)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_bytes())
     except ValueError as error:
         raise UsageError(f"{option}: {path} is not valid JSON: {error}") from error
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text. Raises ValueError if it is invalid, nested too deep, or an object has a name twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):  # json would keep the last value
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return content
+
+
+def check_size(path: str | Path, option: str) -> None:
+    """Raises UsageError if a file is too large to be read into memory."""
+    if (size := os.path.getsize(path)) > MAX_LIST_BYTES:
+        raise UsageError(f"{option}: {path} has {size} bytes, the limit is {MAX_LIST_BYTES}")
 
 
 def file_sha256(path: Path) -> str:

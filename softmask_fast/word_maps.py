@@ -13,7 +13,7 @@ from PIL import Image
 from softmask_fast.adapters.hub import Explanation, WordMap, explain_image, open_model
 from softmask_fast.data.images import check_image, decode_image
 from softmask_fast.data.types import BadSample, Sample
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, printable
 from softmask_fast.evaluation.common import image_pixels
 from softmask_fast.evaluation.heatmaps import draw, explained_words, left_out_notes, peak, strengths
 from softmask_fast.evaluation.map_statistics import color_statistics, map_statistics
@@ -100,8 +100,8 @@ def explain_files(explain: Explainer, files: Sequence[Path], out: Path) -> tuple
         })  # fmt: skip
         print(_table(records[-1]))
         for note in explanation.notes:
-            print(note)
-        print(f"written to {png}")
+            print(printable(note))
+        print(printable(f"written to {png}"))
     return records, arrays
 
 

@@ -62,8 +62,10 @@ def write_table(path):
         parquet.write_table(pyarrow.Table.from_pylist(objects), path)
     else:
         with open(path, "w", encoding="utf-8-sig", newline="") as file:
-            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writerows([("image", "caption"), *ROWS])
+            if path.suffix == ".tsv":
+                file.writelines("\t".join(row) + "\n" for row in [("image", "caption"), *ROWS])
+            else:
+                csv.writer(file).writerows([("image", "caption"), *ROWS])
     return path
 
 
@@ -165,8 +167,8 @@ def test_phrases_and_other_columns(images, tmp_path):
     columns = {"image_column": "file", "caption_column": "texts"}
     done = make_shards(tmp_path / "pairs.json", images, tmp_path / "out", workers=1, **columns)
     assert [reason.split(":")[0] for _, _, reason in done.bad] == [
-        'malformed "phrases"',
-        "column 'texts' must be a string or a list of strings, got '[7]'",
+        '"phrases", entry 0',
+        "column 'texts' must be a string or a list of strings, got [7]",
         "image does not exist",
     ]
     source = open_source(str(tmp_path / "out"))

@@ -1,22 +1,27 @@
 """Checks images before they are decoded in batches: one file that DALI cannot decode would cost its whole batch.
 
 Files that all decoders read alike (RGB and gray JPEG, PNG, WebP) pass through untouched. The others (CMYK, palettes,
-alpha, 16 bits, EXIF rotation outside JPEG) are converted by PIL, so that every device sees the same pixels.
+alpha, 16 bits, a rotation that is not one plain EXIF entry of a JPEG) are converted by PIL, so that every device sees
+the same pixels.
 """
 
 from __future__ import annotations
 
 import io
+import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from softmask_fast.data.types import BadSample
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # normalization of CLIP and ALBEF, for pixels in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_IMAGE_BYTES = 1 << 30  # of an encoded file; 89 million pixels of 16-bit RGBA, not compressed, are 0.7e9
 MAX_PIXELS = 89_478_485  # PIL's own limit against decompression bombs
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: a JPEG followed by further pictures, as phones write it
 _ORIENTATION = 0x0112  # EXIF tag
@@ -33,9 +38,15 @@ class ImageFacts:
 
 
 def read_image(path: str | Path) -> bytes:
-    """The content of an image file. Raises BadSample if it cannot be read."""
+    """The content of an image file. Raises BadSample if it cannot be read, or has more than MAX_IMAGE_BYTES."""
     try:
+        if not os.path.isfile(path) and os.path.exists(path):  # a pipe would wait, a device may not end
+            raise BadSample(f"image is no file: {path}")
+        if (size := os.path.getsize(path)) > MAX_IMAGE_BYTES:
+            raise BadSample(f"image has {size} bytes, the limit is {MAX_IMAGE_BYTES}: {path}")
         return Path(path).read_bytes()
+    except BadSample:
+        raise
     except (OSError, ValueError) as error:  # ValueError: not a valid path, such as one with a null byte
         raise BadSample(f"image cannot be read: {error}") from error
 
@@ -66,6 +77,7 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
             orientation = picture.getexif().get(_ORIENTATION, 1)
             picture.load()
             plain = picture.mode in ("RGB", "L") and "transparency" not in picture.info
+            plain = plain and _plain_orientation(picture) == orientation
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
@@ -77,7 +89,32 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
         raise BadSample(f"image cannot be decoded: {error}") from error
     if orientation in _TRANSPOSED:
         width, height = height, width
-    return ImageFacts(width, height, convert=not plain or (orientation != 1 and not is_jpeg))
+    return ImageFacts(width, height, convert=not plain)
+
+
+def _plain_orientation(picture: Image.Image) -> int | None:
+    """The orientation as every decoder reads it; None if they could differ: PIL also reads XMP and any type of number,
+    and of several EXIF segments the first."""
+    found = [picture.info["exif"]] if "exif" in picture.info else []
+    if isinstance(picture, JpegImageFile):
+        found = [data for marker, data in picture.applist if marker == "APP1" and data[:6] == b"Exif\0\0"]
+    if not found:
+        return 1
+    if len(found) > 1 or not isinstance(picture, JpegImageFile):
+        return None
+    exif = found[0][6:]
+    try:
+        order = {b"II*\0": "<", b"MM\0*": ">"}[exif[:4]]
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, start)
+        entries = [struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * number) for number in range(count)]
+    except (KeyError, struct.error):
+        return None
+    values = [entry[1:] for entry in entries if entry[0] == _ORIENTATION]
+    if not values:
+        return 1
+    kind, length, value = values[0]
+    return value if len(values) == 1 and (kind, length) == (3, 1) and 1 <= value <= 8 else None
 
 
 def image_size(image: bytes | np.ndarray) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from softmask_fast.data.selection import Chunk, Progress, Selection
 from softmask_fast.data.transfer import Transfer
 from softmask_fast.data.types import BadSample, Batch, CaptionSource, UnreachableFile
 from softmask_fast.data.workers import ThreadPool, WorkerError, WorkerPool, default_threads
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from softmask_fast.data.dali_pipeline import DaliPipeline
@@ -353,7 +353,7 @@ class SampleLoader(Generic[BatchType]):
         if key in self._known_bad:
             return
         self._known_bad[key] = selection.bad[key] = reason
-        logger.warning("skipped %s: %s", key, reason)
+        logger.warning("skipped %s: %s", printable(key), printable(reason))
         # a rank sees other samples in every epoch
         seen = min(len(self.source), self._rank_samples * (selection.progress.epoch + 1))
         limit = int(self.max_bad_fraction * seen + 1e-9)
@@ -374,7 +374,7 @@ class SampleLoader(Generic[BatchType]):
     def _fail(self, message: str) -> BadDataError:
         """The error to raise, now and in every later call."""
         self.bad.update(self._known_bad)
-        first = "\n".join(f"  {key}: {reason}" for key, reason in list(self.bad.items())[:_NAMED_IN_ERROR])
+        first = "\n".join(printable(f"  {key}: {reason}") for key, reason in list(self.bad.items())[:_NAMED_IN_ERROR])
         self._failure = BadDataError(f"{message}; {len(self.bad)} bad so far, the first are:\n{first}")
         return self._failure
 
@@ -424,7 +424,7 @@ class SampleLoader(Generic[BatchType]):
             key = selection.keys[row]
             if key not in self._truncated_keys:  # logged at the first visit only
                 self._truncated_keys.add(key)
-                logger.info("text of %s cut from %d to %d tokens", key, tokens[row], self.max_tokens)
+                logger.info("text of %s cut from %d to %d tokens", printable(key), tokens[row], self.max_tokens)
 
 
 class PretrainingLoader(SampleLoader[Batch]):

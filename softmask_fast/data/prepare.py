@@ -9,10 +9,10 @@ import multiprocessing
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from softmask_fast.data.images import check_image, convert_image, read_image
 from softmask_fast.data.parsing import parse_phrases, usable_captions
 from softmask_fast.data.shards import INDEX_SUFFIX, write_index
 from softmask_fast.data.sources import expand_names, expand_paths
+from softmask_fast.data.tables import TableEntry, read_table
 from softmask_fast.data.types import BadSample
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, printable
 from softmask_fast.utils import file_sha256, write_json, write_text
 
 JPEG_QUALITY = 95  # of downsized images; the others keep their bytes
-TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
@@ -57,16 +57,6 @@ class ShardsReport:
     bad: list[tuple[int, str, str]]  # row, image, reason
 
 
-@dataclass
-class TableEntry:
-    """An image of the table with the captions of all its rows, unchecked."""
-
-    row: int  # of its first mention, counted from 1 without the header
-    image: str
-    captions: list[Any] = field(default_factory=list)
-    phrases: list[Any] = field(default_factory=list)
-
-
 def make_shards(
     pairs: Path, images: Path, out: Path, *, shard_size: int = 5000, short_side: int | None = None,
     image_column: str = "image", caption_column: str = "caption", workers: int | None = None, progress: bool = False,
@@ -78,7 +68,7 @@ def make_shards(
     interrupted run.
 
     Args:
-        pairs: The table, in one of `TABLE_FORMATS`.
+        pairs: The table, in one of `tables.TABLE_FORMATS`.
         images: Folder of the image paths in the table.
         out: Folder of the shards, new or empty.
         shard_size: Listed images per shard.
@@ -111,8 +101,7 @@ def make_shards(
             )
             table = io.StringIO()
             csv.writer(table, lineterminator="\n").writerows([("row", "image", "reason"), *report.bad])
-            # a name may contain a lone surrogate
-            write_text(out / "bad.csv", table.getvalue().encode("utf-8", "backslashreplace").decode("utf-8"))
+            write_text(out / "bad.csv", table.getvalue())
             write_json(out / "prepared.json", asdict(report) | {"bad": len(report.bad), "plan": asdict(plan)})
     except Timeout:
         raise UsageError(f"out: another process is preparing {out}") from None
@@ -177,7 +166,7 @@ def _write_shard(number: int, entries: list[TableEntry], plan: Plan, out: Path, 
             try:
                 extension, image, text, skipped = _sample(entry, plan)
             except BadSample as error:
-                bad.append((entry.row, entry.image, str(error)))
+                bad.append((entry.row, printable(entry.image), str(error)))
                 continue
             for name, content in ((f"{index:09d}.{extension}", image), (f"{index:09d}.json", text)):
                 member = tarfile.TarInfo(name)  # without times and owners: the same input gives the same bytes
@@ -226,79 +215,3 @@ def _downsize(image: bytes, short_side: int) -> bytes:
     buffer = io.BytesIO()
     resized.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
-
-
-def read_table(path: Path, image_column: str, caption_column: str) -> list[TableEntry]:
-    """The images in the order of their first mention. A caption may be a string or a list of strings.
-
-    Raises:
-        UsageError: If the table cannot be read or lacks one of the columns.
-        ModuleNotFoundError: For parquet without pyarrow.
-    """
-    if path.suffix not in TABLE_FORMATS:
-        raise UsageError(f"pairs: expected a table ({', '.join(TABLE_FORMATS)}), got {path}")
-    entries: dict[str, TableEntry] = {}
-    for number, row in enumerate(_rows(path, (image_column, caption_column)), 1):
-        if not isinstance(row, dict):
-            raise UsageError(f"pairs: {path}: row {number} must be an object, got {str(row)[:60]!r}")
-        # JSON has no header: a row without an image is reported as bad later
-        image = row.get(image_column)
-        name = image if isinstance(image, str) else "" if image is None else str(image)[:200]
-        entry = entries.setdefault(name or f"\0{number}", TableEntry(number, name))
-        captions = row.get(caption_column)
-        if isinstance(captions, list):
-            entry.captions += captions
-        elif captions is not None:
-            entry.captions.append(captions)
-        phrases = row.get("phrases") or []
-        entry.phrases += phrases if isinstance(phrases, list) else [phrases]
-    if not entries:
-        raise UsageError(f"pairs: {path} lists no images")
-    return list(entries.values())
-
-
-def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Any]:
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path, columns)
-        return
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".json":
-                rows = json.load(file)
-                if not isinstance(rows, list):
-                    raise ValueError(f"expected a list of objects, got {type(rows).__name__}")
-                yield from rows
-            elif path.suffix == ".jsonl":
-                for line in file:
-                    if line.strip():
-                        yield json.loads(line)
-            else:
-                reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-                _check_columns(reader.fieldnames or [], columns)
-                yield from reader
-    except (ValueError, csv.Error, RecursionError) as error:
-        raise UsageError(f"pairs: {path} cannot be read: {error}") from error
-
-
-def _parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"pairs: {path}: reading parquet needs pyarrow (pip install pyarrow); or use a CSV or JSON table",
-            name="pyarrow",
-        ) from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(file.schema_arrow.names, columns)
-            wanted = [name for name in dict.fromkeys((*columns, "phrases")) if name in file.schema_arrow.names]
-            for batch in file.iter_batches(columns=wanted):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise UsageError(f"pairs: {path} cannot be read: {error}") from error
-
-
-def _check_columns(columns: Sequence[str], wanted: Iterable[str]) -> None:
-    if missing := [name for name in wanted if name not in columns]:
-        raise ValueError(f"no column {missing[0]!r}; the columns are {', '.join(map(repr, columns))}")

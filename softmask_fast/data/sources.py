@@ -14,13 +14,13 @@ from braceexpand import UnbalancedBracesError, braceexpand
 
 from softmask_fast.config import DataConfig
 from softmask_fast.data.images import read_image
-from softmask_fast.data.parsing import distinct_keys, relative_names, usable_captions
+from softmask_fast.data.parsing import check_captions, distinct_keys, relative_names, usable_captions
 from softmask_fast.data.remote.options import RemoteOptions
 from softmask_fast.data.seeding import image_ids
 from softmask_fast.data.shards import ShardSource
 from softmask_fast.data.synthetic import ShapesSource
-from softmask_fast.data.types import CaptionSource, Sample
-from softmask_fast.errors import UsageError
+from softmask_fast.data.types import BadSample, CaptionSource, Sample
+from softmask_fast.errors import UsageError, short
 from softmask_fast.utils import read_json
 
 
@@ -108,6 +108,8 @@ def expand_paths(names: Sequence[str]) -> list[Path]:
         paths += found
     if missing := [str(path) for path in paths if not path.exists()]:
         raise UsageError(f"data: {len(missing)} of {len(paths)} files do not exist: {', '.join(missing[:10])}")
+    if other := [path for path in paths if not path.is_file()]:
+        raise UsageError(f"data: expected files, {other[0]} is none")
     return paths
 
 
@@ -122,16 +124,21 @@ class JsonListSource:
     def __init__(self, paths: Sequence[Path], image_root: str | None = None):
         """image_root: folder of relative image paths; default: the folder of the JSON file."""
         self._images: list[str] = []
-        self._captions: list[Any] = []
+        self._captions: list[str | list[str] | BadSample] = []
         for path in paths:
             entries = read_json(path, "data")
             if not isinstance(entries, list):
                 raise UsageError(f"data: {path} must be a JSON list of objects, got {type(entries).__name__}")
             for number, entry in enumerate(entries):
                 if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-                    raise UsageError(f'data: {path}: entry {number} has no "image" path: {str(entry)[:100]}')
+                    raise UsageError(f'data: {path}: entry {number} has no "image" path: {short(entry)}')
                 self._images.append(os.path.abspath(os.path.join(image_root or path.parent, entry["image"])))
-                self._captions.append(entry.get("caption"))
+                captions = entry.get("caption")
+                try:
+                    check_captions(captions, '"caption"')
+                except BadSample as error:  # raised when the sample is read
+                    captions = BadSample(str(error))
+                self._captions.append(captions)
         if not self._images:
             raise UsageError(f"data: no samples in {', '.join(map(str, paths))}")
         names = relative_names(self._images)
@@ -152,6 +159,8 @@ class JsonListSource:
 
     def load(self, located: tuple[str, str, Any]) -> Sample:
         key, image, raw = located
+        if isinstance(raw, BadSample):
+            raise BadSample(str(raw))
         captions, skipped = usable_captions(raw, '"caption"')
         return Sample(key, read_image(image), captions, skipped_captions=skipped)
 

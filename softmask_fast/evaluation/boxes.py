@@ -79,7 +79,8 @@ def proposal_score(
     width, height = size
     full = F.interpolate(torch.from_numpy(heat)[None, None].double(), size=(height, width), mode="bicubic")[0, 0]
     pixels = [np.round(np.multiply(box, (width, height, width, height)), 3) for box in proposals]
-    sums = [full[int(y1) : int(y2), int(x1) : int(x2)].sum().item() for x1, y1, x2, y2 in pixels]
+    edges = [np.maximum(box, 0).astype(int) for box in pixels]  # a negative index would count from the other end
+    sums = [full[y1:y2, x1:x2].sum().item() for x1, y1, x2, y2 in edges]
     areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in pixels]
     chosen = int(np.argmax(np.divide(sums, np.sqrt(areas))))
     right = [max(intersection_over_union(box, proposal) for box in boxes) >= 0.5 for proposal in proposals]

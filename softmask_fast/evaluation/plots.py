@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, printable
 from softmask_fast.utils import replacing
 
 if TYPE_CHECKING:
@@ -148,7 +148,11 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def save_figure(figure: Figure, out: str | Path) -> None:
-    """Writes a PNG, and its folder if there is none."""
+    """Writes a PNG, and its folder if there is none. All text is drawn as it stands, never as a formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set(parse_math=False, usetex=False, text="\n".join(map(printable, text.get_text().split("\n"))))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(out)) as temporary:
         figure.savefig(temporary, format="png", dpi=130, facecolor="white")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, without_secrets
 from softmask_fast.evaluation.tables import Report
 
 
@@ -19,12 +19,12 @@ def evaluation_record(
     the keys that do not apply; see docs/training.md.
 
     Args:
-        data: the held-out data, as an option names it.
+        data: the held-out data, as an option names it; of URLs no password or signature is recorded.
         size: most samples that are taken of it; None or 0: all.
         headline: name and value in [0, 1] of the metric that the best model is chosen by.
         about: what was evaluated: "step" and "epoch" of a run, or the "model" folder.
     """
-    record = about | {"data": data}
+    record = about | {"data": without_secrets(data)}
     if size:
         record["size"] = size
     if headline is not None:

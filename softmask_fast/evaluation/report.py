@@ -10,6 +10,7 @@ import torch
 
 from softmask_fast.config import Config
 from softmask_fast.data.sources import open_as_configured
+from softmask_fast.errors import without_secrets
 from softmask_fast.evaluation.common import usable_samples
 from softmask_fast.evaluation.grounding import evaluate_grounding
 from softmask_fast.evaluation.plots import plot_curves
@@ -63,7 +64,8 @@ def report_run(
     curves = output / "curves.png"
     plot_curves(output / "metrics.jsonl", curves)
     if evaluation is None:
-        print(f"no evaluation: no --eval_data was given for {config.data.data}; the curves are in {curves}")
+        data = without_secrets(config.data.data)
+        print(f"no evaluation: no --eval_data was given for {data}; the curves are in {curves}")
         return
     model, tokenizer = load_model(output / "model", device)
     heatmap_page(model, tokenizer, evaluation.source, output / "heatmaps.png")

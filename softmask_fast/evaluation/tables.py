@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from softmask_fast.errors import printable
+
 
 class Report(Protocol):
     """The result of an evaluation. All scores are fractions in [0, 1]; only `table` shows percent."""
@@ -27,11 +29,12 @@ def percent(fraction: float, digits: int = 1) -> str:
 def format_title(title: str, notes: dict[str, int]) -> str:
     """The title, followed by those notes (what is counted -> count) that are not zero."""
     counted = ", ".join(f"{count} {what}" for what, count in notes.items() if count)
-    return f"{title} ({counted})" if counted else title
+    return printable(f"{title} ({counted})" if counted else title)
 
 
 def format_table(title: str, notes: dict[str, int], header: list[str], rows: list[list[str]]) -> str:
     """A plain-text table under its title and notes: the first column left-aligned, the others right-aligned."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:

@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softmask_fast.data.images import image_size, read_image
-from softmask_fast.data.parsing import distinct_keys, relative_names
+from softmask_fast.data.parsing import distinct_keys, is_box, is_numbers, limited, relative_names
 from softmask_fast.data.preparing import Column, Preparer, Ragged
 from softmask_fast.data.seeding import image_ids
 from softmask_fast.data.sources import expand_names, expand_paths
 from softmask_fast.data.synthetic import ShapesSource
-from softmask_fast.data.types import Phrase, Sample
-from softmask_fast.errors import UsageError
+from softmask_fast.data.types import BadSample, Phrase, Sample
+from softmask_fast.errors import UsageError, short
 from softmask_fast.tasks.synthetic import ShapesTask
 from softmask_fast.utils import read_json
 
 if TYPE_CHECKING:
     import torch
+
+_DEPTH = 4  # of an entry that is kept
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class EntryFormat:
         elif self.lacks_label(entry):
             target = None
         else:
-            raise UsageError(f'"{self.label}": expected none, as in the first entry, got {entry[self.label]!r}')
+            raise UsageError(f'"{self.label}": expected none, as in the first entry, got {short(entry[self.label])}')
         return text, target, self.images(entry)
 
     def lacks_label(self, entry: Any) -> bool:
@@ -82,14 +84,14 @@ def text_field(entry: dict[str, Any], name: str) -> str:
     """The stripped text of a field. Raises UsageError for anything else."""
     text = entry.get(name)
     if not isinstance(text, str) or not text.strip():
-        raise UsageError(f'"{name}": expected a text, got {text!r}')
+        raise UsageError(f'"{name}": expected a text, got {short(text)}')
     return text.strip()
 
 
 def choice_field(entry: dict[str, Any], name: str, choices: Sequence[str]) -> int:
     """The index of a field's value in `choices`. Raises UsageError for any other value."""
     if entry.get(name) not in choices:
-        raise UsageError(f'"{name}": expected one of {list(choices)}, got {entry.get(name)!r}')
+        raise UsageError(f'"{name}": expected one of {list(choices)}, got {short(entry.get(name))}')
     return choices.index(entry[name])
 
 
@@ -143,7 +145,7 @@ class JsonExamples(ExampleSource):
                 except UsageError as error:
                     raise UsageError(f"data: {path}: entry {number}: {error}") from error
                 self._parsed.append((text, target, [os.path.abspath(root / image) for image in images]))
-                self._entries.append(entry)
+                self._entries.append(limited(entry, _DEPTH))
                 names.append(f"{path.stem}-{number:06d}")
         self.keys = distinct_keys(names)
         self.image_ids = image_ids(relative_names([images[0] for _, _, images in self._parsed]))
@@ -162,7 +164,7 @@ class JsonExamples(ExampleSource):
 def _entries(path: Path) -> list[Any]:
     entries = read_json(path, "data")
     if not isinstance(entries, list) or not entries:
-        raise UsageError(f"data: {path}: expected a list of objects, got {str(entries)[:60]}")
+        raise UsageError(f"data: {path}: expected a list of objects, got {short(entries)}")
     return entries
 
 
@@ -239,9 +241,11 @@ class ExpressionSource:
         if box is None:
             return Sample(example.key, image, [text])
         width, height = image_size(image)
-        box, *proposals = (
-            (x / width, y / height, (x + w) / width, (y + h) / height) for x, y, w, h in [box, *proposals]
-        )
+        fractions = [(x / width, y / height, (x + w) / width, (y + h) / height) for x, y, w, h in [box, *proposals]]
+        for given, fraction in zip([box, *proposals], fractions, strict=True):
+            if not is_box(fraction):
+                raise BadSample(f"box {given} lies outside the image of {width} x {height} pixels")
+        box, *proposals = fractions
         phrase = Phrase(text, text, 0, len(text.split()), [box], proposals, whole=True)
         return Sample(example.key, image, [text], [phrase])
 
@@ -254,6 +258,8 @@ def open_expressions(data: str, **options: Any) -> ExpressionSource:
 def _boxes(entry: dict[str, Any]) -> tuple[list[float] | None, list[list[float]]]:
     """The box and the proposals of an expression, each [x, y, width, height] in pixels; no box for training."""
     box, proposals = entry.get("box"), entry.get("proposals", [])
+    if not isinstance(proposals, list):
+        raise UsageError(f'"proposals": expected a list of boxes, got {short(proposals)}')
     if box is not None:
         _check_box("box", box)
     for proposal in proposals:
@@ -262,6 +268,5 @@ def _boxes(entry: dict[str, Any]) -> tuple[list[float] | None, list[list[float]]
 
 
 def _check_box(name: str, box: Any) -> None:
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(number, int | float) for number in box)
-    if not numbers or box[2] <= 0 or box[3] <= 0:
-        raise UsageError(f'"{name}": expected x, y, width and height in pixels, got {box!r}')
+    if not is_numbers(box) or box[2] <= 0 or box[3] <= 0:
+        raise UsageError(f'"{name}": expected x, y, width and height in pixels, got {short(box)}')

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import BertLMHeadModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, short
 from softmask_fast.evaluation.vqa_accuracy import FEWEST_ANNOTATORS, vqa_accuracy
 from softmask_fast.model.text import bert_config
 from softmask_fast.model.vision_language import VisionLanguageModel, hold_key_biases
@@ -41,7 +41,7 @@ def _weighted_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
     if isinstance(given, str) and given.strip():
         return [(given, SINGLE_ANSWER_WEIGHT)]
     if not _is_list_of_texts(given):
-        raise UsageError(f'"answer": expected a text or a list of texts, got {given!r}')
+        raise UsageError(f'"answer": expected a text or a list of texts, got {short(given)}')
     return [(answer, count / len(given)) for answer, count in Counter(given).items()]
 
 
@@ -51,7 +51,7 @@ def _annotated_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
     if isinstance(entry["answer"], list) and len(entry["answer"]) < FEWEST_ANNOTATORS:
         raise UsageError(
             f'"answer": expected one text, or those of at least {FEWEST_ANNOTATORS} people (VQA v2 has ten), got '
-            f"{entry['answer']!r}"
+            f"{short(entry['answer'])}"
         )
     return answers
 
@@ -64,7 +64,7 @@ def read_answers(path: str | Path) -> list[str]:
     """The distinct answers of a JSON list of texts, in order. Raises UsageError if the file holds anything else."""
     answers = read_json(path, "answers")
     if not _is_list_of_texts(answers):
-        raise UsageError(f"answers: {path}: expected a JSON list of texts, got {str(answers)[:60]}")
+        raise UsageError(f"answers: {path}: expected a JSON list of texts, got {short(answers)}")
     return list(dict.fromkeys(answers))
 
 

@@ -27,6 +27,7 @@ from softmask_fast.evaluation.record import parse_record
 from softmask_fast.evaluation.report import PretrainingEvaluation, held_out_pairs
 from softmask_fast.options import spell
 from softmask_fast.training.options import parse_arguments
+from softmask_fast.training.run_record import shown
 from softmask_fast.utils import write_json, write_text
 
 # the options that switch a part off
@@ -134,9 +135,9 @@ def check_options(options: Sequence[str], seeds: int, deepspeed: str) -> Config:
 
 def check_folder(output: Path, config: Config) -> None:
     """Store the options in the folder. Raises UsageError naming one that its earlier runs had otherwise."""
-    path, current = output / "options.json", json.loads(json.dumps(asdict(config)))
+    path, current = output / "options.json", json.loads(json.dumps(shown(asdict(config))))
     if path.exists():
-        before = renamed(_flat(json.loads(path.read_text())))
+        before = renamed(_flat(shown(json.loads(path.read_text()))))
         for name, value in _flat(current).items():
             if before[name] != value:
                 raise UsageError(f"{name}: was {before[name]!r} in the runs of {output}, got {value!r}")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from softmask_fast.config import RunConfig, renamed
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, without_secrets
 from softmask_fast.ops.registry import describe
 from softmask_fast.utils import installed_versions
 
@@ -29,21 +29,28 @@ def run_record(config: RunConfig, device: torch.device, model: nn.Module, **abou
     return {
         "versions": installed_versions(),
         "device": name,
-        "command": sys.argv,
+        "command": [without_secrets(argument) for argument in sys.argv],
         "operators": {operator: chosen.get(device.type) for operator, chosen in describe().items()},
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         **about,
-        "config": asdict(config),
+        "config": shown(asdict(config)),
     }
+
+
+def shown(options: Any) -> Any:
+    """Options, by section or not, with URLs without passwords and signatures, which a resumed run may change."""
+    if isinstance(options, dict):
+        return {name: shown(value) for name, value in options.items()}
+    return without_secrets(options) if isinstance(options, str) else options
 
 
 def check_same_run(output: Path, config: RunConfig) -> None:
     """Raise UsageError if a resumed run changes an option other than those of `TrainConfig` and `MAY_CHANGE`."""
     stored = json.loads((output / "config.json").read_text())["config"]
-    for section, options in asdict(config).items():
+    for section, options in shown(asdict(config)).items():
         if section == "train" or not isinstance(options, dict):
             continue
-        before = renamed(stored[section])
+        before = renamed(shown(stored[section]))
         for name, value in options.items():
             # an option that did not exist yet had the effect of its present default
             if before.get(name, value) != value and name not in MAY_CHANGE:

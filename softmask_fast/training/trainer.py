@@ -18,6 +18,7 @@ from softmask_fast.config import RunConfig
 from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.loader import SampleLoader
 from softmask_fast.data.workers import default_workers
+from softmask_fast.errors import printable
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.model.export import save_model
 from softmask_fast.model.momentum import MomentumCopy
@@ -217,7 +218,7 @@ class Trainer:
             self.save()
         if bad := self.bad_samples():
             reasons = "; ".join(f"{key} ({reason})" for key, reason in bad.items())
-            logger.warning("skipped %d samples: %s", len(bad), reasons)
+            logger.warning("skipped %d samples: %s", len(bad), printable(reasons))
         self.loader.close()
         ended = self.state.step == self.steps
         if ended:
