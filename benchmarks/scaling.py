@@ -136,7 +136,12 @@ def core_seconds_per_image(data: str, batches: int = 6) -> float:
     source = open_source(data, split="train", seed=0, image_size=256)
     tokenizer = train_tokenizer(sample_captions(source, 500), 4000)
     with PretrainingLoader(
-        source, tokenizer, batch_size=32, image_size=256, max_tokens=30, seed=0,
+        source,
+        tokenizer,
+        batch_size=32,
+        image_size=256,
+        max_tokens=30,
+        seed=0,
         augment=AugmentConfig.of(config.data),
     ) as loader:
         next(loader)

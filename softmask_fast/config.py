@@ -7,8 +7,9 @@ are those of the paper. Configurations are frozen: `dataclasses.replace` makes a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args, get_type_hints
 
 from softmask_fast.errors import UsageError
 
@@ -27,8 +28,38 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+KINDS = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false"}
+
+
+class Section:
+    """A dataclass of options, whose values are of the types that its fields name. Raises UsageError for others."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            _require(any(_is_of(value, kind) for kind in kinds), name, KINDS[kinds[0]], value)
+
+
+def _is_of(value: object, kind: type) -> bool:
+    if kind is not float or type(value) not in (int, float):
+        return type(value) is kind
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+# The largest sizes of a model: what is beyond is a mistake or an attack, and would take all memory before it fails.
+MOST = {
+    1 << 10: ("text_heads", "text_layers", "fusion_layers", "vision_heads", "vision_depth"),
+    1 << 14: ("image_size", "vision_patch_size", "max_tokens"),
+    1 << 16: ("text_width", "vision_width", "embed_dim"),
+    1 << 24: ("vocab_size", "text_positions"),
+}
+
+
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """Sizes and starting weights of the vision-language model."""
 
     image_size: int = option(256, "Side of the square input image in pixels.")
@@ -62,16 +93,28 @@ class ModelConfig:
     soft_mask_layer: int = option(2, "Fusion layer (0 = first) whose Grad-CAM makes the mask.")
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "image_size", "text_width", "text_heads", "text_layers", "fusion_layers")
-        _require_at_least(self, 1, "embed_dim", "vocab_size", "text_positions")
+        super().__post_init__()
+        for most, names in MOST.items():
+            for name in names:
+                value = getattr(self, name)
+                _require(value is None or 1 <= value <= most, name, f"from 1 to {most}", value)
         _require(self.max_tokens >= 3, "max_tokens", "at least 3 ([CLS], one token, [SEP])", self.max_tokens)
-        heads, width = self.text_heads, self.text_width
-        _require(width % heads == 0, "text_width", f"a multiple of text_heads={heads}", width)
+        for part in ("text", "vision"):
+            heads, width, ratio = (getattr(self, f"{part}_{name}") for name in ("heads", "width", "mlp_ratio"))
+            whole = heads is None or width is None or width % heads == 0
+            _require(whole, f"{part}_width", f"a multiple of {part}_heads={heads}", width)
+            _require(ratio is None or 0 < ratio <= 1000, f"{part}_mlp_ratio", "above 0, at most 1000", ratio)
+        patch = self.vision_patch_size
+        _require(
+            patch is None or patch <= self.image_size,
+            "vision_patch_size",
+            f"at most image_size={self.image_size}",
+            patch,
+        )
         if self.model_weights:
             for name in ("vision_weights", "text_weights"):
                 expected = "'random' with model_weights, which fill the whole model"
                 _require(getattr(self, name) == "random", name, expected, getattr(self, name))
-        _require(self.text_mlp_ratio > 0, "text_mlp_ratio", "above 0", self.text_mlp_ratio)
         _require(0 <= self.hidden_dropout < 1, "hidden_dropout", "in [0, 1)", self.hidden_dropout)
         # The last layer only feeds [CLS], so attention of the words there has no gradient.
         layer, last = self.soft_mask_layer, self.fusion_layers - 1
@@ -80,7 +123,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class MomentumConfig:
+class MomentumConfig(Section):
     """The momentum teacher, its soft targets, and the contrastive loss against its features."""
 
     focal_gamma: float = option(2.0, "Focal exponent of the contrastive loss; 0 disables it.")
@@ -99,6 +142,7 @@ class MomentumConfig:
     distill_ramp_steps: int | None = option(None, "Steps until distill_alpha is reached; default: one epoch.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("momentum", "distill_alpha"):
             _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         _require_at_least(self, 0, "focal_gamma", "queue_size", "queue_warmup_steps")
@@ -130,7 +174,7 @@ class ObjectiveConfig(MomentumConfig):
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """Where the pairs come from and how the images are augmented."""
 
     data: str = option(
@@ -166,11 +210,12 @@ class DataConfig:
     download_timeout: float = option(60.0, "Seconds without data after which an attempt fails.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(not self.eval_size or self.eval_size > 0, "eval_size", "at least 0", self.eval_size)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     """The run: its length, its optimizer, its outputs."""
 
     output_dir: str | None = option(None, "Output folder; default: runs/<preset>-<n> with the next free n.")
@@ -203,6 +248,7 @@ class TrainConfig:
     log_steps: int = option(10, "Steps between lines of metrics.jsonl and TensorBoard.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_at_least(self, 1, "batch_size", "gradient_accumulation_steps", "log_steps")
         _require_at_least(self, 1, "checkpoint_steps", "keep_checkpoints")
         _require_at_least(self, 0, "profile")
@@ -265,7 +311,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
     if not condition:
-        raise UsageError(f"{name}: expected {expected}, got {got!r}")
+        raise UsageError(f"{name}: expected {expected}, got {got!r:.100}")
 
 
 def _require_at_least(config: object, least: int, *names: str) -> None:

@@ -52,3 +52,13 @@ def format_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return printable(without_secrets(f"{error.filename}: {error.strerror}"))
     return str(error)
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message in one line, at most 300 characters, without its advice to trust what a file brings."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it asks for code of its own, which is never run"
+    if "weights_only" in text:
+        return "it holds more than tensors and plain containers, and nothing else is unpickled"
+    return text[:300] or type(error).__name__

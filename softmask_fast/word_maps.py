@@ -47,7 +47,10 @@ def explainer(
 def _is_foreign(folder: Path) -> bool:
     if (folder / "open_clip_config.json").is_file():
         return True
-    return (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json", "model")
+    if not (folder / "config.json").is_file():
+        return False
+    config = read_json(folder / "config.json", "model")
+    return isinstance(config, dict) and "model_type" in config
 
 
 def _read(file: Path) -> Image.Image:
@@ -68,7 +71,8 @@ def _own(
         patches = model.vision(image_pixels(model, [Sample("image", picture, [])]))[0, model.prefix_tokens :]
     words = []
     for word, heat in zip(shown["words"], maps, strict=True):
-        share = torch.from_numpy(heat.flatten() / heat.sum()).to(patches)
+        share = torch.from_numpy(heat.flatten()).to(patches)
+        share = share / share.sum()  # NaN for a map of zeros
         words.append(WordMap(word["word"], "text", heat, (share @ patches).cpu().numpy()))
     notes = left_out_notes(model, shown["left_out"])
     explanation = Explanation(shown["text"], None, "probability of a match", shown["matched"], words, notes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from softmask_fast.errors import UsageError
 
@@ -43,3 +46,12 @@ def model_folder(name: str | Path) -> Path:
             f"--model: {name} is no folder and not in the cache, and the hub cannot be reached "
             f"({type(error).__name__}); with a network, `hf download {name} --local-dir DIR`, then --model DIR"
         ) from error
+
+
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Inside the `with` block the hub's client serves from its cache alone: a folder's files make no request."""
+    from huggingface_hub import constants
+
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", True):
+        yield

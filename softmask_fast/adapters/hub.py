@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from softmask_fast.adapters.cross_attention import WordRelevance, matching_logits
 from softmask_fast.adapters.decoders import image_token_id
-from softmask_fast.adapters.download import model_folder
+from softmask_fast.adapters.download import model_folder, without_hub
 from softmask_fast.adapters.dual_encoders import is_dual_encoder, similarities
 from softmask_fast.adapters.image_layouts import WHOLE, Box, Layout, Part, on_picture, square_grid
 from softmask_fast.adapters.scores import answer_log_probability
 from softmask_fast.adapters.transformers import word_relevance
 from softmask_fast.adapters.words import Word, with_answer, words_of
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, one_line
+from softmask_fast.utils import read_json
 
 PROMPT = "Describe the image."
+SAFELY = {"trust_remote_code": False, "local_files_only": True}  # a folder is data: it runs no code, and asks no hub
 
 
 @dataclass(frozen=True)
@@ -50,34 +52,50 @@ class Explanation:
 def open_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
     """A model of transformers or open_clip in eval mode, and its processor, by a folder or a name on the hub.
 
+    No code that it brings runs; weights are read as tensors alone.
+
     Raises:
         UsageError: within 10 seconds, if it is not on this machine and the hub cannot be reached; or for a model that
             cannot be opened.
     """
     folder = model_folder(name)
-    if (folder / "open_clip_config.json").is_file():
-        try:
-            import open_clip
-        except ModuleNotFoundError as error:
-            raise UsageError(f"--model: {name} is open_clip's: pip install open_clip_torch") from error
-        source = f"local-dir:{folder}"
-        model, transform = open_clip.create_model_from_pretrained(source)
-        return model.to(device).eval(), (transform, open_clip.get_tokenizer(source))
+    family = _open_clip if (folder / "open_clip_config.json").is_file() else _transformers
+    try:
+        with without_hub():
+            model, processor = family(folder, device)
+    except UsageError:
+        raise
+    except Exception as error:  # of damaged files the libraries raise many kinds
+        raise UsageError(f"--model: {name} cannot be opened: {one_line(error)}") from error
+    return model.to(device).eval(), processor
+
+
+def _open_clip(folder: Path, device: torch.device | str) -> tuple[nn.Module, Any]:
+    try:
+        import open_clip
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--model: {folder} is open_clip's: pip install open_clip_torch") from error
+    source, given = f"local-dir:{folder}", {}
+    if read_json(folder / "open_clip_config.json", "--model")["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
+        given = SAFELY  # the file could ask for code
+    model, transform = open_clip.create_model_from_pretrained(source)
+    return model, (transform, open_clip.get_tokenizer(source, **given))
+
+
+def _transformers(folder: Path, device: torch.device | str) -> tuple[nn.Module, Any]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        kind = getattr(transformers, (config.architectures or [""])[0], None)
-        if kind is None:
-            raise UsageError(f"--model: expected a model of transformers, got {name} with {config.architectures}")
-        model = kind.from_pretrained(folder, dtype="auto" if torch.device(device).type == "cuda" else torch.float32)
-        processor = transformers.AutoProcessor.from_pretrained(folder)
-        if isinstance(processor, transformers.PreTrainedTokenizerBase):  # a captioner's folder may have no processor
-            processor = (transformers.AutoImageProcessor.from_pretrained(folder), processor)
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"--model: {name} cannot be opened: {' '.join(str(error).split())[:300]}") from error
-    return model.to(device).eval(), processor
+    config = transformers.AutoConfig.from_pretrained(folder, **SAFELY)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise UsageError(f"--model: expected a model of transformers, got {folder} with {config.architectures}")
+    dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
+    model = kind.from_pretrained(folder, dtype=dtype, weights_only=True, **SAFELY)
+    processor = transformers.AutoProcessor.from_pretrained(folder, **SAFELY)
+    if isinstance(processor, transformers.PreTrainedTokenizerBase):  # a captioner's folder may have no processor
+        processor = (transformers.AutoImageProcessor.from_pretrained(folder, **SAFELY), processor)
+    return model, processor
 
 
 def explain_image(

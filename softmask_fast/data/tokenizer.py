@@ -9,7 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, one_line
+from softmask_fast.utils import read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4 in a trained vocabulary
 MAX_LETTERS = 1000
@@ -20,19 +21,42 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
     Raises UsageError if it cannot be loaded or is no BERT-style tokenizer.
     """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        _check_files(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
-        where = "a local folder" if Path(name_or_path).is_dir() else "no local folder, and not found on the hub"
+        options = {"use_fast": True, "trust_remote_code": False, "local_files_only": folder.is_dir()}
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
+    except Exception as error:  # the tokenizers' own are no more than `Exception`
+        where = "a local folder" if folder.is_dir() else "no local folder, and not found on the hub"
         raise UsageError(
             f"tokenizer: cannot load {name_or_path!r} ({where}). Pass a folder written by save_pretrained() (with "
             f"tokenizer.json), download one on a machine with a network (hf download google-bert/bert-base-uncased), "
-            f"or leave the name empty to train one on the captions. Reason: {error}"
+            f"or leave the name empty to train one on the captions. Reason: {one_line(error)}"
         ) from error
-    missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+    known = set(tokenizer.get_vocab()).intersection(tokenizer.all_special_tokens)
+    missing = [token for token in SPECIAL_TOKENS if token not in known]
     if missing or not tokenizer.is_fast:
         raise UsageError(f"tokenizer: {name_or_path!r} is no fast BERT WordPiece tokenizer (it lacks {missing})")
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raises UsageError for files of a tokenizer that are damaged, or ask for code: a folder is data."""
+    for path in (folder / name for name in ("tokenizer.json", "tokenizer_config.json", "config.json")):
+        if not path.is_file():
+            continue
+        content = read_json(path, "tokenizer")
+        if not isinstance(content, dict):
+            raise UsageError(f"tokenizer: {path}: expected a mapping, got {type(content).__name__}")
+        code = content.get("auto_map")
+        if code and not (isinstance(code, dict) and "AutoTokenizer" not in code):
+            raise UsageError(f"tokenizer: {path}: auto_map: expected no code of the tokenizer's own, got {code!r:.100}")
+        if path.name == "tokenizer.json":
+            try:
+                Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            except Exception as error:
+                raise UsageError(f"tokenizer: {path} cannot be read: {one_line(error)}") from error
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> PreTrainedTokenizerFast:

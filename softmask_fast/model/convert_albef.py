@@ -16,9 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import pickle
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError
 from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.state import read_checkpoint
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.utils import replacing
 
@@ -92,7 +91,12 @@ class AlbefReport:
 
 
 def load_albef(
-    path: str | Path, *, image_size: int | None = None, head_width: int = 64, complete: bool = False
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    head_width: int = 64,
+    complete: bool = False,
+    option: str = "path",
 ) -> VisionLanguageModel:
     """Reads an ALBEF checkpoint, pretrained or fine-tuned; only tensors and plain containers are unpickled.
 
@@ -102,6 +106,7 @@ def load_albef(
             ALBEF does.
         head_width: width of an attention head, the only size that no tensor shows.
         complete: refuse a checkpoint that lacks heads.
+        option: what messages call the path.
 
     Returns:
         The model in eval mode, float32, on the CPU.
@@ -111,17 +116,16 @@ def load_albef(
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"path: expected an ALBEF checkpoint, got {str(path)!r}, which is not a file")
-    try:  # memory-mapped if the format allows it: the optimizer state, twice the weights, is never read
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UsageError(f"path: {str(path)!r} cannot be read as a checkpoint of tensors: {error}") from error
-    state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UsageError(f"path: expected a state dict, alone or under 'model', in {str(path)!r}")
-    model, report = load_albef_state(state, image_size=image_size, head_width=head_width)
+        raise UsageError(f"{option}: expected an ALBEF checkpoint, got {str(path)!r}, which is not a file")
+    state = read_checkpoint(path, option)  # memory-mapped: the optimizer state, twice the weights, is never read
+    try:
+        model, report = load_albef_state(state, image_size=image_size, head_width=head_width)
+    except UsageError as error:
+        raise UsageError(f"{option}: {path}: {error}") from error
     if complete and report.absent:
-        raise UsageError(f"path: expected a checkpoint with all heads, {str(path)!r} lacks {', '.join(report.absent)}")
+        raise UsageError(
+            f"{option}: expected a checkpoint with all heads, {str(path)!r} lacks {', '.join(report.absent)}"
+        )
     if report.unplaced or report.absent:
         logger.warning("%s: %s", path, report)
     return model

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.utils import read_json, write_json
 
 WEIGHTS, CONFIG, TOKENIZER, TASK = "model.safetensors", "config.json", "tokenizer", "task.json"
+RECORD_BYTES = 1 << 26  # of a JSON file: the answers of a task may be many
 
 
 def save_model(
@@ -49,36 +51,79 @@ def save_model(
 def load_model(
     directory: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-    """Reads a model folder that pretraining wrote.
+    """Reads a model folder that pretraining wrote. A folder is data: no code of it runs, and no hub is asked.
 
     Returns:
         The model in eval mode, float32, on the device, and its tokenizer.
 
     Raises:
-        UsageError: naming what is missing or does not fit.
+        UsageError: naming the file and what in it is missing or does not fit.
     """
     model = VisionLanguageModel(pretrained_config(directory))
-    load_own_state(model, read_weights(directory))
-    return model.to(device).eval(), load_tokenizer(str(Path(directory) / TOKENIZER))
+    fill_from_folder(model, directory)
+    return model.to(device).eval(), folder_tokenizer(directory, model.config)
+
+
+def fill_from_folder(model: nn.Module, directory: str | Path) -> None:
+    """Loads a model folder's weights. Raises UsageError naming the file and its tensors that do not fit."""
+    try:
+        load_own_state(model, read_weights(directory))
+    except UsageError as error:
+        raise UsageError(f"model: {Path(directory) / WEIGHTS}: {error}") from error
+
+
+def folder_tokenizer(directory: str | Path, config: ModelConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder. Raises UsageError if it cannot be read, or has ids that the model has not."""
+    folder = Path(directory) / TOKENIZER
+    tokenizer = load_tokenizer(str(folder))
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise UsageError(
+            f"model: {folder} has ids up to {largest}, expected below {config.vocab_size}, vocab_size of {CONFIG}"
+        )
+    return tokenizer
 
 
 def read_model_folder(directory: str | Path) -> tuple[ModelConfig, dict | None]:
     """The configuration in a model folder, and the task record if the model is fine-tuned for a task.
 
-    Raises UsageError naming what is missing or unknown.
+    Raises UsageError naming what is missing, unknown or out of range, and sizes that the weights are too few for.
     """
     directory = Path(directory)
     absent = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (directory / name).exists()]
     if absent:
         raise UsageError(f"model: expected a folder with {WEIGHTS}, {CONFIG}, {TOKENIZER}/; {directory} lacks {absent}")
-    options = read_json(directory / CONFIG, "model")
+    options = _read_record(directory / CONFIG)
     unknown = sorted(options.keys() - {f.name for f in fields(ModelConfig)})
     if unknown:
         raise UsageError(f"model: {directory / CONFIG} has unknown options {unknown}")
     # the weights are in the folder, wherever training started from
     options |= {"vision_weights": "random", "text_weights": "random", "model_weights": None}
-    task = read_json(directory / TASK, "model") if (directory / TASK).exists() else None
-    return ModelConfig(**options), task
+    task = _read_record(directory / TASK) if (directory / TASK).exists() else None
+    if task is not None and not isinstance(task.get("task"), str):
+        raise UsageError(f"model: {directory / TASK}: task: expected a text, got {task.get('task')!r:.100}")
+    try:
+        config = ModelConfig(**options)
+        with torch.device("meta"):  # without memory, whatever the sizes
+            needed = sum(parameter.numel() for parameter in VisionLanguageModel(config).parameters())
+    except UsageError as error:
+        raise UsageError(f"model: {directory / CONFIG}: {error}") from error
+    held = sum(tensor.numel() for tensor in read_weights(directory).values())  # mapped, not read
+    if needed > held:
+        raise UsageError(
+            f"model: {directory / CONFIG} describes {needed:,} parameters, expected at most the {held:,} of {WEIGHTS}"
+        )
+    return config, task
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file of a model folder. Raises UsageError if the file holds anything else."""
+    if path.stat().st_size > RECORD_BYTES:
+        raise UsageError(f"model: {path}: expected at most {RECORD_BYTES:,} bytes, got {path.stat().st_size:,}")
+    record = read_json(path, "model")
+    if not isinstance(record, dict):
+        raise UsageError(f"model: {path}: expected a mapping of options, got {type(record).__name__}")
+    return record
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
@@ -86,7 +131,7 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     path = Path(directory) / WEIGHTS
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UsageError(f"model: {path} cannot be read: {error}") from error
 
 

@@ -30,7 +30,7 @@ def weights_config(path: str | Path, option: str = "model_weights") -> ModelConf
     if path.is_dir():
         config, _ = read_model_folder(path)
     elif path.is_file():
-        config = load_albef(path).config
+        config = load_albef(path, option=option).config
     else:
         raise UsageError(
             f"{option}: expected a model folder or an ALBEF checkpoint, got {str(path)!r}, which does not exist"
@@ -59,7 +59,7 @@ def load_weights(
         pretrained_config(path)
         state = read_weights(path)
     else:
-        state = own_state(load_albef(path, complete=complete))
+        state = own_state(load_albef(path, complete=complete, option=option))
     try:
         fill_model(model, state)
     except UsageError as error:

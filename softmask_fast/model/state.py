@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, one_line
 from softmask_fast.utils import replacing
 
 # Prefixes in older files -> those of today's modules.
 _RENAMED = {"contrast.": "queue."}  # the teacher's queue once belonged to its loss
+NAMED = 8  # tensors in a message
 
 
 def save_state(state: dict[str, Tensor], path: str | Path) -> None:
     """Writes tensors as safetensors, atomically."""
     with replacing(Path(path)) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
+
+
+def read_checkpoint(path: str | Path, option: str) -> dict[str, Tensor]:
+    """The tensors of a .pth file, of a state dict alone or under "model", memory-mapped if its format allows it.
+
+    Raises UsageError, which names the option that the path came from, for anything else: no code in it runs.
+    """
+    try:
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+                    raise UsageError(f"{option}: {path} cannot be read as tensors: expected them uncompressed")
+        with warnings.catch_warnings():  # of bytes that are no checkpoint
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UsageError:
+        raise
+    except Exception as error:  # what unpickling damaged bytes raises is of any kind
+        raise UsageError(f"{option}: {path} cannot be read as tensors: {one_line(error)}") from error
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise UsageError(f"{option}: expected a state dict, alone or under 'model', in {path}")
+    return state
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
@@ -30,20 +59,23 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
 def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     """The inverse of `own_state`, also for names of older files.
 
-    Raises UsageError if a tensor is missing, unexpected, or of another size.
+    Raises UsageError if a tensor is missing, unexpected, or of another size or kind.
     """
     mine = own_state(module)
     for old, new in _RENAMED.items():
         renamed = {name: name.replace(old, new, 1) for name in state if name.startswith(old)}
         state = {renamed.get(name, name): tensor for name, tensor in state.items()}
-    missing, unexpected = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
-    sizes = [
-        f"{name} has size {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in mine.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if missing or unexpected or sizes:
-        raise UsageError(f"weights: missing {missing}, unexpected {unexpected}, {'; '.join(sizes) or 'sizes agree'}")
+    wrong = [f"{name} is missing" for name in sorted(mine.keys() - state.keys())]
+    wrong += [f"{name} is unexpected" for name in sorted(state.keys() - mine.keys())]
+    for name in sorted(mine.keys() & state.keys()):
+        found, expected = state[name], mine[name]
+        if found.shape != expected.shape:
+            wrong.append(f"{name} has size {tuple(found.shape)}, expected {tuple(expected.shape)}")
+        elif found.is_floating_point() != expected.is_floating_point():
+            wrong.append(f"{name} has dtype {found.dtype}, expected {expected.dtype}")
+    if wrong:
+        more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise UsageError(f"weights: {'; '.join(wrong[:NAMED])}{more}")
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(state[name])

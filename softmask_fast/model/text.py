@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from transformers.models.bert.modeling_bert import (
 )
 
 from softmask_fast.config import ModelConfig
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, one_line
 from softmask_fast.model.layers import Weights, after_attention, run_region, word_logits
 from softmask_fast.model.packing import Packing, self_attention
 from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
@@ -141,11 +142,14 @@ class MaskedLanguageHead(WeightedLayer):
 def load_bert(config: ModelConfig) -> BertForMaskedLM:
     """The pretrained BERT named by `text_weights`. Raises UsageError if it cannot be loaded or has other sizes."""
     try:
-        bert = BertForMaskedLM.from_pretrained(config.text_weights)
-    except (OSError, ValueError) as error:
+        local = Path(config.text_weights).is_dir()  # its files are data: they name nothing on a hub
+        bert = BertForMaskedLM.from_pretrained(
+            config.text_weights, trust_remote_code=False, weights_only=True, local_files_only=local
+        )
+    except Exception as error:  # of damaged files the libraries raise many kinds
         raise UsageError(
-            f"text_weights: {config.text_weights!r} cannot be loaded ({error}). Give a local folder with a BERT "
-            "(--text_weights DIR), or start from random weights (--text_weights random)."
+            f"text_weights: {config.text_weights!r} cannot be loaded ({one_line(error)}). Give a local folder with a "
+            "BERT (--text_weights DIR), or start from random weights (--text_weights random)."
         ) from error
     found, ours = bert.config, bert_config(config, config.text_layers)
     sizes = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings")

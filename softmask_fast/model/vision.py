@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import timm
@@ -10,12 +9,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Attention, build_sincos2d_pos_embed
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, one_line
 from softmask_fast.model.layers import image_block, run_region
+from softmask_fast.model.state import read_checkpoint
 from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
 
 
@@ -74,17 +74,26 @@ class VisionEncoder(nn.Module):
             "num_heads": config.vision_heads,
             "mlp_ratio": config.vision_mlp_ratio,
         }
-        self.vit = timm.create_model(
-            config.vision_model,
-            pretrained=False,
-            img_size=config.image_size,
-            num_classes=0,
-            global_pool="",
-            weight_init="jax",  # scaled by fan-in; the default of 0.02 nearly silences the layers of a narrow model
-            **{name: size for name, size in sizes.items() if size is not None},
-        )
-        if self.vit.num_prefix_tokens < 1:
+        if not timm.is_model(config.vision_model):  # create_model would ask a hub for "hf-hub:..."
+            raise UsageError(f"vision_model: expected the name of a model in timm, got {config.vision_model!r:.100}")
+        try:
+            self.vit = timm.create_model(
+                config.vision_model,
+                pretrained=False,
+                img_size=config.image_size,
+                num_classes=0,
+                global_pool="",
+                weight_init="jax",  # scaled by fan-in; the default of 0.02 nearly silences the layers of a narrow model
+                **{name: size for name, size in sizes.items() if size is not None},
+            )
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"vision_model: {config.vision_model!r} cannot have these sizes: {one_line(error)}"
+            ) from error
+        if not isinstance(self.vit, VisionTransformer) or self.vit.num_prefix_tokens < 1 or self.vit.pos_embed is None:
             raise UsageError(f"vision_model: expected a transformer with a [CLS] token, got {config.vision_model!r}")
+        if self.vit.embed_dim % 4:
+            raise UsageError(f"vision_width: expected a multiple of 4, got {self.vit.embed_dim}")
         self.vit.blocks = nn.Sequential(*(ImageBlock(b) if ImageBlock.covers(b) else b for b in self.vit.blocks))
         self.checkpointing = False
         self.width: int = self.vit.embed_dim
@@ -120,23 +129,23 @@ def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
             pretrained = timm.create_model(config.vision_model, pretrained=True, num_classes=0)
         except Exception as error:
             raise UsageError(
-                f"vision_weights: timm's pretrained weights of {config.vision_model!r} cannot be loaded ({error}). "
-                "Give a file (--vision_weights FILE.safetensors), or start from random weights (--vision_weights "
-                "random)."
+                f"vision_weights: timm's pretrained weights of {config.vision_model!r} cannot be loaded "
+                f"({one_line(error)}). Give a file (--vision_weights FILE.safetensors), or start from random weights "
+                "(--vision_weights random)."
             ) from error
         state = pretrained.state_dict()
     else:
         state = _read_state(config.vision_weights)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "fc_norm."))}
-    state = timm.models.vision_transformer.checkpoint_filter_fn(state, encoder.vit)
     try:
+        state = timm.models.vision_transformer.checkpoint_filter_fn(state, encoder.vit)
         missing, unexpected = encoder.vit.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UsageError(f"vision_weights: {config.vision_weights!r} does not fit the encoder: {error}") from error
+    except Exception as error:  # timm's filter takes tensors of other models for what they are not
+        raise UsageError(f"vision_weights: {config.vision_weights!r} does not fit: {one_line(error)}") from error
     if missing or unexpected:
         raise UsageError(
-            f"vision_weights: {config.vision_weights!r} does not fit {config.vision_model!r}: missing {missing}, "
-            f"unexpected {unexpected}"
+            f"vision_weights: {config.vision_weights!r} does not fit {config.vision_model!r}: missing {missing[:5]}, "
+            f"unexpected {unexpected[:5]}"
         )
 
 
@@ -144,10 +153,9 @@ def _read_state(path: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors or .pth file."""
     if not Path(path).is_file():
         raise UsageError(f"vision_weights: expected 'timm', 'random' or an existing file, got {path!r}")
+    if not path.endswith(".safetensors"):
+        return read_checkpoint(path, "vision_weights")
     try:
-        if path.endswith(".safetensors"):
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UsageError(f"vision_weights: {path!r} cannot be read: {error}") from error
-    return state.get("model", state)
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"vision_weights: {path} cannot be read: {error}") from error

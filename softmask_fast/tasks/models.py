@@ -9,11 +9,10 @@ import torch
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from softmask_fast.config import ModelConfig
-from softmask_fast.data.tokenizer import load_tokenizer
 from softmask_fast.errors import UsageError
-from softmask_fast.model.export import TOKENIZER, load_model, read_model_folder, read_weights
+from softmask_fast.model.export import TASK, fill_from_folder, folder_tokenizer, load_model, read_model_folder
 from softmask_fast.model.initialize import fill_model, load_weights, weights_config, weights_tokenizer
-from softmask_fast.model.state import load_own_state, own_state
+from softmask_fast.model.state import own_state
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.base import TaskModel
 from softmask_fast.tasks.entailment import EntailmentModel
@@ -64,10 +63,13 @@ def load_task_model(
     if record is None or record.get("task") != task:
         found = f"fine-tuned for {record['task']}" if record else "not fine-tuned for a task with labels"
         raise UsageError(f"model: expected a model fine-tuned for {task}, {directory} is {found}")
-    tokenizer = load_tokenizer(str(Path(directory) / TOKENIZER))
+    tokenizer = folder_tokenizer(directory, config)
     arguments = {name: value for name, value in record.items() if name != "task"}
-    model = MODELS[task](VisionLanguageModel(config), tokenizer, **arguments)
-    load_own_state(model, read_weights(directory))
+    try:
+        model = MODELS[task](VisionLanguageModel(config), tokenizer, **arguments)
+    except (UsageError, TypeError) as error:
+        raise UsageError(f"model: {Path(directory) / TASK}: {error}") from error
+    fill_from_folder(model, directory)
     return model.to(device).eval(), tokenizer
 
 

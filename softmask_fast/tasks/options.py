@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from softmask_fast.config import DataConfig, MomentumConfig, TrainConfig, option
+from softmask_fast.config import DataConfig, MomentumConfig, Section, TrainConfig, option
 from softmask_fast.errors import UsageError
 from softmask_fast.options import LaunchOptions, build_sections, parse_sections
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Section):
     """The model that fine-tuning starts from, and the options of single tasks."""
 
     model: str | None = option(None, "A folder that training exported (DIR/model), or an ALBEF checkpoint.")
@@ -26,6 +26,7 @@ class TaskConfig:
     eval_epochs: float = option(1.0, "Epochs between evaluations on eval_data; 0: only at the end.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model is None:
             raise UsageError("model: expected a model folder or an ALBEF checkpoint to start from, got none")
         if self.captions not in ("first", "all"):

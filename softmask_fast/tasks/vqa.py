@@ -82,8 +82,10 @@ class VQAModel(TaskModel):
         Raises UsageError for fewer than one candidate.
         """
         super().__init__(base, tokenizer)
-        if candidates < 1:
-            raise UsageError(f"candidates: expected at least 1, got {candidates}")
+        if type(candidates) is not int or candidates < 1:
+            raise UsageError(f"candidates: expected an integer of at least 1, got {candidates!r}")
+        if not _is_list_of_texts(answers):
+            raise UsageError(f"answers: expected a list of texts, got {answers!r:.60}")
         self.answers, self.candidates = list(answers), candidates
         self._warn_about_equal_tokens()
         config = bert_config(base.config, base.config.fusion_layers)
