@@ -1,5 +1,7 @@
 """The implementations of focal_itc_loss that stream: accuracy, autograd, compilation, memory, determinism."""
 
+import dataclasses
+import functools
 import itertools
 import re
 import subprocess
@@ -11,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from compare import assert_as_accurate, require
 
-from softmask_fast.ops.focal_itc import cpp, focal_itc_loss, operators, state, streamed
+from softmask_fast.ops import registry
+from softmask_fast.ops.focal_itc import cpp, focal_itc_loss, operators, reference, state, streamed
 from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Problem, Rows
 from softmask_fast.ops.triton_support import INTERPRETED
 
@@ -297,6 +300,33 @@ def test_alpha_and_seed_may_be_tensors(name):
     single = torch.tensor(0.25, device=device)
     for found, expected in zip(results(step, single, 3), results(step, 0.25, 3), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_without_a_kernel_small_matrices_are_the_definitions_and_large_ones_are_streamed(monkeypatch):
+    """No kernel takes float64."""
+    taken, definition, tiles = [], reference.direction, streamed.spans
+    monkeypatch.setattr(reference, "direction", lambda *rest: (taken.append("reference"), definition(*rest))[1])
+    monkeypatch.setattr(streamed, "spans", lambda *rest: (taken.append("streamed"), tiles(*rest))[1])
+    image, text, *keys = inputs(6, 20, 8, torch.float64)[:4]
+
+    def run(bytes_, compiled=False, **options):
+        known = next(i for i in registry.implementations("focal_itc") if i.name == "streamed")
+        taken.clear()
+        with registry.registered("focal_itc", dataclasses.replace(known, automatic_from=bytes_)):
+            loss = functools.partial(focal_itc_loss, temperature=0.1, seed=3, return_stats=True, **options)
+            loss = torch.compile(loss, fullgraph=True, backend="eager") if compiled else loss
+            value, stats = loss(image.requires_grad_(), text, *keys)
+            (gradient,) = torch.autograd.grad(value, image)
+        return set(taken), (value, gradient, *stats)
+
+    largest = image.shape[0] * keys[0].shape[0] * 8
+    small, large = run(largest + 1), run(largest)
+    assert small[0] == {"reference"} and large[0] == {"streamed"}
+    for mine, other in zip(small[1], large[1], strict=True):
+        torch.testing.assert_close(mine, other)
+    assert run(largest + 1, loss="sigmoid", bias=-1.0)[0] == {"reference"}
+    assert run(largest + 1, impl="streamed")[0] == {"streamed"}
+    assert run(largest + 1, compiled=True)[0] == {"streamed"}  # the registered operator
 
 
 def test_second_derivatives_are_refused(impl):

@@ -37,6 +37,7 @@ class Implementation:
     functions: dict[str, Callable]  # by part; `implementation["forward"]` is one of them
     unavailable_reason: UnavailableReason = always_available
     automatic_on: tuple[str, ...] = ()  # device types on which `impl=None` may choose it; empty: all
+    automatic_from: int = 0  # bytes of a matrix of the definition from which on `impl=None` may choose it
 
     def __getitem__(self, part: str) -> Callable:
         return self.functions[part]
@@ -80,9 +81,16 @@ def registered(operator: str, implementation: Implementation) -> Iterator[None]:
 
 
 def resolve(
-    operator: str, impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32, width: int = 64
+    operator: str,
+    impl: str | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    width: int = 64,
+    matrix: int | None = None,
 ) -> Implementation:
     """The implementation to run: `impl`, or the first one that is automatic on this device and can run.
+
+    `matrix` is the size in bytes of a matrix that the definition would make; without it sizes decide nothing.
 
     Raises ValueError if it is unknown or cannot run here, with the reason.
     """
@@ -97,6 +105,8 @@ def resolve(
     reasons = []
     for implementation in known.values():
         if implementation.automatic_on and device.type not in implementation.automatic_on:
+            continue
+        if matrix is not None and matrix < implementation.automatic_from:
             continue
         reason = implementation.unavailable_reason(device, dtype, width)
         if reason is None:
@@ -139,7 +149,9 @@ def choices(
         if reason is None and implementation.automatic_on and device.type not in implementation.automatic_on:
             reason = f"available on {device.type}, but only if requested by name"
         if reason is None and taken is not None:
-            reason = f"available, but {taken} is preferred"
+            limit = _OPERATORS[operator][taken].automatic_from
+            where = f" where a matrix has {limit >> 20} MiB or more" if limit else ""
+            reason = f"available, but {taken} is preferred{where}"
         if reason is None:
             taken = name
         reasons[name] = reason

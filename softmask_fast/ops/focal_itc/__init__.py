@@ -30,6 +30,9 @@ __all__ = ["FocalITCStats", "focal_itc_loss"]
 _TRITON = "softmask_fast.ops.focal_itc.triton_launch"
 _TRITON_SIGMOID = "softmask_fast.ops.focal_itc.triton_sigmoid"
 _TRITON_SYMMETRIC = "softmask_fast.ops.focal_itc.triton_symmetric_launch"
+# The definition, with its gradients, holds about 12 matrices (B, M). Up to 32 MiB each it is twice as fast as tiles;
+# larger ones glibc takes from the system anew at every allocation, and tiles are faster, too.
+_STREAMED_FROM = 1 << 25
 registry.register(
     "focal_itc",
     operators.streaming(
@@ -50,7 +53,13 @@ registry.register(
         unavailable_reason=cpu_unavailable_reason,
         automatic_on=("cpu",),
     ),
-    operators.streaming("streamed", streamed.Forward, streamed.backward, (sigmoid.forward, sigmoid.backward)),
+    operators.streaming(
+        "streamed",
+        streamed.Forward,
+        streamed.backward,
+        (sigmoid.forward, sigmoid.backward),
+        automatic_from=_STREAMED_FROM,
+    ),
     registry.Implementation("reference", {"direction": reference.focal_itc_direction}),
 )
 
@@ -127,7 +136,8 @@ def focal_itc_loss(
         bias: added to the logits of "sigmoid": a number or a 0-dim tensor, which gets its gradient; None: 0.
         seed: of the hard negatives: a number, or a 0-dim int64 tensor, as alpha. A draw depends on (seed, direction,
             row_offset + row) and the row's softmax alone.
-        impl: implementation by name; None takes the best one that runs here.
+        impl: implementation by name; None takes the best one that runs here: without a kernel the definition, and where
+            its (B, M) matrices have 32 MiB or more, "streamed".
 
     Returns:
         The loss, float32 (float64 for float64 inputs), or (loss, stats). Gradients flow to image, text, both key sets
@@ -167,7 +177,7 @@ def focal_itc_loss(
         image, text, image_keys, text_keys, temperature, bias, *teachers, ids, key_ids, alpha, seed,
         gamma, positives == "any", row_offset, first_negative, last_negative, impl,
     )  # fmt: skip
-    if impl == "reference":
+    if impl == "reference" or impl is None and _takes_definition(problem, keys):
         registry.refuse_transforms("focal_itc_loss", image, text, image_keys, text_keys, temperature, bias)
         with torch.autocast(image.device.type, enabled=False):
             directions = [reference.direction(*direction, bias) for direction in problem.directions()]
@@ -179,6 +189,18 @@ def focal_itc_loss(
     else:
         result = of_rows.mean(0) if reduction == "none" else of_rows.sum() / 2
     return (result, statistics(*figures)) if return_stats else result
+
+
+def _takes_definition(problem: Problem, keys: int) -> bool:
+    """Whether `impl=None` is the definition here: no kernel runs and its (B, M) matrices are small.
+
+    Only where autograd sees it: the registered operator streams.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    rows, matrix = problem.image, len(problem.image) * keys * problem.temperature.element_size()
+    run = registry.resolve("focal_itc", None, rows.device, rows.dtype, rows.shape[1], matrix)
+    return run.name == "reference" and registry.plain_eager(*problem[: operators.TENSORS])
 
 
 def statistics(of_rows: Tensor, hard_negative: Tensor) -> FocalITCStats:

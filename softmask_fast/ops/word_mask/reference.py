@@ -95,4 +95,4 @@ def word_soft_mask(
     keep = soft_mask(cam, prefix_tokens, key_mask)
     if features is None:
         return query.new_empty(0), keep
-    return torch.empty_like(features).copy_(features * keep[:, :, None]), keep
+    return torch.mul(features, keep[:, :, None], out=torch.empty_like(features)), keep
