@@ -136,16 +136,21 @@ class MomentumConfig(Section):
         True, "Sample ITM negatives by similarity; false: uniformly, for data whose most similar pairs also match."
     )
     queue_size: int = option(65536, "Momentum features kept per modality as contrastive keys.")
-    queue_warmup_steps: int = option(0, "Steps before queued features are used as keys; see docs/decisions.md.")
+    queue_warmup_steps: float = option(
+        0, "Steps before queued features are used as keys, below 1: share of the run; see docs/decisions.md."
+    )
     momentum: float = option(0.995, "Decay of the momentum teacher.")
     distill_alpha: float = option(0.4, "Weight of the teacher's soft targets.")
-    distill_ramp_steps: int | None = option(None, "Steps until distill_alpha is reached; default: one epoch.")
+    distill_ramp_steps: float | None = option(
+        None, "Steps until distill_alpha is reached, below 1: share of the run; default: one epoch."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("momentum", "distill_alpha"):
             _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
-        _require_at_least(self, 0, "focal_gamma", "queue_size", "queue_warmup_steps")
+        _require_at_least(self, 0, "focal_gamma", "queue_size")
+        _require_steps_or_share(self, "queue_warmup_steps", "distill_ramp_steps")
         _require(self.itc_gather in GATHERS, "itc_gather", " or ".join(map(repr, GATHERS)), self.itc_gather)
 
 
@@ -225,7 +230,7 @@ class TrainConfig(Section):
     gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
     learning_rate: float = option(1e-4, "Peak learning rate.")
     final_learning_rate: float = option(1e-5, "Learning rate at the end of the cosine.")
-    warmup_steps: int = option(1000, "Steps of linear warm-up.")
+    warmup_steps: float = option(1000, "Steps of linear warm-up; below 1: share of the run.")
     weight_decay: float = option(0.02, "AdamW weight decay of matrices.")
     gradient_clipping: float = option(1.0, "Largest gradient norm; 0 disables clipping.")
     bf16: bool | None = option(None, "Train in bfloat16; default: on GPUs that support it.")
@@ -245,15 +250,22 @@ class TrainConfig(Section):
     resume: bool = option(False, "Resume from the newest checkpoint in output_dir.")
     checkpoint_steps: int = option(1000, "Steps between checkpoints.")
     keep_checkpoints: int = option(2, "Number of checkpoints to keep.")
+    eval_epochs: float = option(
+        0.0, "Epochs between evaluations on the held-out data; 0: only at the end. Fine-tuning: 1."
+    )
+    eval_steps: int | None = option(None, "Steps between evaluations on the held-out data; overrides eval_epochs.")
     log_steps: int = option(10, "Steps between lines of metrics.jsonl and TensorBoard.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_at_least(self, 1, "batch_size", "gradient_accumulation_steps", "log_steps")
         _require_at_least(self, 1, "checkpoint_steps", "keep_checkpoints")
-        _require_at_least(self, 0, "profile")
+        _require_at_least(self, 0, "profile", "eval_epochs")
+        _require_steps_or_share(self, "warmup_steps")
         _require(self.attention in ATTENTIONS, "attention", " or ".join(map(repr, ATTENTIONS)), self.attention)
-        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
+        for name in ("max_steps", "eval_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
         _require(not self.resume or self.output_dir is not None, "output_dir", "the folder of the run to resume", None)
 
 
@@ -293,8 +305,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vision_heads": 3, "vision_weights": "random", "text_weights": "random", "text_width": 192, "text_heads": 3,
         "text_layers": 2, "fusion_layers": 3, "vocab_size": 4000, "soft_mask_layer": 1, "embed_dim": 128,
         "rand_augment": False, "crop_scale": 0.5, "eval_size": 1000,
-        "queue_size": 1024, "queue_warmup_steps": 1500, "momentum": 0.99, "distill_ramp_steps": 2000,
-        "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 200, "epochs": 20.0, "checkpoint_steps": 500,
+        "queue_size": 1024, "queue_warmup_steps": 0.7, "momentum": 0.99, "distill_ramp_steps": 0.9,
+        "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 0.1, "epochs": 20.0, "checkpoint_steps": 500,
     },
     # For `shapes`: a flip makes "left of" wrong, RandAugment moves objects out of the picture or changes their color.
     "tiny": {
@@ -303,8 +315,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_heads": 4, "text_layers": 2, "fusion_layers": 2, "vocab_size": 256, "soft_mask_layer": 0,
         "max_tokens": 32, "embed_dim": 128, "hidden_dropout": 0.0,
         "data": "shapes:objects=3", "flip": False, "rand_augment": False, "crop_scale": 0.8,
-        "queue_size": 256, "queue_warmup_steps": 400, "momentum": 0.98, "distill_ramp_steps": 1000,
-        "batch_size": 32, "max_steps": 1000, "learning_rate": 1e-3, "warmup_steps": 100, "checkpoint_steps": 250,
+        "queue_size": 256, "queue_warmup_steps": 0.4, "momentum": 0.98, "distill_ramp_steps": 0.9,
+        "batch_size": 32, "max_steps": 1000, "learning_rate": 1e-3, "warmup_steps": 0.1, "checkpoint_steps": 250,
     },
 }  # fmt: skip
 
@@ -317,3 +329,10 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
 def _require_at_least(config: object, least: int, *names: str) -> None:
     for name in names:
         _require(getattr(config, name) >= least, name, f"at least {least}", getattr(config, name))
+
+
+def _require_steps_or_share(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        fits = value is None or 0 <= value < 1 or value >= 1 and value == int(value)
+        _require(fits, name, "a share of the run from 0 to below 1, or a whole number of steps", value)

@@ -56,7 +56,7 @@ def build_step(config: FinetuneConfig, output: Path) -> tuple[nn.Module, Momentu
     source = task.open(config.data.data, config.data, split="train", seed=train.seed, image_size=image_size)
     evaluator = None
     if config.data.eval_data:
-        evaluator = Evaluator(TaskEvaluation(config, image_size), output, config.options.eval_epochs)
+        evaluator = Evaluator(TaskEvaluation(config, image_size), output, train)
     loader = task.loader(
         source, tokenizer, image_size=image_size, max_tokens=model.config.max_tokens,
         images_per_sample=task.images_per_sample, **loader_options(config, device),
@@ -67,11 +67,8 @@ def build_step(config: FinetuneConfig, output: Path) -> tuple[nn.Module, Momentu
 
 def report(evaluator: Evaluator | None, output: Path) -> None:
     """Show what output/model has reached: print the table, write predictions.json and draw curves.png."""
-    curves, held_out = output / "curves.png", []
-    for record in evaluator.records() if evaluator else []:
-        headline = record["headline"]
-        held_out.append({"step": record["step"], headline["name"]: headline["value"]})
-    plot_curves(output / "metrics.jsonl", curves, held_out)
+    curves = output / "curves.png"
+    plot_curves(output / "metrics.jsonl", curves, evaluator.curves() if evaluator else ())
     if evaluator is None:
         print(f"no evaluation: no --eval_data was given; the curves are in {curves}")
         return

@@ -48,10 +48,11 @@ def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: S
     finished, rank = trainer.train(), dist.get_rank()
     dist.destroy_process_group()
     if finished and rank == 0:
-        evaluation, reports = None, []
-        if trainer.evaluator is not None:
-            evaluation, reports = trainer.evaluator.evaluation, trainer.evaluator.reports
-        report_run(output, config, evaluation, reports, get_accelerator().current_device_name())
+        evaluator = trainer.evaluator
+        shown = (evaluator.evaluation, evaluator.reports, evaluator.curves()) if evaluator else (None, [], [])
+        report_run(output, config, *shown, get_accelerator().current_device_name())
+        if evaluator and len(shown[2]) > 1:
+            print(evaluator.summary(), flush=True)
 
 
 def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
@@ -69,7 +70,7 @@ def open_sources(config: Config, output: Path) -> tuple[CaptionSource, Evaluator
     options = {"split": "train", "seed": config.train.seed, "image_size": config.model.image_size}
     source = open_as_configured(config.data.data, config.data, **options)
     held_out = held_out_pairs(config)
-    return source, Evaluator(PretrainingEvaluation(config, held_out), output) if held_out else None
+    return source, Evaluator(PretrainingEvaluation(config, held_out), output, config.train) if held_out else None
 
 
 def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreTrainedTokenizerFast:

@@ -145,7 +145,7 @@ def flags_of(options: dict) -> list[str]:
 def evaluator_of(folder, **options) -> Evaluator:
     given = {"task": "entailment", "model": "m", "data": "shapes", "eval_data": "shapes:num=8", "eval_epochs": 0.5}
     config, _ = parse_arguments(["--deepspeed", "ds.json", *flags_of(given | options)])
-    return Evaluator(TaskEvaluation(config, 32), folder, config.options.eval_epochs)
+    return Evaluator(TaskEvaluation(config, 32), folder, config.train)
 
 
 def test_the_best_model_is_kept_and_a_resumed_run_remembers_it(tmp_path, alone, monkeypatch):
@@ -166,13 +166,13 @@ def test_the_best_model_is_kept_and_a_resumed_run_remembers_it(tmp_path, alone, 
         return best
 
     run = evaluator_of(folder)
-    run.begin(0, steps_per_epoch=4)
+    run.begin(0, steps=16, steps_per_epoch=4)
     assert [step for step in range(7) if run.due(step)] == [2, 4, 6]
     assert [evaluate(run, step, value)["step"] for step, value in ((2, 0.5), (4, 0.75), (6, 0.25))] == [2, 4, 4]
     assert run.summary() == f"best: step 4, epoch 1.00, accuracy 75.00 %, in {folder / 'best'}"
 
     run = evaluator_of(folder)
-    run.begin(5, steps_per_epoch=4)  # step 6 is repeated
+    run.begin(5, steps=16, steps_per_epoch=4)  # step 6 is repeated
     assert [line["step"] for line in run.records()] == [2, 4]
     assert run.due(6) and not run.due(4)
     assert evaluate(run, 6, 0.5)["step"] == 4 and evaluate(run, 8, 0.75)["step"] == 4
@@ -180,9 +180,16 @@ def test_the_best_model_is_kept_and_a_resumed_run_remembers_it(tmp_path, alone, 
     assert evaluate(run, 8, 0.75)["step"] == 4 and len(run.records()) == 4  # a finished run, resumed
     assert evaluator_of(folder, eval_size=0).count == 8
     other = evaluator_of(folder, eval_size=4)  # its metrics do not compare with those before
-    other.begin(8, steps_per_epoch=4)
+    other.begin(8, steps=16, steps_per_epoch=4)
     assert evaluate(other, 10, 0.1)["step"] == 10
-    assert not any(evaluator_of(folder, eval_epochs=0).due(step) for step in range(20))
+    for options, due in (
+        ({"eval_epochs": 0}, []),
+        ({"eval_epochs": 0, "eval_steps": 7}, [7, 14]),
+        ({"eval_steps": 9}, [9]),
+    ):
+        run = evaluator_of(tmp_path / "other", **options)
+        run.begin(0, steps=16, steps_per_epoch=4)
+        assert [step for step in range(17) if run.due(step)] == due
 
 
 def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alone, capsys):
@@ -192,7 +199,7 @@ def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alon
     (tmp_path / "test.json").write_text(json.dumps(entries))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     run = evaluator_of(tmp_path, eval_data=tmp_path / "test.json")
-    run.begin(0, steps_per_epoch=4)
+    run.begin(0, steps=16, steps_per_epoch=4)
     assert not any(run.due(step) for step in range(20))
     assert run.evaluate(4, 1.0, model, tokenizer, own_state(model), final=True) == {}
     report(run, tmp_path)

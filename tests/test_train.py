@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from shard_files import write_shard
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_loader import BAD, GOOD
 
 from softmask_fast.training.metrics import board_tag
@@ -162,7 +163,8 @@ def test_a_run_leaves_its_record(uninterrupted):
 
 
 def test_killed_rank_then_resume_is_the_uninterrupted_run(uninterrupted, tmp_path):
-    process = launch(tmp_path / "run", ranks=2, cwd=tmp_path, data_workers=1)
+    """It is also measured on the way, which the uninterrupted one is not."""
+    process = launch(tmp_path / "run", ranks=2, cwd=tmp_path, data_workers=1, eval_steps=4)
     wait_for_step(tmp_path / "run", 5, process)
     ranks, workers = ranks_and_workers(process)
     assert len(ranks) == len(workers) == 2
@@ -173,8 +175,19 @@ def test_killed_rank_then_resume_is_the_uninterrupted_run(uninterrupted, tmp_pat
     (tmp_path / "run" / "checkpoints" / "partial-step-00000099").mkdir()  # as a crash leaves it
     with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
         log.write('{"step": 7, "lo')
-    finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, resume=True))
+    text = finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, resume=True, eval_steps=4))
     same_run(uninterrupted, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [4, 8, STEPS]
+    assert records[-1] == json.loads((uninterrupted / "evaluation.json").read_text())
+    best = json.loads((tmp_path / "run" / "best" / "evaluation.json").read_text())
+    assert best == max(records, key=lambda record: record["headline"]["value"])
+    assert f"best: step {best['step']}, " in text
+    pages = sorted((tmp_path / "run").glob("heatmaps-*.png"))
+    assert [page.name for page in pages] == ["heatmaps-step-00000004.png", "heatmaps-step-00000008.png"]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Images("held_out/heatmaps")] == [4, 8]
+    assert [event.step for event in events.Scalars("held_out/pointing_game")] == [4, 8, STEPS]
 
 
 @pytest.mark.parametrize("whom", ["process group", "launcher alone"])

@@ -45,7 +45,24 @@ class PretrainingEvaluation:
         return reports
 
     def headline(self, reports: Sequence[Report]) -> tuple[str, float]:
+        """ALBEF's criterion, of contrast and matching together. Maps do not choose: most data have no boxes."""
         return "mean recall", reports[0].mean_recall
+
+    def figures(self, reports: dict[str, dict[str, Any]]) -> dict[str, float]:
+        """What curves show beside the headline, of a record's reports."""
+        retrieval, grounding = reports["retrieval"], reports.get("grounding", {})
+        shown = {
+            "recall at 1 by contrast": retrieval["itc"]["text_to_image"]["recall@1"],
+            "recall at 1 re-ranked": retrieval["itm"]["text_to_image"]["recall@1"],
+        }
+        measured = {name: grounding.get(name.replace(" ", "_")) for name in ("pointing game", "box accuracy")}
+        return shown | {name: value["model"] for name, value in measured.items() if value}
+
+    def draw(self, model: torch.nn.Module, tokenizer: Any, out: Path) -> None:
+        """A page of heat maps of held-out pairs."""
+        from softmask_fast.evaluation.heatmaps import heatmap_page  # matplotlib, which training does not wait for
+
+        heatmap_page(model, tokenizer, self.source, out)
 
 
 def held_out_pairs(config: Config) -> str | None:
@@ -56,19 +73,17 @@ def held_out_pairs(config: Config) -> str | None:
 
 def report_run(
     output: Path, config: Config, evaluation: PretrainingEvaluation | None, reports: Sequence[Report],
-    device: torch.device | str = "cpu",
+    held_out: Sequence[dict[str, float]], device: torch.device | str = "cpu",
 ) -> None:  # fmt: skip
-    """Show what output/model has reached: print the tables, draw curves.png and heatmaps.png."""
-    from softmask_fast.evaluation.heatmaps import heatmap_page  # imports matplotlib, which training does not wait for
-
+    """Show what output/model has reached: print the tables, draw curves.png, of training and `held_out`, and
+    heatmaps.png."""
     curves = output / "curves.png"
-    plot_curves(output / "metrics.jsonl", curves)
+    plot_curves(output / "metrics.jsonl", curves, held_out)
     if evaluation is None:
         data = without_secrets(config.data.data)
         print(f"no evaluation: no --eval_data was given for {data}; the curves are in {curves}")
         return
-    model, tokenizer = load_model(output / "model", device)
-    heatmap_page(model, tokenizer, evaluation.source, output / "heatmaps.png")
+    evaluation.draw(*load_model(output / "model", device), output / "heatmaps.png")
     for report in reports:
         print(f"\n{report.table()}")
     print(f"\ntables, curves and heat maps: {output}", flush=True)

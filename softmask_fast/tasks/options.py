@@ -23,7 +23,6 @@ class TaskConfig(Section):
     candidates: int = option(128, "vqa: answers ranked in full; retrieval: candidates re-ranked by matching, 0: none.")
     captions: str = option("all", "retrieval: captions of an image that are queries, 'first' or 'all'.")
     layer: int | None = option(None, "grounding: fusion layer of the heat maps; default: the layer of the soft masks.")
-    eval_epochs: float = option(1.0, "Epochs between evaluations on eval_data; 0: only at the end.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,9 +30,8 @@ class TaskConfig(Section):
             raise UsageError("model: expected a model folder or an ALBEF checkpoint to start from, got none")
         if self.captions not in ("first", "all"):
             raise UsageError(f"captions: expected 'first' or 'all', got {self.captions!r}")
-        for name in ("eval_epochs", "candidates"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.candidates < 0:
+            raise UsageError(f"candidates: expected at least 0, got {self.candidates}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class FinetuneConfig:
 # ALBEF's configurations (its configs/*.yaml, batches per GPU on 8 GPUs), which use neither color jitter nor blur.
 _COMMON = {
     "crop_scale": 0.5, "color": False, "blur": False, "eval_size": None, "final_learning_rate": 1e-6,
-    "focal_gamma": 0.0, "batch_size": 32, "data": None,
+    "focal_gamma": 0.0, "batch_size": 32, "data": None, "warmup_steps": 0.1, "eval_epochs": 1.0,
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "retrieval": _COMMON | {"learning_rate": 1e-5, "epochs": 10.0},

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -103,11 +105,14 @@ class MetricsLog:
         }
         self.bar.set_postfix(shown | meters, refresh=False)
 
-    def write_held_out(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        """Log metrics of held-out data in TensorBoard; the seconds that they took do not count as training."""
+    def write_held_out(self, step: int, metrics: dict[str, float], page: Path | None, seconds: float) -> None:
+        """Log metrics of held-out data, and a picture, in TensorBoard; `seconds` that do not count as training."""
         self.since += seconds
         for name, value in metrics.items():
-            self.board.add_scalar(f"held_out_{name.replace(' ', '_')}", value, step)
+            self.board.add_scalar(f"held_out/{name.replace(' ', '_')}", value, step)
+        if page is not None:
+            with Image.open(page) as picture:
+                self.board.add_image("held_out/heatmaps", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         self.bar.close()

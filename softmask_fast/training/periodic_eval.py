@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from softmask_fast.config import TrainConfig
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.common import sample_count, usable_samples
 from softmask_fast.evaluation.record import evaluation_record, parse_record
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 RECORDS, RECORD = "evaluations.jsonl", "evaluation.json"
 BEST, CANDIDATE = "best", "candidate"
+PAGES = 20  # most pages of heat maps of a run
 
 
 class TaskEvaluation:
@@ -56,32 +59,37 @@ class TaskEvaluation:
     def headline(self, reports: Sequence[Report]) -> tuple[str, float] | None:
         return self.task.headline(reports[0])
 
+    def figures(self, reports: dict[str, dict[str, Any]]) -> dict[str, float]:
+        return {}
+
 
 class Evaluator:
     """Evaluates the model of one run.
 
     It exports the weights and loads them into a model of its own, so that it finds what `softmask-fast evaluate` finds,
     under every ZeRO stage, and training is bit-identical with or without it. Every evaluation with labels adds a line
-    to evaluations.jsonl, the last one is in evaluation.json, and best/ is the best model so far with its record.
+    to evaluations.jsonl, the last one is in evaluation.json, and best/ is the best model so far with its record. Up to
+    PAGES evaluations on the way, evenly spread, draw heatmaps-step-N.png if the evaluation can `draw`.
     """
 
-    def __init__(
-        self, evaluation: PretrainingEvaluation | TaskEvaluation, output: Path, every_epochs: float = 0.0
-    ) -> None:
-        """every_epochs: epochs between evaluations on the way; 0: none. Raises UsageError if no sample can be used."""
-        self.evaluation, self.output, self.every_epochs = evaluation, output, every_epochs
+    def __init__(self, evaluation: PretrainingEvaluation | TaskEvaluation, output: Path, train: TrainConfig) -> None:
+        """train says when to evaluate on the way. Raises UsageError if no sample can be used."""
+        self.evaluation, self.output, self.train = evaluation, output, train
         self.count = sample_count(evaluation.source, 1, evaluation.size or None)
         skipped: dict[str, str] = {}
         if next(usable_samples(evaluation.source, range(self.count), skipped), None) is None:
             key, reason = next(iter(skipped.items()))
             raise UsageError(f"eval_data: none of {self.count} examples can be used, the first, {key}: {reason}")
         self.reports: list[Report] = []  # of the last evaluation
+        self.page: Path | None = None  # of heat maps, of the last evaluation
         self._every_steps = self._last_step = 0
+        self._page_steps = 1
 
-    def begin(self, step: int, steps_per_epoch: int) -> None:
-        """Start, or resume after a step. A collective."""
-        if self.every_epochs and self.evaluation.has_labels:
-            self._every_steps = max(1, round(self.every_epochs * steps_per_epoch))
+    def begin(self, step: int, steps: int, steps_per_epoch: int) -> None:
+        """Start, or resume after a step, a run of so many steps. A collective."""
+        if self.evaluation.has_labels and (self.train.eval_steps or self.train.eval_epochs):
+            every = self.train.eval_steps or max(1, round(self.train.eval_epochs * steps_per_epoch))
+            self._every_steps, self._page_steps = every, every * math.ceil(steps / every / PAGES)
         last = [0]
         if dist.get_rank() == 0:
             records = drop_lines_after(self.output / RECORDS, step)
@@ -100,31 +108,38 @@ class Evaluator:
         """Evaluate the model after a step and keep it if it is the best so far. A collective.
 
         The model is exported with `weights`, whole and on the CPU. epoch: passes over the training data done; final:
-        write evaluation.json as well. Returns the headline metric by its name, nothing for data without labels.
+        write evaluation.json as well. Returns the headline metric and the evaluation's other figures by their names,
+        nothing for data without labels.
         """
         candidate, first = self.output / CANDIDATE, dist.get_rank() == 0
         if first:
             save_model(model, tokenizer, candidate, weights)
         dist.barrier()  # the export is complete
+        draws = not final and step % self._page_steps == 0 and hasattr(self.evaluation, "draw")
+        self.page = self.output / f"heatmaps-step-{step:08d}.png" if first and draws else None
         self.reports = self._evaluate_folder(candidate)
         headline = self.evaluation.headline(self.reports)
+        curve = {}
         if first:
             about = {"step": step, "epoch": float(f"{epoch:.8g}")}
             record = evaluation_record(self.reports, self.evaluation.data, self.evaluation.size, headline, **about)
             if headline is not None:
                 self._keep(record, candidate)
+                curve = self._curve(record)
             if final:
                 write_json(self.output / RECORD, record)
             shutil.rmtree(candidate, ignore_errors=True)
         dist.barrier()
         self._last_step = step
-        return {} if headline is None else dict([headline])
+        return curve
 
     def _evaluate_folder(self, folder: Path) -> list[Report]:
         device = torch.device(get_accelerator().current_device_name())
         progress = dist.get_rank() == 0 and sys.stderr.isatty()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a new model draws its weights
             model, tokenizer = self.evaluation.load(folder, device)
+            if self.page is not None:
+                self.evaluation.draw(model, tokenizer, self.page)
             return self.evaluation.evaluate(model, tokenizer, self.count, progress)
 
     def _keep(self, record: dict[str, Any], candidate: Path) -> None:
@@ -154,6 +169,14 @@ class Evaluator:
         """All lines of evaluations.jsonl."""
         path = self.output / RECORDS
         return [parse_record(line, path) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def curves(self) -> list[dict[str, float]]:
+        """The figures of all evaluations, each with its step."""
+        return [{"step": record["step"]} | self._curve(record) for record in self.records()]
+
+    def _curve(self, record: dict[str, Any]) -> dict[str, float]:
+        headline = record["headline"]
+        return {headline["name"]: headline["value"]} | self.evaluation.figures(record["reports"])
 
     def summary(self) -> str:
         """Which step was the best; empty for data without labels."""

@@ -18,7 +18,7 @@ from softmask_fast.utils import installed_versions
 
 # options beside those of `TrainConfig` that a resumed run may change: none affects what is learned
 MAY_CHANGE = (
-    "data_threads", "data_workers", "eval_data", "eval_size", "eval_epochs",
+    "data_threads", "data_workers", "eval_data", "eval_size",
     "cache_dir", "cache_gigabytes", "prefetch_shards", "download_tries", "download_timeout",
 )  # fmt: skip
 

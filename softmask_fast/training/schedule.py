@@ -4,26 +4,63 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 
-from softmask_fast.config import MomentumConfig, RunConfig, TrainConfig
+from softmask_fast.config import RunConfig, TrainConfig
 from softmask_fast.model.momentum import StepSettings
 
 
-def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at the last of `steps`."""
-    if step < train.warmup_steps:
-        return train.learning_rate * (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(1, steps - train.warmup_steps)
-    swing = (train.learning_rate - train.final_learning_rate) / 2
-    return train.final_learning_rate + swing * (1 + math.cos(math.pi * min(1.0, progress)))
+@dataclass(frozen=True)
+class Schedule:
+    """The schedule of a run of `steps` optimizer steps, which are counted from 0."""
+
+    steps: int
+    train: TrainConfig
+    warmup: int  # steps until the learning rate has its peak
+    queue_warmup: int  # steps before queued features are keys
+    ramp: int  # steps until alpha is `distill_alpha`
+    distill_alpha: float
+
+    @classmethod
+    def of(cls, config: RunConfig, steps: int, steps_per_epoch: int) -> Schedule:
+        momentum = config.objectives
+        ramp = steps_per_epoch if momentum.distill_ramp_steps is None else momentum.distill_ramp_steps
+        lengths = (config.train.warmup_steps, momentum.queue_warmup_steps if momentum.queue_size else 0, ramp)
+        return cls(steps, config.train, *(steps_of(length, steps) for length in lengths), momentum.distill_alpha)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at the last step."""
+        train = self.train
+        if step < self.warmup:
+            return train.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        swing = (train.learning_rate - train.final_learning_rate) / 2
+        return train.final_learning_rate + swing * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def alpha(self, step: int) -> float:
+        """Weight of the teacher's soft targets, ramped up linearly (ALBEF: over the first epoch)."""
+        return self.distill_alpha * min(1.0, step / max(1, self.ramp))
+
+    def settings(self, step: int, micro_step: int, rank: int) -> StepSettings:
+        """The settings of one micro step of an optimizer step."""
+        seed = step_seed(self.train.seed, step, micro_step, rank)
+        return StepSettings(alpha=self.alpha(step), seed=seed, use_queue=step >= self.queue_warmup)
+
+    def unfinished(self) -> str | None:
+        """One line about the warm-ups that the run does not get through; None if there are none."""
+        options = {"warmup_steps": self.warmup, "queue_warmup_steps": self.queue_warmup}
+        if self.distill_alpha:
+            options["distill_ramp_steps"] = self.ramp
+        if not (longer := [f"{name} is {length}" for name, length in options.items() if length >= self.steps]):
+            return None
+        return f"the run ends after {self.steps} steps, inside a warm-up: {', '.join(longer)} (0.1: a tenth of the run)"
 
 
-def distillation_alpha(step: int, steps_per_epoch: int, momentum: MomentumConfig) -> float:
-    """Weight of the teacher's soft targets, ramped up linearly (ALBEF: over the first epoch)."""
-    ramp = momentum.distill_ramp_steps if momentum.distill_ramp_steps is not None else steps_per_epoch
-    return momentum.distill_alpha * min(1.0, step / max(1, ramp))
+def steps_of(length: float, steps: int) -> int:
+    """A number of steps; below 1 it is given as a share of all `steps`."""
+    return round(length * steps) if length < 1 else int(length)
 
 
 def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
@@ -34,12 +71,3 @@ def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
 @functools.cache
 def _mixed(seed: int) -> int:
     return int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(seed)))
-
-
-def step_settings(config: RunConfig, step: int, micro_step: int, rank: int, steps_per_epoch: int) -> StepSettings:
-    """The settings of one micro step of optimizer step `step`, counted from 0."""
-    return StepSettings(
-        alpha=distillation_alpha(step, steps_per_epoch, config.objectives),
-        seed=step_seed(config.train.seed, step, micro_step, rank),
-        use_queue=step >= config.objectives.queue_warmup_steps,
-    )

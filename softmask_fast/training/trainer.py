@@ -31,7 +31,7 @@ from softmask_fast.training.metrics import MetricsLog
 from softmask_fast.training.periodic_eval import Evaluator
 from softmask_fast.training.ranks import AgreedUsageError, mean_over_ranks, run_on_all_ranks
 from softmask_fast.training.run_record import check_same_run, run_record
-from softmask_fast.training.schedule import learning_rate, step_settings
+from softmask_fast.training.schedule import Schedule
 from softmask_fast.training.step_times import StepTimes
 from softmask_fast.training.updates import DirectUpdates, EngineUpdates, FiniteWatch
 from softmask_fast.utils import write_json
@@ -85,6 +85,7 @@ class Trainer:
         self.pairs_per_step = self.options.batch_size * self.options.gradient_accumulation_steps * ranks
         self.steps_per_epoch = max(1, self.samples // self.pairs_per_step)
         self.steps = self.options.max_steps or max(1, round(self.options.epochs * self.steps_per_epoch))
+        self.schedule = Schedule.of(config, self.steps, self.steps_per_epoch)
 
         # Resume.
         self.state = TrainerState()
@@ -92,7 +93,7 @@ class Trainer:
             self.load()
         self.watch.saved_step = self.state.step
         if evaluator is not None:
-            evaluator.begin(self.state.step, self.steps_per_epoch)
+            evaluator.begin(self.state.step, self.steps, self.steps_per_epoch)
 
         # Print and store the record of the run.
         if self.rank == 0:
@@ -104,6 +105,8 @@ class Trainer:
             logger.info("writing to %s%s; updates: %s", output, resumed, record["updates"])
             name = f"config-from-step-{self.state.step:08d}.json" if self.state.step else "config.json"
             write_json(output / name, record)
+            if warning := self.schedule.unfinished():
+                logger.warning(warning)
 
         # Start the meters.
         dtype = torch.bfloat16 if self.options.bf16 else torch.float32
@@ -149,9 +152,9 @@ class Trainer:
         Raises:
             FloatingPointError: for a loss that was not finite. The weights are those of before, as is the checkpoint.
         """
-        rate = learning_rate(self.state.step, self.steps, self.options)
+        rate = self.schedule.learning_rate(self.state.step)
         for micro_step in range(self.options.gradient_accumulation_steps):
-            settings = step_settings(self.config, self.state.step, micro_step, self.rank, self.steps_per_epoch)
+            settings = self.schedule.settings(self.state.step, micro_step, self.rank)
             torch.manual_seed(settings.seed)  # dropout depends on the step alone, so a resumed run draws the same
             batch = self.timer.next(self.loader)
             self.times.end("data")
@@ -185,11 +188,11 @@ class Trainer:
         self.watch.check()
         began = time.monotonic()
         epoch = self.state.pairs / self.samples
-        headline = self.evaluator.evaluate(self.state.step, epoch, self.model, self.loader.tokenizer, weights, final)
+        figures = self.evaluator.evaluate(self.state.step, epoch, self.model, self.loader.tokenizer, weights, final)
         seconds = time.monotonic() - began
         self.timer.exclude(seconds)
         if self.log is not None:
-            self.log.write_held_out(self.state.step, headline, seconds)
+            self.log.write_held_out(self.state.step, figures, self.evaluator.page, seconds)
 
     def save(self) -> None:
         self.watch.check()
