@@ -12,14 +12,19 @@ from PIL import Image
 
 from softmask_fast.adapters.hub import Explanation, WordMap, explain_image, open_model
 from softmask_fast.data.images import check_image, decode_image
+from softmask_fast.data.sources import open_source
 from softmask_fast.data.types import BadSample, Sample
+from softmask_fast.data.words import content_words
 from softmask_fast.errors import UsageError, printable
 from softmask_fast.evaluation.common import image_pixels
-from softmask_fast.evaluation.heatmaps import draw, explained_words, left_out_notes, peak, strengths
+from softmask_fast.evaluation.heatmaps import MATCHES, draw, explained_words, left_out_notes, peak, strengths
 from softmask_fast.evaluation.map_statistics import color_statistics, map_statistics
 from softmask_fast.evaluation.tables import format_table
 from softmask_fast.model.export import load_model
 from softmask_fast.utils import read_json
+
+SCENE, SCENES = "shapes:", "shapes:objects=3"  # in place of a file: a scene by its number, of the data of `tiny`
+SCENE_SIZE = 256  # pixels
 
 Explainer = Callable[[Path], tuple[Image.Image, Explanation]]
 
@@ -38,8 +43,8 @@ def explainer(
     model, processor = open_model(folder, device)
 
     def explain(file: Path) -> tuple[Image.Image, Explanation]:
-        picture = _read(file)
-        return picture, explain_image(model, processor, picture, text, layer=layer, answer=answer)
+        picture, caption = _read(file)
+        return picture, explain_image(model, processor, picture, text or caption, layer=layer, answer=answer)
 
     return explain
 
@@ -53,11 +58,18 @@ def _is_foreign(folder: Path) -> bool:
     return isinstance(config, dict) and "model_type" in config
 
 
-def _read(file: Path) -> Image.Image:
+def _read(file: Path) -> tuple[Image.Image, str | None]:
+    """The picture in a file, or that of a scene, "shapes:N", and its caption."""
+    if str(file).startswith(SCENE):
+        number, scenes = str(file).removeprefix(SCENE), open_source(SCENES, split="val", image_size=SCENE_SIZE)
+        if not number.isdecimal() or int(number) >= len(scenes):
+            raise UsageError(f"--image: expected a scene from {SCENE}0 to {SCENE}{len(scenes) - 1}, got {file}")
+        scene = scenes.read(int(number))
+        return Image.fromarray(scene.image), scene.captions[0]
     data = file.read_bytes()
     try:
         check_image(data)
-        return decode_image(data)
+        return decode_image(data), None
     except BadSample as error:
         raise UsageError(f"--image: {file}: {error}") from error
 
@@ -65,8 +77,9 @@ def _read(file: Path) -> Image.Image:
 def _own(
     model: Any, tokenizer: Any, file: Path, text: str | None, layer: int | None
 ) -> tuple[Image.Image, Explanation]:
-    picture = np.asarray(_read(file))
-    shown, maps = explained_words(model, tokenizer, picture, text or "", layer=layer)
+    picture, caption = _read(file)
+    picture = np.asarray(picture)
+    shown, maps = explained_words(model, tokenizer, picture, text or caption or "", layer=layer)
     with torch.inference_mode():
         patches = model.vision(image_pixels(model, [Sample("image", picture, [])]))[0, model.prefix_tokens :]
     words = []
@@ -87,11 +100,13 @@ def explain_files(explain: Explainer, files: Sequence[Path], out: Path) -> tuple
     records, arrays = [], {}
     for file in files:
         picture, explanation = explain(file)
-        png = out if out.suffix.lower() == ".png" else out / f"{file.stem}.png"
+        png = out if out.suffix.lower() == ".png" else out / f"{file.stem.replace(':', '-')}.png"
         title = explanation.text if explanation.answer is None else f"{explanation.text} {explanation.answer}".strip()
         heats, names = [word.heat for word in explanation.words], [word.text for word in explanation.words]
         note = f"{explanation.score}: {explanation.value:.3g}"
-        draw(picture, names, heats, png, title=title, note=note, footnotes=explanation.notes)
+        gray = explanation.score == "probability of a match" and explanation.value < MATCHES
+        options = {"footnotes": explanation.notes, "shown": content_words(names), "gray": gray}
+        draw(picture, names, heats, png, title=title, note=note, **options)
         words = []
         for number, (word, strength) in enumerate(zip(explanation.words, strengths(heats), strict=True)):
             x, y = peak(word.heat)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from small_models import small_pair
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.types import BadSample, Sample
 from softmask_fast.errors import UsageError
+from softmask_fast.evaluation import heatmaps
 from softmask_fast.evaluation.common import image_pixels, tokenize
 from softmask_fast.evaluation.heatmaps import draw, explain, heatmap_page, overlay, peak, shown_picture
 from softmask_fast.evaluation.plots import plot_curves, save_figure, shortcut_loss, smooth
@@ -104,26 +106,81 @@ def test_draw_takes_any_picture_and_any_map(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_heatmap_page_with_and_without_boxes(model_and_tokenizer, shapes, tmp_path):
+def test_explain_draws_the_words_that_name_something(model_and_tokenizer, shapes, tmp_path, monkeypatch):
+    """In gray, unless the pair matches; the numbers are of all words."""
     model, tokenizer = model_and_tokenizer
+    drawn = drawn_maps(monkeypatch)
+    for bias, colors in ((9.0, "inferno"), (-9.0, "gray")):
+        with torch.no_grad():
+            monkeypatch.setattr(model.match_head.bias, "data", torch.tensor([0.0, bias]))
+        shown = explain(model, tokenizer, shapes.read(0).image, "a circle with a star", tmp_path / "words.png")
+        assert (shown["matched"] >= 0.5) == (bias > 0) and len(shown["words"]) == 5
+        strengths = {word["word"]: f"strength {100 * word['strength']:.0f} %" for word in shown["words"]}
+        assert drawn.pop(0)[0] == "image"
+        assert [(title, note) for title, note, _ in drawn] == [(word, strengths[word]) for word in ("circle", "star")]
+        assert {used for _, _, used in drawn} == {colors}
+        drawn.clear()
+
+
+def drawn_maps(monkeypatch):
+    """The list of (title, note, colormap or None) of the pictures to be drawn."""
+    drawn, colormap = [], []
+
+    def note_colors(picture, heat, opacity=1.0, colors="inferno"):
+        colormap.append(colors)
+        return overlay(picture, heat, opacity, colors)
+
+    def note_picture(ax, picture, title, note=""):
+        drawn.append((title, note, colormap.pop() if colormap else None))
+
+    monkeypatch.setattr(heatmaps, "overlay", note_colors)
+    monkeypatch.setattr(heatmaps, "_show", note_picture)
+    return drawn
+
+
+class Bare:
+    """Images without boxes; the first cannot be read."""
+
+    keys, image_ids, encoded = ["bad", "a", "b"], np.arange(3), True
+
+    def __len__(self):
+        return 3
+
+    def read(self, index):
+        image = jpeg(20 + 20 * index, 60) if index else b"not an image"
+        return Sample(self.keys[index], image, ["a circle while " + "the " * 40 + "star"] if index == 1 else ["square"])
+
+
+def test_heatmap_page_shows_the_first_images_whatever_they_are(model_and_tokenizer, shapes, tmp_path, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    drawn = drawn_maps(monkeypatch)
     heatmap_page(model, tokenizer, shapes, tmp_path / "boxes.png", images=3, words=2)
-    with_boxes = size_of(tmp_path / "boxes.png")
+    samples = [shapes.read(number) for number in range(3)]
+    expected = [title for sample in samples for title in ("", *(phrase.text for phrase in sample.phrases[:2]))]
+    assert [title for title, _, _ in drawn] == expected
+    strength = [re.fullmatch(r"match (\d+) %, strength (\d+) %", note).groups() for title, note, _ in drawn if title]
+    assert max(int(s) for _, s in strength) == 100
+    tokens = tokenize(model, tokenizer, [samples[0].captions[0]])
+    with torch.no_grad():
+        logits = model.match_logits(image_pixels(model, samples[:1]), tokens.input_ids, tokens.attention_mask)
+    assert strength[0][0] == f"{100 * logits.softmax(-1)[0, 1].item():.0f}"
 
-    class Bare:
-        keys, image_ids, encoded = ["a", "b"], np.arange(2), True
-
-        def __len__(self):
-            return 2
-
-        def read(self, index):
-            return Sample(self.keys[index], jpeg(40 + 20 * index, 60), ["one two three four", "x"])
-
-    heatmap_page(model, tokenizer, Bare(), tmp_path / "bare.png", images=3, words=2)
-    bare = size_of(tmp_path / "bare.png")
-    assert with_boxes[0] == bare[0]  # both have 1 + 2 columns
-    assert with_boxes[1] > bare[1]  # 3 rows against 2
+    drawn.clear()
+    heatmap_page(model, tokenizer, Bare(), tmp_path / "bare.png")  # no boxes; a word beyond the token limit
+    assert [title for title, _, _ in drawn] == ["", "circle", "", "square"]
     with pytest.raises(UsageError, match="images, words: expected at least 1"):
         heatmap_page(model, tokenizer, shapes, tmp_path / "none.png", images=0)
+
+
+def test_heatmap_page_has_two_images_a_row_if_there_are_many(model_and_tokenizer, shapes, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    many = open_source("shapes:num=8", split="val", image_size=32)
+    sizes = []
+    for number in (3, 6, 7):
+        heatmap_page(model, tokenizer, many, tmp_path / "page.png", images=number, words=2)
+        sizes.append(size_of(tmp_path / "page.png"))
+    (few, _), (column, tall), (two_columns, low) = sizes
+    assert few == column and two_columns == 2 * column and low < tall
 
 
 def drawn_panels(monkeypatch, metrics, out, *held_out):

@@ -214,7 +214,7 @@ def mean_maps(
     return maps, spans
 
 
-def word_tokens(caption: str, offsets: Sequence[tuple[int, int]], words: range) -> list[int]:
+def word_tokens(caption: str, offsets: Sequence[tuple[int, int]], words: Sequence[int]) -> list[int]:
     """The positions of the tokens inside some of a caption's whitespace-separated words, given by number.
 
     offsets are [start, end) of each token in characters, as fast tokenizers return; special tokens are empty.

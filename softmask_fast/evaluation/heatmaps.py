@@ -20,10 +20,11 @@ from PIL import Image
 
 from softmask_fast.data.images import check_image, decode_image
 from softmask_fast.data.types import CaptionSource, Phrase, Sample
+from softmask_fast.data.words import content_words
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import Box, grounding_score
-from softmask_fast.evaluation.common import eval_mode, image_pixels, tokenize, usable_samples
-from softmask_fast.evaluation.grounding import boxed_phrases, phrase_maps
+from softmask_fast.evaluation.common import eval_mode, tokenize, usable_samples
+from softmask_fast.evaluation.grounding import Query, boxed_phrases, phrase_maps, query_inputs, word_tokens
 from softmask_fast.evaluation.plots import save_figure
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
     from softmask_fast.model.vision_language import VisionLanguageModel
 
-COLORS = "inferno"
+COLORS, GRAYS = "inferno", "gray"  # colormaps; the second of maps of a pair that does not match
+MATCHES = 0.5  # from this probability on
 GRAY, GREEN, RED = "#666666", "#1a7f37", "#c62828"
 SHOWN_SIDE = 384  # longer side of an image inside a figure, in pixels
 
@@ -40,7 +42,9 @@ def explain(
     model: VisionLanguageModel, tokenizer: Tokenizer, image: bytes | np.ndarray, text: str, out: str | Path, *,
     layer: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Draws one heat map for each word of a text over an image, and returns what the figure shows as numbers.
+    """Draws heat maps of the words of a text over an image, and returns what the figure shows as numbers.
+
+    Words that name nothing ("with") have numbers, too, but no picture. The maps of a pair that does not match are gray.
 
     Args:
         image: an encoded file, or (H, W, 3) uint8.
@@ -58,8 +62,11 @@ def explain(
     shown, maps = explained_words(model, tokenizer, image, text, layer=layer)
     notes = left_out_notes(model, shown["left_out"])
     words = [word["word"] for word in shown["words"]]
-    matched = f"match {100 * shown['matched']:.0f} %"
-    draw(image, words, maps, out, title=text, note=matched, footnotes=notes)
+    matched = shown["matched"]
+    draw(
+        image, words, maps, out, title=text, note=f"match {100 * matched:.0f} %", footnotes=notes,
+        shown=content_words(words), gray=matched < MATCHES,
+    )  # fmt: skip
     return shown
 
 
@@ -80,11 +87,7 @@ def explained_words(
     phrases = [Phrase(caption=text, text=w, first_word=i, n_words=1, boxes=[]) for i, w in enumerate(words)]
     check_image(image)
     sample = Sample(key="image", image=image, captions=[text], phrases=phrases)
-    with eval_mode(model):
-        [maps], [spans] = phrase_maps(model, tokenizer, [(sample, text, phrases)], layer=layer)
-        tokens = tokenize(model, tokenizer, [text])
-        with torch.inference_mode():
-            logits = model.match_logits(image_pixels(model, [sample]), tokens.input_ids, tokens.attention_mask)
+    [maps], [spans], [matched] = _maps_and_matches(model, tokenizer, [(sample, text, phrases)], layer)
     seen = [i for i, span in enumerate(spans) if span]
     if not seen:
         raise UsageError(f"text: the tokenizer finds no token in {text!r}")
@@ -94,11 +97,23 @@ def explained_words(
     ]
     shown = {
         "text": text,
-        "matched": logits.float().softmax(dim=-1)[0, 1].item(),
+        "matched": matched,
         "words": report,
         "left_out": [word for word, span in zip(words, spans, strict=True) if not span],
     }
     return shown, [maps[i] for i in seen]
+
+
+def _maps_and_matches(
+    model: VisionLanguageModel, tokenizer: Tokenizer, queries: Sequence[Query], layer: int | None
+) -> tuple[list[list[np.ndarray]], list[list[list[int]]], list[float]]:
+    """What `phrase_maps` returns, and the probability that each query's image and caption match."""
+    with eval_mode(model):
+        maps, spans = phrase_maps(model, tokenizer, queries, layer=layer)
+        tokens, pixels = query_inputs(model, tokenizer, queries)
+        with torch.inference_mode():
+            logits = model.match_logits(pixels, tokens.input_ids, tokens.attention_mask)
+    return maps, spans, logits.float().softmax(dim=-1)[:, 1].tolist()
 
 
 def strengths(maps: Sequence[np.ndarray]) -> list[float]:
@@ -110,9 +125,10 @@ def strengths(maps: Sequence[np.ndarray]) -> list[float]:
 
 def draw(
     image: str | Path | bytes | np.ndarray | Image.Image, words: Sequence[str], maps: Sequence[Any], out: str | Path, *,
-    title: str = "", note: str = "", footnotes: Sequence[str] = (),
+    title: str = "", note: str = "", footnotes: Sequence[str] = (), shown: Sequence[int] | None = None,
+    gray: bool = False,
 ) -> None:  # fmt: skip
-    """Draws one heat map for each word over an image.
+    """Draws heat maps of words over an image, each with its strength: its largest value / that of the strongest word.
 
     Args:
         image: a file's name or its content, (H, W, 3) uint8, or a PIL image.
@@ -120,6 +136,8 @@ def draw(
         maps: as many, each (rows, cols) over the whole image: arrays or tensors, at least 0.
         out: the PNG to write; its folder is made.
         title, note, footnotes: lines above the figure, under the image, and under the figure.
+        shown: numbers of the words to draw, others are named below; default: all.
+        gray: without color, as for a text that does not match.
 
     Raises:
         UsageError: for no words, another number of maps, or maps of another shape; BadSample for an unreadable image.
@@ -133,8 +151,12 @@ def draw(
     elif isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     picture = shown_picture(image)
-    rows = math.ceil((len(heats) + 1) / 5)
-    columns = math.ceil((len(heats) + 1) / rows)
+    strength = strengths(heats)
+    shown = range(len(words)) if shown is None else shown
+    if rest := [word for number, word in enumerate(words) if number not in shown]:
+        footnotes = [*footnotes, f"not drawn: {' '.join(rest)}"]
+    rows = math.ceil((len(shown) + 1) / 5)
+    columns = math.ceil((len(shown) + 1) / rows)
     height, width = picture.shape[:2]
     size = columns * 2.3, rows * (2.3 * height / width + 0.5) + 0.9  # inches
     figure = Figure(figsize=size, layout="constrained")
@@ -142,12 +164,14 @@ def draw(
     if title:
         figure.suptitle("\n".join(textwrap.wrap(title, 26 * columns)), fontsize=13, fontweight="bold")
     _show(axes.flat[0], picture, "image", note)
-    for ax, word, heat, strength in zip(axes.flat[1:], words, heats, strengths(heats), strict=False):
+    colors = GRAYS if gray else COLORS
+    for ax, number in zip(axes.flat[1:], shown, strict=False):
         # The map of a weak word is mostly noise: draw it fainter, so that the eye goes to the words that count.
-        _show(ax, overlay(picture, heat, opacity=strength**0.35), word, f"strength {100 * strength:.0f} %")
-    for ax in axes.flat[len(heats) + 1 :]:
+        picture_of_word = overlay(picture, heats[number], strength[number] ** 0.35, colors)
+        _show(ax, picture_of_word, words[number], f"strength {100 * strength[number]:.0f} %")
+    for ax in axes.flat[len(shown) + 1 :]:
         ax.set_axis_off()
-    _color_bar(figure, axes)
+    _color_bar(figure, axes, colors)
     if footnotes:
         lines = [line for text in footnotes for line in textwrap.wrap(text, 34 * columns)]
         figure.supxlabel("\n".join(lines), fontsize=9, color=GRAY)
@@ -155,14 +179,16 @@ def draw(
 
 
 def heatmap_page(
-    model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, out: str | Path, *, images: int = 6,
+    model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, out: str | Path, *, images: int = 10,
     words: int = 4, layer: int | None = None,
 ) -> None:  # fmt: skip
-    """Draws a page of `images` rows: an image with its caption, then the heat maps of up to `words` of its phrases.
+    """Draws a page of the first `images` usable images of a source, whatever they show: each with its caption and the
+    heat maps of up to `words` of its phrases.
 
-    The images are spread evenly over the source; one that cannot be read is replaced by the next. Boxes are drawn, and
-    a cross marks the largest patch: green inside a box, red outside. Without phrases, the longest words of the captions
-    are drawn instead, without boxes.
+    Each map says how sure the model is that image and caption match, and its strength: its largest value / that of the
+    page's strongest. Maps of a pair that does not match are gray. Boxes are drawn, and a cross marks the largest patch:
+    green inside a box, red outside. Without phrases the longest words of the caption that name something are drawn,
+    without boxes. What lies beyond the token limit is not drawn.
 
     Raises UsageError for a source without a usable sample, or an option out of range.
     """
@@ -170,34 +196,34 @@ def heatmap_page(
         raise UsageError(f"images, words: expected at least 1, got {images} and {words}")
     if len(source) == 0:
         raise UsageError("source: expected at least one sample, got none")
-    queries = _choose_queries(source, images, words)
-    with eval_mode(model):
-        maps, spans = phrase_maps(model, tokenizer, queries, layer=layer)
+    queries = _first_queries(model, tokenizer, source, images, words)
+    maps, _, matches = _maps_and_matches(model, tokenizer, queries, layer)
+    strength = iter(strengths([heat for heats in maps for heat in heats]))
 
-    panel = 2.1
-    columns = 1 + max(len(phrases) for _, _, phrases in queries)
+    panel, across = 2.1, 1 if len(queries) <= 6 else 2  # inches; images side by side
+    width = 1 + max(len(phrases) for _, _, phrases in queries)
+    rows = math.ceil(len(queries) / across)
     shown = [shown_picture(sample.image) for sample, _, _ in queries]
     captions = ["\n".join(textwrap.wrap(caption, 30)) for _, caption, _ in queries]
     heights = [  # inches, of the image, its caption and a note
         panel * min(picture.shape[0] / picture.shape[1], 1.4) + 0.15 * max(2, caption.count("\n") + 1) + 0.2
         for picture, caption in zip(shown, captions, strict=True)
     ]
-    figure = Figure(figsize=(columns * panel, sum(heights) + 0.6), layout="constrained")
-    axes = figure.subplots(len(queries), columns, squeeze=False, height_ratios=heights)
-    for row, (picture, caption, (_, _, phrases), heats, tokens) in enumerate(
-        zip(shown, captions, queries, maps, spans, strict=True)
+    heights = [max(heights[row * across : (row + 1) * across]) for row in range(rows)]
+    figure = Figure(figsize=(across * width * panel, sum(heights) + 0.6), layout="constrained")
+    axes = figure.subplots(rows, across * width, squeeze=False, height_ratios=heights)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for picture, caption, (_, _, phrases), heats, match, places in zip(
+        shown, captions, queries, maps, matches, axes.reshape(-1, width), strict=False
     ):
-        _show(axes[row, 0], picture, "")
-        axes[row, 0].set_title(caption, fontsize=8, loc="left")
-        for ax, phrase, heat, token in zip(axes[row, 1:], phrases, heats, tokens, strict=False):
-            if not token:
-                _show(ax, picture, phrase.text, "beyond the token limit")
-                continue
-            _show(ax, overlay(picture, heat), phrase.text)
+        _show(places[0], picture, "")
+        places[0].set_title(caption, fontsize=8, loc="left")
+        for ax, phrase, heat in zip(places[1:], phrases, heats, strict=False):
+            note = f"match {100 * match:.0f} %, strength {100 * next(strength):.0f} %"
+            _show(ax, overlay(picture, heat, colors=COLORS if match >= MATCHES else GRAYS), phrase.text, note)
             if phrase.boxes:
                 _draw_boxes(ax, picture, heat, phrase.boxes)
-        for ax in axes[row, 1 + len(phrases) :]:
-            ax.set_axis_off()
     _color_bar(figure, axes)
     save_figure(figure, out)
 
@@ -211,11 +237,11 @@ def shown_picture(image: bytes | np.ndarray) -> np.ndarray:
     return np.asarray(picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
 
 
-def overlay(picture: np.ndarray, heat: np.ndarray, opacity: float = 1.0) -> np.ndarray:
+def overlay(picture: np.ndarray, heat: np.ndarray, opacity: float = 1.0, colors: str = COLORS) -> np.ndarray:
     """Lays a heat map (rows, cols) over a picture (H, W, 3) uint8: (H, W, 3) float in [0, 1].
 
     The map is enlarged (bicubic) and scaled from its smallest to its largest patch, as training scales the soft masks.
-    The picture is colored where the word looks, with at most `opacity`, and dimmed elsewhere.
+    The picture is colored where the word looks, with at most `opacity`, and dimmed elsewhere. colors: a colormap.
     """
     height, width = picture.shape[:2]
     values = torch.from_numpy(np.ascontiguousarray(heat, dtype=np.float32))[None, None]
@@ -224,7 +250,7 @@ def overlay(picture: np.ndarray, heat: np.ndarray, opacity: float = 1.0) -> np.n
     values = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
     gray = picture.astype(np.float32).mean(axis=2, keepdims=True)
     dimmed = (0.5 * picture + 0.5 * gray) / 255 * 0.65
-    color = matplotlib.colormaps[COLORS](values)[..., :3]
+    color = matplotlib.colormaps[colors](values)[..., :3]
     alpha = (0.85 * opacity * values**0.7)[..., None]
     return dimmed * (1 - alpha) + color * alpha
 
@@ -235,31 +261,31 @@ def peak(heat: np.ndarray) -> tuple[float, float]:
     return (float(column) + 0.5) / heat.shape[1], (float(row) + 0.5) / heat.shape[0]
 
 
-def _choose_queries(source: CaptionSource, images: int, words: int) -> list[tuple[Sample, str, list[Phrase]]]:
-    """Samples spread evenly over the source, those with boxes first, each with one caption and phrases of it."""
-    count = len(source)
-    stride = max(1, count // images)
-    spread = [index for offset in range(stride) for index in range(offset, count, stride)][: 4 * images]
+def _first_queries(
+    model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, images: int, words: int
+) -> list[Query]:
+    """The first usable samples, each with one caption and phrases of it that the model reads to their end."""
     skipped: dict[str, str] = {}
-    with_boxes, without = [], []
-    for _, sample in usable_samples(source, spread, skipped):
+    queries = []
+    for _, sample in usable_samples(source, range(len(source)), skipped):
         if by_caption := boxed_phrases(sample):
             caption = max(by_caption, key=lambda text: len(by_caption[text]))
             # one phrase for each span of words
-            distinct = {(phrase.first_word, phrase.n_words): phrase for phrase in by_caption[caption]}
-            with_boxes.append((sample, caption, list(distinct.values())[:words]))
+            phrases = list({(phrase.first_word, phrase.n_words): phrase for phrase in by_caption[caption]}.values())
         else:
             caption = sample.captions[0]
             parts = caption.split()
-            longest = sorted(sorted(range(len(parts)), key=lambda i: -len(parts[i]))[:words])
-            without.append((sample, caption, [Phrase(caption, parts[i], i, 1, []) for i in longest]))
-        if len(with_boxes) == images:
+            phrases = [Phrase(caption, parts[i], i, 1, []) for i in content_words(parts)]
+            phrases.sort(key=lambda phrase: -len(phrase.text))
+        [offsets] = tokenize(model, tokenizer, [caption]).offsets
+        read = [phrase for phrase in phrases if word_tokens(caption, offsets, [phrase.first_word + phrase.n_words - 1])]
+        queries.append((sample, caption, sorted(read[:words], key=lambda phrase: phrase.first_word)))
+        if len(queries) == images:
             break
-    chosen = (with_boxes + without)[:images]
-    if not chosen:
+    if not queries:
         first = next(iter(skipped.items()))
-        raise UsageError(f"source: none of {len(spread)} samples tried can be used, the first: {first}")
-    return chosen
+        raise UsageError(f"source: none of {len(source)} samples can be used, the first: {first}")
+    return queries
 
 
 def _draw_boxes(ax: Axes, picture: np.ndarray, heat: np.ndarray, boxes: Sequence[Box]) -> None:
@@ -278,6 +304,7 @@ def _show(ax: Axes, picture: np.ndarray, title: str, note: str = "") -> None:
     ax.imshow(picture)
     ax.set_xticks([])
     ax.set_yticks([])
+    ax.set_axis_on()
     ax.spines[:].set_visible(False)
     if title:
         ax.set_title("\n".join(textwrap.wrap(title, 24)), fontsize=11)
@@ -285,10 +312,10 @@ def _show(ax: Axes, picture: np.ndarray, title: str, note: str = "") -> None:
         ax.set_xlabel("\n".join(textwrap.wrap(note, 30)), fontsize=8, color=GRAY, labelpad=2)
 
 
-def _color_bar(figure: Figure, axes: np.ndarray) -> None:
+def _color_bar(figure: Figure, axes: np.ndarray, colors: str = COLORS) -> None:
     width, height = figure.get_size_inches()
     place = dict(location="bottom", shrink=min(1.0, 4.5 / width), aspect=45, pad=0.05 / height)
-    bar = figure.colorbar(ScalarMappable(cmap=COLORS), ax=axes, **place)
+    bar = figure.colorbar(ScalarMappable(cmap=colors), ax=axes, **place)
     bar.set_label("relevance, from each word's weakest patch (0) to its strongest (1)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
