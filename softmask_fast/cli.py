@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 PRETRAINED = ("retrieval", "grounding", "maps")  # tasks of a model without fine-tuning
 TASKS = (*PRETRAINED, "vqa", "nlvr2", "entailment")
+SCENE = "shapes:"  # in place of an image: a scene by its number
+DEMO = Path(__file__).parent / "demo"  # the model folder that is called "demo"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     debug = CommandParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     model = CommandParser(add_help=False, parents=[debug])
-    model.add_argument("--model", required=True, type=Path, metavar="DIR", help="A model folder, exported by training.")
+    own_help = "A model folder, exported by training, or 'demo'."
+    model.add_argument("--model", required=True, type=_model, metavar="DIR", help=own_help)
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if available).")
     layer_help = "Fusion layer of the heat maps, 0 is the first (default: the layer of the soft masks)."
 
@@ -66,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--task", required=True, choices=TASKS)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="Also write the metrics to this file.")
     evaluate.add_argument("--limit", type=int, metavar="N", help="Evaluate on the first N samples.")
+    page_help = "Also draw the word heat maps of the first ten samples, whatever they show."
+    evaluate.add_argument("--heatmaps", type=Path, metavar="FILE.png", help=page_help)
     evaluate.add_argument("--batch_size", type=int, default=64, metavar="N", help="Images at a time (default: 64).")
     retrieval = evaluate.add_argument_group("retrieval")
     captions_help = "Captions of each image (default: first)."
@@ -79,18 +84,19 @@ def _parser() -> argparse.ArgumentParser:
     entries.add_argument("--predictions", type=Path, metavar="FILE", help="Write the answers to this file, as JSON.")
 
     maps = CommandParser(add_help=False, parents=[debug])
-    any_help = "A model folder (of this library, transformers or open_clip), or a name on the Hugging Face hub."
-    maps.add_argument("--model", required=True, type=Path, metavar="DIR|NAME", help=any_help)
+    any_help = "A model folder (of this library, transformers or open_clip), a name on the Hugging Face hub, or 'demo'."
+    maps.add_argument("--model", required=True, type=_model, metavar="DIR|NAME", help=any_help)
     maps.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if available).")
-    image_help = "JPEG, PNG or WebP images."
-    maps.add_argument("--image", required=True, nargs="+", type=Path, metavar="FILE", help=image_help)
-    text_help = "A caption of the image, true or not; a question, to models that answer."
+    image_help = "JPEG, PNG or WebP images; shapes:N is the Nth unseen scene of colored shapes (default: shapes:0)."
+    images = dict(nargs="+", type=Path, default=[Path("shapes:0")])
+    maps.add_argument("--image", metavar="FILE", help=image_help, **images)
+    text_help = "A caption of the image, true or not; a question, to models that answer (default: of a scene, its own)."
     maps.add_argument("--text", metavar="TEXT", help=text_help)
     maps.add_argument("--answer", metavar="TEXT", help="Explain this answer (default: the model's own).")
     layer_of_help = "Layer of the maps, 0 is the first (default: by the model's kind, see docs/word_maps.md)."
     maps.add_argument("--layer", type=int, metavar="N", help=layer_of_help)
 
-    explain = add_command("explain", _explain, "Draw a heat map for every word.", maps)
+    explain = add_command("explain", _explain, "Draw heat maps of words.", maps)
     explain.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="File to write, or a folder.")
     explain.add_argument("--json", type=Path, metavar="FILE", help="Also write words and statistics of their maps.")
     explain.add_argument("--npy", type=Path, metavar="FILE.npz", help="Also write the maps, by image and word.")
@@ -98,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     features = add_command("features", _features, "Write statistics of word maps as a table.", maps)
     features_help = "File to write: one row for each image and word."
     features.add_argument("--out", required=True, type=Path, metavar="FILE.parquet|FILE.npz", help=features_help)
+
+    export = add_command("export", _export, "Copy a model folder in half precision.", debug)
+    export.add_argument("--model", required=True, type=Path, metavar="DIR", help="A folder of pretraining, RUN/model.")
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="The folder to write.")
 
     prepare = add_command("prepare", _prepare, "Make shards from images and a table of captions.", debug)
     table_help = "A .csv, .tsv, .json, .jsonl or .parquet table."
@@ -132,7 +142,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     """Print recall@1, 5 and 10 of retrieval, how well word heat maps point at the boxes of the words (maps: beside
     those of attention, rollout and Grad-CAM), or the accuracy of a model fine-tuned for VQA, NLVR2 or visual
     entailment."""
-    for name in ("json", "predictions"):
+    for name in ("json", "predictions", "heatmaps"):
         if getattr(options, name) is not None:
             _check_output(getattr(options, name), f"--{name}")
     _check_model(options.model)
@@ -150,6 +160,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.predictions is not None:
         write_json(options.predictions, report.predictions)
         print(f"written to {options.predictions}")
+    if options.heatmaps is not None:
+        print(f"written to {options.heatmaps}")
 
 
 def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) -> Report:
@@ -162,16 +174,21 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
 
     model, tokenizer = load_model(options.model, _device(options.device))
     split = {"split": "val", "seed": 0, "image_size": model.config.image_size, "image_root": options.image_root}
+    phrases = options.task != "retrieval" and options.data.endswith(".json")
+    source = (open_expressions if phrases else open_source)(options.data, **split)
+    if options.heatmaps is not None:
+        from softmask_fast.evaluation.heatmaps import heatmap_page
+
+        heatmap_page(model, tokenizer, source, options.heatmaps, layer=options.layer)
     if options.task == "retrieval":
-        source = open_source(options.data, **split)
         return evaluate_retrieval(model, tokenizer, source, captions=options.captions, rerank=options.rerank, **common)
-    open_phrases = open_expressions if options.data.endswith(".json") else open_source
-    source = open_phrases(options.data, **split)
     evaluate = evaluate_grounding if options.task == "grounding" else evaluate_maps
     return evaluate(model, tokenizer, source, layer=options.layer, **common)
 
 
 def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Report:
+    if options.heatmaps:
+        raise UsageError(f"--heatmaps: expected with a task of {', '.join(PRETRAINED)}, not with {options.task}")
     from softmask_fast.config import DataConfig
     from softmask_fast.tasks import recipes
     from softmask_fast.tasks.answers import evaluate_answers
@@ -190,8 +207,8 @@ def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Re
 
 
 def _explain(options: argparse.Namespace) -> None:
-    """Draw where a model looks for every word of a text: one heat map per word over the image, as a PNG; of several
-    images one PNG each, in a folder."""
+    """Draw where a model looks for the words of a text that name something: one heat map per word over the image, as a
+    PNG; of several images one PNG each, in a folder. The printed table and --json have all words."""
     several = len(options.image) > 1
     if several == (options.out.suffix.lower() == ".png"):
         expected = "a folder for several images" if several else "a name that ends in .png"
@@ -231,7 +248,8 @@ def _open_explainer(options: argparse.Namespace, outputs: dict[str, Path | None]
     if options.text is not None and not options.text.split():
         raise UsageError("--text: expected at least one word, got none")
     for image in options.image:
-        image.open("rb").close()
+        if not str(image).startswith(SCENE):
+            image.open("rb").close()
     if len({image.stem for image in options.image}) < len(options.image):
         raise UsageError("--image: expected files of different names, as figures and maps are named after them")
     for option, path in outputs.items():
@@ -244,6 +262,18 @@ def _open_explainer(options: argparse.Namespace, outputs: dict[str, Path | None]
     from softmask_fast.word_maps import explainer
 
     return explainer(folder, _device(options.device), options.text, options.layer, options.answer)
+
+
+def _export(options: argparse.Namespace) -> None:
+    """Copy a model folder with weights in float16, half the size; they are float32 again when it is loaded."""
+    _quiet_libraries()
+    from softmask_fast.model.export import load_model, own_state, save_model
+
+    _check_model(options.model)
+    model, tokenizer = load_model(options.model)
+    halves = {name: x.half() if x.is_floating_point() else x for name, x in own_state(model).items()}
+    save_model(model, tokenizer, options.out, halves)
+    print(f"written to {options.out}")
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -312,6 +342,11 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device: expected one of {torch.cuda.device_count()} CUDA devices, got {name}")
     return device
+
+
+def _model(name: str) -> Path:
+    """The folder of a model; "demo" is the one that comes with the library."""
+    return DEMO if name == DEMO.name and not Path(name).exists() else Path(name)
 
 
 def _check_model(directory: Path) -> None:

@@ -1,12 +1,15 @@
 """The command line: its output, its files, and its messages about user errors."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_config import check_both_spellings, options_of
 
 from softmask_fast import __version__
@@ -79,6 +82,37 @@ def test_explain(folder, tmp_path, capsys):
         picture.load()
 
 
+def test_the_demo_is_a_model_in_half_precision_that_needs_no_training_library(folder, tmp_path):
+    """Exported, explained on a scene and evaluated, in one process where DeepSpeed, DALI and others are missing."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        missing = ("deepspeed", "nvidia.dali", "tensorboard", "braceexpand", "filelock", "aiohttp", "s3fs", "pyarrow")
+        sys.modules |= dict.fromkeys(missing)
+        from softmask_fast import cli
+        cli.DEMO = Path("demo model/demo")
+        def run(*arguments):
+            assert cli.main(arguments) == 0, arguments
+        run("export", "--model", sys.argv[1], "--out", "demo model/demo")
+        run("explain", "--model", "demo", "--out", "words.png")
+        run("explain", "--model", "demo", "--image", "shapes:3", "shapes:4", "--text", "a circle", "--out", "scenes")
+        data = ("--model", "demo", "--data", "shapes:num=4,objects=3")
+        run("evaluate", *data, "--task", "grounding", "--heatmaps", "page.png")
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(folder / "model")], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Grounding of" in result.stdout and "in 4 images" in result.stdout
+    pictures = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
+    assert pictures == {"words.png", "page.png", "scenes/shapes-3.png", "scenes/shapes-4.png"}
+    full, half = (load_file(f / "model.safetensors") for f in (folder / "model", tmp_path / "demo model" / "demo"))
+    assert full.keys() == half.keys() and {x.dtype for x in half.values()} == {torch.float16}
+    for name, tensor in full.items():
+        torch.testing.assert_close(half[name].float(), tensor, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -90,6 +124,10 @@ def test_explain(folder, tmp_path, capsys):
         (["evaluate", "--device", "cuda:99"], "--device: expected one of 0 CUDA devices, got cuda:99"),
         (["evaluate", "--json", "."], "--json: expected a file name"),
         (["explain", "--image", "missing.jpg"], "missing.jpg: No such file or directory"),
+        (
+            ["explain", "--image", "shapes:9999"],
+            "--image: expected a scene from shapes:0 to shapes:4095, got shapes:9999",
+        ),
         (["explain", "--out", "words.jpg"], "--out: expected a name that ends in .png, got words.jpg"),
         (["explain", "--text", " "], "--text: expected at least one word"),
         (["explain", "--image", __file__], "image cannot be decoded"),

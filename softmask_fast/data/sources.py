@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
 
 from softmask_fast.config import DataConfig
 from softmask_fast.data.images import read_image
@@ -75,6 +74,8 @@ def open_as_configured(data: str, options: DataConfig, *, split: str, seed: int,
 
 def expand_names(data: str | Sequence[str]) -> list[str]:
     """The names in `data`, with comma-separated lists and brace patterns expanded."""
+    from braceexpand import UnbalancedBracesError, braceexpand  # of the training extra, which scenes do not need
+
     names: list[str] = []
     for item in [data] if isinstance(data, str) else data:
         if item.startswith("pipe:"):
