@@ -6,8 +6,10 @@ import re
 import reprlib
 from typing import Any
 
-# scheme, user and password, host and path, query or fragment up to the next URL of a list
-_URL = re.compile(r"([a-z][a-z0-9+.-]*://)([^\s/?#]*@)?([^\s,?#]*)((?:[?#](?:(?!,[a-z][a-z0-9+.-]*://)\S)*)?)", re.I)
+_SCHEME = r"[a-z][a-z0-9+.-]*://"
+_PART = rf"(?:(?!,{_SCHEME})[^\s{{0}}])*"  # up to the next URL of a list
+# scheme, user and password, host and path; then the query or fragment
+_URL = re.compile(rf"({_SCHEME})(?:[^\s/?#]*@)?({_PART.format('?#')})(?:[?#]{_PART.format('')})?", re.IGNORECASE)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
@@ -32,7 +34,7 @@ def without_secrets(text: str) -> str:
     these are parts of a name."""
 
     def shown(url: re.Match) -> str:
-        return url[0] if url[1].lower() == "file://" else url[1] + url[3]
+        return url[0] if url[1].lower() == "file://" else url[1] + url[2]
 
     return _URL.sub(shown, text) if "://" in text else text
 

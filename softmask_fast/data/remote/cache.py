@@ -6,15 +6,19 @@ import hashlib
 import os
 import re
 import time
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from softmask_fast.data.remote.download import Downloader, without_query
-from softmask_fast.errors import UsageError
+from softmask_fast.data.remote.download import Downloader, public_part
+from softmask_fast.data.types import UnreachableFile
+from softmask_fast.errors import UsageError, format_error
 
 _FULL_PAUSE = 0.1  # seconds between checks while other downloads occupy all the space
+_SHARD = re.compile(r"[0-9a-f]{16}-[\w.-]+")  # what `_name` gives; other files are not ours
+_PARTIAL = re.compile(rf"({_SHARD.pattern})\.([0-9]+)\.partial")
 
 
 class ShardCache:
@@ -30,21 +34,31 @@ class ShardCache:
         self.limit = limit
         self._folder, self._downloader = folder, downloader
         for name in ("shards", "locks", "indexes"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            try:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"cache_dir: expected a folder to write to, {format_error(error)}") from error
+            if not os.access(folder / name, os.R_OK | os.W_OK | os.X_OK):
+                raise UsageError(f"cache_dir: expected a folder to write to, got {folder / name}")
 
     def open(self, url: str, size: int, sha256: str | None = None) -> FileIO:
         """Opens a shard of `size` bytes, downloading it if needed. An open file stays readable when it is evicted.
 
-        Raises UnreachableFile if the download fails, UsageError if the shard is larger than the cache.
+        Raises UnreachableFile if the download fails or the cache cannot be used, UsageError if the shard is larger than
+        the cache.
         """
         path = self._folder / "shards" / self._name(url)
-        while True:
-            if not self._is_cached(path, size):
-                self._download(url, path, size, sha256)
-            try:
-                return FileIO(path)
-            except FileNotFoundError:
-                continue  # evicted in the meantime
+        try:
+            while True:
+                if not self._is_cached(path, size):
+                    self._download(url, path, size, sha256)
+                with suppress(FileNotFoundError):  # evicted in the meantime
+                    return FileIO(path)
+        except UnreachableFile:
+            raise
+        except OSError as error:
+            reason = f"the cache cannot be used: {format_error(error)}"
+            raise UnreachableFile(error.errno, reason, public_part(url)) from error
 
     def index_path(self, url: str) -> Path:
         """Path of the cached index of a shard."""
@@ -61,6 +75,8 @@ class ShardCache:
             partial = self._reserve(url, path, size)
             try:
                 self._downloader.fetch(url, partial, size, sha256)
+                with open(partial, "rb") as file:
+                    os.fsync(file.fileno())  # else a power failure can leave a file of the right size without content
                 with self.lock("space"):
                     os.replace(partial, path)
             finally:
@@ -70,7 +86,7 @@ class ShardCache:
         """Makes room and creates an empty file whose name reserves `size` bytes."""
         if size > self.limit:
             raise UsageError(
-                f"cache_gigabytes: expected {size / 1e9:.3g} or more for {without_query(url)}, got {self.limit / 1e9:g}"
+                f"cache_gigabytes: expected {size / 1e9:.3g} or more for {public_part(url)}, got {self.limit / 1e9:g}"
             )
         while True:
             with self.lock("space"):
@@ -80,19 +96,26 @@ class ShardCache:
                 for _, n, oldest in shards:
                     if used + size <= self.limit:
                         break
-                    Path(oldest).unlink(missing_ok=True)
-                    used -= n
+                    with suppress(PermissionError):  # of another user
+                        Path(oldest).unlink(missing_ok=True)
+                        used -= n
                 if used + size <= self.limit:
                     partial = path.with_name(f"{path.name}.{size}.partial")
                     partial.touch()
                     return partial
+                if not reserved:  # nothing to wait for
+                    raise UsageError(
+                        f"cache_dir: {self._folder} holds {used} bytes that this user cannot remove, of {self.limit}"
+                    )
             time.sleep(_FULL_PAUSE)
 
     def _reserved(self, own: Path) -> list[int]:
         """The sizes of all running downloads; removes what killed processes left."""
         sizes = []
         for partial in (self._folder / "shards").glob("*.partial"):
-            name, size, _ = partial.name.rsplit(".", 2)
+            if not (named := _PARTIAL.fullmatch(partial.name)):
+                continue
+            name, size = named.groups()
             if name == own.name:  # left by a killed process: we hold the lock
                 partial.unlink(missing_ok=True)
                 continue
@@ -106,19 +129,21 @@ class ShardCache:
     def _shards(self) -> list[tuple[int, int, str]]:
         """(time of last use in ns, size in bytes, path) of every cached shard."""
         with os.scandir(self._folder / "shards") as entries:
-            files = [(entry.stat(), entry.path) for entry in entries if not entry.name.endswith(".partial")]
+            ours = [entry for entry in entries if _SHARD.fullmatch(entry.name) and entry.is_file()]
+            files = [(entry.stat(), entry.path) for entry in ours if not entry.name.endswith(".partial")]
         return [(stat.st_mtime_ns, stat.st_size, path) for stat, path in files]
 
     def _is_cached(self, path: Path, size: int) -> bool:
         """Whether the shard is cached; marks it as used."""
         try:
-            os.utime(path)
+            with suppress(PermissionError):  # of another user
+                os.utime(path)
             return path.stat().st_size == size  # differs after a power failure, or if the shard was replaced
         except FileNotFoundError:
             return False
 
     @staticmethod
     def _name(url: str) -> str:
-        shown = without_query(url)
+        shown = public_part(url)
         readable = re.sub(r"[^\w.-]", "_", shown.rsplit("/", 1)[-1])[-80:]
         return f"{hashlib.blake2b(shown.encode(), digest_size=8).hexdigest()}-{readable}"

@@ -18,13 +18,19 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.callbacks import Callback
 
 from softmask_fast.data.types import UnreachableFile
+from softmask_fast.errors import printable, without_secrets
 from softmask_fast.utils import file_sha256
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two attempts
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _RETRIED_STATUSES = (408, 425, 429)  # of the HTTP statuses 4xx
+
+
+class FinalError(OSError):
+    """A failure that another attempt will not mend."""
 
 
 class Downloader:
@@ -41,14 +47,21 @@ class Downloader:
             raise _unreachable(url, "the server does not report the file's size; upload an index (softmask-fast index)")
         return info["size"]
 
-    def read(self, url: str) -> bytes | None:
-        """The content of a small file, or None if it does not exist or access is denied. Raises UnreachableFile."""
+    def fetch_optional(self, url: str, path: Path, most: int) -> bool:
+        """Downloads a file of at most `most` bytes to `path`; False if it does not exist or access is denied. Raises
+        UnreachableFile, also if there are more bytes."""
+
+        def attempt(progress: _Progress) -> None:
+            progress.limit, progress.excess = most, "too many"
+            self._call(url, "get_file", progress, str(path), callback=progress)
+
         try:
-            return self._retry(url, lambda progress: self._call(url, "cat_file", progress))
+            self._retry(url, attempt, path)
         except UnreachableFile as error:
-            if error.__cause__ is not None and _is_final(error.__cause__):
-                return None
+            if error.__cause__ is not None and _is_denied(error.__cause__):
+                return False
             raise
+        return True
 
     def fetch(self, url: str, path: Path, size: int, sha256: str | None = None) -> None:
         """Downloads a file to `path`. Raises UnreachableFile if all attempts fail or give another size or hash."""
@@ -61,21 +74,25 @@ class Downloader:
             if sha256 is not None and file_sha256(path) != sha256:
                 raise OSError("the content does not match the index: damaged, or changed since it was indexed")
 
-        self._retry(url, attempt)
+        self._retry(url, attempt, path)
 
-    def _retry(self, url: str, attempt: Callable[[_Progress], T]) -> T:
+    def _retry(self, url: str, attempt: Callable[[_Progress], T], path: Path | None = None) -> T:
+        """path: the file that the attempt writes."""
         for number in range(1, self._tries + 1):
             try:
                 return attempt(_Progress())
             except ImportError as error:  # the file system's package is missing
                 raise _unreachable(url, f"{error}; https and s3 need: pip install 'softmask_fast[remote]'") from error
             except Exception as error:  # every file system raises errors of its own
-                cause = f"{type(error).__name__}: {str(error) or 'no message'}".replace(url, without_query(url))
-                if number == self._tries or _is_final(error):
+                reason = _cause(error)
+                cause = printable(without_secrets(f"{type(reason).__name__}: {str(reason) or 'no message'}"))
+                if isinstance(error, OSError) and (error.errno in _DISK_ERRORS or _names(error, path)):
+                    raise _unreachable(url, f"cannot be written to {path}: {error.strerror}") from None
+                if number == self._tries or _is_denied(error) or isinstance(reason, FinalError):
                     attempts = "1 attempt" if number == 1 else f"{number} attempts"
                     raise _unreachable(url, f"download failed after {attempts}: {cause}") from error
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (number - 1)) * random.uniform(0.75, 1.25)
-                logger.warning("%s: %s; retrying in %.1f s", without_query(url), cause, pause)
+                logger.warning("%s: %s; retrying in %.1f s", printable(without_secrets(url)), cause, pause)
                 time.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -103,22 +120,27 @@ class _Progress(Callback):
     def __init__(self) -> None:
         super().__init__()
         self.last, self.limit, self._received = time.monotonic(), None, 0
+        self.excess = "changed since it was indexed"
 
     def relative_update(self, inc: int = 1) -> None:
         if inc:
             self.last = time.monotonic()
         self._received += inc
         if self.limit is not None and self._received > self.limit:
-            raise OSError(f"received more than {self.limit} bytes: changed since it was indexed")
+            raise FinalError(f"received more than {self.limit} bytes: {self.excess}")
 
 
-def without_query(url: str) -> str:
-    """The URL without what follows "?", which is often a secret signature: for messages and comparisons."""
-    return url.split("?")[0] if urlsplit(url).scheme in ("http", "https") else url
+def public_part(url: str) -> str:
+    """What identifies the file: the URL without password and, of http, what follows "?", often a signature."""
+    if urlsplit(url).scheme in ("http", "https"):
+        return without_secrets(url)
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _unreachable(url: str, reason: str) -> UnreachableFile:
-    return UnreachableFile(errno.EIO, reason, without_query(url))
+    return UnreachableFile(errno.EIO, reason, printable(without_secrets(url)))
 
 
 def _options(protocol: str) -> dict[str, Any]:
@@ -128,18 +150,28 @@ def _options(protocol: str) -> dict[str, Any]:
         return {}
     import aiohttp
 
+    from softmask_fast.data.remote.redirects import open_session
+
     given = fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})
     # aiohttp aborts every request after five minutes; a server that compresses would not report the file's size
     ours = {"timeout": aiohttp.ClientTimeout(total=None), "trust_env": True}
     headers = {"Accept-Encoding": "identity", **given.get("headers", {})}
-    return {"client_kwargs": {**ours, **given, "headers": headers}}
+    return {"client_kwargs": {**ours, **given, "headers": headers}, "get_client": open_session}
 
 
-def _is_final(error: BaseException) -> bool:
+def _names(error: OSError, path: Path | None) -> bool:
+    """Whether an error is that of the file which is written here."""
+    return path is not None and error.filename == str(path)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error itself; fsspec raises FileNotFoundError for every failure to look up an HTTP file."""
+    return error.__cause__ or error if isinstance(error, FileNotFoundError) else error
+
+
+def _is_denied(error: BaseException) -> bool:
     """Whether a retry is pointless: the file does not exist, or access is denied."""
-    cause = error
-    if isinstance(error, FileNotFoundError):  # fsspec raises it for every failure to look up an HTTP file
-        cause = error.__cause__ or error
+    cause = _cause(error)
     status = getattr(cause, "status", None) or getattr(cause, "code", None)
     if response := getattr(cause, "response", None):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None

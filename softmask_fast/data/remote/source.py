@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -18,23 +20,22 @@ import numpy as np
 
 from softmask_fast.data.parsing import distinct_keys, relative_names
 from softmask_fast.data.remote.cache import ShardCache
-from softmask_fast.data.remote.download import Downloader, without_query
+from softmask_fast.data.remote.download import Downloader, public_part
 from softmask_fast.data.remote.options import RemoteOptions
 from softmask_fast.data.sampler import WindowedSampler, local_ranks
 from softmask_fast.data.seeding import image_ids
 from softmask_fast.data.shards import (
     INDEX_SUFFIX,
+    MAX_INDEX_BYTES,
     IndexHeader,
     Members,
-    parse_index,
     read_header,
     read_index,
     read_sample,
     write_index,
 )
 from softmask_fast.data.types import BadSample, Sample
-from softmask_fast.errors import UsageError
-from softmask_fast.utils import replacing
+from softmask_fast.errors import UsageError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class RemoteShardSource:
         self._headers = self._read_headers()
         counts = [header.samples for header in self._headers]
         if not sum(counts):
-            raise UsageError(f"data: no samples in {len(urls)} shards, the first is {without_query(urls[0])}")
+            raise UsageError(f"data: no samples in {len(urls)} shards, the first is {public_part(urls[0])}")
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._check_cache_size()
         self._index = lru_cache(maxsize=2 * (options.shuffle_shards + options.prefetch_shards + 2))(self._read_index)
@@ -114,7 +115,17 @@ class RemoteShardSource:
 
     def _read_index(self, shard: int) -> tuple[list[str], list[Members]]:
         """Keys and members of all samples of a shard."""
-        entries = read_index(self._cache.index_path(self._urls[shard]))
+        url = self._urls[shard]
+        path = self._cache.index_path(url)
+        try:
+            entries = read_index(path)
+        except (UsageError, FileNotFoundError) as error:  # its header was whole when the source was opened
+            self._drop_index(path, error)
+            if self._header(url) != self._headers[shard]:
+                raise UsageError(
+                    f"data: {public_part(url)} is not the shard that it was when this run began"
+                ) from error
+            entries = read_index(path)
         keys = distinct_keys([f"{self._names[shard]}/{name}" for name, _ in entries])
         return keys, [members for _, members in entries]
 
@@ -134,18 +145,29 @@ class RemoteShardSource:
     def _header(self, url: str) -> IndexHeader:
         """From the cached index, else from the one next to the shard, else from the shard itself."""
         path = self._cache.index_path(url)
-        if path.exists():
-            return read_header(path)
+        with suppress(FileNotFoundError):
+            try:
+                return read_header(path)
+            except UsageError as error:
+                self._drop_index(path, error)
         with self._cache.lock(path.name):
             if not path.exists():
-                index_url = _index_url(url)
-                if (content := self._downloader.read(index_url)) is None:
-                    self._index_shard(url, path)
-                else:
-                    parse_index(content.splitlines(), without_query(index_url))
-                    with replacing(path) as temporary:
-                        temporary.write_bytes(content)
+                index_url, temporary = _index_url(url), path.with_name(path.name + ".download")
+                try:
+                    if self._downloader.fetch_optional(index_url, temporary, MAX_INDEX_BYTES):
+                        read_index(temporary, public_part(index_url))
+                        os.replace(temporary, path)
+                    else:
+                        self._index_shard(url, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
         return read_header(path)
+
+    def _drop_index(self, path: Path, reason: Exception) -> None:
+        """Removes a cached index that a killed process or a power failure has left in part."""
+        logger.warning("fetching an index again: %s", reason)
+        with self._cache.lock(path.name):
+            path.unlink(missing_ok=True)
 
     def _index_shard(self, url: str, path: Path) -> None:
         size = self._downloader.size(url)
@@ -158,7 +180,7 @@ class RemoteShardSource:
             except FileNotFoundError:  # evicted in the meantime
                 continue
             except UsageError as error:
-                raise UsageError(str(error).replace(str(shard), without_query(url))) from error
+                raise UsageError(str(error).replace(str(shard), public_part(url))) from error
 
     def _check_cache_size(self) -> None:
         """Refuses a cache that cannot hold what the ranks read at a time: it would download every shard many times."""
@@ -178,7 +200,7 @@ class RemoteShardSource:
             try:
                 self._open(shard).close()
             except Exception as error:
-                logger.info("prefetching %s failed: %s", without_query(self._urls[shard]), error)
+                logger.info("prefetching %s failed: %s", printable(public_part(self._urls[shard])), error)
 
         for shard in shards:
             threading.Thread(target=download, args=(shard,), name="softmask-prefetch", daemon=True).start()
@@ -232,18 +254,18 @@ def expand_urls(urls: Sequence[str]) -> list[str]:
         if not matches:
             raise UsageError(f"data: nothing matches {url}")
         found += [f"{protocol}://{str(match).split('://')[-1]}" for match in matches]
-    if wrong := [url for url in found if not without_query(url).endswith(".tar")]:
-        raise UsageError(f"data: {without_query(wrong[0])}: expected .tar shards; other files are read locally only")
+    if wrong := [url for url in found if not public_part(url).endswith(".tar")]:
+        raise UsageError(f"data: {public_part(wrong[0])}: expected .tar shards; other files are read locally only")
     return found
 
 
 def _absolute_path(url: str) -> str:
     """The URL without its protocol, for names that survive moving the data."""
-    return "/" + without_query(url).split("://", 1)[1].lstrip("/")
+    return "/" + public_part(url).split("://", 1)[1].lstrip("/")
 
 
 def _index_url(url: str) -> str:
-    path = without_query(url)
+    path = re.split("[?#]", url)[0] if urlsplit(url).scheme in ("http", "https") else url
     return path + INDEX_SUFFIX + url[len(path) :]
 
 
