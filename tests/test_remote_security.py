@@ -1,4 +1,4 @@
-"""What a server of data may not do: lead into this network, fill the memory, see or show secrets; and cache left-overs."""
+"""What a server of data may not do: lead into this network, fill the memory; secrets in URLs; files left in caches."""
 
 import asyncio
 import http.server

@@ -210,3 +210,149 @@ def test_alpha_is_left_out():
     assert check_image(buffer.getvalue()).convert
     converted = Image.open(io.BytesIO(convert_image(buffer.getvalue())))
     assert converted.mode == "RGB" and (np.asarray(converted) == PIXELS).all()
+
+
+def test_names_with_dots_are_pairs_and_what_has_no_partner_is_named(tmp_path, caplog):
+    files = [
+        ("shop/shoe.v2.jpg", JPEG), ("shop/shoe.v2.txt", b"a shoe"), ("1.5 m.png", encode(PIXELS, "PNG")),
+        ("1.5 m.json", captions("a stick")), ("1.6 m.jpg", JPEG), ("1.6 m.txt", b"another"), ("cat.jpg", JPEG),
+        ("cat.mask.png", encode(PIXELS, "PNG")), ("cat.txt", b"a cat"), ("x.in.jpg", JPEG), ("x.out.txt", b"lost"),
+        ("cat.npy", b""), ("._cat.jpg", b""),
+    ]  # fmt: skip
+    source = open_source(str(write_tar(tmp_path / "s.tar", files)))
+    assert source.keys == ["s/shop/shoe.v2", "s/1.5 m", "s/1.6 m", "s/cat"]
+    assert [source.read(i).captions for i in range(4)] == [["a shoe"], ["a stick"], ["another"], ["a cat"]]
+    (warning,) = caplog.records
+    expected = "3 images or captions without a partner (the first is 'cat.mask.png'), 2 other files (the first is"
+    assert expected in warning.message and warning.levelno == logging.WARNING
+    write_tar(tmp_path / "none.tar", [("a.x.jpg", JPEG), ("a.y.txt", b"a"), ("\x1b[2Jread.me", b"")])
+    with pytest.raises(UsageError, match=r"no samples .*none.tar; it has 2 images or .*'a.x.jpg'.*1 other .*x1b\[2J"):
+        open_source(str(tmp_path / "none.tar"))
+
+
+def test_links_are_not_read_and_named(tmp_path, caplog):
+    with tarfile.open(tmp_path / "l.tar", "w") as archive:
+        for name, content in (("a.jpg", JPEG), ("a.txt", b"a"), ("b.txt", b"b")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        archive.addfile(link)
+    assert open_source(str(tmp_path / "l.tar")).keys == ["l/a", "l/b"] and "'b.jpg'" in caplog.text
+
+
+def tar_header(name, size, kind=b"0"):
+    header = bytearray(512)
+    header[: len(name)], header[100:108], header[124:136] = name, b"0000644\0", size
+    header[136:148], header[156:157], header[257:265] = b"0" * 11 + b"\0", kind, b"ustar  \0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("size", [-512, -1, -(2**60), 10**15, 2**70], ids=str)
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x"])
+def test_an_impossible_size_in_an_archive_is_an_error_at_once(tmp_path, size, kind):
+    start = tar_header(b"a.txt", b"00000000003\0") + b"abc" + bytes(509)
+    number = (size + 2**96 if size < 0 else size + (0x80 << 88)).to_bytes(12, "big")
+    path = tmp_path / "s.tar"
+    path.write_bytes(start + tar_header(b"a.jpg", number, kind) + bytes(1024))
+    with pytest.raises(UsageError, match=r"s.tar is not a readable tar file .*: damaged .* at byte 1024 of 2560"):
+        open_source(str(path))
+
+
+def test_many_continued_headers_are_an_error(tmp_path):
+    continued = tar_header(b"././@LongLink", b"00000000003\0", b"L") + b"abc" + bytes(509)
+    (tmp_path / "s.tar").write_bytes(continued * 2000)
+    with pytest.raises(UsageError, match="s.tar is not a readable tar"):
+        open_source(str(tmp_path / "s.tar"))
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"one\r\ntwo\rthree\nfour", ["one", "two", "three", "four"]),
+        ("a\u2028b\nc\x85d\ne\x0cf\ng\x1dh\ni\u2029j".encode(), ["a\u2028b", "c\x85d", "e\x0cf", "g\x1dh", "i\u2029j"]),
+        (b"\xef\xbb\xbfa cat\n\n \n\xef\xbb\xbf\na dog", ["a cat", "a dog"]),
+        ("a cat".encode("utf-16"), "not UTF-8"),
+        ("a cat".encode("utf-16-le"), "NUL at byte 1"),
+        (b"a\ncaf\xe9", "not UTF-8: .* at byte 5"),
+    ],
+)  # fmt: skip
+def test_lines_of_a_text_file(tmp_path, content, expected):
+    source = open_source(str(write_shard(tmp_path / "s.tar", {"x": {"jpg": JPEG, "txt": content}})))
+    if isinstance(expected, list):
+        assert source.read(0).captions == expected
+    else:
+        with pytest.raises(BadSample, match=expected):
+            source.read(0)
+
+
+def test_marks_and_nul_leave_captions_of_json(tmp_path):
+    files = {"jpg": JPEG, "json": b"\xef\xbb\xbf" + json.dumps({"captions": ["\ufeffa\0 cat\0"]}).encode()}
+    assert open_source(str(write_shard(tmp_path / "s.tar", {"x": files}))).read(0).captions == ["a cat"]
+    (tmp_path / "i.jpg").write_bytes(JPEG)
+    (tmp_path / "l.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([{"image": "i.jpg", "caption": "\0a"}]).encode())
+    assert open_source(str(tmp_path / "l.json")).read(0).captions == ["a"]
+
+
+def test_what_is_too_large_for_the_memory_is_not_read(tmp_path, monkeypatch):
+    content = json.dumps([{"image": "large.jpg", "caption": "a"}, {"image": "/dev/zero", "caption": "b"}])
+    (tmp_path / "l.json").write_text(content)
+    with open(tmp_path / "large.jpg", "wb") as file:
+        file.truncate((1 << 30) + 1)  # without a byte on the disk
+    source = open_source(str(tmp_path / "l.json"))
+    with pytest.raises(BadSample, match="image has 1073741825 bytes, the limit is 1073741824"):
+        source.read(0)
+    with pytest.raises(BadSample, match="image is no file: /dev/zero"):
+        source.read(1)
+    monkeypatch.setattr("softmask_fast.utils.MAX_LIST_BYTES", 20)
+    with pytest.raises(UsageError, match=f"l.json has {len(content)} bytes, the limit is 20"):
+        open_source(str(tmp_path / "l.json"))
+    monkeypatch.setattr("softmask_fast.data.shards._MAX_TEXT_BYTES", 20)
+    source = open_source(str(write_shard(tmp_path / "s.tar", {"x": {"jpg": JPEG, "txt": b"a" * 21}})))
+    with pytest.raises(BadSample, match="its .txt file has 21 bytes, the limit is 20"):
+        source.read(0)
+    (tmp_path / "folder.tar").mkdir()
+    with pytest.raises(UsageError, match="expected files, .*folder.tar is none"):
+        open_source(f"{tmp_path}/*.tar")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"boxes": [[20, 30, 60, 70]]}, r'entry 0: "boxes": expected .* as fractions .*, got \[\[20'),
+        ({"boxes": [[0.1, float("nan"), 0.5, 0.5]]}, "boxes"),
+        ({"boxes": [[0.5, 0.1, 0.5, 0.2]]}, "boxes"),
+        ({"boxes": [[0, 0, 1]]}, "boxes"),
+        ({"boxes": [["0", "0", "1", "1"]]}, "boxes"),
+        ({"boxes": 3}, "boxes"),
+        ({"first_word": -1}, r'"first_word": expected .* 0 to 2, got -1'),
+        ({"first_word": 3}, "first_word"),
+        ({"first_word": 1.5}, "first_word"),
+        ({"n_words": 3}, r'"n_words": expected 1 to 2, got 3'),
+        ({"n_words": 0}, "n_words"),
+        ({"text": None}, '"text": expected a text, got None'),
+    ],
+)
+def test_a_phrase_that_is_wrong_makes_a_bad_sample(tmp_path, change, reason):
+    phrase = {"caption": "a brown cow", "text": "brown cow", "first_word": 1, "n_words": 2, "boxes": [[0, 0, 0.5, 1.2]]}
+    for number, one in enumerate((phrase, phrase | change)):
+        content = json.dumps({"captions": ["a brown cow"], "phrases": [one]}).encode()
+        source = open_source(str(write_shard(tmp_path / f"{number}.tar", {"x": {"jpg": JPEG, "json": content}})))
+        if one is phrase:
+            assert source.read(0).phrases[0].boxes == [(0.0, 0.0, 0.5, 1.2)]
+        else:
+            with pytest.raises(BadSample, match=reason):
+                source.read(0)
+
+
+def test_nested_lists_are_an_error_of_one_line(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 50_000)
+    with pytest.raises(UsageError, match="deep.json is not valid JSON: it is nested too deep"):
+        open_source(str(tmp_path / "deep.json"))
+    deep = json.loads("[" * 500 + "]" * 500)
+    (tmp_path / "odd.json").write_text(json.dumps([{"image": "i.jpg", "caption": deep}]))
+    with pytest.raises(BadSample, match=r"caption.* must be a string or a list of strings, got \[\[\["):
+        open_source(str(tmp_path / "odd.json")).read(0)
