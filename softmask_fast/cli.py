@@ -247,6 +247,9 @@ def _open_explainer(options: argparse.Namespace, outputs: dict[str, Path | None]
     """What can be wrong is found before the model is opened."""
     if options.text is not None and not options.text.split():
         raise UsageError("--text: expected at least one word, got none")
+    for option, text in (("--text", options.text), ("--answer", options.answer)):
+        if text is not None and any(0xD800 <= ord(letter) < 0xE000 for letter in text):
+            raise UsageError(f"{option}: expected UTF-8 text, got {text!r}")
     for image in options.image:
         if not str(image).startswith(SCENE):
             image.open("rb").close()

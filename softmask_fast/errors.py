@@ -10,6 +10,7 @@ _SCHEME = r"[a-z][a-z0-9+.-]*://"
 _PART = rf"(?:(?!,{_SCHEME})[^\s{{0}}])*"  # up to the next URL of a list
 # scheme, user and password, host and path; then the query or fragment
 _URL = re.compile(rf"({_SCHEME})(?:[^\s/?#]*@)?({_PART.format('?#')})(?:[?#]{_PART.format('')})?", re.IGNORECASE)
+_LONGEST = 900  # letters of a message
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 
@@ -18,7 +19,10 @@ class UsageError(ValueError):
     """Something that the user can fix: an option, a data file, weights, a model folder. The message is one line."""
 
     def __init__(self, message: str):
-        super().__init__(printable(without_secrets(message)))
+        message = printable(without_secrets(message))
+        if len(message) > _LONGEST:  # something from a damaged file
+            message = f"{message[: _LONGEST - 200]} ... {message[-150:]}"
+        super().__init__(message)
 
 
 def printable(text: str) -> str:

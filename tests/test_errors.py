@@ -8,7 +8,7 @@ from gloo_ranks import results_of_ranks
 
 from softmask_fast.config import MomentumConfig
 from softmask_fast.data.sources import open_source
-from softmask_fast.errors import UsageError, format_error, is_user_error
+from softmask_fast.errors import UsageError, format_error, is_user_error, printable, short, without_secrets
 from softmask_fast.ops import FocalITCLoss
 from softmask_fast.training.ranks import run_on_all_ranks
 
@@ -57,3 +57,28 @@ def test_what_one_rank_finds_all_ranks_raise(tmp_path):
     assert (first.pop(0), second.pop(0)) == ("returned 0", "returned 1")
     missing = "AgreedUsageError: data: 1 of 1 files do not exist: {}.tar"
     assert first == second == [missing.format("one") + " (found by rank 1)", *map(missing.format, ("of-0", "zero"))]
+
+
+def test_a_message_is_one_line_without_control_characters_and_secrets():
+    error = UsageError("data: \x1b[31mred\nerror: forged \u202e\u2028\x9b\udce9 of https://me:pw@h/{a,b}.tar?s=1,2 or")
+    expected = r"data: \x1b[31mred\nerror: forged \u202e\u2028\x9b\udce9 of https://h/{a,b}.tar or"
+    assert str(error) == expected == str(UsageError(expected))
+    assert format_error(OSError(2, "gone", "a\rb\t")) == r"a\rb\t: gone"
+    assert printable("caf\u00e9, \u732b, a b") == "caf\u00e9, \u732b, a b"
+    assert len(str(UsageError("data: " + "x" * 10**6 + ": is too long"))) < 1000
+    deep = json.loads("[" * 800 + "]" * 800)
+    assert short(deep) == "[[[[[[[...]]]]]]]" and len(short({"a": "x" * 10_000, "b": list(range(10_000))})) < 200
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("https://me:p@ss,word@host:80/a,b?x#y", "https://host:80/a,b"),
+        ("https://h/a?x=1,https://me@h/b?y,s3://k:s@bucket/c", "https://h/a,https://h/b,s3://bucket/c"),
+        ("FTP://u:p@h/x and http://h#token", "FTP://h/x and http://h"),
+        ("file:///folder/who?.tar", "file:///folder/who?.tar"),
+        ("s-{0..3}.tar?", "s-{0..3}.tar?"),
+    ],
+)
+def test_urls_are_shown_without_secrets(text, shown):
+    assert without_secrets(text) == shown

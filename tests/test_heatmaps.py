@@ -4,15 +4,18 @@ import io
 import json
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from small_models import small_pair
 
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.types import BadSample, Sample
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, printable
 from softmask_fast.evaluation import heatmaps
 from softmask_fast.evaluation.common import image_pixels, tokenize
 from softmask_fast.evaluation.heatmaps import draw, explain, heatmap_page, overlay, peak, shown_picture
@@ -276,3 +279,26 @@ def test_shown_picture_is_turned_and_scaled():
     assert turned.shape == (384, 192, 3)
     assert turned[20, 100, 1] < 60 < 200 < turned[360, 100, 1]
     assert shown_picture(np.zeros((800, 400, 3), np.uint8)).shape == (384, 192, 3)
+
+
+@pytest.mark.parametrize("text", ["$a_{ and $b", "from $5 to $10", r"\frac$ \$x^2$ 50%", "a\x1b[2J\0b \u202e c"])
+def test_text_is_drawn_as_it_stands(text, tmp_path, model_and_tokenizer, shapes, monkeypatch):
+    drawn = set()
+    monkeypatch.setitem(matplotlib.rcParams, "text.parse_math", True)
+
+    def written(figure, *_, **options):
+        for artist in figure.findobj(Text):
+            assert not artist.get_parse_math() and not artist.get_usetex()
+            drawn.update(artist.get_text().split("\n"))
+        return savefig(figure, *_, **options)
+
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", written)
+    image = np.full((8, 8, 3), 200, np.uint8)
+    draw(image, [text], [np.eye(2)], tmp_path / "d.png", title=text, note=text, footnotes=[text])
+    assert printable(text) in drawn and size_of(tmp_path / "d.png")
+    drawn.clear()
+    members = {"read": lambda self, index: Sample("k", image, [text]), "keys": ["k"], "__len__": lambda self: 1}
+    page = type("Source", (), members)()
+    heatmap_page(*model_and_tokenizer, page, tmp_path / "p.png", images=1)
+    assert any(printable(text).split()[-1] in line for line in drawn) and size_of(tmp_path / "p.png")

@@ -1,6 +1,7 @@
 """Pixels for evaluation: DALI and PIL give the same, for every kind of file, and PIL does without DALI."""
 
 import io
+import struct
 import subprocess
 import sys
 
@@ -12,10 +13,11 @@ from shard_files import encode
 from small_models import small_model, small_tokenizer
 
 from softmask_fast.data import pixels
-from softmask_fast.data.images import MEAN, STD
+from softmask_fast.data.images import MEAN, STD, check_image, decode_image
 from softmask_fast.data.pixels import evaluation_pixels
 from softmask_fast.data.synthetic import ShapesSource
 from softmask_fast.data.types import BadSample
+from softmask_fast.evaluation.heatmaps import shown_picture
 from softmask_fast.model.export import save_model
 
 SIZE = 32
@@ -118,3 +120,52 @@ def test_without_dali_pil_is_the_default(monkeypatch):
         assert torch.equal(evaluation_pixels([IMAGE], 20), evaluation_pixels([IMAGE], 20, impl="pil"))
     finally:
         pixels._default_impl.cache_clear()
+
+
+def with_segments(*segments: bytes) -> bytes:
+    """A picture of four colors as a JPEG with APP1 segments."""
+    colors = np.zeros((40, 80, 3), np.uint8)
+    colors[:20, :40], colors[:20, 40:], colors[20:, :40] = (220, 30, 30), (30, 220, 30), (30, 30, 220)
+    plain = encode(colors, quality=95)
+    return plain[:20] + b"".join(b"\xff\xe1" + struct.pack(">H", len(s) + 2) + s for s in segments) + plain[20:]
+
+
+def exif(value: int, kind: int = 3, order: str = ">", repeat: int = 1) -> bytes:
+    size = {1: "B3x", 3: "H2x", 4: "I"}[kind]
+    entry = struct.pack(f"{order}HHI{size}", 0x112, kind, 1, value)
+    head = struct.pack(f"{order}2sHIH", b"MM" if order == ">" else b"II", 42, 8, repeat)
+    return b"Exif\0\0" + head + entry * repeat + bytes(4)
+
+
+def xmp(value: int) -> bytes:
+    return (
+        b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf='
+        b'"http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" '
+        b'tiff:Orientation="%d"/></rdf:RDF></x:xmpmeta>' % value
+    )
+
+
+ROTATIONS = {
+    "one entry": [exif(8)], "little endian": [exif(3, order="<")], "xmp": [xmp(6)], "xmp and exif": [xmp(3), exif(6)],
+    "twice": [exif(6), exif(1)], "twice, other order": [exif(1), exif(6)], "long": [exif(5, 4)],
+    "long, little endian": [exif(6, 4, "<")], "byte": [exif(6, 1)], "byte, little endian": [exif(6, 1, "<")],
+    "two entries": [exif(6, repeat=2)], "no orientation": [exif(9)], "zero": [exif(0)], "cut": [exif(6)[:20]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_checker_figure_and_model_see_an_image_turned_alike(kind, impl):
+    file = with_segments(*ROTATIONS[kind])
+    try:
+        facts = check_image(file)
+    except BadSample:  # metadata that PIL cannot read
+        assert kind == "cut"
+        return
+    upright = np.asarray(decode_image(file))
+    assert (facts.height, facts.width) == upright.shape[:2]
+    shown = shown_picture(file)
+    assert (shown.shape[0] > shown.shape[1]) == (facts.height > facts.width)
+    seen, expected = (to_levels(evaluation_pixels([one], SIZE, impl=impl))[0] for one in (file, upright))
+    assert np.abs(seen - expected).mean() < 1
+    if kind in ("one entry", "little endian"):
+        assert not facts.convert  # the fast way
