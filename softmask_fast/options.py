@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from softmask_fast.config import RENAMED, renamed
 from softmask_fast.errors import UsageError
+from softmask_fast.utils import parse_json
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def _read_file(path: str) -> dict[str, Any]:
 
     text = Path(path).read_text()
     try:
-        options = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        options = parse_json(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"--config: {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise UsageError(f"{path}: expected a mapping of options, got {type(options).__name__}")

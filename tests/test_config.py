@@ -129,3 +129,10 @@ def test_renamed_options_are_still_read(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"colour": False}))
     assert not parse("--config", str(path)).data.color
+
+
+@pytest.mark.parametrize("name", ["deep.json", "deep.yaml"])
+def test_a_configuration_that_is_nested_too_deep_is_an_error_of_one_line(tmp_path, name):
+    (tmp_path / name).write_text("[" * 20_000)
+    with pytest.raises(UsageError, match=f"--config: .*{name} cannot be read: .*(nested|recursion)"):
+        parse_arguments(["--config", str(tmp_path / name), "--deepspeed", "ds.json"])

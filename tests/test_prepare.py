@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -229,3 +230,24 @@ def test_parquet_without_pyarrow_says_what_to_install(images, tmp_path, monkeypa
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     shown = capsys.readouterr().err
     assert "pip install pyarrow" in shown and "softmask_fast[train]" not in shown
+
+
+def test_names_of_bad_images_are_listed_escaped(images, tmp_path, capsys):
+    name = "no \x1b[31mred\n\u202ename.jpg"
+    (tmp_path / "pairs.json").write_text(
+        json.dumps([{"image": "a.jpg", "caption": "x"}, {"image": name, "caption": "y"}])
+    )
+    command = ["prepare", "--pairs", str(tmp_path / "pairs.json"), "--images", str(images), "--workers", "1"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    shown, listed = capsys.readouterr().err, (tmp_path / "out" / "bad.csv").read_text()
+    for text in (shown, listed):
+        assert r"no \x1b[31mred\n\u202ename.jpg" in text and "\x1b" not in text and "\u202e" not in text
+
+
+def test_a_killed_process_is_a_message(images, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(prepare_module, "_write_shard", killed)
+    with pytest.raises(UsageError, match="workers: a process was killed; the same command goes on"):
+        make_shards(write_table(tmp_path / "pairs.csv"), images, tmp_path / "out", workers=1)

@@ -217,13 +217,14 @@ def test_names_with_dots_are_pairs_and_what_has_no_partner_is_named(tmp_path, ca
         ("shop/shoe.v2.jpg", JPEG), ("shop/shoe.v2.txt", b"a shoe"), ("1.5 m.png", encode(PIXELS, "PNG")),
         ("1.5 m.json", captions("a stick")), ("1.6 m.jpg", JPEG), ("1.6 m.txt", b"another"), ("cat.jpg", JPEG),
         ("cat.mask.png", encode(PIXELS, "PNG")), ("cat.txt", b"a cat"), ("x.in.jpg", JPEG), ("x.out.txt", b"lost"),
-        ("cat.npy", b""), ("._cat.jpg", b""),
+        ("cat.npy", b""), ("._cat.jpg", b""), ("both.jpg", JPEG), ("both.png", JPEG), ("both.txt", b"one image"),
     ]  # fmt: skip
     source = open_source(str(write_tar(tmp_path / "s.tar", files)))
-    assert source.keys == ["s/shop/shoe.v2", "s/1.5 m", "s/1.6 m", "s/cat"]
-    assert [source.read(i).captions for i in range(4)] == [["a shoe"], ["a stick"], ["another"], ["a cat"]]
+    assert source.keys == ["s/shop/shoe.v2", "s/1.5 m", "s/1.6 m", "s/cat", "s/both"]
+    captions_read = [source.read(i).captions for i in range(5)]
+    assert captions_read == [["a shoe"], ["a stick"], ["another"], ["a cat"], ["one image"]]
     (warning,) = caplog.records
-    expected = "3 images or captions without a partner (the first is 'cat.mask.png'), 2 other files (the first is"
+    expected = "4 images or captions without a partner (the first is 'cat.mask.png'), 2 other files (the first is"
     assert expected in warning.message and warning.levelno == logging.WARNING
     write_tar(tmp_path / "none.tar", [("a.x.jpg", JPEG), ("a.y.txt", b"a"), ("\x1b[2Jread.me", b"")])
     with pytest.raises(UsageError, match=r"no samples .*none.tar; it has 2 images or .*'a.x.jpg'.*1 other .*x1b\[2J"):

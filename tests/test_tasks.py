@@ -17,6 +17,7 @@ from softmask_fast.config import DataConfig, MomentumConfig, TrainConfig
 from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.synthetic import COLORS, ShapesSource, relation
 from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import intersection_over_union, proposal_score
 from softmask_fast.evaluation.vqa_accuracy import vqa_accuracy
@@ -225,6 +226,43 @@ def test_expressions_are_captions_with_the_box_of_what_they_name(tmp_path):
         written(text=7)
     shapes = open_expressions("shapes:num=2", split="val", **SPLIT_OPTIONS).read(0)
     assert all(phrase.boxes[0] in phrase.proposals and len(phrase.proposals) == 2 for phrase in shapes.phrases)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"box": [float("nan"), 1, 2, 3]}, '"box": expected'),
+        ({"box": [1, 1, float("inf"), 3]}, '"box": expected'),
+        ({"box": [1, 1, 10**400, 3]}, '"box": expected'),
+        ({"box": [True, 1, 2, 3]}, '"box": expected'),
+        ({"box": {"x": 1}}, '"box": expected'),
+        ({"box": [1, 1, 2, 3], "proposals": 5}, '"proposals": expected a list of boxes, got 5'),
+        ({"box": [1, 1, 2, 3], "proposals": [[1, 1, 2, float("nan")]]}, '"proposals": expected'),
+    ],
+)
+def test_a_box_that_is_wrong_is_found_at_opening(tmp_path, change, message):
+    good = {"image": "i.png", "text": "a cat", "box": [1, 1, 2, 3]}
+    (tmp_path / "l.json").write_text(json.dumps([good, {"image": "i.png", "text": "a cat"} | change]))
+    with pytest.raises(UsageError, match=f"data: .*l.json: entry 1: {message}"):
+        open_expressions(str(tmp_path / "l.json"), split="val", **SPLIT_OPTIONS)
+
+
+def test_a_box_outside_its_image_makes_a_bad_sample(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "i.png")
+    boxes = [{"box": [50, 3, 4, 4]}, {"box": [1, 1, 4, 4], "proposals": [[1, 25, 3, 3]]}, {"box": [35, -2, 90, 90]}]
+    (tmp_path / "l.json").write_text(json.dumps([{"image": "i.png", "text": "a cat"} | box for box in boxes]))
+    source = open_expressions(str(tmp_path / "l.json"), split="val", **SPLIT_OPTIONS)
+    for number, box in enumerate((r"\[50, 3, 4, 4\]", r"\[1, 25, 3, 3\]")):
+        with pytest.raises(BadSample, match=f"box {box} lies outside the image of 40 x 20 pixels"):
+            source.read(number)
+    assert source.read(2).phrases[0].boxes == [(35 / 40, -2 / 20, 125 / 40, 88 / 20)]
+
+
+def test_a_proposal_that_begins_outside_the_image_is_summed_inside_it():
+    heat = np.zeros((4, 4), np.float32)
+    heat[:2, :2], heat[3, 3] = 1, 0.2
+    outside = (-0.25, -0.25, 0.5, 0.5)
+    assert proposal_score(heat, [outside], [(0.5, 0.5, 1.0, 1.0), outside], (40, 40))[0]
 
 
 def test_the_page_merges_the_boxes_of_refcoco_plus(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import repeat
@@ -148,9 +149,13 @@ def _write_shards(
         run = map
         if workers > 1:  # spawn: a fork would copy the locks of other threads
             run = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))).map
-        for part, summary in zip(parts, run(_write_shard, *arguments), strict=True):
-            bar.update(len(part))
-            yield summary
+        try:
+            for part, summary in zip(parts, run(_write_shard, *arguments), strict=True):
+                bar.update(len(part))
+                yield summary
+        except BrokenProcessPool as error:
+            message = "workers: a process was killed; the same command goes on, with fewer if memory is short"
+            raise UsageError(message) from error
 
 
 def _write_shard(number: int, entries: list[TableEntry], plan: Plan, out: Path, work: Path) -> dict[str, Any]:

@@ -198,6 +198,8 @@ def _close_group(group: list[ShardEntry], listing: Listing) -> None:
         whole = len({extension in CAPTION_EXTENSIONS for extension in entry.members}) == 2
         if whole or "." not in entry.name.rpartition("/")[2]:
             listing.entries.append(entry)
+            images = [extension for extension in IMAGE_EXTENSIONS if extension in entry.members]
+            listing.unpaired += [f"{entry.name}.{extension}" for extension in images[1:]]  # the first is read
         else:
             listing.unpaired += [f"{entry.name}.{extension}" for extension in entry.members]
     group.clear()

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from softmask_fast.errors import UsageError
+from softmask_fast.data.images import MAX_PIXELS
+from softmask_fast.errors import UsageError, short
 from softmask_fast.evaluation.boxes import region_score
 from softmask_fast.utils import read_json
 
@@ -41,12 +42,15 @@ def read_coco_masks(path: str | Path) -> Iterator[ImageMasks]:
     except (KeyError, TypeError) as error:
         raise UsageError(f"masks: {path} is no COCO annotation file: {type(error).__name__} {error}") from error
     for number, file_name, height, width in images:
+        if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS):
+            size = f"{short(height)} x {short(width)}"
+            raise UsageError(f"masks: {path}: image {short(number)}: expected 1 to {MAX_PIXELS} pixels, got {size}")
         masks: dict[str, np.ndarray] = {}
         for annotation in by_image.get(number, []):
             try:
                 mask, name = decode_mask(annotation["segmentation"], height, width), names[annotation["category_id"]]
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                which = annotation.get("id")
+                which = short(annotation.get("id"))
                 raise UsageError(f"masks: {path}: annotation {which} has no readable mask: {error!r}") from error
             masks[name] = masks[name] | mask if name in masks else mask
         if masks:

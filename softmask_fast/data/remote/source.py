@@ -249,8 +249,8 @@ def expand_urls(urls: Sequence[str]) -> list[str]:
         try:
             system, path = fsspec.url_to_fs(url + "*.tar" if url.endswith("/") else url)
             matches = sorted(system.glob(path))
-        except (ImportError, ValueError) as error:
-            raise UsageError(f"data: {url}: {error}") from error
+        except Exception as error:  # every file system raises errors of its own
+            raise UsageError(f"data: {url}: {type(error).__name__}: {error}") from error
         if not matches:
             raise UsageError(f"data: nothing matches {url}")
         found += [f"{protocol}://{str(match).split('://')[-1]}" for match in matches]
