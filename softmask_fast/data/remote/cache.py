@@ -17,7 +17,7 @@ from softmask_fast.data.types import UnreachableFile
 from softmask_fast.errors import UsageError, format_error
 
 _FULL_PAUSE = 0.1  # seconds between checks while other downloads occupy all the space
-_SHARD = re.compile(r"[0-9a-f]{16}-[\w.-]+")  # what `_name` gives; other files are not ours
+_SHARD = re.compile(r"[0-9a-f]+-[\w.-]+")  # what `_name` gives; other files are not ours
 _PARTIAL = re.compile(rf"({_SHARD.pattern})\.([0-9]+)\.partial")
 
 
