@@ -92,6 +92,11 @@ class VisionEncoder(nn.Module):
             ) from error
         if not isinstance(self.vit, VisionTransformer) or self.vit.num_prefix_tokens < 1 or self.vit.pos_embed is None:
             raise UsageError(f"vision_model: expected a transformer with a [CLS] token, got {config.vision_model!r}")
+        size, patch = config.image_size, self.vit.patch_embed.patch_size[0]
+        if size % patch:  # timm would cut the rest off
+            below, above = size - size % patch, size - size % patch + patch
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise UsageError(f"image_size: expected a multiple of the patch, {patch} pixels ({nearest}), got {size}")
         if self.vit.embed_dim % 4:
             raise UsageError(f"vision_width: expected a multiple of 4, got {self.vit.embed_dim}")
         self.vit.blocks = nn.Sequential(*(ImageBlock(b) if ImageBlock.covers(b) else b for b in self.vit.blocks))
