@@ -14,6 +14,7 @@ from typing import Any, Protocol, get_args, get_type_hints
 from softmask_fast.errors import UsageError
 
 GATHERS = ("momentum", "with_grad", "ring")  # those of `FocalITCLoss`; a test compares them
+POOLINGS = ("cls", "mean")
 ATTENTIONS = ("auto", "padded", "varlen", "xformers")
 RENAMED = {"colour": "color"}  # old name of an option -> its name
 
@@ -91,6 +92,14 @@ class ModelConfig(Section):
     embed_dim: int = option(256, "Width of the contrastive projection.")
     hidden_dropout: float = option(0.1, "Dropout on the hidden states of text and fusion.")
     soft_mask_layer: int = option(2, "Fusion layer (0 = first) whose Grad-CAM makes the mask.")
+    vision_contrast_blocks: int = option(
+        0, "Last blocks of the image encoder that serve the contrast alone; fusion reads the tokens before them."
+    )
+    text_contrast_layers: int = option(0, "Last layers of the text encoder that serve the contrast alone.")
+    contrast_pooling: str = option("cls", "What the contrast reads of an encoder: 'cls', or the 'mean' of all tokens.")
+    contrast_gradient: float = option(
+        0.0, "Share of the contrast's gradient that goes on from layers of its own into those before them."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +129,12 @@ class ModelConfig(Section):
         layer, last = self.soft_mask_layer, self.fusion_layers - 1
         expected = f"a layer before the last of fusion_layers={self.fusion_layers}, counted from 0"
         _require(0 <= layer < last, "soft_mask_layer", expected, layer)
+        _require_at_least(self, 0, "vision_contrast_blocks", "text_contrast_layers")
+        own, layers = self.text_contrast_layers, self.text_layers
+        _require(own < layers, "text_contrast_layers", f"fewer than text_layers={layers}", own)
+        pooling = self.contrast_pooling
+        _require(pooling in POOLINGS, "contrast_pooling", " or ".join(map(repr, POOLINGS)), pooling)
+        _require(0 <= self.contrast_gradient <= 1, "contrast_gradient", "in [0, 1]", self.contrast_gradient)
 
 
 @dataclass(frozen=True)
@@ -159,6 +174,9 @@ class ObjectiveConfig(MomentumConfig):
     """The objectives. `soft_mask`, `focal_gamma`, and `masked_captions` with augmentation are the paper's parts."""
 
     soft_mask: bool = option(True, "Add a matched pair with a text-driven soft mask to ITM.")
+    soft_masked_negatives: bool = option(
+        False, "Show the soft-masked image to the wrong text too; else a mask tells that a pair matches."
+    )
     masked_captions: bool = option(True, "Use the masked caption in ITC and ITM as well; false: in MLM only.")
     itc_weight: float = option(1.0, "Weight of image-text contrast; 0 disables it.")
     itm_weight: float = option(1.0, "Weight of image-text matching; 0 disables it.")
@@ -176,6 +194,8 @@ class ObjectiveConfig(MomentumConfig):
         _require(total > 0, "itc_weight", "at least one objective with a weight above 0", 0)
         expected = "true with gathered_negatives; uniform negatives come from the rank's own batch"
         _require(self.hard_negatives or not self.gathered_negatives, "hard_negatives", expected, self.hard_negatives)
+        if self.soft_masked_negatives:
+            _require(self.soft_mask, "soft_mask", "true with soft_masked_negatives", self.soft_mask)
 
 
 @dataclass(frozen=True)
@@ -304,6 +324,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_size": 128, "vision_model": "vit_small_patch16_224", "vision_width": 192, "vision_depth": 6,
         "vision_heads": 3, "vision_weights": "random", "text_weights": "random", "text_width": 192, "text_heads": 3,
         "text_layers": 2, "fusion_layers": 3, "vocab_size": 4000, "soft_mask_layer": 1, "embed_dim": 128,
+        "vision_contrast_blocks": 3, "text_contrast_layers": 1, "contrast_pooling": "mean",
+        "soft_masked_negatives": True, "hard_negatives": False,
         "rand_augment": False, "crop_scale": 0.5, "eval_size": 1000,
         "queue_size": 1024, "queue_warmup_steps": 0.7, "momentum": 0.99, "distill_ramp_steps": 0.9,
         "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 0.1, "epochs": 20.0, "checkpoint_steps": 500,
@@ -314,9 +336,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vision_depth": 4, "vision_heads": 4, "vision_weights": "random", "text_weights": "random", "text_width": 128,
         "text_heads": 4, "text_layers": 2, "fusion_layers": 2, "vocab_size": 256, "soft_mask_layer": 0,
         "max_tokens": 32, "embed_dim": 128, "hidden_dropout": 0.0,
+        "vision_contrast_blocks": 2, "text_contrast_layers": 1, "contrast_pooling": "mean",
+        "soft_masked_negatives": True, "hard_negatives": False,
         "data": "shapes:objects=3", "flip": False, "rand_augment": False, "crop_scale": 0.8,
-        "queue_size": 256, "queue_warmup_steps": 0.4, "momentum": 0.98, "distill_ramp_steps": 0.9,
-        "batch_size": 32, "max_steps": 1000, "learning_rate": 1e-3, "warmup_steps": 0.1, "checkpoint_steps": 250,
+        "queue_size": 256, "queue_warmup_steps": 0.25, "momentum": 0.98, "distill_ramp_steps": 0.6,
+        "batch_size": 32, "max_steps": 1600, "learning_rate": 1e-3, "warmup_steps": 0.06, "checkpoint_steps": 400,
     },
 }  # fmt: skip
 

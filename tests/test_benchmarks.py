@@ -271,7 +271,7 @@ def test_gpu_script_names_each_failing_test_with_its_error(tmp_path):
 
 
 def test_gpu_script_runs_the_job_and_says_what_it_found(tmp_path):
-    sizes = "--data shapes:num=64 --image_size 32 --vision_depth 1 --text_layers 1 --batch_size 4 --data_threads 1"
+    sizes = "--data shapes:num=64 --image_size 32 --vision_depth 2 --vision_contrast_blocks 1 --batch_size 4"
     run = gpu_script(tmp_path, PART="job_tiny", JOB_OPTIONS=sizes)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     found = gpu_results(tmp_path)["parts"]["job_tiny"]

@@ -30,7 +30,8 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     config = make_config(
         "tiny", image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
-        text_layers=1, fusion_layers=2, embed_dim=16, vocab_size=len(tokenizer), soft_mask_layer=0,
+        vision_contrast_blocks=0, text_contrast_layers=0, text_layers=1, fusion_layers=2, embed_dim=16,
+        vocab_size=len(tokenizer), soft_mask_layer=0,
     )  # fmt: skip
     save_model(VisionLanguageModel(config.model), tokenizer, folder / "model")
     Image.fromarray(shapes.read(0).image).save(folder / "scene.jpg")
@@ -87,7 +88,7 @@ def test_the_demo_is_a_model_in_half_precision_that_needs_no_training_library(fo
     code = """if True:
         import sys
         from pathlib import Path
-        missing = ("deepspeed", "nvidia.dali", "tensorboard", "braceexpand", "filelock", "aiohttp", "s3fs", "pyarrow")
+        missing = ("deepspeed", "nvidia.dali", "tensorboard", "braceexpand", "aiohttp", "s3fs", "pyarrow")
         sys.modules |= dict.fromkeys(missing)
         from softmask_fast import cli
         cli.DEMO = Path("demo model/demo")

@@ -80,7 +80,9 @@ def reading(operators):
     return [name for name in operators if any(f".{read}." in name for read in READS)]
 
 
-SMALL = dict(vision_depth=1, text_layers=1, fusion_layers=2, soft_mask_layer=0)
+SMALL = dict(
+    vision_depth=1, vision_contrast_blocks=0, text_layers=1, text_contrast_layers=0, fusion_layers=2, soft_mask_layer=0
+)
 
 
 def tensors_of(batch):

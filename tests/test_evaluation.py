@@ -174,21 +174,19 @@ def expected_recalls(model, tokenizer, samples, captions_of, rerank):
             ranks.append(next((rank for rank, g in enumerate(order) if is_correct(q, g)), 10**6))
         return {f"recall@{k}": float(np.mean([rank < k for rank in ranks])) for k in (1, 5, 10)}
 
-    def both(rescore):
+    def summed(text, image):
+        return itm(text, image) + itc(text, image) / model.temperature.item()
+
+    def both_ways(rescore):
+        backward = None if rescore is None else lambda image, text: rescore(text, image)
         return {
-            "text_to_image": recalls(
-                len(texts), len(images), itc, itm if rescore else None, lambda t, i: texts[t][0] == i
-            ),
+            "text_to_image": recalls(len(texts), len(images), itc, rescore, lambda t, i: texts[t][0] == i),
             "image_to_text": recalls(
-                len(images),
-                len(texts),
-                lambda i, t: itc(t, i),
-                (lambda i, t: itm(t, i)) if rescore else None,
-                lambda i, t: texts[t][0] == i,
+                len(images), len(texts), lambda i, t: itc(t, i), backward, lambda i, t: texts[t][0] == i
             ),
         }
 
-    return both(False), both(True)
+    return [both_ways(rescore) for rescore in (None, itm, summed)]
 
 
 @pytest.mark.parametrize("captions", ["first", "all"])
@@ -202,14 +200,14 @@ def test_retrieval_equals_its_definition(model_and_tokenizer, shapes, captions):
     source = ListSource([Sample(s.key, s.image, c) for s, c in zip(samples, captions_of, strict=True)])
 
     taken = [own[:1] for own in captions_of] if captions == "first" else captions_of
-    itc, itm = expected_recalls(model, tokenizer, samples, taken, rerank=10)
+    itc, itm, both = expected_recalls(model, tokenizer, samples, taken, rerank=10)
     report = evaluate_retrieval(model, tokenizer, source, captions=captions, rerank=10, batch_size=5)
     assert (report.images, report.captions) == (14, 14 if captions == "first" else 29)
     assert report.itc == itc
-    assert report.itm == itm
+    assert report.itm == itm and report.both == both
     assert report.truncated_captions == 0
     assert json.loads(json.dumps(report.as_dict()))["itm"] == itm
-    assert "ITM on the best 10" in report.table()
+    assert all(f"{name} on the best 10" in report.table() for name in ("to image, ITM", "to image, ITC + ITM"))
 
 
 def test_chance_with_several_captions(model_and_tokenizer, shapes):
@@ -247,7 +245,7 @@ def test_retrieval_without_reranking_and_in_training_mode(model_and_tokenizer, s
         assert model.training
     finally:
         model.eval()
-    assert report.itm is None and report.images == 12
+    assert report.itm is report.both is None and report.images == 12
     assert "ITM" not in report.table()
     assert report == evaluate_retrieval(model, tokenizer, shapes, rerank=0, limit=12, batch_size=12)
 

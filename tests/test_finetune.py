@@ -124,7 +124,7 @@ def test_every_task_has_a_headline_that_chooses_its_best_model(learned):
         headlines[headline["name"]] = headline["value"]
         if "score" in report:
             assert headline == {"name": report["metric"], "value": report["score"]}
-    recalls = [recall for way in measured(learned, "retrieval")["itm"].values() for recall in way.values()]
+    recalls = [recall for way in measured(learned, "retrieval")["both"].values() for recall in way.values()]
     assert headlines["mean recall"] == pytest.approx(sum(recalls) / 6)
     assert headlines["box accuracy"] == measured(learned, "grounding")["box_accuracy"]["model"]
     assert headlines.keys() == {"accuracy", "VQA accuracy", "mean recall", "box accuracy"}

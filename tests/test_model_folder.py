@@ -15,7 +15,8 @@ from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.training.options import make_config
 
 SIZES = dict(image_size=32, vision_width=32, vision_depth=1, vision_heads=2, text_width=32, text_heads=2,
-             text_layers=1, fusion_layers=2, embed_dim=16)  # fmt: skip
+             text_layers=1, text_contrast_layers=0, vision_contrast_blocks=0, fusion_layers=2,
+             embed_dim=16)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

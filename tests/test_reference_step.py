@@ -13,7 +13,7 @@ from compare import assert_as_accurate
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.types import Batch
 from softmask_fast.model.momentum import MomentumTeacher, StepSettings
-from softmask_fast.model.pretraining import PretrainingStep
+from softmask_fast.model.pretraining import PretrainingStep, draw_any_other
 from softmask_fast.model.pretraining_reference import ReferenceStep, draw, update_teacher
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.training.options import make_config
@@ -21,7 +21,8 @@ from softmask_fast.training.options import make_config
 PAIRS, TOKENS, VOCABULARY, QUEUE = 6, 9, 40, 10
 SIZES = dict(
     vocab_size=VOCABULARY, image_size=32, vision_width=64, vision_depth=2, vision_heads=2, text_width=64, text_heads=2,
-    text_layers=1, fusion_layers=3, soft_mask_layer=1, embed_dim=32, hidden_dropout=0.0, max_tokens=12,
+    text_layers=1, vision_contrast_blocks=0, text_contrast_layers=0, fusion_layers=3, soft_mask_layer=1,
+    embed_dim=32, hidden_dropout=0.0, max_tokens=12,
 )  # fmt: skip
 
 
@@ -105,6 +106,25 @@ def test_the_fast_step_is_the_reference_step(soft_mask, gamma, masked_captions, 
 
     truth = reference(wide_model, wide_teacher, wide_batch)
     baseline = reference(model, copy.deepcopy(teacher), batch)
+    assert_same_step(fast, baseline, truth)
+
+
+@pytest.mark.parametrize("hard_negatives", [True, False])
+def test_the_demo_is_the_reference_step_too(hard_negatives):
+    """Soft-masked negatives, and a contrast on layers of its own."""
+    objectives = ObjectiveConfig(soft_masked_negatives=True, hard_negatives=hard_negatives)
+    branch = dict(text_layers=2, vision_contrast_blocks=1, text_contrast_layers=1, contrast_pooling="mean")
+    model, teacher = make_model(**branch)
+    batch, settings = make_batch(), StepSettings(0.4, 11)
+    fast, negatives = run_fast(model, teacher, batch, objectives, settings)
+    if not hard_negatives:
+        generator = torch.Generator().manual_seed(settings.seed)
+        other_text, other_image = (draw_any_other(batch.ids, generator) for _ in range(2))
+        negatives = other_image, other_text
+    wide_model, wide_teacher, wide_batch = in_float64(model, teacher, batch)
+    reference = ReferenceStep(wide_model, objectives), ReferenceStep(model, objectives)
+    truth = run(reference[0], wide_batch, wide_teacher, settings, negatives)
+    baseline = run(reference[1], batch, copy.deepcopy(teacher), settings, negatives)
     assert_same_step(fast, baseline, truth)
 
 

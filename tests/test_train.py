@@ -27,8 +27,9 @@ ROOT = Path(__file__).parent.parent
 STEPS = 10
 SMALL = {
     "data": "shapes:num=256",
-    "image_size": 32, "vision_width": 32, "vision_depth": 1, "vision_heads": 2,
-    "text_width": 32, "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 16, "hidden_dropout": 0.1,
+    "image_size": 32, "vision_width": 32, "vision_depth": 2, "vision_contrast_blocks": 1, "vision_heads": 2,
+    "text_width": 32, "text_heads": 2, "text_layers": 2, "text_contrast_layers": 1, "fusion_layers": 2,
+    "embed_dim": 16, "hidden_dropout": 0.1,
     "queue_size": 24, "distill_ramp_steps": 4, "warmup_steps": 2, "eval_size": 32,
     "batch_size": 4, "max_steps": STEPS, "log_steps": 1, "checkpoint_steps": 3, "data_threads": 1,
 }  # fmt: skip

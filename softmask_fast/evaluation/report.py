@@ -53,7 +53,7 @@ class PretrainingEvaluation:
         retrieval, grounding = reports["retrieval"], reports.get("grounding", {})
         shown = {
             "recall at 1 by contrast": retrieval["itc"]["text_to_image"]["recall@1"],
-            "recall at 1 re-ranked": retrieval["itm"]["text_to_image"]["recall@1"],
+            "recall at 1 re-ranked": retrieval["both"]["text_to_image"]["recall@1"],
         }
         measured = {name: grounding.get(name.replace(" ", "_")) for name in ("pointing game", "box accuracy")}
         return shown | {name: value["model"] for name, value in measured.items() if value}

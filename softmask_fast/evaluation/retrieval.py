@@ -37,7 +37,7 @@ RECALL_AT = (1, 5, 10)
 class RetrievalReport:
     """Recalls, as fractions of the queries in [0, 1].
 
-    `itc`, `itm` and `chance` are {"text_to_image": {"recall@1": 0.5, "recall@5": ..., "recall@10": ...},
+    `itc`, `itm`, `both` and `chance` are {"text_to_image": {"recall@1": 0.5, "recall@5": ..., "recall@10": ...},
     "image_to_text": {...}}.
     """
 
@@ -47,13 +47,14 @@ class RetrievalReport:
     truncated_captions: int  # captions cut to the model's max_tokens
     reranked: int  # candidates of each query that ITM re-ranks; fewer in a smaller gallery
     itc: dict[str, dict[str, float]]  # ranked by ITC alone
-    itm: dict[str, dict[str, float]] | None  # after ITM has re-ranked; None without re-ranking
+    itm: dict[str, dict[str, float]] | None  # after ITM alone has re-ranked, as in ALBEF; None without re-ranking
+    both: dict[str, dict[str, float]] | None  # the same by the sum of both logits
     chance: dict[str, dict[str, float]]  # expected of a random order
 
     @property
     def mean_recall(self) -> float:
-        """ALBEF's criterion for the best model: recall @1, @5 and @10 both ways, averaged, after re-ranking if any."""
-        return fmean(recall for way in (self.itm or self.itc).values() for recall in way.values())
+        """The criterion for the best model: recall @1, @5 and @10 both ways, averaged, by both logits if re-ranked."""
+        return fmean(recall for way in (self.both or self.itc).values() for recall in way.values())
 
     def as_dict(self) -> dict[str, Any]:
         return {"task": "retrieval"} | asdict(self)
@@ -61,7 +62,8 @@ class RetrievalReport:
     def table(self) -> str:
         rows = [("ITC", self.itc), ("chance", self.chance)]
         if self.itm is not None:
-            rows.insert(1, (f"ITM on the best {self.reranked}", self.itm))
+            best = f"on the best {self.reranked}"
+            rows[1:1] = [(f"ITM {best}", self.itm), (f"ITC + ITM {best}", self.both)]
         header = ["recall in %"] + [f"@{k}" for k in RECALL_AT]
         body = [
             [f"{way.replace('_', ' ')}, {name}"] + [percent(recalls[way][f"recall@{k}"]) for k in RECALL_AT]
@@ -87,7 +89,8 @@ def evaluate_retrieval(
     Args:
         captions: "first" uses the first caption of each image. "all" uses every one: each is a query, and an image's
             query succeeds if any of its captions is among the first k (the protocol of COCO and Flickr30k).
-        rerank: number of candidates of each query that ITM re-ranks, at least 10; 0 skips ITM.
+        rerank: number of candidates of each query that are re-ranked, at least 10, by ITM's log-odds of "matched", and
+            by their sum with ITC's logit; 0 skips ITM.
         batch_size: number of images, or of captions, encoded at a time.
         limit: evaluate only the first `limit` samples.
 
@@ -105,13 +108,17 @@ def evaluate_retrieval(
         image_of_text = texts.image_index
         similarity = texts.features.float() @ images.features.float().T  # (T, I)
         itc = _both_recalls(similarity, similarity, image_of_text)
-        itm = None
+        itm = both = None
         if rerank:
             best_images = _top_k_mask(similarity, min(rerank, similarity.shape[1]))
             best_texts = _top_k_mask(similarity.T, min(rerank, similarity.shape[0])).T
             scores = _matching_scores(model, images, texts, best_images | best_texts, batch_size, progress)
-            itm = _both_recalls(
-                scores.masked_fill(~best_images, -torch.inf), scores.masked_fill(~best_texts, -torch.inf), image_of_text
+            itm, both = (
+                _both_recalls(
+                    by.masked_fill(~best_images, -torch.inf), by.masked_fill(~best_texts, -torch.inf), image_of_text
+                )
+                # The sum: matching learns which of the pairs that look alike to the contrast match, not how alike.
+                for by in (scores, scores + similarity / model.temperature.float())
             )
     return RetrievalReport(
         images=len(images.features),
@@ -121,6 +128,7 @@ def evaluate_retrieval(
         reranked=rerank,
         itc=itc,
         itm=itm,
+        both=both,
         chance=_chance(image_of_text, len(images.features)),
     )
 

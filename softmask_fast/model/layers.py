@@ -104,3 +104,13 @@ def word_losses(
     if soft_labels is not None:
         soft = -(soft_labels * log_probability).sum(-1).mul(scored).sum() / scored.sum()
     return hard, soft, (logits.argmax(-1) == labels).sum() / scored.sum()
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is multiplied by a factor."""
+    if factor == 0:
+        return x.detach()
+    if factor != 1 and x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(lambda gradient: gradient * factor)
+    return x

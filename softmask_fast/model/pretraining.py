@@ -72,8 +72,8 @@ class PretrainingStep(nn.Module):
             The loss and the detached metrics, all float32 scalars: "loss"; "itc", "itm" and "mlm" if they have a
             weight; "temperature"; "itc_image_accuracy", "itc_text_accuracy", "itm_accuracy" and "mlm_accuracy", from 0
             to 1; "itm_<kind>" and "itm_<kind>_accuracy", those of one kind of pair ("true_pair", "other_image",
-            "other_text", "soft_masked"), NaN without such pairs; "soft_mask_mean", the fraction of the patches that
-            the soft masks remove.
+            "other_text" or "soft_masked_other_text", "soft_masked"), NaN without such pairs; "soft_mask_mean", the
+            fraction of the patches that the soft masks remove.
         """
         with (
             torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16),
@@ -123,6 +123,8 @@ class PretrainingStep(nn.Module):
         if objectives.itm_weight and objectives.soft_mask:
             keep = self._soft_mask(batch, text_tokens, keys_values, packing)
             sequences.append(replace(true_pairs, kind="soft_masked", keep=keep))
+            if objectives.soft_masked_negatives:
+                wrong_text.kind, wrong_text.keep = "soft_masked_other_text", keep
             metrics["soft_mask_mean"] = 1 - keep[:, model.prefix_tokens :].mean()
         if objectives.mlm_weight and objectives.masked_captions:
             true_pairs.words = batch.mlm_positions

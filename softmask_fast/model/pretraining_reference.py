@@ -93,15 +93,17 @@ class ReferenceStep(nn.Module):
         if negatives is None:
             negatives = draw(text_logits, positive), draw(image_logits, positive)
         other_image, other_text = negatives
+        soft_masked = None
+        if objectives.soft_mask and objectives.itm_weight:
+            soft_masked = self.soft_mask(images, matched, maps[model.config.soft_mask_layer], batch.word_index)
         unmatched, _ = fuse(
             model,
             torch.cat([texts, texts[other_text]]),
             torch.cat([mask, mask[other_text]]),
-            torch.cat([images[other_image], images]),
+            torch.cat([images[other_image], soft_masked if objectives.soft_masked_negatives else images]),
         )
         classified = [matched[:, 0], unmatched[:, 0]]
-        if objectives.soft_mask and objectives.itm_weight:
-            soft_masked = self.soft_mask(images, matched, maps[model.config.soft_mask_layer], batch.word_index)
+        if soft_masked is not None:
             classified.append(fuse(model, texts, mask, soft_masked)[0][:, 0])
         logits = model.match_head(torch.cat(classified)).float()
         label = torch.ones(len(logits), dtype=torch.int64, device=logits.device)

@@ -21,7 +21,7 @@ from transformers.models.bert.modeling_bert import (
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError, one_line
-from softmask_fast.model.layers import Weights, after_attention, run_region, word_logits
+from softmask_fast.model.layers import Weights, after_attention, run_region, scale_gradient, word_logits
 from softmask_fast.model.packing import Packing, self_attention
 from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
 
@@ -106,6 +106,8 @@ class TextEncoder(nn.Module):
         self.bert = BertModel(bert_config(config, config.text_layers), add_pooling_layer=False)
         self.bert.encoder.layer = nn.ModuleList(TextLayer(layer) for layer in self.bert.encoder.layer)
         self.attention, self.checkpointing = "auto", False
+        self.contrast_layers = config.text_contrast_layers
+        self.contrast_gradient, self.contrast_pooling = config.contrast_gradient, config.contrast_pooling
 
     @property
     def word_embeddings(self) -> nn.Embedding:
@@ -114,11 +116,32 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None) -> Tensor:
         """input_ids (B, L) int64, attention_mask (B, L) bool and its packing -> tokens (B, L, C), 0 at padding."""
         packing = Packing.of(attention_mask) if packing is None else packing
+        return packing.pad(self._shared(input_ids, packing))
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The arguments and tokens of `forward`, and one for the contrast (B, C)."""
+        packing = Packing.of(attention_mask) if packing is None else packing
+        shared = own = self._shared(input_ids, packing)
+        if self.contrast_layers:
+            layers = self.bert.encoder.layer[-self.contrast_layers :]
+            own = self._run(layers, scale_gradient(shared, self.contrast_gradient), packing)
+        tokens = packing.pad(shared)
+        own = tokens if own is shared else packing.pad(own)  # 0 at padding
+        mean = self.contrast_pooling == "mean"
+        return tokens, own.sum(1) / attention_mask.sum(1, keepdim=True) if mean else own[:, 0]
+
+    def _shared(self, input_ids: Tensor, packing: Packing) -> Tensor:
         positions = packing.positions % input_ids.shape[1]
         text = self.bert.embeddings(packing.pack(input_ids)[None], position_ids=positions[None])[0]
-        for layer in self.bert.encoder.layer:
+        layers = self.bert.encoder.layer
+        return self._run(layers[: len(layers) - self.contrast_layers], text, packing)
+
+    def _run(self, layers: nn.ModuleList, text: Tensor, packing: Packing) -> Tensor:
+        for layer in layers:
             text = run_layer(layer, text, packing, self.attention, checkpointing=self.checkpointing)
-        return packing.pad(text)
+        return text
 
 
 class MaskedLanguageHead(WeightedLayer):

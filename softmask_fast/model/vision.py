@@ -6,6 +6,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Attention, build_sincos2d_pos_embed
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError, one_line
-from softmask_fast.model.layers import image_block, run_region
+from softmask_fast.model.layers import image_block, run_region, scale_gradient
 from softmask_fast.model.state import read_checkpoint
 from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
 
@@ -99,8 +100,13 @@ class VisionEncoder(nn.Module):
             raise UsageError(f"image_size: expected a multiple of the patch, {patch} pixels ({nearest}), got {size}")
         if self.vit.embed_dim % 4:
             raise UsageError(f"vision_width: expected a multiple of 4, got {self.vit.embed_dim}")
+        depth, self.contrast_blocks = len(self.vit.blocks), config.vision_contrast_blocks
+        if self.contrast_blocks >= depth:
+            expected = f"fewer than the {depth} blocks of {config.vision_model!r}"
+            raise UsageError(f"vision_contrast_blocks: expected {expected}, got {self.contrast_blocks}")
         self.vit.blocks = nn.Sequential(*(ImageBlock(b) if ImageBlock.covers(b) else b for b in self.vit.blocks))
         self.checkpointing = False
+        self.contrast_gradient, self.contrast_pooling = config.contrast_gradient, config.contrast_pooling
         self.width: int = self.vit.embed_dim
         self.grid_size: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.prefix_tokens: int = self.vit.num_prefix_tokens
@@ -117,9 +123,23 @@ class VisionEncoder(nn.Module):
         """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv), N = prefix_tokens + rows * columns."""
         vit = self.vit
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pixels))))
-        for block in vit.blocks:
-            tokens = run_layer(block, tokens, checkpointing=self.checkpointing)
+        tokens = self._run(vit.blocks[: len(vit.blocks) - self.contrast_blocks], tokens)
+        if self.contrast_blocks:  # the norm's weights are the contrast's; keys and values have weights of their own
+            return F.layer_norm(tokens, tokens.shape[-1:], eps=vit.norm.eps).to(tokens.dtype)
         return vit.norm(tokens).to(tokens.dtype)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (B, 3, image_size, image_size) -> the tokens of `forward`, and one for the contrast (B, Cv)."""
+        tokens = own = self.forward(pixels)
+        if self.contrast_blocks:
+            blocks = self.vit.blocks[-self.contrast_blocks :]
+            own = self.vit.norm(self._run(blocks, scale_gradient(tokens, self.contrast_gradient))).to(tokens.dtype)
+        return tokens, own.mean(1) if self.contrast_pooling == "mean" else own[:, 0]
+
+    def _run(self, blocks: nn.Sequential, tokens: Tensor) -> Tensor:
+        for block in blocks:
+            tokens = run_layer(block, tokens, checkpointing=self.checkpointing)
+        return tokens
 
 
 def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:

@@ -86,16 +86,16 @@ class VisionLanguageModel(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv) and unit features (B, d)."""
-        tokens = self.vision(pixels)
-        return tokens, F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
+        tokens, summary = self.vision.encode(pixels)
+        return tokens, F.normalize(self.image_projection(summary), dim=-1)
 
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
         """input_ids (B, L) int64, attention_mask (B, L) bool and its packing -> tokens (B, L, C), 0 at padding, and
         unit features (B, d)."""
-        tokens = self.text(input_ids, attention_mask, packing)
-        return tokens, F.normalize(self.text_projection(tokens[:, 0]), dim=-1)
+        tokens, summary = self.text.encode(input_ids, attention_mask, packing)
+        return tokens, F.normalize(self.text_projection(summary), dim=-1)
 
     def match_tokens(
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, image_index: Tensor | None = None
