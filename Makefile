@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 STAMP := $(VENV)/.installed
 # the editable install compiles the extension, so its sources make it out of date too
-SOURCES := pyproject.toml constraints.txt $(wildcard setup.py csrc/*.* csrc/*/*.*)
+SOURCES := pyproject.toml constraints.txt $(wildcard setup.py build_backend.py csrc/*.* csrc/*/*.*)
 
 export PATH := $(VENV)/bin:$(PATH)
 

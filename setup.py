@@ -1,7 +1,7 @@
-"""Builds the compiled extensions where compilers and torch are at hand, else installs without them and warns.
+"""Builds the compiled extensions where a compiler is at hand, else installs without them and warns.
 
 softmask_fast/_C.abi3.so needs a C++ compiler ($CXX, g++), softmask_fast/_cuda.abi3.so also nvcc ($CUDA_HOME/bin, PATH)
-and a torch that was built with CUDA. The metadata is in pyproject.toml. In the environment:
+and a torch that was built with CUDA. build_backend.py finds torch, pyproject.toml has the metadata. In the environment:
 SOFTMASK_FAST_REQUIRE_EXTENSION=1   an extension that cannot be built is an error, not a warning
 SOFTMASK_FAST_CUDA_ARCHS="80 90 100"   GPU generations to compile for, PTX of the last for later ones; "none": no CUDA
 """
@@ -11,13 +11,15 @@ import os
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
 
+from build_backend import CXX, can_compile, find_torch
+
 REQUIRED = os.environ.get("SOFTMASK_FAST_REQUIRE_EXTENSION") == "1"
-CXX = os.environ.get("CXX", "g++").split()[0]
 ARCHS = os.environ.get("SOFTMASK_FAST_CUDA_ARCHS", "80 90 100").split()
 PYTHON_ABI, TORCH_ABI = "0x030a0000", "0x020b000000000000"  # Python 3.10 and later, torch 2.11 and later
 ON_CPU = "on the CPU the operators run in plain PyTorch, which is several times slower"
@@ -56,22 +58,17 @@ class Build(build_ext):
 
 
 def extensions() -> list[Extension]:
-    obstacle = None
-    if sys.platform != "linux" or not shutil.which(CXX):
-        obstacle = f"there is no C++ compiler for Linux (g++, or $CXX, which is {CXX!r})"
-    else:
-        try:
-            import torch
-            from torch.utils.cpp_extension import include_paths, library_paths
-        except ImportError as error:
-            obstacle = f"torch cannot be imported here ({error}): install torch, then this with --no-build-isolation"
-    if obstacle:
-        give_up(obstacle, ON_CPU, ON_GPU)
+    torch = find_torch()
+    if not can_compile():
+        give_up(f"there is no C++ compiler for Linux (g++, or $CXX, which is {CXX!r})", ON_CPU, ON_GPU)
+        return []
+    if torch is None:
+        give_up("there is no torch of 2.11 or later to compile against: install it first", ON_CPU, ON_GPU)
         return []
     common = {
         "depends": glob.glob("csrc/**/*.*h", recursive=True),
-        "include_dirs": include_paths(),
-        "library_dirs": library_paths(),
+        "include_dirs": [str(torch / "include"), str(torch / "include/torch/csrc/api/include")],
+        "library_dirs": [str(torch / "lib")],
         "py_limited_api": True,
         "optional": True,  # an extension that was not built is not copied; Build says why
     }
@@ -90,7 +87,7 @@ def extensions() -> list[Extension]:
     nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin:{os.environ.get('PATH', '')}")
     if ARCHS == ["none"]:
         return found
-    if nvcc is None or torch.version.cuda is None:
+    if nvcc is None or not Path(torch, "lib/libtorch_cuda.so").exists():
         missing = "there is no nvcc (in $CUDA_HOME/bin or PATH)" if nvcc is None else "torch was built without CUDA"
         give_up(missing, ON_GPU)
         return found

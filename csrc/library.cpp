@@ -6,6 +6,8 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "built_with.h"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(softmask_fast_cpp, m) {
     // cpu/word_mask.cpp
     m.def(

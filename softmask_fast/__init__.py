@@ -1,7 +1,7 @@
 """Text-driven soft masks and focal contrastive learning for vision-language pretraining (SoftMask++), fast.
 
 The public operators, `load_model` and `draw` are here, loaded when first used: the operators need torch alone, the
-others the extra `train`. `import softmask_fast` itself loads nothing else.
+others the extra `look`. `import softmask_fast` itself loads nothing else.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if name not in trained:
             raise
-        raise ImportError(f"{name}: {error}; install it with: pip install 'softmask_fast[train]'") from error
+        from softmask_fast.installation import explain_missing
+
+        raise ImportError(f"{name}: {explain_missing(error)}") from error
     globals()[name] = value
     return value
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from softmask_fast import __version__
 from softmask_fast.errors import UsageError, format_error, is_user_error, printable
+from softmask_fast.installation import explain_missing
 from softmask_fast.options import CommandParser
 from softmask_fast.utils import write_json
 
@@ -372,7 +373,7 @@ def _quiet_libraries() -> None:
 
 def _explain_error(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name != "pyarrow":
-        return f"{error}; install it with: pip install 'softmask_fast[train]'"
+        return explain_missing(error)
     return format_error(error)
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import softmask_fast
+from softmask_fast.installation import build_command
 from softmask_fast.ops import extension, focal_itc_loss, registry, soft_masked_attention, word_gradcam, word_soft_mask
 from softmask_fast.ops.accuracy import errors
 from softmask_fast.utils import installed_versions
@@ -234,10 +235,15 @@ def _library(name: str) -> dict[str, Any]:
         reason = load()
     except OSError as error:
         reason = f"it does not load: {error}"
-    architectures = []
+    found = {"loads": reason is None, "reason": reason, "architectures": [], "built_with": None, "build": None}
     if path.exists():
-        architectures = _cpu_architectures(path) if name == "_C" else _gpu_architectures(path)
-    return {"loads": reason is None, "reason": reason, "architectures": architectures}
+        found["architectures"] = _cpu_architectures(path) if name == "_C" else _gpu_architectures(path)
+        built_with = re.search(rb"softmask_fast, built with ([ -~]+)", path.read_bytes())  # csrc/built_with.h
+        found["built_with"] = built_with and built_with[1].decode()
+    elif name == "_C":
+        compiler = "" if shutil.which("g++") else "install g++ 12 or later; "
+        found["build"] = f"{compiler}{build_command()}"
+    return found
 
 
 def _cpu_architectures(path: Path) -> list[str]:
@@ -279,6 +285,10 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"  {name}: " + ("loads" if library["loads"] else library["reason"]))
         if kinds:
             lines.append(f"    compiled for {kinds}")
+        if library["built_with"]:
+            lines.append(f"    built with {library['built_with']}")
+        if library["build"]:
+            lines.append(f"    build it with: {library['build']}")
     for device, operators in report["implementations"].items():
         lines += ["", f"Implementations on {device}, float32: what impl=None chooses, and why not the others"]
         for operator, choices in operators.items():

@@ -229,7 +229,7 @@ def test_parquet_without_pyarrow_says_what_to_install(images, tmp_path, monkeypa
     command = ["prepare", "--pairs", str(tmp_path / "pairs.parquet"), "--images", str(images)]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     shown = capsys.readouterr().err
-    assert "pip install pyarrow" in shown and "softmask_fast[train]" not in shown
+    assert "pip install pyarrow" in shown and "[look]" not in shown
 
 
 def test_names_of_bad_images_are_listed_escaped(images, tmp_path, capsys):

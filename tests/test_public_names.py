@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from softmask_fast.installation import install_command
+
 PUBLIC = """
 import sys
 import softmask_fast as sf
@@ -45,4 +47,4 @@ def test_the_root_has_the_public_names_loaded_when_first_used():
 def test_load_model_without_its_packages_says_what_to_install():
     message = run_python(MISSING_EXTRA)
     assert message.startswith("load_model: ") and "timm" in message and message.count("\n") == 1
-    assert message.endswith("install it with: pip install 'softmask_fast[train]'\n")
+    assert message.endswith(f"install it with: {install_command('look')}\n")

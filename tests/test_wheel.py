@@ -20,6 +20,7 @@ import softmask_fast
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = sorted((Path.home() / ".pyenv" / "versions").glob("3.1[0-9]*/bin/python"))
+BUILD = ("setup.py", "build_backend.py")
 WITH_NVCC = shutil.which("nvcc") is not None and torch.version.cuda is not None
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="extensions need Linux")
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="extensions need
 def source(tmp_path_factory):
     """The files of the project without anything that was built."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"):
+    for name in (*BUILD, "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     for name in ("csrc", "softmask_fast", "tests", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -45,11 +46,34 @@ def run(*command, cwd, **environment):
 def sdist(source, tmp_path_factory):
     """Made without a compiler: what goes into it does not depend on the machine."""
     folder = tmp_path_factory.mktemp("sdist")
-    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    code = f"import build_backend; build_backend.build_sdist({str(folder)!r})"
     result = run(sys.executable, "-c", code, cwd=source, CXX="/nonexistent")
     assert result.returncode == 0, result.stderr[-4000:]
     (archive,) = folder.glob("*.tar.gz")
     return archive
+
+
+def run_backend(source, folder, code, with_torch, **environment):
+    """What Python prints where pip would build: it hides the packages of the environment that the build is for, so that
+    torch cannot be imported, and brings setuptools alone."""
+    outer, made = Path(torch.__file__).parents[1], Environment(folder / "environment")
+    (made.packages / "outer.pth").unlink()
+    if with_torch:
+        (made.packages / "torch").symlink_to(outer / "torch")
+    tools = folder / "tools"
+    tools.mkdir()
+    for path in (*outer.glob("setuptools*"), outer / "_distutils_hack"):
+        (tools / path.name).symlink_to(path)
+    hide = f"""if True:
+        import importlib.util, site, sys
+        hidden = site.getsitepackages()
+        sys.path[:] = ["", {str(tools)!r}] + [path for path in sys.path if path not in hidden]
+        assert importlib.util.find_spec("torch") is None and importlib.util.find_spec("numpy") is None
+        import build_backend
+    """
+    result = run(made.python, "-I", "-c", f"{hide}\n{code}", cwd=source, **environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +81,10 @@ def wheel(sdist, tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("wheel")
-    command = ("-m", "pip", "wheel", sdist, "--no-deps", "--no-build-isolation", "--no-index", "-w", folder)
+    shutil.unpack_archive(sdist, folder)
+    (unpacked,) = folder.glob("softmask_fast-*")
     required = {"SOFTMASK_FAST_REQUIRE_EXTENSION": "1", "SOFTMASK_FAST_CUDA_ARCHS": "90" if WITH_NVCC else "none"}
-    result = run(sys.executable, *command, cwd=folder, **required)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    run_backend(unpacked, folder, f"build_backend.build_wheel({str(folder)!r})", with_torch=True, **required)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -111,8 +135,18 @@ def test_content_of_the_sdist(sdist):
         if path.is_file() and path.suffix not in (".so", ".pyc")
     }
     metadata = {name for name in names if name.startswith("softmask_fast.egg-info/")}
-    rest = {"README.md", "LICENSE", "setup.py", "pyproject.toml", "MANIFEST.in", "constraints.txt"}
+    rest = {"README.md", "LICENSE", *BUILD, "pyproject.toml", "MANIFEST.in", "constraints.txt"}
     assert names - metadata == sources | rest | {"PKG-INFO", "setup.cfg"}  # no tests, no data
+
+
+@pytest.mark.parametrize(
+    ("with_torch", "compiler", "asked"), [(True, "g++", []), (False, "g++", ["torch>=2.11"]), (False, "/none", [])]
+)
+def test_torch_is_asked_for_where_there_is_a_compiler_and_no_torch(source, tmp_path, with_torch, compiler, asked):
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    code = "print([name for name in build_backend.get_requires_for_build_wheel() if 'torch' in name])"
+    assert run_backend(source, tmp_path, code, with_torch, CXX=compiler).splitlines()[-1] == str(asked)
 
 
 def test_tag_and_content(wheel):
@@ -125,6 +159,9 @@ def test_tag_and_content(wheel):
         path for path in (ROOT / "softmask_fast").rglob("*") if path.is_file()
     )  # with py.typed and the demo's model
     assert {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".so", ".pyc")} <= names
+    [metadata] = [name for name in names if name.endswith(".dist-info/METADATA")]
+    needed = re.findall(r"^Requires-Dist: ([^;\n]+)$", zipfile.ZipFile(wheel).read(metadata).decode(), re.MULTILINE)
+    assert sorted(needed) == ["numpy", "torch>=2.11"]  # torch warns where numpy is missing
 
 
 def test_it_runs_in_an_empty_environment(environment):
@@ -140,9 +177,13 @@ def test_it_runs_in_an_empty_environment(environment):
             word_soft_mask(query, key, value, grad_output, *options, impl="reference"),
         ):
             torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+        from softmask_fast import doctor
+        print(doctor._library("_C")["built_with"])
         print(softmask_fast.__file__)
     """
-    assert environment.run(code).split()[-1] == str(environment.packages / "softmask_fast" / "__init__.py")
+    *_, built_with, path = environment.run(code).splitlines()
+    assert re.fullmatch(rf"\S.* [\d.]+.*, torch {torch.__version__.split('+')[0]}", built_with)
+    assert path == str(environment.packages / "softmask_fast" / "__init__.py")
     command = run(environment.python.with_name("softmask-fast"), "--version", cwd=environment.packages)
     assert command.stdout.strip() == softmask_fast.__version__
 
@@ -190,10 +231,13 @@ def test_without_a_compiler_the_sdist_installs_as_python_and_says_so_once(sdist,
     assert "Tag: py3-none-any" in (metadata / "WHEEL").read_text()
     code = (
         "import torch, softmask_fast; from softmask_fast.ops import registry, word_gradcam; "
-        "x = torch.ones(1, 1, 2, 8); "
+        "from softmask_fast import doctor; print(doctor.render(doctor.examine(0))); x = torch.ones(1, 1, 2, 8); "
         "print(softmask_fast.__file__, registry.describe()['word_mask'], word_gradcam(x, x, x, x).sum().item())"
     )
-    assert made.run(code).split() == [f"{made.packages}/softmask_fast/__init__.py", "{'cpu':", "'reference'}", "16.0"]
+    printed = made.run(code)
+    assert printed.split()[-4:] == [f"{made.packages}/softmask_fast/__init__.py", "{'cpu':", "'reference'}", "16.0"]
+    [line] = re.findall(r"^ +build it with: (.*)$", printed, re.MULTILINE)
+    assert line.endswith(f"--no-cache-dir 'softmask_fast @ {sdist.as_uri()}'")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <limits>
 
+#include "../built_with.h"
 #include "../word_mask_checks.h"
 #include "device.cuh"
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from softmask_fast.errors import UsageError
+from softmask_fast.installation import install_command
 
 if TYPE_CHECKING:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
@@ -115,7 +116,7 @@ def _xformers_unavailable_reason(device: torch.device, dtype: torch.dtype) -> st
         token = torch.zeros(1, 1, 1, 64, device=device, dtype=dtype)
         memory_efficient_attention(token, token, token)
     except ImportError as error:
-        return f"xformers cannot be imported ({error}); pip install softmask_fast[gpu]"
+        return f"xformers cannot be imported ({error}); {install_command('gpu')}"
     except NotImplementedError:
         return f"xformers has no kernel for {dtype} on {device}; python -m xformers.info shows what it has"
     return None

@@ -18,7 +18,7 @@ def missing() -> str | None:
     several times slower instead would hide that.
     """
     if not (_FOLDER / "_C.abi3.so").exists():
-        return "the compiled extension was not built (it needs a C++ compiler and torch at installation, see setup.py)"
+        return "the compiled extension was not built (softmask-fast doctor prints the command that builds it)"
     torch.ops.load_library(_FOLDER / "_C.abi3.so")
     return None
 
@@ -32,7 +32,7 @@ def cuda_missing() -> str | None:
     if (reason := missing()) is not None:
         return reason
     if not (_FOLDER / "_cuda.abi3.so").exists():
-        return "the CUDA kernels were not built (they need nvcc and a torch with CUDA at installation, see setup.py)"
+        return "the CUDA kernels were not built (they need nvcc and a torch with CUDA at installation)"
     torch.ops.load_library(_FOLDER / "_cuda.abi3.so")
     return None
 

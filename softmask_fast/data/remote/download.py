@@ -19,6 +19,7 @@ from fsspec.callbacks import Callback
 
 from softmask_fast.data.types import UnreachableFile
 from softmask_fast.errors import printable, without_secrets
+from softmask_fast.installation import install_command
 from softmask_fast.utils import file_sha256
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Downloader:
             try:
                 return attempt(_Progress())
             except ImportError as error:  # the file system's package is missing
-                raise _unreachable(url, f"{error}; https and s3 need: pip install 'softmask_fast[remote]'") from error
+                raise _unreachable(url, f"{error}; https and s3 need: {install_command('remote')}") from error
             except Exception as error:  # every file system raises errors of its own
                 reason = _cause(error)
                 cause = printable(without_secrets(f"{type(reason).__name__}: {str(reason) or 'no message'}"))
