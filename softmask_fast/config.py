@@ -358,5 +358,5 @@ def _require_at_least(config: object, least: int, *names: str) -> None:
 def _require_steps_or_share(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        fits = value is None or 0 <= value < 1 or value >= 1 and value == int(value)
+        fits = value is None or 0 <= value < 1 or value >= 1 and value % 1 == 0
         _require(fits, name, "a share of the run from 0 to below 1, or a whole number of steps", value)
