@@ -218,16 +218,14 @@ def _explain(options: argparse.Namespace) -> None:
         raise UsageError(f"--npy: expected a name that ends in .npz, got {options.npy}")
     outputs = {"--json": options.json, "--npy": options.npy} | ({} if several else {"--out": options.out})
     explain = _open_explainer(options, outputs)
-    from softmask_fast.word_maps import explain_files
+    from softmask_fast.word_maps import explain_files, write_arrays
 
     records, arrays = explain_files(explain, options.image, options.out)
     if options.json is not None:
         write_json(options.json, records)
         print(f"written to {options.json}")
     if options.npy is not None:
-        import numpy as np
-
-        np.savez(options.npy, **arrays)
+        write_arrays(arrays, options.npy)
         print(f"written to {options.npy}")
 
 

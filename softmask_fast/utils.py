@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +21,87 @@ MAX_LIST_BYTES = 1 << 32  # of a JSON file or a table, which are read into memor
 PACKAGES = ("softmask_fast", "torch", "triton", "transformers", "timm", "deepspeed", "nvidia-dali-cuda130", "xformers")
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over the quota, over the limit of a file's size
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever library meets a full disk, the error is an OSError that names `path`, and so a user error."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "filename", None) is not None or (number := full_disk(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def full_disk(error: BaseException | None) -> int | None:
+    """The number of the operating system's error behind an exception, if it says that a disk is full."""
+    while error is not None:
+        # safetensors and tokenizers raise errors of their own
+        stated = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(stated[1]) if stated else getattr(error, "errno", None)
+        if number in FULL:
+            return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which then becomes `path`: readers see the old content or the new one, no part."""
+    """A temporary name to write a file or a folder to, which then becomes `path`.
+
+    Readers see the old content or the new one, no part, also after a power cut: what was written is flushed to the disk
+    before it is renamed. An error leaves the old content and removes the new one; a full disk is a user error.
+    """
     temporary = path.with_name(path.name + ".partial")
-    yield temporary
-    os.replace(temporary, path)
+    remove(temporary)  # of a process that was killed
+    try:
+        with naming(path):
+            yield temporary
+            flush(temporary)
+    except BaseException:
+        remove(temporary)
+        raise
+    move(temporary, path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a flushed file or folder, in the place of an older one, and flush the new name to the disk."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(source, target)
+    flush_entry(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    for entry in path.rglob("*"):
+        flush_entry(entry)
+    flush_entry(path)
+
+
+def flush_entry(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a UTF-8 file. Raises OSError with the file's name when the disk is full."""
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from softmask_fast.evaluation.heatmaps import MATCHES, draw, explained_words, le
 from softmask_fast.evaluation.map_statistics import color_statistics, map_statistics
 from softmask_fast.evaluation.tables import format_table
 from softmask_fast.model.export import load_model
-from softmask_fast.utils import read_json
+from softmask_fast.utils import read_json, replacing
 
 SCENE, SCENES = "shapes:", "shapes:objects=3"  # in place of a file: a scene by its number, of the data of `tiny`
 SCENE_SIZE = 256  # pixels
@@ -155,10 +155,16 @@ def feature_table(explain: Explainer, files: Sequence[Path]) -> dict[str, list[A
 def write_table(columns: dict[str, list[Any]], out: Path) -> None:
     """A .parquet file with these columns, or an .npz with one array for each."""
     if out.suffix == ".npz":
-        with open(out, "wb") as file:
-            np.savez(file, **{name: np.array(values) for name, values in columns.items()})
+        write_arrays({name: np.array(values) for name, values in columns.items()}, out)
         return
     import pyarrow
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.table(columns), out)
+    with replacing(out) as temporary:
+        parquet.write_table(pyarrow.table(columns), temporary)
+
+
+def write_arrays(arrays: dict[str, np.ndarray], out: Path) -> None:
+    """An .npz file with these arrays."""
+    with replacing(out) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)

@@ -171,7 +171,7 @@ def test_heatmap_page_shows_the_first_images_whatever_they_are(model_and_tokeniz
     drawn.clear()
     heatmap_page(model, tokenizer, Bare(), tmp_path / "bare.png")  # no boxes; a word beyond the token limit
     assert [title for title, _, _ in drawn] == ["", "circle", "", "square"]
-    with pytest.raises(UsageError, match="images, words: expected at least 1"):
+    with pytest.raises(UsageError, match="images: expected 1 to 50, got 0"):
         heatmap_page(model, tokenizer, shapes, tmp_path / "none.png", images=0)
 
 
@@ -184,6 +184,35 @@ def test_heatmap_page_has_two_images_a_row_if_there_are_many(model_and_tokenizer
         sizes.append(size_of(tmp_path / "page.png"))
     (few, _), (column, tall), (two_columns, low) = sizes
     assert few == column and two_columns == 2 * column and low < tall
+
+
+def test_figures_have_a_bounded_size_and_say_what_they_leave_out(model_and_tokenizer, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(heatmaps, "save_figure", lambda figure, out: figures.append(figure))
+    monkeypatch.setattr(heatmaps, "MOST_WORDS", 4)
+    maps = [np.full((2, 2), 1.0 + number % 7) for number in range(30)]  # the strongest: 6, 13, 20, 27
+    words = [f"word-{number}-{'x' * 3000}" for number in range(30)]
+    for size in ((900, 20), (20, 900)):
+        draw(np.zeros((*size, 3), np.uint8), words, maps, "out.png", title="long " * 3000, note="n " * 999)
+    for figure in figures:
+        titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+        assert [title.split("-")[1] for title in titles[1:]] == ["6", "13", "20", "27"]
+        assert figure.get_supxlabel().startswith("not drawn: word-0-xxx")
+        texts = [*titles, figure.get_suptitle(), figure.get_supxlabel(), figure.axes[0].get_xlabel()]
+        assert all(text.count("\n") < 8 for text in texts) and figure.get_suptitle().endswith("long ...")
+    assert figures[0].get_figheight() < 6 and figures[1].get_figheight() < 6
+
+    class Tall:
+        keys, image_ids, encoded = ["a"], np.arange(1), True
+
+        def __len__(self):
+            return 1
+
+        def read(self, index):
+            return Sample("a", jpeg(4, 900), ["red circle " * 2500])
+
+    heatmap_page(*model_and_tokenizer, Tall(), "out.png")
+    assert figures[2].get_figheight() < 6 and len(figures[2].axes) == 6
 
 
 def drawn_panels(monkeypatch, metrics, out, *held_out):

@@ -29,7 +29,7 @@ from softmask_fast.data.sources import expand_names, expand_paths
 from softmask_fast.data.tables import TableEntry, read_table
 from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError, printable
-from softmask_fast.utils import file_sha256, write_json, write_text
+from softmask_fast.utils import file_sha256, flush, move, naming, read_json, write_json, write_text
 
 JPEG_QUALITY = 95  # of downsized images; the others keep their bytes
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -126,7 +126,7 @@ def _start(out: Path, plan: Plan) -> Path:
     if (out / "prepared.json").exists():
         raise UsageError(f"out: {out} is prepared already; choose another folder, or remove this one")
     if (work / "plan.json").exists():
-        begun = json.loads((work / "plan.json").read_text())
+        begun = read_json(work / "plan.json", "out")
         for name, value in asdict(plan).items():
             if begun[name] != value:
                 raise UsageError(f"out: {out} was begun with {name} {begun[name]!r}, now it is {value!r}")
@@ -162,11 +162,11 @@ def _write_shard(number: int, entries: list[TableEntry], plan: Plan, out: Path, 
     """Writes one shard and its index, then its summary in `work`; skips what an earlier run has finished."""
     shard, done = out / f"shard-{number:06d}.tar", work / f"shard-{number:06d}.json"
     if done.exists():
-        return json.loads(done.read_text())
+        return read_json(done, "out")
     partial = work / shard.name
     bad: list[tuple[int, str, str]] = []
     samples = skipped_captions = 0
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with naming(shard), tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
         for index, entry in enumerate(entries, number * plan.shard_size):
             try:
                 extension, image, text, skipped = _sample(entry, plan)
@@ -180,7 +180,8 @@ def _write_shard(number: int, entries: list[TableEntry], plan: Plan, out: Path, 
             samples += 1
             skipped_captions += skipped
     if samples:
-        os.replace(partial, shard)
+        flush(partial)
+        move(partial, shard)
         write_index(shard, shard.with_name(shard.name + INDEX_SUFFIX))
     else:
         partial.unlink()

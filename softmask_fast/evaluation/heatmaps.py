@@ -36,6 +36,10 @@ COLORS, GRAYS = "inferno", "gray"  # colormaps; the second of maps of a pair tha
 MATCHES = 0.5  # from this probability on
 GRAY, GREEN, RED = "#666666", "#1a7f37", "#c62828"
 SHOWN_SIDE = 384  # longer side of an image inside a figure, in pixels
+# What keeps a figure of a bounded size, whatever its image and text are:
+TALLEST = 1.4  # height by width of a panel; a taller image becomes a narrow one inside
+MOST_WORDS = 59  # that `draw` shows: twelve rows of panels with the image
+MOST_IMAGES, MOST_PHRASES = 50, 12  # rows of a page, and its columns beside the image
 
 
 def explain(
@@ -135,8 +139,9 @@ def draw(
         words: their names.
         maps: as many, each (rows, cols) over the whole image: arrays or tensors, at least 0.
         out: the PNG to write; its folder is made.
-        title, note, footnotes: lines above the figure, under the image, and under the figure.
-        shown: numbers of the words to draw, others are named below; default: all.
+        title, note, footnotes: lines above the figure, under the image, and under the figure; long ones are cut.
+        shown: numbers of the words to draw, others are named below; default: all. Of more than `MOST_WORDS` the
+            strongest are drawn.
         gray: without color, as for a text that does not match.
 
     Raises:
@@ -153,16 +158,18 @@ def draw(
     picture = shown_picture(image)
     strength = strengths(heats)
     shown = range(len(words)) if shown is None else shown
+    if len(shown) > MOST_WORDS:
+        shown = sorted(sorted(shown, key=lambda number: -strength[number])[:MOST_WORDS])
     if rest := [word for number, word in enumerate(words) if number not in shown]:
         footnotes = [*footnotes, f"not drawn: {' '.join(rest)}"]
     rows = math.ceil((len(shown) + 1) / 5)
     columns = math.ceil((len(shown) + 1) / rows)
     height, width = picture.shape[:2]
-    size = columns * 2.3, rows * (2.3 * height / width + 0.5) + 0.9  # inches
+    size = columns * 2.3, rows * (2.3 * min(height / width, TALLEST) + 0.5) + 0.9  # inches
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     if title:
-        figure.suptitle("\n".join(textwrap.wrap(title, 26 * columns)), fontsize=13, fontweight="bold")
+        figure.suptitle(_lines(title, 26 * columns), fontsize=13, fontweight="bold")
     _show(axes.flat[0], picture, "image", note)
     colors = GRAYS if gray else COLORS
     for ax, number in zip(axes.flat[1:], shown, strict=False):
@@ -173,8 +180,8 @@ def draw(
         ax.set_axis_off()
     _color_bar(figure, axes, colors)
     if footnotes:
-        lines = [line for text in footnotes for line in textwrap.wrap(text, 34 * columns)]
-        figure.supxlabel("\n".join(lines), fontsize=9, color=GRAY)
+        lines = "\n".join(_lines(text, 34 * columns) for text in footnotes)
+        figure.supxlabel(lines, fontsize=9, color=GRAY)
     save_figure(figure, out)
 
 
@@ -192,8 +199,9 @@ def heatmap_page(
 
     Raises UsageError for a source without a usable sample, or an option out of range.
     """
-    if images < 1 or words < 1:
-        raise UsageError(f"images, words: expected at least 1, got {images} and {words}")
+    for name, value, most in (("images", images, MOST_IMAGES), ("words", words, MOST_PHRASES)):
+        if not 1 <= value <= most:
+            raise UsageError(f"{name}: expected 1 to {most}, got {value}")
     if len(source) == 0:
         raise UsageError("source: expected at least one sample, got none")
     queries = _first_queries(model, tokenizer, source, images, words)
@@ -204,9 +212,9 @@ def heatmap_page(
     width = 1 + max(len(phrases) for _, _, phrases in queries)
     rows = math.ceil(len(queries) / across)
     shown = [shown_picture(sample.image) for sample, _, _ in queries]
-    captions = ["\n".join(textwrap.wrap(caption, 30)) for _, caption, _ in queries]
+    captions = [_lines(caption, 30) for _, caption, _ in queries]
     heights = [  # inches, of the image, its caption and a note
-        panel * min(picture.shape[0] / picture.shape[1], 1.4) + 0.15 * max(2, caption.count("\n") + 1) + 0.2
+        panel * min(picture.shape[0] / picture.shape[1], TALLEST) + 0.15 * max(2, caption.count("\n") + 1) + 0.2
         for picture, caption in zip(shown, captions, strict=True)
     ]
     heights = [max(heights[row * across : (row + 1) * across]) for row in range(rows)]
@@ -307,9 +315,14 @@ def _show(ax: Axes, picture: np.ndarray, title: str, note: str = "") -> None:
     ax.set_axis_on()
     ax.spines[:].set_visible(False)
     if title:
-        ax.set_title("\n".join(textwrap.wrap(title, 24)), fontsize=11)
+        ax.set_title(_lines(title, 24, 3), fontsize=11)
     if note:
-        ax.set_xlabel("\n".join(textwrap.wrap(note, 30)), fontsize=8, color=GRAY, labelpad=2)
+        ax.set_xlabel(_lines(note, 30, 3), fontsize=8, color=GRAY, labelpad=2)
+
+
+def _lines(text: str, width: int, most: int = 8) -> str:
+    """A text of any length as a few lines of so many letters; what is cut off ends in an ellipsis."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=most, placeholder=" ..."))
 
 
 def _color_bar(figure: Figure, axes: np.ndarray, colors: str = COLORS) -> None:

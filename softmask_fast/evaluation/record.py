@@ -34,8 +34,12 @@ def evaluation_record(
 
 
 def parse_record(text: str, path: Path) -> dict[str, Any]:
-    """Read a record in the file `path`. Raises UsageError for one of an older version, which has no "reports"."""
-    record = json.loads(text)
+    """Read a record in the file `path`. Raises UsageError for a damaged one, and for one of an older version, which has
+    no "reports"."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(record, dict) or "reports" not in record:
         raise UsageError(f'{path}: expected records with "reports", got one of an older version; evaluate again')
     return record

@@ -184,8 +184,8 @@ def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = No
 
 def save_albef(model: VisionLanguageModel, path: str | Path, teacher: MomentumTeacher | None = None) -> None:
     """Writes `albef_state` under 'model', where ALBEF's scripts look for it, atomically."""
-    with replacing(Path(path)) as temporary:
-        torch.save({"model": albef_state(model, teacher)}, temporary)
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:  # torch's own files hide a full disk
+        torch.save({"model": albef_state(model, teacher)}, file)
 
 
 def albef_tokenizer(bert_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from softmask_fast.data.tokenizer import load_tokenizer
 from softmask_fast.errors import UsageError
 from softmask_fast.model.state import load_own_state, own_state, save_state
 from softmask_fast.model.vision_language import VisionLanguageModel
-from softmask_fast.utils import read_json, write_json
+from softmask_fast.utils import read_json, replacing, write_json
 
 WEIGHTS, CONFIG, TOKENIZER, TASK = "model.safetensors", "config.json", "tokenizer", "task.json"
 RECORD_BYTES = 1 << 26  # of a JSON file: the answers of a task may be many
@@ -34,18 +32,13 @@ def save_model(
         model: a VisionLanguageModel, or a model fine-tuned for a task, whose `task_record` goes into task.json.
         state: the weights; default: the model's own. Under ZeRO-3 these are empty: pass the gathered ones.
     """
-    directory = Path(directory)
-    temporary = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_state(own_state(model) if state is None else state, temporary / WEIGHTS)
-    write_json(temporary / CONFIG, asdict(model.config))
-    if not isinstance(model, VisionLanguageModel):
-        write_json(temporary / TASK, model.task_record)
-    tokenizer.save_pretrained(temporary / TOKENIZER)
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.replace(temporary, directory)
+    with replacing(Path(directory)) as folder:
+        folder.mkdir(parents=True)
+        save_state(own_state(model) if state is None else state, folder / WEIGHTS)
+        write_json(folder / CONFIG, asdict(model.config))
+        if not isinstance(model, VisionLanguageModel):
+            write_json(folder / TASK, model.task_record)
+        tokenizer.save_pretrained(folder / TOKENIZER)
 
 
 def load_model(

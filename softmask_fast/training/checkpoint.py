@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -19,12 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, format_error
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.model.export import save_model
 from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.model.state import load_own_state, own_state, save_state
-from softmask_fast.training.ranks import run_on_all_ranks
+from softmask_fast.training.ranks import AgreedUsageError, run_on_all_ranks
+from softmask_fast.utils import file_sha256, flush, flush_entry, move, naming, write_text
+
+logger = logging.getLogger(__name__)
 
 TRAINING_STATE, TEACHER, MODEL = "training_state.json", "teacher.safetensors", "model"
 
@@ -46,8 +51,8 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in directory.glob("step-????????") if (path / TRAINING_STATE).is_file())
+    """The checkpoints in a folder, oldest first."""
+    return sorted(directory.glob("step-????????"))
 
 
 def save_checkpoint(
@@ -57,30 +62,140 @@ def save_checkpoint(
     """Write directory/step-<state["step"]>, whole or not at all, and keep the newest `keep`. A collective.
 
     A checkpoint holds DeepSpeed's shards, the teacher with its queue, the model as a folder that `load_model` reads,
-    and a JSON file with `state` and the data position of every rank.
+    and a JSON file with `state`, the data position of every rank, and size and SHA-256 of the other files. It is on the
+    disk before it gets its name. Raises AgreedUsageError when it cannot be written, as on a full disk.
     """
     final = directory / f"step-{state['step']:08d}"
-    partial = directory / f"partial-{final.name}"
-    if engine.global_rank == 0:
-        for unfinished in directory.glob("partial-*"):  # of a run that was killed while writing
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(directory), tag=partial.name, save_latest=False)
-    weights = full_state(engine.module.model)
-    loader_states = gather_objects(loader_state)
-    if engine.global_rank == 0:
-        save_state(own_state(teacher), partial / TEACHER)
-        save_model(engine.module.model, tokenizer, partial / MODEL, weights)
-        text = json.dumps(state | {"world_size": dist.get_world_size(), "loaders": loader_states})
-        (partial / TRAINING_STATE).write_text(text)
-    dist.barrier()  # every rank has written its part
-    if engine.global_rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
+    partial, first = directory / f"partial-{final.name}", engine.global_rank == 0
+    try:
+        _write(partial, engine, teacher, tokenizer, state, loader_state)
+    except AgreedUsageError as error:
+        whole = checkpoints(directory)
+        kept = f"step {_step(whole[-1])} is whole" if whole else "there is none before it"
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise AgreedUsageError(
+            f"output_dir: {error} (checkpoint of step {state['step']} not written, {kept}); "
+            f"go on with --output_dir {directory.parent} --resume true"
+        ) from error
+    if first:
+        move(partial, final)
         for old in checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
+
+
+def _write(
+    partial: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumCopy, tokenizer: PreTrainedTokenizerFast,
+    state: dict[str, Any], loader_state: dict[str, Any],
+) -> None:  # fmt: skip
+    first = engine.global_rank == 0
+    prints: dict[str, list[Any]] = {}  # of the files that this rank wrote, which another may not see yet on NFS
+
+    def begin() -> None:
+        if first:
+            for unfinished in partial.parent.glob("partial-*"):  # of a run that was killed while writing
+                shutil.rmtree(unfinished)
+            partial.mkdir(parents=True)
+            for log in partial.parent.parent.glob("*.jsonl"):  # what they say of earlier steps is not repeated
+                flush(log)
+
+    def write_shards() -> None:
+        failures = []
+
+        def save(state_dict: dict[str, Any], path: str) -> None:
+            try:
+                with naming(partial.parent):
+                    with open(path, "wb") as file:
+                        torch.save(state_dict, file)
+                    flush_entry(Path(path))
+                prints[str(Path(path).relative_to(partial))] = _fingerprint(Path(path))
+            except OSError as error:  # raised later: the other ranks wait for this one in a collective
+                failures.append(error)
+
+        with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(engine.checkpoint_engine, "save", save))
+            patches.enter_context(mock.patch.object(engine, "_copy_recovery_script"))  # model/ has the whole weights
+            engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
+        if failures:
+            raise failures[0]
+
+    def write_rest() -> None:
+        if first:
+            with naming(partial.parent):
+                save_state(own_state(teacher), partial / TEACHER)
+                save_model(engine.module.model, tokenizer, partial / MODEL, weights)
+
+    def finish() -> None:
+        if first:
+            with naming(partial.parent):
+                for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+                    if (name := str(path.relative_to(partial))) not in files:
+                        files[name] = _fingerprint(path)
+                about = {"world_size": dist.get_world_size(), "loaders": loader_states, "files": files}
+                write_text(partial / TRAINING_STATE, json.dumps(state | about))
+                flush(partial)
+
+    run_on_all_ranks(begin)
+    run_on_all_ranks(write_shards)
+    weights = full_state(engine.module.model)
+    loader_states = gather_objects(loader_state)
+    run_on_all_ranks(write_rest)
+    files = {name: found for written in gather_objects(prints) for name, found in written.items()}
+    run_on_all_ranks(finish)
+
+
+def _fingerprint(file: Path) -> list[Any]:
+    return [file.stat().st_size, file_sha256(file)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def newest_whole_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint whose files are what was written; a damaged newer one is named and put aside. A collective.
+
+    Returns None when there are no checkpoints. Raises AgreedUsageError when none is whole.
+    """
+    found = checkpoints(directory)
+    for path in reversed(found):
+        damages = [damage for damage in gather_objects(_damage(path)) if damage]
+        if not damages:
+            return path
+        aside = path.with_name(f"damaged-{path.name}")
+        if path == found[0]:
+            raise AgreedUsageError(f"resume: {damages[0]}, and {directory} has no checkpoint before it")
+
+        def put_aside(path: Path = path, aside: Path = aside) -> None:
+            if dist.get_rank() == 0:
+                move(path, aside)
+
+        run_on_all_ranks(put_aside)
+        if dist.get_rank() == 0:
+            logger.warning("%s; it is now %s, and the checkpoint before it is taken", damages[0], aside.name)
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with this rank's part of a checkpoint. Those of before have no sizes and digests to look at."""
+    state = path / TRAINING_STATE
+    try:
+        stored = json.loads(state.read_text("utf-8"))
+        if absent := {"step", "pairs", "world_size", "loaders"} - stored.keys():
+            return f"{state} is damaged: it lacks {', '.join(sorted(absent))}"
+        files = stored.get("files", {})
+        for name in list(files)[dist.get_rank() :: dist.get_world_size()]:
+            (size, digest), found = files[name], _fingerprint(path / name)
+            if found[0] != size:
+                return f"{path / name} is damaged: {found[0]} bytes instead of {size}"
+            if found[1] != digest:
+                return f"{path / name} is damaged: its content is not what was written"
+    except OSError as error:
+        return format_error(error)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        return f"{state} is damaged: {error}"
+    return None
 
 
 def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumCopy) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from filelock import FileLock, Timeout
 
 from softmask_fast.config import RunConfig
 from softmask_fast.errors import UsageError, format_error, is_user_error
@@ -32,6 +33,7 @@ from softmask_fast.training.meters import HostCopy
 from softmask_fast.training.ranks import AgreedUsageError, run_on_all_ranks
 
 SILENT_SECONDS = 30.0  # silent ranks wait this long before exiting: the launcher kills all ranks when one exits
+LOCKS: dict[Path, FileLock] = {}  # of the folders that this process writes to
 Parse = Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]]
 
 
@@ -56,6 +58,12 @@ def run_script(
         dist.barrier()  # the launcher kills all ranks when the first one exits
         dist.destroy_process_group()
         return 2
+    except OSError as error:  # of this rank alone, during training: a full disk, a shard that cannot be reached
+        if not is_user_error(error):
+            raise
+        again = f"go on from the last checkpoint with --output_dir {config.train.output_dir} --resume true"
+        print(f"{name}: error: {format_error(error)}; {again}", file=sys.stderr, flush=True)
+        os._exit(1)  # destroying the process group would wait for the other ranks
     except RuntimeError as error:
         if not lost_rank(error):
             raise
@@ -132,15 +140,13 @@ def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, di
 def output_directory(config: RunConfig) -> Path:
     """The run's output folder: chosen by rank 0, checked by all ranks, made by rank 0.
 
-    Raises AgreedUsageError when the folder already holds a run and --resume is not given, when it cannot be made, and
-    when some hosts do not see it.
+    Raises AgreedUsageError when the folder already holds a run and --resume is not given, when another run is writing
+    to it, when it cannot be made, and when some hosts do not see it.
     """
+    first = dist.get_rank() == 0
     choice = [config.train.output_dir]
     if choice[0] is None:
-        number = 1
-        while Path(f"runs/{config.name}-{number}").exists():
-            number += 1
-        choice[0] = str(Path(f"runs/{config.name}-{number}").absolute())
+        choice[0] = run_on_all_ranks(lambda: new_folder(config.name) if first else None)
     dist.broadcast_object_list(choice, src=0)
     output = Path(choice[0])
 
@@ -149,8 +155,10 @@ def output_directory(config: RunConfig) -> Path:
             raise UsageError(f"output_dir: {output} holds a run; resume it with --resume true or choose another folder")
 
     def make() -> None:
-        if dist.get_rank() == 0:
+        if first:
             (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+            lock_folder(output)
+            check_free()  # another run may have ended since
 
     run_on_all_ranks(check_free)  # all ranks check before rank 0 writes
     run_on_all_ranks(make)
@@ -158,6 +166,27 @@ def output_directory(config: RunConfig) -> Path:
     if blind:
         raise AgreedUsageError(f"output_dir: expected a folder shared by all hosts, ranks {blind} do not see {output}")
     return output
+
+
+def new_folder(name: str) -> str:
+    """Make runs/<name>-<number>, with the first number that no run has; runs that start together get different ones."""
+    number = 1
+    while True:
+        folder = Path(f"runs/{name}-{number}").absolute()
+        try:
+            folder.mkdir(parents=True)
+            return str(folder)
+        except FileExistsError:
+            number += 1
+
+
+def lock_folder(output: Path) -> None:
+    """Keep other runs from writing to a folder until this process ends, however it ends. Raises UsageError."""
+    lock = LOCKS.setdefault(output.absolute(), FileLock(output / "lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UsageError(f"output_dir: another run is writing to {output}") from None
 
 
 class StopRequest:

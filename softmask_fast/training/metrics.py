@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import sys
@@ -17,23 +18,38 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from softmask_fast.utils import write_text
+from softmask_fast.utils import append_line, naming, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 
 def drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Truncate a log of JSON objects with "step" to what it held after a step, and return its records.
 
-    A resumed run repeats the steps after its checkpoint, so each step appears once. A truncated last line is dropped.
+    A resumed run repeats the steps after its checkpoint, so each step appears once. A cut last line is dropped; so are
+    damaged lines, as a power cut leaves them, with a warning.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    kept = [(line, record) for line, record in whole if record["step"] <= step]
-    if len(kept) < len(lines):
-        write_text(path, "".join(line for line, _ in kept))
-    return [record for _, record in kept]
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    lines = text.split("\n")  # not at the other line breaks that Unicode knows
+    records = [_record(line) for line in lines[:-1]]
+    if damaged := [number for number, record in enumerate(records, 1) if record is None]:
+        logger.warning("%s: dropped %d damaged lines, the first is line %d", path, len(damaged), damaged[0])
+    kept = [place for place, record in enumerate(records) if record is not None and record["step"] <= step]
+    if len(kept) < len(records) or lines[-1]:
+        write_text(path, "".join(lines[place] + "\n" for place in kept))
+    return [records[place] for place in kept]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """The object in a line, or None for anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def board_tag(name: str) -> str:
@@ -63,9 +79,8 @@ class MetricsLog:
 
     def __init__(self, directory: Path, first_step: int, steps: int, pairs_per_step: int, matmul_rate: float) -> None:
         """Continue the run's log after `first_step`; matmul_rate: operations per second at 100 % utilization."""
-        path = directory / "metrics.jsonl"
-        drop_lines_after(path, first_step)
-        self.file = open(path, "a", buffering=1)
+        self.path = directory / "metrics.jsonl"
+        drop_lines_after(self.path, first_step)
         self.directory, self.first_step = directory, first_step
         interval = 0.2 if sys.stderr.isatty() else 20.0  # seconds
         self.bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=interval)
@@ -93,9 +108,8 @@ class MetricsLog:
             "flops_utilisation": operations * per_second / self.matmul_rate,
         }
         self.since, self.since_step = now, step
-        self.file.write(json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in metrics.items()}}) + "\n")
-        for name, value in metrics.items():
-            self.board.add_scalar(board_tag(name), value, step)
+        append_line(self.path, json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in metrics.items()}}))
+        self._show(metrics, step)
         shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "itc", "itm", "mlm") if name in metrics}
         meters = {
             "pairs/s": f"{metrics['pairs_per_second']:.0f}",
@@ -108,14 +122,18 @@ class MetricsLog:
     def write_held_out(self, step: int, metrics: dict[str, float], page: Path | None, seconds: float) -> None:
         """Log metrics of held-out data, and a picture, in TensorBoard; `seconds` that do not count as training."""
         self.since += seconds
-        for name, value in metrics.items():
-            self.board.add_scalar(f"held_out/{name.replace(' ', '_')}", value, step)
+        self._show({f"held_out/{name.replace(' ', '_')}": value for name, value in metrics.items()}, step)
         if page is not None:
-            with Image.open(page) as picture:
+            with Image.open(page) as picture, naming(self.directory / "tensorboard"):
                 self.board.add_image("held_out/heatmaps", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def _show(self, metrics: dict[str, float], step: int) -> None:
+        with naming(self.directory / "tensorboard"):  # its own thread writes: an error may come with a later line
+            for name, value in metrics.items():
+                self.board.add_scalar(board_tag(name), value, step)
 
     def close(self) -> None:
         self.bar.close()
         self.redirected.close()
-        self.board.close()
-        self.file.close()
+        with naming(self.directory / "tensorboard"):
+            self.board.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,8 @@ from softmask_fast.tasks.models import load_task_model
 from softmask_fast.tasks.options import FinetuneConfig
 from softmask_fast.tasks.recipes import TASKS
 from softmask_fast.training.metrics import drop_lines_after
-from softmask_fast.utils import write_json
+from softmask_fast.training.ranks import run_on_all_ranks
+from softmask_fast.utils import append_line, move, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -86,14 +86,21 @@ class Evaluator:
         self._page_steps = 1
 
     def begin(self, step: int, steps: int, steps_per_epoch: int) -> None:
-        """Start, or resume after a step, a run of so many steps. A collective."""
+        """Start, or resume after a step, a run of so many steps. A collective. Raises AgreedUsageError if
+        best/evaluation.json is damaged."""
         if self.evaluation.has_labels and (self.train.eval_steps or self.train.eval_epochs):
             every = self.train.eval_steps or max(1, round(self.train.eval_epochs * steps_per_epoch))
             self._every_steps, self._page_steps = every, every * math.ceil(steps / every / PAGES)
-        last = [0]
-        if dist.get_rank() == 0:
+
+        def last_evaluated() -> int:
+            if dist.get_rank() != 0:
+                return 0
             records = drop_lines_after(self.output / RECORDS, step)
-            last = [records[-1]["step"] if records else 0]
+            if records and "headline" in records[-1]:
+                self.best(records[-1])  # a damaged record is named before the training
+            return records[-1]["step"] if records else 0
+
+        last = [run_on_all_ranks(last_evaluated)]
         dist.broadcast_object_list(last, src=0)
         self._last_step = last[0]
 
@@ -147,11 +154,9 @@ class Evaluator:
         before = self.best(record)
         if before is None or record["headline"]["value"] > before["headline"]["value"]:
             write_json(candidate / RECORD, record)
-            shutil.rmtree(self.output / BEST, ignore_errors=True)
-            os.replace(candidate, self.output / BEST)
+            move(candidate, self.output / BEST)
         drop_lines_after(self.output / RECORDS, record["step"] - 1)
-        with open(self.output / RECORDS, "a") as lines:
-            lines.write(json.dumps(record) + "\n")
+        append_line(self.output / RECORDS, json.dumps(record))
         best = self.best(record)
         verdict = "the best so far" if best["step"] == record["step"] else f"the best is {_describe(best)}"
         logger.info("evaluated on held-out data: %s, %s", _describe(record), verdict)

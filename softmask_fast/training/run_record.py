@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from softmask_fast.config import RunConfig, renamed
 from softmask_fast.errors import UsageError, without_secrets
 from softmask_fast.ops.registry import describe
-from softmask_fast.utils import installed_versions
+from softmask_fast.utils import installed_versions, read_json
 
 # options beside those of `TrainConfig` that a resumed run may change: none affects what is learned
 MAY_CHANGE = (
@@ -45,11 +44,16 @@ def shown(options: Any) -> Any:
 
 
 def check_same_run(output: Path, config: RunConfig) -> None:
-    """Raise UsageError if a resumed run changes an option other than those of `TrainConfig` and `MAY_CHANGE`."""
-    stored = json.loads((output / "config.json").read_text())["config"]
+    """Raise UsageError if a resumed run changes an option other than those of `TrainConfig` and `MAY_CHANGE`, or if
+    the record of the run is damaged."""
+    path = output / "config.json"
+    stored = read_json(path, "resume")
+    stored = stored.get("config") if isinstance(stored, dict) else None
     for section, options in shown(asdict(config)).items():
         if section == "train" or not isinstance(options, dict):
             continue
+        if not isinstance(stored, dict) or not isinstance(stored.get(section), dict):
+            raise UsageError(f"resume: {path} is not the record of a run: expected config.{section} in it")
         before = renamed(shown(stored[section]))
         for name, value in options.items():
             # an option that did not exist yet had the effect of its present default

@@ -22,7 +22,7 @@ from softmask_fast.errors import printable
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.model.export import save_model
 from softmask_fast.model.momentum import MomentumCopy
-from softmask_fast.training.checkpoint import checkpoints, full_state, load_checkpoint, save_checkpoint
+from softmask_fast.training.checkpoint import full_state, load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from softmask_fast.training.cuda_graphs import GraphedUpdates, graph_refusal
 from softmask_fast.training.deepspeed_engine import create_engine
 from softmask_fast.training.launch import StopRequest
@@ -205,11 +205,11 @@ class Trainer:
 
     def load(self) -> None:
         """Load the newest checkpoint, if there is one."""
-        found = checkpoints(self.output / "checkpoints")
-        if not found:
+        found = newest_whole_checkpoint(self.output / "checkpoints")
+        if found is None:
             return
         run_on_all_ranks(lambda: check_same_run(self.output, self.config))
-        saved = run_on_all_ranks(lambda: load_checkpoint(found[-1], self.engine, self.teacher))
+        saved = run_on_all_ranks(lambda: load_checkpoint(found, self.engine, self.teacher))
         self.updates.after_loading()
         run_on_all_ranks(lambda: self.loader.load_state_dict(self.loader.redistributed(saved["loaders"])))
         self.state = TrainerState(step=saved["step"], pairs=saved["pairs"])
