@@ -19,8 +19,6 @@ from softmask_fast.errors import UsageError
 
 MAX_LIST_BYTES = 1 << 32  # of a JSON file or a table, which are read into memory
 PACKAGES = ("softmask_fast", "torch", "triton", "transformers", "timm", "deepspeed", "nvidia-dali-cuda130", "xformers")
-
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over the quota, over the limit of a file's size
 
 

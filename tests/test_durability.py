@@ -20,9 +20,6 @@ from test_train import ROOT, SMALL
 
 from softmask_fast import train
 from softmask_fast.data.prepare import make_shards
-from softmask_fast.data.remote.cache import ShardCache
-from softmask_fast.data.remote.download import Downloader
-from softmask_fast.data.types import UnreachableFile
 from softmask_fast.errors import UsageError, format_error, is_user_error
 from softmask_fast.training.checkpoint import newest_whole_checkpoint
 from softmask_fast.training.launch import lock_folder, new_folder, prepare_run
@@ -246,16 +243,6 @@ def test_prepare_on_a_full_disk_names_the_shard_and_goes_on_later(tmp_path):
     assert files[0] == files[1] and len(files[0]) == 6
     for name in files[0]:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
-
-
-def test_a_cache_on_a_full_disk_is_named_at_once(tmp_path):
-    (tmp_path / "s.tar").write_bytes(bytes(100_000))
-    cache = ShardCache(tmp_path / "cache", 10**6, Downloader(tries=3))
-    with small_files(), pytest.raises(UnreachableFile) as raised:
-        cache.open(f"file://{tmp_path}/s.tar", 100_000)
-    assert format_error(raised.value) == f"cache_dir: {tmp_path}/cache: File too large"
-    assert not list((tmp_path / "cache/shards").iterdir())
-    assert cache.open(f"file://{tmp_path}/s.tar", 100_000).read() == bytes(100_000)
 
 
 def test_a_folder_has_one_run_and_the_lock_dies_with_its_owner(tmp_path):
