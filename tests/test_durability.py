@@ -3,6 +3,7 @@ with one line that says what is left."""
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +21,10 @@ from test_train import ROOT, SMALL
 
 from softmask_fast import train
 from softmask_fast.data.prepare import make_shards
+from softmask_fast.data.preparing import FACTS, Job
+from softmask_fast.data.workers import WorkerPool
 from softmask_fast.errors import UsageError, format_error, is_user_error
+from softmask_fast.training import launch
 from softmask_fast.training.checkpoint import newest_whole_checkpoint
 from softmask_fast.training.launch import lock_folder, new_folder, prepare_run
 from softmask_fast.training.metrics import drop_lines_after
@@ -37,8 +41,8 @@ def trainer_in(output, **options):
     """The trainer of a small run, in this process."""
     given = SMALL | {"output_dir": output, "max_steps": 4, "checkpoint_steps": 1, "keep_checkpoints": 2} | options
     flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    config, launch = parse_arguments(["--deepspeed", str(ROOT / "ds.json"), *flags])
-    return train.build_trainer(*prepare_run(config, launch), NO_STOP)
+    config, launched = parse_arguments(["--deepspeed", str(ROOT / "ds.json"), *flags])
+    return train.build_trainer(*prepare_run(config, launched), NO_STOP)
 
 
 def do_steps(trainer, number):
@@ -278,3 +282,41 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert sorted(found) == sorted(f"tiny-{number}" for number in (1, *range(3, 10)))
+
+
+def test_what_ends_one_rank_between_checkpoints_is_said_in_one_line(tmp_path, monkeypatch, capsys):
+    """It ends at once: the other ranks wait for it in a collective."""
+
+    def full_disk(*_):
+        with small_files():
+            append_line(tmp_path / "metrics.jsonl", "x" * 100_000)
+
+    def killed_worker(*_):
+        pool = WorkerPool(None, 1, 2)
+        try:
+            pool._workers[0].process.kill()
+            pool.submit(Job([0], ["key"], [0], np.zeros((1, 1), FACTS)))
+            pool.receive()
+        finally:
+            pool.close()
+
+    def leave(status):
+        raise SystemExit(status)
+
+    config = SimpleNamespace(train=SimpleNamespace(output_dir=str(tmp_path)))
+    monkeypatch.setattr(launch, "read_options", lambda *_: (config, None))
+    monkeypatch.setattr(launch, "start_distributed", lambda _: None)
+    monkeypatch.setattr(launch, "prepare_run", lambda *_: (config, {}, tmp_path))
+    monkeypatch.setattr(launch, "StopRequest", lambda: None)
+    monkeypatch.setattr(launch.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(os, "_exit", leave)
+    faults = {
+        full_disk: rf"{tmp_path}/metrics.jsonl: File too large",
+        killed_worker: r"data worker 0 \(process \d+\) was killed by SIGKILL",
+    }
+    for work, reason in faults.items():
+        with pytest.raises(SystemExit) as left:
+            launch.run_script("train.py", None, None, work)
+        again = f"go on from the last checkpoint with --output_dir {tmp_path} --resume true"
+        expected = f"train.py: error: {reason}; {again}\n"
+        assert left.value.code == 1 and re.fullmatch(expected, capsys.readouterr().err), reason

@@ -51,6 +51,10 @@ class WorkerError(RuntimeError):
     """A worker process has ended, or failed at something other than a sample."""
 
 
+class WorkerEnded(WorkerError):
+    """A worker process was killed, or has ended: no fault of the code."""
+
+
 class ThreadPool:
     """Prepares in threads of this process."""
 
@@ -233,7 +237,7 @@ class _Worker:
     def _report(self) -> None:
         status = self.process.wait()
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        raise WorkerError(f"{self.name} {how}; resume the run from its last checkpoint") from None
+        raise WorkerEnded(f"{self.name} {how}") from None
 
 
 def serve(parent: int, connection: int, preparer: int, *slots: int) -> None:

@@ -22,8 +22,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from softmask_fast.config import RunConfig
+from softmask_fast.data.workers import WorkerEnded
 from softmask_fast.errors import UsageError, format_error, is_user_error
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.options import LaunchOptions
@@ -54,15 +56,15 @@ def run_script(
         work(config, deepspeed_config, output, StopRequest())
     except AgreedUsageError as error:
         if dist.get_rank() == 0:
-            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+            say(f"{name}: error: {error}")
         dist.barrier()  # the launcher kills all ranks when the first one exits
         dist.destroy_process_group()
         return 2
-    except OSError as error:  # of this rank alone, during training: a full disk, a shard that cannot be reached
-        if not is_user_error(error):
+    except (OSError, WorkerEnded) as error:  # of this rank alone: a full disk, a shard out of reach, a killed worker
+        if not (isinstance(error, WorkerEnded) or is_user_error(error)):
             raise
         again = f"go on from the last checkpoint with --output_dir {config.train.output_dir} --resume true"
-        print(f"{name}: error: {format_error(error)}; {again}", file=sys.stderr, flush=True)
+        say(f"{name}: error: {format_error(error)}; {again}")
         os._exit(1)  # destroying the process group would wait for the other ranks
     except RuntimeError as error:
         if not lost_rank(error):
@@ -70,9 +72,15 @@ def run_script(
         rank, reason = dist.get_rank(), str(error).splitlines()[0]
         lost = f"{name}: error: rank {rank} lost the connection to another rank ({reason})."
         resume = f"When all hosts are back, resume with --output_dir {config.train.output_dir} --resume true"
-        print(lost, resume, file=sys.stderr, flush=True)
+        say(f"{lost} {resume}")
         os._exit(1)  # destroying the process group would wait for the lost rank
     return 0
+
+
+def say(line: str) -> None:
+    """Print a line to standard error, not behind a progress bar but in its place."""
+    with tqdm.external_write_mode(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
 
 
 def read_options(name: str, argv: list[str] | None, parse: Parse) -> tuple[RunConfig, LaunchOptions]:
