@@ -25,6 +25,10 @@ class UnreachableFile(OSError):
         return f"{self.filename}: {self.strerror}"
 
 
+class FinalError(OSError):
+    """A failed download that another attempt will not mend."""
+
+
 @dataclass(frozen=True)
 class Phrase:
     """Words of a caption that name something in the image.

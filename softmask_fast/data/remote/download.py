@@ -17,7 +17,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.callbacks import Callback
 
-from softmask_fast.data.types import UnreachableFile
+from softmask_fast.data.types import FinalError, UnreachableFile
 from softmask_fast.errors import printable, without_secrets
 from softmask_fast.installation import install_command
 from softmask_fast.utils import file_sha256
@@ -28,10 +28,6 @@ T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two attempts
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _RETRIED_STATUSES = (408, 425, 429)  # of the HTTP statuses 4xx
-
-
-class FinalError(OSError):
-    """A failure that another attempt will not mend."""
 
 
 class Downloader:

@@ -13,7 +13,7 @@ from urllib.request import getproxies
 import aiohttp
 from yarl import URL
 
-from softmask_fast.data.remote.download import FinalError
+from softmask_fast.data.types import FinalError
 from softmask_fast.errors import printable, without_secrets
 
 logger = logging.getLogger(__name__)
