@@ -2,12 +2,13 @@
 
 "focal_itc" is the work that all of them can do: a batch against itself (CLIP), hard targets, gamma 0, gradients to both
 modalities. "focal_itc_queue" is the loss of the paper: queue, momentum teacher, gamma 2; the others have none of it.
+"focal_itc_sigmoid" is the first with loss="sigmoid": SigLIP.
 
 | variant | what it is |
 | --- | --- |
 | reference | eager PyTorch: `impl="reference"`; the usual way |
 | compiled | `torch.compile` of it |
-| open_clip | ClipLoss of open_clip |
+| open_clip | ClipLoss of open_clip, SigLipLoss for the sigmoid |
 | inf_cl | the Triton kernels of Inf-CL, both directions (a GPU only) |
 | liger | fused linear cross-entropy of Liger, both directions (a GPU only); its forward computes the gradients too |
 | torch_fused | `F.linear_cross_entropy` of PyTorch, both directions (not in every torch) |
@@ -19,6 +20,7 @@ modalities. "focal_itc_queue" is the loss of the paper: queue, momentum teacher,
 | backward | 2 B M d for each gradient: to the rows, and to the keys where they have one |
 | what streams (ours, inf_cl) | the products of the forward once more in the backward (inf_cl, in two passes: twice) |
 | "focal_itc", cpp, and triton on 2-byte elements | all of it for one direction only: it is the other one's, too |
+| "focal_itc_sigmoid", open_clip and all of ours | likewise |
 
 A batch that would not fit, or would take too long by the time of the next smaller one, is named with the reason.
 
@@ -45,12 +47,15 @@ if not ON_GPU:
     BATCHES = {256: [256, 512, 1024, 2048, 4096, 1048576], 512: [1024], 768: [1024]}
 QUEUE = {"B": 4096 if ON_GPU else 512, "d": 256, "alpha": 0.4, "gamma": 2.0}
 QUEUE_LENGTH = 65536
+SIGMOID = [4096, 16384, 65536] if ON_GPU else [512, 4096]  # batches, d 256
 LONGEST = 12.0 if ON_GPU else 6.0  # seconds of one call that are still worth the wait
 EAGER_MATRICES = 30  # of B x M float32, about, that the reference and its gradients hold at their peak
 
 
 class Problem:
-    def __init__(self, batch: int, width: int, queue: int = 0, alpha: float = 0.0, gamma: float = 0.0):
+    def __init__(
+        self, batch: int, width: int, queue: int = 0, alpha: float = 0.0, gamma: float = 0.0, sigmoid: bool = False
+    ):
         generator = torch.Generator().manual_seed(0)
 
         def draw(rows):
@@ -66,13 +71,19 @@ class Problem:
             self.options |= dict(zip(("image_keys", "text_keys"), keys, strict=True))
             self.options |= dict(zip(("teacher_image", "teacher_text"), teachers, strict=True))
         self.inputs = self.image.requires_grad_(), self.text.requires_grad_(), self.temperature
+        self.bias = None
+        if sigmoid:
+            self.bias = torch.tensor(-10.0, device=DEVICE, requires_grad=True)
+            self.options |= {"loss": "sigmoid", "bias": self.bias}
+            self.inputs += (self.bias,)
 
     def problem(self, impl: str) -> state.Problem:
         """The operator's arguments, as far as they decide what is computed once for both directions."""
         keys = (self.options.get(name) for name in ("image_keys", "text_keys"))
         return state.Problem(
-            self.image, self.text, *keys, self.temperature, *[None] * 7, self.gamma, False, 0, 0, self.keys, impl
-        )
+            self.image, self.text, *keys, self.temperature, self.bias, *[None] * 6, self.gamma, False, 0, 0, self.keys,
+            impl,
+        )  # fmt: skip
 
     def loss(self, impl: str) -> torch.Tensor:
         return focal_itc_loss(self.image, self.text, impl=impl, **self.options)
@@ -90,7 +101,7 @@ class Problem:
 
         def both():
             value = loss()
-            # the gradient of the temperature is not everybody's, and a sum that cancels: it is checked by the tests
+            # the gradients of the numbers are not everybody's, and sums that cancel: they are checked by the tests
             return value.detach().float(), *torch.autograd.grad(value, self.inputs)[:2]
 
         return Variant(inference, both, work=self.operations(recomputed, directions), **options)
@@ -129,6 +140,10 @@ class Problem:
             loss = module.ClipLoss()
             return lambda: loss(self.image, self.text, (1 / self.temperature).to(DTYPE))
 
+        def siglip(module):
+            loss = module.SigLipLoss()
+            return lambda: loss(self.image, self.text, (1 / self.temperature).to(DTYPE), self.bias.to(DTYPE))
+
         def inf_cl(module):
             head = min(self.width, 256)
             return both_directions(lambda rows, keys: module.cal_flash_loss(rows, keys, labels, None, head).mean())
@@ -140,13 +155,16 @@ class Problem:
         def torch_fused(module):
             return both_directions(lambda rows, keys: module.linear_cross_entropy(rows, keys, labels))
 
-        found = {}
-        for name, module, function, build, gpu_only, recomputed in (
+        libraries = [
             ("open_clip", "open_clip", "ClipLoss", open_clip, False, 0),
             ("inf_cl", "inf_cl", "cal_flash_loss", inf_cl, True, 2),
             ("liger", "liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss", liger, True, 0),
             ("torch_fused", "torch.nn.functional", "linear_cross_entropy", torch_fused, False, 0),
-        ):
+        ]
+        if self.bias is not None:
+            libraries = [("open_clip", "open_clip", "SigLipLoss", siglip, False, 0)]
+        found = {}
+        for name, module, function, build, gpu_only, recomputed in libraries:
             reason = "its kernels need a GPU" if gpu_only and not ON_GPU else None
             try:
                 loaded = None if reason else importlib.import_module(module)
@@ -155,7 +173,7 @@ class Problem:
             if reason is None and not hasattr(loaded, function):
                 reason = f"{module} {getattr(loaded, '__version__', torch.__version__)} has no {function}"
             if reason is None:
-                found[name] = self.variant(build(loaded), recomputed)
+                found[name] = self.variant(build(loaded), recomputed, 2 if self.bias is None else 1)
             else:
                 found[name] = Variant(missing={"all": reason})
         needed = 6 * torch.finfo(DTYPE).bits // 8 * self.batch**2
@@ -217,3 +235,13 @@ def test_focal_itc_with_queue(comparison):
     case = {"B": problem.batch, "M": problem.keys, "d": QUEUE["d"], "alpha": QUEUE["alpha"], "gamma": QUEUE["gamma"]}
     tolerance = 1e-3 if DTYPE == torch.float32 else 0.05
     comparison("focal_itc_queue", case, variants, "reference", "matmul", tolerance, seconds=20)
+
+
+@pytest.mark.parametrize("batch", SIGMOID)
+def test_focal_itc_sigmoid(comparison, batch):
+    problem = Problem(batch, 256, sigmoid=True)
+    variants = problem.eager() | problem.other_libraries() | problem.ours()
+    check_rows(problem)
+    case = {"B": batch, "M": batch, "d": 256, "gamma": 0.0}
+    tolerance = 1e-3 if DTYPE == torch.float32 else 0.05
+    comparison("focal_itc_sigmoid", case, variants, "reference", "matmul", tolerance, seconds=4)

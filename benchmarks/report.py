@@ -56,7 +56,7 @@ VARIANTS = {
 BUSY_ELSEWHERE = 0.15  # of the processors: a machine whose others work more than that is too loaded for the front page
 # What a size of a case is called where it is the only one that changes from case to case.
 AXES = dict.fromkeys(("word_soft_mask", "word_soft_mask_keep", "soft_masked_attention"), "N")
-AXES |= dict.fromkeys(("focal_itc", "focal_itc_queue"), "B")
+AXES |= dict.fromkeys(("focal_itc", "focal_itc_queue", "focal_itc_sigmoid"), "B")
 AXIS_LABELS = {"N": "image tokens (N)", "B": "pairs in a batch (B)"}
 # The page that shows one size of each benchmark, the paper's where it has one, and which sizes these are.
 FRONT = "README.md"
@@ -67,6 +67,7 @@ FRONT_SIZES: dict[str, dict[str, tuple]] = {
     "soft_masked_attention_projected": {"N": (257,)},
     "focal_itc": {"B": (4096,), "d": (256,)},
     "focal_itc_queue": {},
+    "focal_itc_sigmoid": {"B": (4096,)},
     "step": {"preset": ("small", "base")},
     "word_maps": {},
 }
@@ -75,7 +76,7 @@ PAGES: dict[str, tuple[str, ...] | None] = {
     "docs/benchmarks.md": None,
     "docs/operators/word_soft_mask.md": ("word_soft_mask", "word_soft_mask_keep"),
     "docs/operators/soft_masked_attention.md": ("soft_masked_attention",),
-    "docs/operators/focal_itc_loss.md": ("focal_itc", "focal_itc_queue"),
+    "docs/operators/focal_itc_loss.md": ("focal_itc", "focal_itc_queue", "focal_itc_sigmoid"),
 }
 
 

@@ -21,8 +21,9 @@ inline void check_sizes(const Tensor& tensor, const char* name, std::initializer
     if (equal) return;
     std::ostringstream message;
     message << name << ": expected size (";
-    for (auto size = expected.begin(); size != expected.end(); ++size) message << (size == expected.begin() ? "" : ", ")
-    << *size; message << "), got (";
+    for (auto size = expected.begin(); size != expected.end(); ++size)
+        message << (size == expected.begin() ? "" : ", ") << *size;
+    message << "), got (";
     for (int64_t i = 0; i < tensor.dim(); ++i) message << (i ? ", " : "") << tensor.size(i);
     message << ")";
     STD_TORCH_CHECK(false, message.str());

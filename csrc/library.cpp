@@ -49,6 +49,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(softmask_fast_cpp, m) {
         "int first_row, int first_key, int key_offset, Tensor? columns, Tensor? first, Tensor? count, int row_offset, "
         "float gamma, int order, float alpha, bool any_positive, Tensor grad_loss, Tensor row_state, Tensor dominant, "
         "Tensor(c!) of_inverse) -> ()");
+
+    // cpu/focal_itc_sigmoid.cpp
+    m.def(
+        "focal_itc_sigmoid(Tensor(a!) products, float inverse_temperature, float bias, int first_row, int first_key, "
+        "int key_offset, Tensor? columns, Tensor? first, Tensor? count, int row_offset, float gamma, int order, "
+        "Tensor(b!) losses) -> ()");
+    m.def(
+        "focal_itc_sigmoid_gradient(Tensor(a!) products, float inverse_temperature, float bias, int first_row, "
+        "int first_key, int key_offset, Tensor? columns, Tensor? first, Tensor? count, int row_offset, float gamma, "
+        "int order, Tensor grad_loss, Tensor(b!) totals) -> ()");
 }
 
 // The file is also an empty Python module, because that is what setuptools builds and puts in place.

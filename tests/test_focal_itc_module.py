@@ -24,6 +24,8 @@ OPTIONS = {
     "two passes": dict(gamma=2.5, alpha=0.4, ids=False, queue_size=0),
     "any positive": dict(gamma=1.0, alpha=0.3, ids=True, queue_size=QUEUE, positives="any"),
     "no teacher": dict(gamma=0.0, alpha=0.0, ids=False, queue_size=QUEUE),
+    "sigmoid": dict(gamma=0.0, alpha=0.0, ids=False, queue_size=0, loss="sigmoid"),
+    "sigmoid, ids, queue": dict(gamma=1.5, alpha=0.0, ids=True, queue_size=QUEUE, loss="sigmoid"),
 }
 GATHERS = ("momentum", "with_grad", "ring")
 IMPLEMENTATIONS = ("cpp", "streamed")
@@ -31,7 +33,7 @@ CASES = [
     *itertools.product([2], ["even"], OPTIONS, GATHERS, ["cpp"]),
     *itertools.product([4], ["uneven"], OPTIONS, GATHERS, ["cpp"]),
     *itertools.product([4], ["even"], ["soft targets, ids, queue"], GATHERS, ["cpp"]),
-    *itertools.product([4], ["uneven"], ["two passes", "any positive"], GATHERS, ["streamed"]),
+    *itertools.product([4], ["uneven"], ["two passes", "any positive", "sigmoid, ids, queue"], GATHERS, ["streamed"]),
 ]
 
 
@@ -46,10 +48,15 @@ def joined_inputs(rows, step):
     return features, torch.randint(0, 7, (rows,), generator=torch.Generator().manual_seed(step))
 
 
-def make_loss(gather, impl, *, gamma, queue_size, positives="mean", group=None, **_):
+def make_loss(gather, impl, *, gamma, queue_size, positives="mean", loss="softmax", group=None, **_):
     return FocalITCLoss(
-        WIDTH, queue_size, gamma=gamma, positives=positives, gather=gather, impl=impl, seed=3, group=group
+        WIDTH, queue_size, gamma=gamma, positives=positives, loss=loss, gather=gather, impl=impl, seed=3, group=group
     )
+
+
+def make_numbers(options):
+    """Temperature and, for the sigmoid, bias."""
+    return [torch.tensor(x, requires_grad=True) for x in ((0.1, -2.0) if "loss" in options else (0.1,))]
 
 
 def step_options(options, gather, inputs, ids):
@@ -73,13 +80,14 @@ def run_case(group, world, sizes, options, gather, impl):
         inputs, ids = joined_inputs(sum(sizes), step)
         inputs, ids = [x[rows] for x in inputs], ids[rows]
         image, text = (x.clone().requires_grad_() for x in inputs[:2])
-        temperature = torch.tensor(0.1, requires_grad=True)
+        numbers = make_numbers(OPTIONS[options])
         loss, stats = loss_module(
-            image, text, temperature=temperature, return_stats=True, negatives="batch", seed=step,
+            image, text, return_stats=True, negatives="batch", seed=step,
+            **dict(zip(("temperature", "bias"), numbers, strict=False)),
             **step_options(OPTIONS[options], gather, inputs, ids),
         )  # fmt: skip
         loss.backward()
-        results.append([loss.detach(), *stats, image.grad, text.grad, temperature.grad])
+        results.append([loss.detach(), *stats, image.grad, text.grad, *(number.grad for number in numbers)])
     return {"steps": results, "queue": dict(loss_module.queue.state_dict()) if loss_module.queue else {}}
 
 
@@ -182,18 +190,19 @@ def joined_steps(world, sizes, options, gather, impl):
     for step in range(STEPS):
         inputs, ids = joined_inputs(total, step)
         image, text = (x.clone().requires_grad_() for x in inputs[:2])
-        temperature = torch.tensor(0.1, requires_grad=True)
+        numbers = make_numbers(options)
         keywords = step_options(options, gather, inputs, ids)
+        keywords |= zip(("temperature", "bias"), numbers, strict=False)
         new = inputs[2:] if "teacher_image" in keywords else inputs[:2]
         batch = inputs[2:] if gather == "momentum" else (image, text)
         loss, stats = focal_itc_loss(
-            image, text, torch.cat([batch[0], queue_image]), torch.cat([batch[1], queue_text]), temperature=temperature,
-            gamma=options["gamma"], positives=options.get("positives", "mean"), return_stats=True, seed=step,
+            image, text, torch.cat([batch[0], queue_image]), torch.cat([batch[1], queue_text]), gamma=options["gamma"],
+            positives=options.get("positives", "mean"), loss=options.get("loss", "softmax"), seed=step,
             key_ids=torch.cat([ids, queue_ids]) if options["ids"] else None, negative_range=(0, total), impl=impl,
-            **keywords,
+            return_stats=True, **keywords,
         )  # fmt: skip
         loss.backward()
-        results.append([loss.detach(), *stats, image.grad, text.grad, temperature.grad])
+        results.append([loss.detach(), *stats, image.grad, text.grad, *(number.grad for number in numbers)])
         # the newest first: the order of the keys does not change the loss
         queue_image = torch.cat([new[0].flip(0), queue_image])[:size]
         queue_text = torch.cat([new[1].flip(0), queue_text])[:size]
@@ -221,7 +230,8 @@ def test_ranks_agree_with_one_process_on_the_joined_batch(ranks, case):
             assert torch.equal(torch.cat(got[index]), expected[index])
         for index in (9, 10):  # gradients of image and text, which DDP would average
             assert_equal_to(torch.cat(got[index]) / world, expected[index], f"step {step}, gradient {index}")
-        assert_equal_to(torch.stack(got[11]).mean(), expected[11], "gradient of the temperature")
+        for index in range(11, len(expected)):
+            assert_equal_to(torch.stack(got[index]).mean(), expected[index], f"step {step}, number {index - 11}")
     for of_rank in of_ranks:
         queue = of_rank["queue"]
         assert all(torch.equal(queue[name], of_ranks[0]["queue"][name]) for name in queue)

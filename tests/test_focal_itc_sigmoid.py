@@ -162,8 +162,6 @@ def test_the_module_takes_a_queue_and_own_keys():
         bias=-3.0, loss="sigmoid", ids=torch.arange(6) % 4, key_ids=torch.cat([torch.arange(6) % 4, keys.ids]),
     )  # fmt: skip
     assert torch.equal(found, expected)
-    with pytest.raises(ValueError, match="gather: expected 'momentum' or 'with_grad', got 'ring'"):
-        FocalITCLoss(gather="ring", loss="sigmoid")
 
 
 def test_nothing_of_the_size_of_the_logits_is_held(monkeypatch):

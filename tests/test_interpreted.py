@@ -18,6 +18,7 @@ pytest.importorskip("triton")
     [
         "test_word_mask.py", "test_word_gradcam.py", "test_soft_masked_attention.py", "test_packed_attention.py",
         "test_focal_itc_streaming.py", "test_focal_itc_symmetric.py", "test_focal_itc_module.py",
+        "test_focal_itc_sigmoid.py",
     ],
 )  # fmt: skip
 def test_kernels_in_the_interpreter(file):

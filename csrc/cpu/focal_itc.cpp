@@ -17,7 +17,6 @@ namespace softmask {
 namespace {
 
 constexpr int ORDERS = 4;           // gamma 0 ... 3 expand in powers of p
-constexpr float BLANK = -1e30f;     // product of a key that is kept out of the loop over the tile
 constexpr float LOWEST_X = -1e20f;  // keeps 0 * x finite for it
 constexpr double NO_SCORE = -1e15;
 
@@ -300,58 +299,47 @@ SOFTMASK_CLONES void terms_of_rows(
     }
 }
 
-// The sums and places (directions, batch, ...) of rows of one direction.
+// The sums and places (directions, batch, ...) of all rows.
 struct State {
     Sums* sums;
     Places* places;
     int64_t batch;
 
-    State(const Tensor& sums_, const Tensor& places_, int64_t first_row, int64_t rows)
-        : batch(check_place(sums_, first_row, rows)) {
-        check_sizes(sums_, "sums", {sums_.size(0), batch, SUMS});
-        check_sizes(places_, "places", {sums_.size(0), batch, PLACES});
+    State(const Tensor& sums_, const Tensor& places_, int64_t directions) : batch(sums_.size(1)) {
+        check_sizes(sums_, "sums", {directions, batch, SUMS});
+        check_sizes(places_, "places", {directions, batch, PLACES});
         check_dtype(sums_, "sums", ScalarType::Double);
         check_dtype(places_, "places", ScalarType::Long);
         check_contiguous(sums_, "sums");
         check_contiguous(places_, "places");
-        sums = reinterpret_cast<Sums*>(sums_.mutable_data_ptr<double>()) + first_row;
-        places = reinterpret_cast<Places*>(places_.mutable_data_ptr<int64_t>()) + first_row;
+        sums = reinterpret_cast<Sums*>(sums_.mutable_data_ptr<double>());
+        places = reinterpret_cast<Places*>(places_.mutable_data_ptr<int64_t>());
     }
 };
 
 // Adds a tile of products, which it overwrites, to the sums of the rows from first_row on; `start`: it is their first
-// one. With `transposed`, room for as many, the products are those of the keys with the rows as well, which are rows
-// of the second direction then.
+// one.
 void focal_itc_sums(
     const Tensor& products, const std::optional<Tensor>& teacher, const std::optional<Tensor>& transposed,
     double inverse_temperature, int64_t first_row, int64_t first_key, int64_t key_offset,
     const std::optional<Tensor>& columns, const std::optional<Tensor>& first, const std::optional<Tensor>& count,
     int64_t row_offset, bool start, int64_t order, bool sample, int64_t first_negative, int64_t last_negative,
     int64_t seed, int64_t direction, const Tensor& sums, const Tensor& places) {
-    const int64_t rows = products.size(0), keys = products.size(1);
     const uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-    const State state(sums, places, first_row, rows);
+    const State state(sums, places, transposed ? 2 : 1);
     const Tiles tiles(state.batch, columns, first, count, row_offset, inverse_temperature);
-    auto run = [&](const Tile& tile, bool starts, int64_t its_direction, int64_t row, int64_t place) {
-        const uint32_t stream = mix(low ^ (its_direction ? 0x9e3779b9u : 0u));
+    auto run = [&](const Tile& tile, int64_t second, int64_t place) {
+        const uint32_t stream = mix(low ^ (second || direction ? 0x9e3779b9u : 0u));
+        const int64_t row = place - second * state.batch;
         const Sampler sampler{sample, first_negative, last_negative, row_offset + row, low, high, stream};
         torch::stable::parallel_for(0, tile.rows, grain(tile.keys), [&](int64_t begin, int64_t end) {
             std::vector<float> scores(sample ? tile.keys : 0);
             sums_of_rows(
-                tile, sampler, starts, static_cast<int>(order), state.sums + place, state.places + place, begin, end,
-                scores.data());
+                tile, sampler, second ? first_row == 0 : start, static_cast<int>(order), state.sums + place,
+                state.places + place, begin, end, scores.data());
         });
     };
-    float* data = products_of(products, "products", rows, keys);
-    float* other = transposed ? products_of(*transposed, "transposed", keys, rows) : nullptr;
-    if (other) for_transposed(rows, keys, [&](int64_t from, int64_t to) { other[to] = data[from]; });
-    float* teacher_data = teacher ? products_of(*teacher, "teacher", rows, keys) : nullptr;
-    run(tiles.tile(data, teacher_data, rows, keys, first_row, key_offset + first_key), start, direction, first_row, 0);
-    if (!other) return;
-    check_place(sums, first_key, keys);
-    STD_TORCH_CHECK(sums.size(0) == 2, "sums: expected those of both directions with transposed products");
-    const int64_t place = state.batch + first_key - first_row;
-    run(tiles.tile(other, nullptr, keys, rows, first_key, first_row), first_row == 0, 1, first_key, place);
+    for_directions(tiles, products, teacher, transposed, first_row, first_key, key_offset, run);
 }
 
 void focal_itc_terms(
@@ -359,23 +347,14 @@ void focal_itc_terms(
     double inverse_temperature, int64_t first_row, int64_t first_key, int64_t key_offset,
     const std::optional<Tensor>& columns, const std::optional<Tensor>& first, const std::optional<Tensor>& count,
     int64_t row_offset, double gamma, const Tensor& sums, const Tensor& places) {
-    const int64_t rows = products.size(0), keys = products.size(1);
-    const State state(sums, places, first_row, rows);
+    const State state(sums, places, transposed ? 2 : 1);
     const Tiles tiles(state.batch, columns, first, count, row_offset, inverse_temperature);
-    auto run = [&](const Tile& tile, int64_t place) {
+    auto run = [&](const Tile& tile, int64_t, int64_t place) {
         torch::stable::parallel_for(0, tile.rows, grain(tile.keys), [&](int64_t begin, int64_t end) {
             terms_of_rows(tile, gamma, state.sums + place, state.places + place, begin, end);
         });
     };
-    float* data = products_of(products, "products", rows, keys);
-    float* other = transposed ? products_of(*transposed, "transposed", keys, rows) : nullptr;
-    if (other) for_transposed(rows, keys, [&](int64_t from, int64_t to) { other[to] = data[from]; });
-    float* teacher_data = teacher ? products_of(*teacher, "teacher", rows, keys) : nullptr;
-    run(tiles.tile(data, teacher_data, rows, keys, first_row, key_offset + first_key), 0);
-    if (!other) return;
-    check_place(sums, first_key, keys);
-    STD_TORCH_CHECK(sums.size(0) == 2, "sums: expected those of both directions with transposed products");
-    run(tiles.tile(other, nullptr, keys, rows, first_key, first_row), state.batch + first_key - first_row);
+    for_directions(tiles, products, teacher, transposed, first_row, first_key, key_offset, run);
 }
 
 // A tensor of `size` elements to write to.
@@ -394,7 +373,7 @@ void focal_itc_finish(
     double gamma, int64_t order, double alpha, bool any_positive, bool stats, const Tensor& loss_of_rows,
     const Tensor& row_state, const Tensor& dominant_key, const Tensor& statistics, const Tensor& hard_negative) {
     const int64_t directions = sums.size(0), rows = sums.size(1), all = directions * rows;
-    const State state(sums, places, 0, rows);
+    const State state(sums, places, directions);
     if (count) check_sizes(*count, "count", {rows});
     const int64_t* counts = count ? count->const_data_ptr<int64_t>() : nullptr;
     float* losses = results_of<float>(loss_of_rows, "loss", all, ScalarType::Float);
@@ -449,7 +428,9 @@ void focal_itc_finish(
                               std::exp(static_cast<float>(totals.log_sum) - totals.log_sum);
         losses[n] = static_cast<float>(loss);
         dominants[n] = state.places[n].dominant;
-        auto save = [&](StateRow row, double value) { states[(direction * ROW_STATES + row) * rows + i] = static_cast<float>(value); };
+        auto save = [&](StateRow row, double value) {
+            states[(direction * ROW_STATES + row) * rows + i] = static_cast<float>(value);
+        };
         save(ROW_MAX, s.maximum);
         save(ROW_LOG_SUM, totals.log_sum);
         save(ROW_TEACHER_MAX, alpha > 0 ? s.teacher_maximum : 0);

@@ -47,8 +47,8 @@ struct Tile {
             return;
         }
         const int64_t *begin = columns + first[row], *end = begin + count[row];
-        for (auto column = std::lower_bound(begin, end, first_key); column < end && *column < first_key + keys; ++column)
-            use(*column, *column - first_key);
+        begin = std::lower_bound(begin, end, first_key);
+        for (; begin < end && *begin < first_key + keys; ++begin) use(*begin, *begin - first_key);
     }
 };
 
@@ -64,17 +64,11 @@ inline Focal focal(double log_p, double one_minus_p, double gamma) {
 
 inline Focal focal(double log_p, double gamma) { return focal(log_p, -std::expm1(log_p), gamma); }
 
-// Natural logarithm of a positive normal number, to about 2 units in the last place: a mantissa in [1/sqrt 2, sqrt 2)
-// and a polynomial with the coefficients of Cephes' logf.
-SOFTMASK_INLINE float log_positive(float value) {
-    int32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const int32_t shifted = bits - 0x3f3504f3;
-    const float exponent = static_cast<float>(shifted >> 23);
-    bits = (shifted & 0x007fffff) + 0x3f3504f3;
-    float m;
-    std::memcpy(&m, &bits, 4);
-    m -= 1.0f;
+constexpr float BLANK = -1e30f;  // product of a key that is kept out of the loop over the tile
+
+// log((1 + m) 2^exponent), to about 2 units in the last place, for 1 + m in [1/sqrt 2, sqrt 2): a polynomial with the
+// coefficients of Cephes' logf.
+SOFTMASK_INLINE float log_near_one(float m, float exponent) {
     float p = 7.0376836292e-2f;
     p = p * m - 1.1514610310e-1f;
     p = p * m + 1.1676998740e-1f;
@@ -86,6 +80,23 @@ SOFTMASK_INLINE float log_positive(float value) {
     p = p * m + 3.3333331174e-1f;
     const float square = m * m;
     return m + (square * m * p - 0.5f * square + exponent * -2.12194440e-4f) + exponent * 0.693359375f;
+}
+
+// Natural logarithm of a positive normal number.
+SOFTMASK_INLINE float log_positive(float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const int32_t shifted = bits - 0x3f3504f3;
+    bits = (shifted & 0x007fffff) + 0x3f3504f3;
+    float mantissa;
+    std::memcpy(&mantissa, &bits, 4);
+    return log_near_one(mantissa - 1.0f, static_cast<float>(shifted >> 23));
+}
+
+// log(1 + x) for x from 0 to 1.
+SOFTMASK_INLINE float log1p_unit(float x) {
+    const bool large = x > 0.41421356f;
+    return log_near_one(large ? 0.5f * (x - 1.0f) : x, large ? 1.0f : 0.0f);
 }
 
 SOFTMASK_INLINE float focal_power(float one_minus_p, float gamma, int order) {
@@ -102,32 +113,35 @@ SOFTMASK_INLINE float focal_power(float one_minus_p, float gamma, int order) {
 // What the tiles of one loss have in common: the positives of all its rows, and 1 / temperature.
 struct Tiles {
     const int64_t *columns = nullptr, *first = nullptr, *count = nullptr;
+    int64_t batch;       // all rows
     int64_t row_offset;  // the positive of row 0, without lists
     float inverse;
 
     Tiles(
-        int64_t rows, const std::optional<Tensor>& columns_, const std::optional<Tensor>& first_,
+        int64_t batch_, const std::optional<Tensor>& columns_, const std::optional<Tensor>& first_,
         const std::optional<Tensor>& count_, int64_t row_offset_, double inverse_)
-        : row_offset(row_offset_), inverse(static_cast<float>(inverse_)) {
+        : batch(batch_), row_offset(row_offset_), inverse(static_cast<float>(inverse_)) {
         if (!columns_) return;
         for (const auto* tensor : {&columns_, &first_, &count_}) {
             STD_TORCH_CHECK(tensor->has_value(), "columns, first, count: expected all of them or none");
-            if (tensor != &columns_) check_sizes(**tensor, "first, count", {rows});
+            if (tensor != &columns_) check_sizes(**tensor, "first, count", {batch});
             check_dtype(**tensor, "columns, first, count", ScalarType::Long);
             check_contiguous(**tensor, "columns, first, count");
         }
         columns = columns_->const_data_ptr<int64_t>();
         first = first_->const_data_ptr<int64_t>();
         count = count_->const_data_ptr<int64_t>();
-        for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t i = 0; i < batch; ++i) {
             check_index(first[i], columns_->size(0) + 1, "first");
             check_index(count[i], columns_->size(0) + 1 - first[i], "count");
         }
     }
 
     // The tile of the rows from first_row on and the keys from first_key on.
-    Tile tile(
-        float* products, float* teacher, int64_t rows, int64_t keys, int64_t first_row, int64_t first_key) const {
+    Tile tile(float* products, float* teacher, int64_t rows, int64_t keys, int64_t first_row, int64_t first_key) const {
+        STD_TORCH_CHECK(
+            first_row >= 0 && first_row + rows <= batch, "first_row: expected rows from 0 to ", batch, ", got ",
+            first_row, " to ", first_row + rows);
         return {
             products, teacher, rows, keys, first_key, columns, columns ? first + first_row : nullptr,
             columns ? count + first_row : nullptr, row_offset + first_row, inverse};
@@ -142,15 +156,6 @@ inline float* products_of(const Tensor& tensor, const char* name, int64_t rows, 
     return tensor.mutable_data_ptr<float>();
 }
 
-// The number of rows of a tensor (directions, rows, ...), of which these are some.
-inline int64_t check_place(const Tensor& tensor, int64_t first_row, int64_t rows) {
-    const int64_t batch = tensor.size(1);
-    STD_TORCH_CHECK(
-        first_row >= 0 && first_row + rows <= batch, "first_row: expected rows from 0 to ", batch, ", got ", first_row,
-        " to ", first_row + rows);
-    return batch;
-}
-
 // use(place in a matrix, place in its transpose) of all elements, in blocks that stay in the cache.
 template <class Use>
 void for_transposed(int64_t rows, int64_t columns, const Use& use) {
@@ -161,6 +166,22 @@ void for_transposed(int64_t rows, int64_t columns, const Use& use) {
                 for (int64_t j = c; j < std::min(c + BLOCK, columns); ++j)
                     for (int64_t i = r; i < std::min(r + BLOCK, rows); ++i) use(i * columns + j, j * rows + i);
     });
+}
+
+// use(tile, direction, place) of a tile of products: its rows are those from `place` on of tensors (directions, batch).
+// With `transposed`, room for as many, the products are those of the keys with the rows as well, which are rows of the
+// second direction then.
+template <class Use>
+void for_directions(
+    const Tiles& tiles, const Tensor& products, const std::optional<Tensor>& teacher,
+    const std::optional<Tensor>& transposed, int64_t first_row, int64_t first_key, int64_t key_offset, const Use& use) {
+    const int64_t rows = products.size(0), keys = products.size(1);
+    float* data = products_of(products, "products", rows, keys);
+    float* other = transposed ? products_of(*transposed, "transposed", keys, rows) : nullptr;
+    if (other) for_transposed(rows, keys, [&](int64_t from, int64_t to) { other[to] = data[from]; });
+    float* teacher_data = teacher ? products_of(*teacher, "teacher", rows, keys) : nullptr;
+    use(tiles.tile(data, teacher_data, rows, keys, first_row, key_offset + first_key), 0, first_row);
+    if (other) use(tiles.tile(other, nullptr, keys, rows, first_key, first_row), 1, tiles.batch + first_key);
 }
 
 }  // namespace softmask

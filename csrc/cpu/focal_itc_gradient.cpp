@@ -112,15 +112,14 @@ SOFTMASK_CLONES void gradients_of_rows(const Tile& tile, const Gradient& g, int6
 
 // Replaces a tile of products by the gradient of the products, by temperature. grad_loss, dominant and of_inverse
 // (directions, batch), row_state (directions, ROW_STATES, batch); of_inverse adds up the gradient of 1 / temperature.
-// With `transposed`, room for as many, the gradient is the sum of both directions', see focal_itc_sums.
+// With `transposed` the gradient is the sum of both directions', see for_directions.
 void focal_itc_gradient(
     const Tensor& products, const std::optional<Tensor>& teacher, const std::optional<Tensor>& transposed,
     double inverse_temperature, int64_t first_row, int64_t first_key, int64_t key_offset,
     const std::optional<Tensor>& columns, const std::optional<Tensor>& first, const std::optional<Tensor>& count,
     int64_t row_offset, double gamma, int64_t order, double alpha, bool any_positive, const Tensor& grad_loss,
     const Tensor& row_state, const Tensor& dominant, const Tensor& of_inverse) {
-    const int64_t rows = products.size(0), keys = products.size(1), directions = transposed ? 2 : 1;
-    const int64_t batch = check_place(of_inverse, first_row, rows);
+    const int64_t directions = transposed ? 2 : 1, batch = of_inverse.size(1);
     for (const Tensor* tensor : {&grad_loss, &dominant, &of_inverse}) {
         check_sizes(*tensor, "grad_loss, dominant, of_inverse", {directions, batch});
         check_contiguous(*tensor, "grad_loss, dominant, of_inverse");
@@ -132,25 +131,20 @@ void focal_itc_gradient(
     check_dtype(dominant, "dominant", ScalarType::Long);
     check_dtype(of_inverse, "of_inverse", ScalarType::Double);
     const Tiles tiles(batch, columns, first, count, row_offset, inverse_temperature);
-    auto run = [&](const Tile& tile, int64_t direction, int64_t row) {
-        const int64_t place = direction * batch + row;
+    auto run = [&](const Tile& tile, int64_t direction, int64_t place) {
         const Gradient gradient{
             static_cast<int>(order), gamma, alpha, any_positive, grad_loss.const_data_ptr<float>() + place,
-            row_state.const_data_ptr<float>() + direction * ROW_STATES * batch + row, batch,
+            row_state.const_data_ptr<float>() + direction * (ROW_STATES - 1) * batch + place, batch,
             dominant.const_data_ptr<int64_t>() + place, of_inverse.mutable_data_ptr<double>() + place};
         torch::stable::parallel_for(0, tile.rows, grain(tile.keys), [&](int64_t begin, int64_t end) {
             gradients_of_rows(tile, gradient, begin, end);
         });
     };
-    float* data = products_of(products, "products", rows, keys);
-    float* other = transposed ? products_of(*transposed, "transposed", keys, rows) : nullptr;
-    if (other) for_transposed(rows, keys, [&](int64_t from, int64_t to) { other[to] = data[from]; });
-    float* teacher_data = teacher ? products_of(*teacher, "teacher", rows, keys) : nullptr;
-    run(tiles.tile(data, teacher_data, rows, keys, first_row, key_offset + first_key), 0, first_row);
-    if (!other) return;
-    check_place(of_inverse, first_key, keys);
-    run(tiles.tile(other, nullptr, keys, rows, first_key, first_row), 1, first_key);
-    for_transposed(rows, keys, [&](int64_t to, int64_t from) { data[to] += other[from]; });
+    for_directions(tiles, products, teacher, transposed, first_row, first_key, key_offset, run);
+    if (!transposed) return;
+    float* sum = products.mutable_data_ptr<float>();
+    const float* other = transposed->const_data_ptr<float>();
+    for_transposed(products.size(0), products.size(1), [&](int64_t to, int64_t from) { sum[to] += other[from]; });
 }
 
 }  // namespace

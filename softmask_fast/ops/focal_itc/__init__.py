@@ -22,14 +22,14 @@ from softmask_fast.ops.checks import (
     compute_dtype,
 )
 from softmask_fast.ops.extension import cpu_unavailable_reason
-from softmask_fast.ops.focal_itc import cpp, operators, reference, sigmoid, streamed
+from softmask_fast.ops.focal_itc import cpp, cpp_sigmoid, operators, reference, sigmoid, streamed
 from softmask_fast.ops.focal_itc.state import Problem
 
 __all__ = ["FocalITCStats", "focal_itc_loss"]
 
-_TRITON = "softmask_fast.ops.focal_itc.triton_launch"
-_TRITON_SIGMOID = "softmask_fast.ops.focal_itc.triton_sigmoid"
-_TRITON_SYMMETRIC = "softmask_fast.ops.focal_itc.triton_symmetric_launch"
+_TRITON, _SYMMETRIC, _SIGMOID = (
+    f"softmask_fast.ops.focal_itc.triton_{file}" for file in ("launch", "symmetric_launch", "sigmoid")
+)
 # The definition, with its gradients, holds about 12 matrices (B, M). Up to 32 MiB each it is twice as fast as tiles;
 # larger ones glibc takes from the system anew at every allocation, and tiles are faster, too.
 _STREAMED_FROM = 1 << 25
@@ -37,27 +37,33 @@ registry.register(
     "focal_itc",
     operators.streaming(
         "triton",
-        registry.lazily(_TRITON, "Forward"),
-        registry.lazily(_TRITON, "backward"),
-        tuple(registry.lazily(_TRITON_SIGMOID, part) for part in ("forward", "backward")),
-        symmetric=tuple(registry.lazily(_TRITON_SYMMETRIC, part) for part in ("covers", "forward", "backward")),
+        {
+            "forward": registry.lazily(_TRITON, "Forward"),
+            "backward": registry.lazily(_TRITON, "backward"),
+            "symmetric_covers": registry.lazily(_SYMMETRIC, "covers"),
+            "symmetric_forward": registry.lazily(_SYMMETRIC, "forward"),
+            "symmetric_backward": registry.lazily(_SYMMETRIC, "backward"),
+        },
+        sigmoid.parts(registry.lazily(_SIGMOID, "add_losses"), registry.lazily(_SIGMOID, "gradients")),
         unavailable_reason=functools.partial(triton_support.unavailable_reason, largest=1024, what="features"),
         automatic_on=("cuda",),
     ),
     operators.streaming(
         "cpp",
-        cpp.Forward,
-        cpp.backward,
-        (sigmoid.forward, sigmoid.backward),
-        symmetric=(cpp.symmetric_covers, cpp.symmetric_forward, cpp.symmetric_backward),
+        {
+            "forward": cpp.Forward,
+            "backward": cpp.backward,
+            "symmetric_forward": cpp.symmetric_forward,
+            "symmetric_backward": cpp.symmetric_backward,
+        },
+        sigmoid.parts(cpp_sigmoid.add_losses, cpp_sigmoid.gradients),
         unavailable_reason=cpu_unavailable_reason,
         automatic_on=("cpu",),
     ),
     operators.streaming(
         "streamed",
-        streamed.Forward,
-        streamed.backward,
-        (sigmoid.forward, sigmoid.backward),
+        {"forward": streamed.Forward, "backward": streamed.backward},
+        sigmoid.parts(sigmoid.add_losses, sigmoid.gradients),
         automatic_from=_STREAMED_FROM,
     ),
     registry.Implementation("reference", {"direction": reference.focal_itc_direction}),
@@ -180,7 +186,7 @@ def focal_itc_loss(
     if impl == "reference" or impl is None and _takes_definition(problem, keys):
         registry.refuse_transforms("focal_itc_loss", image, text, image_keys, text_keys, temperature, bias)
         with torch.autocast(image.device.type, enabled=False):
-            directions = [reference.direction(*direction, bias) for direction in problem.directions()]
+            directions = [reference.direction(*direction) for direction in problem.directions()]
             of_rows, *figures = (torch.stack(results) for results in zip(*directions, strict=True))
     else:
         of_rows, *figures = operators.focal_itc(problem)

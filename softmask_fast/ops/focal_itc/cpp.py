@@ -6,7 +6,7 @@ take whole tensors and the place of a tile in them, since a view costs the host 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def _part(tensor: Tensor, first: int, last: int) -> Tensor:
     return tensor if last - first == tensor.shape[0] else tensor[first:last]
 
 
-def _tiles(
+def tiles_of(
     rows: Tensor, teacher: Tensor | None, keys: Tensor, both: bool = False
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor, tuple[Tensor, Tensor | None, Tensor | None]]]:
     """Of each tile its rows and keys, their features in float32, and its products: student, teacher, transposed.
@@ -74,7 +74,7 @@ class _Sums:
     ) -> None:  # fmt: skip
         """Adds all tiles of a block of keys, whose numbers begin with ``key_offset``."""
         kernels, options, lists = torch.ops.softmask_fast_cpp, self.options, lists or (None,) * 3
-        for part, place, _, _, products in _tiles(rows, teacher, keys, self.sums.shape[0] == 2):
+        for part, place, _, _, products in tiles_of(rows, teacher, keys, self.sums.shape[0] == 2):
             common = (*products, self.inverse, part.start, place.start, key_offset, *lists, options.row_offset)
             if second_pass:
                 kernels.focal_itc_terms(*common, options.gamma, self.sums, self.places)
@@ -86,12 +86,12 @@ class _Sums:
     def finish(self, count: Tensor | None, out: Outputs) -> None:
         options = self.options
         torch.ops.softmask_fast_cpp.focal_itc_finish(
-            self.sums, self.places, count, self.inverse, options.gamma, self.order, _number(options.alpha),
+            self.sums, self.places, count, self.inverse, options.gamma, self.order, number(options.alpha),
             options.any_positive, options.stats, *out,
         )  # fmt: skip
 
 
-def _number(alpha: Tensor | None) -> float:
+def number(alpha: Tensor | None) -> float:
     return 0.0 if alpha is None else float(alpha)
 
 
@@ -116,23 +116,38 @@ def backward(
     """See ``operators.Backward``."""
     lists = None if rows.ids is None else positive_lists(rows.ids, keys)
     one_direction = (tensor[None] for tensor in (grad_loss, *state))
-    return _gradients(rows, rows.teacher, keys, lists, *one_direction, wanted)
+    return _gradients(rows, keys, lists, *one_direction, wanted)
 
 
 def _gradients(
-    rows: Rows, teacher: Tensor | None, keys: Keys, lists: PositiveLists | None, grad_loss: Tensor, row_state: Tensor,
-    dominant: Tensor, wanted: tuple[bool, bool, bool],
+    rows: Rows, keys: Keys, lists: PositiveLists | None, grad_loss: Tensor, row_state: Tensor, dominant: Tensor,
+    wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rows, keys and temperature, of one direction or of both: grad_loss (directions, B)."""
-    x, y, options, inverse = rows.features, keys.features, rows.options, 1 / float(rows.temperature)
-    totals = [torch.empty(source.shape if wants else 0) for source, wants in zip((x, y), wanted[:2], strict=True)]
+    options, inverse, lists = rows.options, 1 / float(rows.temperature), lists or (None,) * 3
     of_inverse = torch.zeros(dominant.shape, dtype=torch.float64)
-    numbers = options.gamma, expansion_order(options.gamma), _number(options.alpha), options.any_positive
-    saved, lists = (*numbers, grad_loss.contiguous(), row_state, dominant, of_inverse), lists or (None,) * 3
-    for part, place, x_part, y_part, products in _tiles(x, teacher, y, len(dominant) == 2):
+    numbers = options.gamma, expansion_order(options.gamma), number(options.alpha), options.any_positive
+    saved = *numbers, grad_loss.contiguous(), row_state, dominant, of_inverse
+
+    def run(products: tuple[Tensor | None, ...], first_row: int, first_key: int) -> None:
         torch.ops.softmask_fast_cpp.focal_itc_gradient(
-            *products, inverse, part.start, place.start, keys.first, *lists, options.row_offset, *saved
+            *products, inverse, first_row, first_key, keys.first, *lists, options.row_offset, *saved
         )
+
+    grad_rows, grad_keys = add_gradients(run, rows, keys, len(dominant) == 2, wanted[:2])
+    grad_temperature = -of_inverse.sum().to(rows.temperature.dtype) if wanted[2] else torch.empty(0)
+    return grad_rows, grad_keys, grad_temperature
+
+
+def add_gradients(
+    run: Callable[[tuple[Tensor | None, ...], int, int], None], rows: Rows, keys: Keys, both: bool,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of rows and keys; ``run``, given a tile's first row and key, turns its products into their gradient."""
+    x, y = rows.features, keys.features
+    totals = [torch.empty(source.shape if wants else 0) for source, wants in zip((x, y), wanted, strict=True)]
+    for part, place, x_part, y_part, products in tiles_of(x, rows.teacher, y, both):
+        run(products, part.start, place.start)
         gradient = products[0]
         if wanted[0]:
             total = _part(totals[0], part.start, part.stop)
@@ -140,13 +155,7 @@ def _gradients(
         if wanted[1]:
             total = _part(totals[1], place.start, place.stop)
             total.addmm_(gradient.T, x_part, beta=0 if part.start == 0 else 1)
-    grad_temperature = -of_inverse.sum().to(rows.temperature.dtype) if wanted[2] else torch.empty(0)
-    return totals[0].to(x.dtype), totals[1].to(y.dtype), grad_temperature
-
-
-def symmetric_covers(problem: Problem) -> bool:
-    """Both directions together, whatever the options."""
-    return True
+    return totals[0].to(x.dtype), totals[1].to(y.dtype)
 
 
 def symmetric_forward(problem: Problem, out: Outputs) -> None:
@@ -165,4 +174,4 @@ def symmetric_backward(
     """Gradients of image, text and temperature, of both directions together; empty where not wanted."""
     (rows, keys), _ = problem.directions()
     lists = None if rows.ids is None else positive_lists(rows.ids, keys)
-    return _gradients(rows, None, keys, lists, grad_loss, row_state, dominant, wanted)
+    return _gradients(rows, keys, lists, grad_loss, row_state, dominant, wanted)

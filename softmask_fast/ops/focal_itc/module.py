@@ -52,7 +52,7 @@ class FocalITCLoss(nn.Module):
     Args:
         width: d; required with a queue.
         queue_size: number of entries of the queue.
-        gamma, positives, loss, impl: as in `focal_itc_loss`. There is no ring for loss="sigmoid".
+        gamma, positives, loss, impl: as in `focal_itc_loss`.
         gather: see above.
         group: the ranks that share a batch; None: all.
         seed: of the queue's initial content.
@@ -77,7 +77,7 @@ class FocalITCLoss(nn.Module):
             check_integer("width", width, 1, None)
         check_choice("positives", positives, ("mean", "any"))
         check_choice("loss", loss, ("softmax", "sigmoid"))
-        check_choice("gather", gather, GATHERS if loss == "softmax" else GATHERS[:2])
+        check_choice("gather", gather, GATHERS)
         self.gamma, self.positives, self.gather = check_gamma(gamma), positives, gather
         self.loss, self.group, self.impl = loss, group, impl
         self.queue = FeatureQueue(width, queue_size, seed) if queue_size else None
@@ -137,7 +137,7 @@ class FocalITCLoss(nn.Module):
         alpha = self._check(rows, teacher_image, teacher_text, alpha, queue)
         check_choice("negatives", negatives, NEGATIVES)
         check_seed(seed, image, False)
-        check_loss(self.loss, bias, self.positives, alpha, image)
+        ring_bias = check_loss(self.loss, bias, self.positives, alpha, image)
         teacher = None if teacher_image is None else Features(teacher_image, teacher_text, ids)
         joined = self._join(rows, teacher, queue)
         ring = self.gather == "ring" and joined.world > 1
@@ -156,7 +156,7 @@ class FocalITCLoss(nn.Module):
         options = dict(negative_range=ranges[negatives], return_stats=return_stats, seed=seed)
         if ring:
             loss, stats = self._ring(
-                joined, rows, teacher, queued, as_scalar(temperature, image), alpha=alpha, **options
+                joined, rows, teacher, queued, as_scalar(temperature, image), ring_bias, alpha=alpha, **options
             )
         else:
             image_keys, text_keys, key_ids = self._gather_keys(joined, rows, newest, queued)
@@ -199,13 +199,13 @@ class FocalITCLoss(nn.Module):
 
     def _ring(
         self, joined: JoinedBatch, rows: Features, teacher: Features | None, queued: Features | None,
-        temperature: Tensor, *, alpha: Tensor | None, negative_range: tuple[int, int], return_stats: bool,
-        seed: int | Tensor,
+        temperature: Tensor, bias: Tensor | None, *, alpha: Tensor | None, negative_range: tuple[int, int],
+        return_stats: bool, seed: int | Tensor,
     ) -> tuple[Tensor, FocalITCStats | None]:  # fmt: skip
         """`focal_itc_loss` with keys that travel around the ranks."""
         teachers = (None, None) if alpha is None else (teacher.image.detach(), teacher.text.detach())
         problem = Problem(
-            rows.image, rows.text, None, None, temperature, None, *teachers, rows.ids, None, alpha,
+            rows.image, rows.text, None, None, temperature, bias, *teachers, rows.ids, None, alpha,
             check_seed(seed, rows.image, return_stats), self.gamma, self.positives == "any", joined.offset,
             *negative_range, self.impl,
         )  # fmt: skip

@@ -1,9 +1,10 @@
 """Both directions of the loss as one operator: the forward stores row sums, the backward recomputes tiles.
 
-Every streaming implementation has two parts: "forward", a class derived from ``BlockwiseForward``, and "backward", a
-function with the arguments of ``Backward``, and for the sigmoid's loss those of sigmoid.py. One that can compute each
-product <x_i, y_j> of a batch that is its own keys once for both directions has three more: "symmetric_covers", which
-says for what, "symmetric_forward" and "symmetric_backward".
+Every streaming implementation has two parts for each loss: "forward", a class derived from ``BlockwiseForward``, and
+"backward", a function with the arguments of ``Backward``. One that can compute each product <x_i, y_j> of a batch that
+is its own keys once for both directions has two more, "symmetric_forward" and "symmetric_backward", and
+"symmetric_covers", which says for what, unless it is for everything. Those of the sigmoid's loss are "sigmoid_forward"
+and so on.
 
 In eager mode an autograd.Function calls the implementation, which costs the host less than the registered operator.
 """
@@ -44,15 +45,15 @@ torch.library.define(
     "Tensor grad_text, Tensor grad_image_keys, Tensor grad_text_keys, Tensor grad_temperature, "
     "Tensor grad_bias)",
 )
-# (grad_loss (B,), rows, keys, (row_state, dominant), (rows, keys, temperature: whether wanted))
-# -> gradients of rows, keys and temperature, empty where not wanted
-Backward = Callable[[Tensor, Rows, Keys, tuple[Tensor, Tensor], tuple[bool, bool, bool]], tuple[Tensor, Tensor, Tensor]]
+# (grad_loss (B,), rows, keys, (row_state, dominant), (rows, keys, temperature, with the sigmoid bias: whether wanted))
+# -> their gradients, empty where not wanted
+Backward = Callable[[Tensor, Rows, Keys, tuple[Tensor, Tensor], tuple[bool, ...]], tuple[Tensor, ...]]
 
 
 def focal_itc(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, statistics and hard negatives of both directions, by a streaming implementation.
 
-    Gradients reach features, keys and temperature.
+    Gradients reach features, keys, temperature and bias.
     """
     tensors = problem[:TENSORS]
     if registry.plain_eager(*tensors):
@@ -98,47 +99,44 @@ class BlockwiseForward:
 
 
 def streaming(
-    name: str,
-    forward: type[BlockwiseForward],
-    backward: Backward,
-    sigmoid: tuple[Callable, Callable],
-    symmetric: tuple[Callable, Callable, Callable] | None = None,
-    **keywords,
+    name: str, softmax: dict[str, Callable], sigmoid: dict[str, Callable], **keywords
 ) -> registry.Implementation:
-    """An ``Implementation`` of the two parts that stream, those of sigmoid.py, and where it has them the three of both
-    directions together.
-    """
-    parts = {"forward": forward, "backward": backward, "sigmoid_forward": sigmoid[0], "sigmoid_backward": sigmoid[1]}
-    if symmetric is not None:
-        parts["symmetric_covers"], parts["symmetric_forward"], parts["symmetric_backward"] = symmetric
-    return registry.Implementation(name, parts, **keywords)
+    """An ``Implementation`` of the parts that stream, of both losses."""
+    return registry.Implementation(
+        name, softmax | {f"sigmoid_{part}": run for part, run in sigmoid.items()}, **keywords
+    )
 
 
 def resolve(impl: str | None, rows: Tensor) -> registry.Implementation:
     return registry.resolve("focal_itc", impl, rows.device, rows.dtype, rows.shape[1])
 
 
+def part_of(problem: Problem, part: str) -> str:
+    """The name of that part for the loss of the problem."""
+    return part if problem.bias is None else f"sigmoid_{part}"
+
+
 def together(run: registry.Implementation, problem: Problem) -> bool:
     """Whether the implementation does both directions together. Forward and backward must agree, so no more decides."""
-    return problem.own_keys and problem.alpha is None and "symmetric_covers" in run and run["symmetric_covers"](problem)
+    if not problem.own_keys or problem.alpha is not None or part_of(problem, "symmetric_forward") not in run:
+        return False
+    covers = part_of(problem, "symmetric_covers")
+    return covers not in run or run[covers](problem)
 
 
 @without_autocast
 def _forward(*arguments):
     problem = Problem(*arguments)
+    if problem.bias is not None and problem.seed is not None:  # the statistics are those of the softmax
+        return (*_forward(*problem._replace(seed=None))[:3], *_forward(*problem._replace(bias=None))[3:])
     directions = problem.directions()
-    outputs = Outputs.empty(directions[0][0], 2, sigmoid=problem.bias is not None)
+    outputs = Outputs.empty(directions[0][0], 2)
     run = resolve(problem.impl, problem.image)
-    if problem.bias is not None:
-        run["sigmoid_forward"](problem, outputs.loss)
-        if problem.seed is None:
-            return tuple(outputs)
-        return (*outputs[:3], *_forward(*problem._replace(bias=None))[3:])
     if together(run, problem):
-        run["symmetric_forward"](problem, outputs)
+        run[part_of(problem, "symmetric_forward")](problem, outputs)
         return tuple(outputs)
     for (rows, keys), out in zip(directions, outputs.directions(), strict=True):
-        forward = run["forward"](rows)
+        forward = run[part_of(problem, "forward")](rows)
         for second_pass in range(forward.passes):
             forward.add(keys, bool(second_pass))
         forward.finish(out)
@@ -149,18 +147,19 @@ def _forward(*arguments):
 def _backward(grad_loss, row_state, dominant, wanted, *arguments):
     problem = Problem(*arguments)
     run = resolve(problem.impl, problem.image)
-    gradients = [None] * DIFFERENTIABLE
-    if problem.bias is not None:
-        gradients = run["sigmoid_backward"](grad_loss, problem, wanted)
-    elif together(run, problem):
-        gradients[0], gradients[1], gradients[4] = run["symmetric_backward"](
-            grad_loss, problem, row_state, dominant, (wanted[0], wanted[1], wanted[4])
+    gradients, numbers = [None] * DIFFERENTIABLE, (4,) if problem.bias is None else (4, 5)
+    if together(run, problem):
+        places = 0, 1, *numbers
+        found = run[part_of(problem, "symmetric_backward")](
+            grad_loss, problem, row_state, dominant, tuple(wanted[place] for place in places)
         )
+        for place, gradient in zip(places, found, strict=True):
+            gradients[place] = gradient
     else:
         key_places = (1, 0) if problem.image_keys is None else (3, 2)
         for i, (rows, keys) in enumerate(problem.directions()):
-            places = i, key_places[i], 4
-            found = run["backward"](
+            places = i, key_places[i], *numbers
+            found = run[part_of(problem, "backward")](
                 grad_loss[i], rows, keys, (row_state[i], dominant[i]), tuple(wanted[place] for place in places)
             )
             for place, gradient in zip(places, found, strict=True):
@@ -175,7 +174,7 @@ torch.library.impl("softmask_fast::focal_itc_backward", "CompositeExplicitAutogr
 @torch.library.register_fake("softmask_fast::focal_itc")
 def _forward_fake(*arguments):
     problem = Problem(*arguments)
-    return tuple(Outputs.empty(problem.directions()[0][0], 2, sigmoid=problem.bias is not None))
+    return tuple(Outputs.empty(problem.directions()[0][0], 2))
 
 
 @torch.library.register_fake("softmask_fast::focal_itc_backward")

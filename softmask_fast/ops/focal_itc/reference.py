@@ -123,18 +123,18 @@ def focal_itc_direction(rows: Rows, keys: Keys) -> tuple[Tensor, Tensor, Tensor]
     return loss, *_statistics(log_p.detach(), positive, options)
 
 
-def direction(rows: Rows, keys: Keys, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def direction(rows: Rows, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of the loss; without a bias by the softmax."""
-    return focal_itc_direction(rows, keys) if bias is None else sigmoid_direction(rows, keys, bias)
+    return (focal_itc_direction if rows.options.bias is None else sigmoid_direction)(rows, keys)
 
 
-def sigmoid_direction(rows: Rows, keys: Keys, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sigmoid_direction(rows: Rows, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of loss="sigmoid"; gradients to rows, keys, temperature and bias. Returns what the other one does.
 
     The statistics are those of the softmax of the same logits.
     """
     x, _, ids, temperature, options = rows
-    logits = x.to(temperature.dtype) @ keys.features.to(temperature.dtype).T / temperature + bias
+    logits = x.to(temperature.dtype) @ keys.features.to(temperature.dtype).T / temperature + options.bias
     positive = positive_mask(*logits.shape, ids, keys.ids, options.row_offset, logits.device)
     log_p = F.logsigmoid(torch.where(positive, logits, -logits))
     loss = focal_cross_entropy(log_p, options.gamma).sum(dim=1)

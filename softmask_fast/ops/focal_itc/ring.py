@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from softmask_fast.ops.collectives import JoinedBatch
 from softmask_fast.ops.focal_itc import operators
 from softmask_fast.ops.focal_itc.feature_queue import Features
-from softmask_fast.ops.focal_itc.state import TENSORS, Keys, Outputs, Problem
+from softmask_fast.ops.focal_itc.state import DIFFERENTIABLE, TENSORS, Keys, Outputs, Problem
 from softmask_fast.ops.registry import refuse_transforms
 
 
@@ -24,13 +24,16 @@ def ring_rows(problem: Problem, queued: Features | None, joined: JoinedBatch) ->
     """Both directions, per row of this rank, against the joined batch and the queued features, without gradient.
 
     The problem has no keys. Returns loss (2, B), statistics and hard negatives, see ``Outputs``. Image, text (as rows
-    and as keys) and temperature get gradients.
+    and as keys), temperature and bias get gradients.
     """
-    refuse_transforms("FocalITCLoss", *problem[:5])
+    refuse_transforms("FocalITCLoss", *problem[:DIFFERENTIABLE])
+    if problem.bias is not None and problem.seed is not None:  # the statistics are those of the softmax
+        loss = ring_rows(problem._replace(seed=None), queued, joined)[0]
+        return loss, *ring_rows(problem._replace(bias=None), queued, joined)[1:]
     run = operators.resolve(problem.impl, problem.image)
     if "forward" not in run or "backward" not in run:
         raise ValueError(f"impl: expected one that takes keys in blocks for gather='ring', got {run.name!r}")
-    return _Ring.apply(*problem[:5], queued or Features(None, None, None), joined, problem, run)
+    return _Ring.apply(*problem[:DIFFERENTIABLE], queued or Features(None, None, None), joined, problem, run)
 
 
 def _blocks(problem: Problem, queued: Features, joined: JoinedBatch) -> Iterator[tuple[Keys, Keys]]:
@@ -49,11 +52,11 @@ def _blocks(problem: Problem, queued: Features, joined: JoinedBatch) -> Iterator
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, text, image_keys, text_keys, temperature, queued, joined, problem, run):
+    def forward(ctx, image, text, image_keys, text_keys, temperature, bias, queued, joined, problem, run):
         rows = [rows for rows, _ in problem.directions()]
         outputs = Outputs.empty(rows[0], 2)
         with torch.autocast(image.device.type, enabled=False):
-            forwards = [run["forward"](its_rows) for its_rows in rows]
+            forwards = [run[operators.part_of(problem, "forward")](its_rows) for its_rows in rows]
             for second_pass in range(forwards[0].passes):
                 for keys in _blocks(problem, queued, joined):
                     for forward, its_keys in zip(forwards, keys, strict=True):
@@ -71,23 +74,26 @@ class _Ring(torch.autograd.Function):
         *tensors, row_state, dominant = ctx.saved_tensors
         problem, joined = Problem(*tensors, *ctx.options), ctx.joined
         directions, dtype = problem.directions(), problem.temperature.dtype
-        wanted, wants_temperature = ctx.needs_input_grad[:2], ctx.needs_input_grad[4]
+        wanted, numbers = ctx.needs_input_grad[:2], slice(4, 5 if problem.bias is None else 6)  # temperature, bias
+        wants_numbers = ctx.needs_input_grad[numbers]
         # of image and text, each as rows of one direction and keys of the other
         grad_rows = [torch.zeros_like(problem[i], dtype=dtype) if wants else None for i, wants in enumerate(wanted)]
-        grad_temperature = torch.zeros_like(problem.temperature)
+        grad_numbers = [
+            torch.zeros_like(number) if wants else None
+            for number, wants in zip(problem[numbers], wants_numbers, strict=True)
+        ]
 
         def add_gradients(keys: tuple[Keys, Keys], wants_keys: bool) -> list[Tensor]:
-            """Adds the gradients of the rows and the temperature; returns those of the keys that are needed."""
+            """Adds the gradients of the rows and the numbers; returns those of the keys that are needed."""
             grad_keys = [None, None]
             for i, (rows, _) in enumerate(directions):
-                wants = wanted[i], wants_keys and wanted[1 - i], wants_temperature
-                of_rows, grad_keys[1 - i], of_temperature = ctx.run["backward"](
+                wants = wanted[i], wants_keys and wanted[1 - i], *wants_numbers
+                of_rows, grad_keys[1 - i], *of_numbers = ctx.run[operators.part_of(problem, "backward")](
                     grad_loss[i], rows, keys[i], (row_state[i], dominant[i]), wants
                 )
-                if wanted[i]:
-                    grad_rows[i] += of_rows
-                if wants_temperature:
-                    grad_temperature.add_(of_temperature)
+                for total, found in zip((grad_rows[i], *grad_numbers), (of_rows, *of_numbers), strict=True):
+                    if total is not None:
+                        total += found
             return [joined.pad(grad_keys[i].to(dtype)) for i in range(2) if wants_keys and wanted[i]]
 
         with torch.autocast(problem.image.device.type, enabled=False):
@@ -104,4 +110,5 @@ class _Ring(torch.autograd.Function):
         for i in range(2):
             if wanted[i]:
                 results[i] = (grad_rows[i] + own_grads.pop(0)[: joined.rows]).to(problem.image.dtype)
-        return *results, None, None, grad_temperature if wants_temperature else None, None, None, None, None
+        grad_numbers += [None] * (2 - len(grad_numbers))
+        return *results, None, None, *grad_numbers, None, None, None, None

@@ -1,97 +1,119 @@
 """loss="sigmoid" in tiles, in plain PyTorch: any device and dtype, any gamma, nothing of size (B, M).
 
 No row needs a sum over its keys before its terms, so the forward reads the keys once, and the backward recomputes each
-tile of products. Where a batch is its own keys, one tile serves both directions: row sums are the loss of the images,
-column sums that of the texts.
+tile of products. Where a batch is its own keys, one tile serves both directions: row sums are the losses of the images,
+column sums those of the texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from softmask_fast.ops.focal_itc import streamed
-from softmask_fast.ops.focal_itc.positives import positive_tile
+from softmask_fast.ops.focal_itc.operators import BlockwiseForward
+from softmask_fast.ops.focal_itc.positives import PositiveLists, positive_tile
 from softmask_fast.ops.focal_itc.reference import focal_cross_entropy, focal_weight
-from softmask_fast.ops.focal_itc.state import DIFFERENTIABLE, Keys, Problem, Rows, check_every_row_has_positive
+from softmask_fast.ops.focal_itc.state import Keys, Outputs, Rows
 
 
-class Side(NamedTuple):
-    """One matrix of products: image rows with text keys or text rows with image keys, or with ``both`` both of them."""
+class Forward(BlockwiseForward):
+    """See ``operators.BlockwiseForward`` and ``parts``."""
 
-    rows: Rows
-    keys: Keys
-    direction: int
-    both: bool
-    row_place: int  # of the features and of the keys among the gradients
-    key_place: int
+    passes = 1
 
-    def weight(self, grad_loss: Tensor, part: slice, place: slice) -> Tensor:
-        """dloss / d of each term of a tile, in a shape that broadcasts to it."""
-        weight = grad_loss[self.direction, part, None]
-        return weight + grad_loss[1, None, place] if self.both else weight
+    def __init__(self, add_losses: Callable, rows: Rows):
+        super().__init__(rows)
+        self.add_losses, self.given = add_losses, rows
+        self.losses = _no_losses(1, rows)
 
+    def _add(self, keys: Keys, second_pass: bool, positives: PositiveLists | None) -> None:
+        self.add_losses(self.given, keys, positives, self.losses)
 
-def sides(problem: Problem) -> list[Side]:
-    """The matrices of products to go through. Raises ValueError for a row whose id no key has (a GPU asserts it)."""
-    both, places = problem.own_keys, ((0, 1), (1, 0)) if problem.image_keys is None else ((0, 3), (1, 2))
-    found = []
-    for direction, (rows, keys) in enumerate(problem.directions()[: 1 if both else 2]):
-        if rows.ids is not None and not both:
-            check_every_row_has_positive(torch.isin(rows.ids, keys.ids), rows.ids)
-        found.append(Side(rows, keys, direction, both, *places[direction]))
-    return found
+    def _finish(self, out: Outputs) -> None:
+        out.loss.copy_(self.losses[0])
 
 
-def _tiles(side: Side, bias: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def _no_losses(directions: int, rows: Rows) -> Tensor:
+    return rows.temperature.new_zeros(directions, rows.features.shape[0], dtype=torch.float64)
+
+
+def parts(add_losses: Callable, gradients: Callable) -> dict[str, Callable]:
+    """The parts of an implementation, see operators.py, from two functions.
+
+    ``add_losses(rows, keys, positives, losses)`` adds to the losses, float64, of one direction, (1, B), or of both,
+    (2, B), where a batch is its own keys; ``positives`` only saves the making of them. ``gradients(grad_loss, rows,
+    keys, wanted)``, ``grad_loss`` of either size, returns the gradients of rows, keys, temperature and bias, those of
+    rows and keys empty where not wanted.
+    """
+
+    def backward(grad_loss, rows, keys, state, wanted):
+        return gradients(grad_loss[None], rows, keys, wanted)
+
+    def symmetric_forward(problem, out):
+        rows, keys = problem.directions()[0]
+        losses = _no_losses(2, rows)
+        add_losses(rows, keys, None, losses)
+        out.loss.copy_(losses)
+
+    def symmetric_backward(grad_loss, problem, row_state, dominant, wanted):
+        return gradients(grad_loss, *problem.directions()[0], wanted)
+
+    return {
+        "forward": partial(Forward, add_losses), "backward": backward, "symmetric_forward": symmetric_forward,
+        "symmetric_backward": symmetric_backward,
+    }  # fmt: skip
+
+
+def _tiles(rows: Rows, keys: Keys) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Of each tile its rows, its keys, their features, the products, +-1 for positives and others, and log p."""
-    x, _, ids, temperature, options = side.rows
+    x, _, ids, temperature, options = rows
     for part in (slice(*span) for span in streamed.spans(x.shape[0], streamed.TILE_ROWS)):
         x_part = x[part].to(temperature.dtype)
-        for place in (slice(*span) for span in streamed.spans(side.keys.features.shape[0], streamed.TILE_KEYS)):
-            y = side.keys.features[place].to(temperature.dtype)
-            products, column = x_part @ y.T, torch.arange(place.start, place.stop, device=x.device)
-            key_ids = None if ids is None else side.keys.ids[place]
-            positive = positive_tile(part, column, ids, key_ids, options.row_offset)
-            sign = positive.to(temperature.dtype).mul_(2).sub_(1)
-            yield part, place, x_part, y, products, sign, F.logsigmoid((products / temperature + bias) * sign)
+        for place in (slice(*span) for span in streamed.spans(keys.features.shape[0], streamed.TILE_KEYS)):
+            y = keys.features[place].to(temperature.dtype)
+            products, column = x_part @ y.T, torch.arange(place.start, place.stop, device=x.device) + keys.first
+            key_ids = None if ids is None else keys.ids[place]
+            sign = positive_tile(part, column, ids, key_ids, options.row_offset).to(temperature.dtype).mul_(2).sub_(1)
+            yield part, place, x_part, y, products, sign, F.logsigmoid((products / temperature + options.bias) * sign)
 
 
-def forward(problem: Problem, loss: Tensor) -> None:
-    """Writes the loss (2, B)."""
-    loss.zero_()
-    for side in sides(problem):
-        for part, place, *_, log_p in _tiles(side, problem.bias):
-            terms = focal_cross_entropy(log_p, problem.gamma) if problem.gamma else -log_p
-            loss[side.direction, part] += terms.sum(1)
-            if side.both:
-                loss[1, place] += terms.sum(0)
+def add_losses(rows: Rows, keys: Keys, positives: PositiveLists | None, losses: Tensor) -> None:
+    """See ``sigmoid.parts``."""
+    for part, place, *_, log_p in _tiles(rows, keys):
+        terms = focal_cross_entropy(log_p, rows.options.gamma) if rows.options.gamma else -log_p
+        losses[0, part] += terms.sum(1)
+        if len(losses) == 2:
+            losses[1, place] += terms.sum(0)
 
 
-def backward(grad_loss: Tensor, problem: Problem, wanted: list[bool]) -> list[Tensor | None]:
-    """The gradients that are wanted, in the order of the problem; None for the others."""
+def gradients(grad_loss: Tensor, rows: Rows, keys: Keys, wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """See ``sigmoid.parts``."""
+    temperature, options = rows.temperature, rows.options
+    sources = rows.features, keys.features, temperature, options.bias
     totals = [
-        torch.zeros_like(x, dtype=problem.temperature.dtype) if wants else None
-        for x, wants in zip(problem[:DIFFERENTIABLE], wanted, strict=True)
+        torch.zeros(x.shape if wants else 0, dtype=temperature.dtype, device=x.device)
+        for x, wants in zip(sources, wanted, strict=True)
     ]
-    temperature = problem.temperature
-    for side in sides(problem):
-        for part, place, x, y, products, sign, log_p in _tiles(side, problem.bias):
-            # 1 - p of what is right, times -w(p) dlog p / ds
-            gradient = torch.expm1(log_p).mul_(sign).mul_(side.weight(grad_loss, part, place))
-            if problem.gamma:
-                gradient *= focal_weight(log_p, problem.gamma)
-            of_products = gradient / temperature
-            if wanted[side.row_place]:
-                totals[side.row_place][part].addmm_(of_products, y)
-            if wanted[side.key_place]:
-                totals[side.key_place][place].addmm_(of_products.T, x)
-            if wanted[4]:
-                totals[4] -= (gradient * products).sum() / temperature**2
-            if wanted[5]:
-                totals[5] += gradient.sum()
-    return [None if total is None else total.to(x.dtype) for x, total in zip(problem, totals, strict=False)]
+    for part, place, x, y, products, sign, log_p in _tiles(rows, keys):
+        weight = grad_loss[0, part, None]
+        if len(grad_loss) == 2:
+            weight = weight + grad_loss[1, None, place]
+        # 1 - p of what is right, times -w(p) dlog p / ds
+        gradient = torch.expm1(log_p).mul_(sign).mul_(weight)
+        if options.gamma:
+            gradient *= focal_weight(log_p, options.gamma)
+        of_products = gradient / temperature
+        if wanted[0]:
+            totals[0][part].addmm_(of_products, y)
+        if wanted[1]:
+            totals[1][place].addmm_(of_products.T, x)
+        if wanted[2]:
+            totals[2] -= (gradient * products).sum() / temperature**2
+        if wanted[3]:
+            totals[3] += gradient.sum()
+    return tuple(total.to(x.dtype) for total, x in zip(totals, sources, strict=True))

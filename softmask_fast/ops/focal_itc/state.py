@@ -38,6 +38,7 @@ class Options(NamedTuple):
     first_negative: int  # a hard negative comes from the key columns first_negative ... last_negative - 1
     last_negative: int
     direction: int = 0  # 0: image rows, 1: text rows; keeps the two samplers apart
+    bias: Tensor | None = None  # () of the dtype of the sums, of the sigmoid's loss; None: softmax
 
     @property
     def stats(self) -> bool:
@@ -79,10 +80,10 @@ class Outputs(NamedTuple):
     hard_negative: Tensor  # (B,) int64 key column, -1 where the row has no negative in the range
 
     @classmethod
-    def empty(cls, rows: Rows, *directions: int, sigmoid: bool = False) -> Outputs:
+    def empty(cls, rows: Rows, *directions: int) -> Outputs:
         """Room for the results, of both directions with 2; the sigmoid's loss leaves no state."""
         batch, new = rows.features.shape[0], rows.temperature.new_empty
-        saved = 0 if sigmoid else batch
+        saved = batch if rows.options.bias is None else 0
         counted = batch if rows.options.stats else 0
         return cls(
             new(*directions, batch),
@@ -121,7 +122,7 @@ class Problem(NamedTuple):
 
     @property
     def options(self) -> Options:
-        return Options(*self[10:17])
+        return Options(*self[10:17], bias=self.bias)
 
     @property
     def own_keys(self) -> bool:

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softmask_fast.ops.focal_itc.sigmoid import Side, sides
-from softmask_fast.ops.focal_itc.state import DIFFERENTIABLE, Problem, expansion_order
+from softmask_fast.ops.focal_itc.positives import PositiveLists
+from softmask_fast.ops.focal_itc.state import Keys, Rows, expansion_order
 from softmask_fast.ops.focal_itc.triton_kernels import focal, log1p
 from softmask_fast.ops.focal_itc.triton_symmetric_launch import (
     CHUNK_COLUMNS,
@@ -141,16 +141,16 @@ def tiles(dtype: torch.dtype, width: int, machine: Machine) -> dict[str, int]:
 class _Launch:
     """What both kernels take of one matrix of products."""
 
-    def __init__(self, side: Side, problem: Problem):
-        self.x, self.y = with_aligned_rows(side.rows.features, 1), with_aligned_rows(side.keys.features, 1)
-        ids = None if side.rows.ids is None else side.rows.ids.contiguous()
-        key_ids = None if ids is None else side.keys.ids.contiguous()
+    def __init__(self, rows: Rows, keys: Keys, both: bool):
+        self.x, self.y = with_aligned_rows(rows.features, 1), with_aligned_rows(keys.features, 1)
+        ids, key_ids = (None if rows.ids is None else part.ids.contiguous() for part in (rows, keys))
         (self.batch, self.width), self.keys = self.x.shape, self.y.shape[0]
-        self.inputs = self.x, self.y, ids, key_ids, problem.temperature, problem.bias
-        self.strides = self.x.stride(0), self.y.stride(0)
+        self.inputs = self.x, self.y, ids, key_ids, rows.temperature, rows.options.bias
+        self.strides, self.gamma = (self.x.stride(0), self.y.stride(0)), rows.options.gamma
+        self.row_offset = rows.options.row_offset - keys.first
         self.sizes = tiles(self.x.dtype, self.width, machine_of(self.x.device))
         self.options = dict(
-            ORDER=expansion_order(problem.gamma), HAS_IDS=ids is not None, BOTH=side.both, **self.sizes,
+            ORDER=expansion_order(self.gamma), HAS_IDS=ids is not None, BOTH=both, **self.sizes,
             **element_options(self.x.dtype),
         )  # fmt: skip
 
@@ -158,69 +158,63 @@ class _Launch:
         return triton.cdiv(rows, self.sizes["BLOCK_B"]), triton.cdiv(columns, self.sizes["BLOCK_K"])
 
 
-def forward(problem: Problem, loss: Tensor) -> None:
-    """Writes the loss (2, B)."""
-    loss.zero_()
-    for side in sides(problem):
-        launch = _Launch(side, problem)
-        batch, keys, block = launch.batch, launch.keys, launch.sizes["BLOCK_B"]
-        column_tiles = launch.grid(1, keys)[1]
-        chunk = min(max(1, PARTIAL_SUMS // max(keys, column_tiles * block)) * block, batch)
-        row_parts = loss.new_empty(column_tiles, chunk)
-        column_parts = loss.new_empty(triton.cdiv(chunk, block), keys if side.both else 0)
-        with device_of(launch.x):
-            for first in range(0, batch, chunk):
-                rows = min(chunk, batch - first)
-                grid = launch.grid(rows, keys)
-                sigmoid_sums[grid](
-                    *launch.inputs, row_parts, column_parts, *launch.strides, batch, keys, launch.width, first, rows,
-                    problem.row_offset, chunk, problem.gamma, **launch.options,
-                )  # fmt: skip
-                loss[side.direction, first : first + rows] += row_parts[:, :rows].sum(0)
-                if side.both:
-                    loss[1] += column_parts[: grid[0]].sum(0)
+def add_losses(rows: Rows, keys: Keys, positives: PositiveLists | None, losses: Tensor) -> None:
+    """See ``sigmoid.parts``."""
+    both = len(losses) == 2
+    launch = _Launch(rows, keys, both)
+    batch, total, block = launch.batch, launch.keys, launch.sizes["BLOCK_B"]
+    column_tiles = launch.grid(1, total)[1]
+    chunk = min(max(1, PARTIAL_SUMS // max(total, column_tiles * block)) * block, batch)
+    row_parts = losses.new_empty(column_tiles, chunk)
+    column_parts = losses.new_empty(triton.cdiv(chunk, block), total if both else 0)
+    with device_of(launch.x):
+        for first in range(0, batch, chunk):
+            height = min(chunk, batch - first)
+            grid = launch.grid(height, total)
+            sigmoid_sums[grid](
+                *launch.inputs, row_parts, column_parts, *launch.strides, batch, total, launch.width, first, height,
+                launch.row_offset, chunk, launch.gamma, **launch.options,
+            )  # fmt: skip
+            losses[0, first : first + height] += row_parts[:, :height].sum(0)
+            if both:
+                losses[1] += column_parts[: grid[0]].sum(0)
 
 
-def backward(grad_loss: Tensor, problem: Problem, wanted: list[bool]) -> list[Tensor | None]:
-    """The gradients that are wanted, in the order of the problem; None for the others."""
-    temperature, grad_loss, gradients = problem.temperature, grad_loss.contiguous(), [None] * DIFFERENTIABLE
+def gradients(grad_loss: Tensor, rows: Rows, keys: Keys, wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """See ``sigmoid.parts``."""
+    temperature, grad_loss = rows.temperature, grad_loss.contiguous()
     largest = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     scale, totals = largest / MAGNIFY, []
-    for side in sides(problem):
-        launch = _Launch(side, problem)
-        x, y, batch, keys = launch.x, launch.y, launch.batch, launch.keys
-        chunk_rows, chunk_columns = min(CHUNK_ROWS, batch), min(CHUNK_COLUMNS, keys)
-        chunk = x.new_empty(chunk_rows, -(-chunk_columns // 16) * 16)  # rows that begin at multiples of 16 bytes
-        sums = [
-            temperature.new_empty(source.shape) if wanted[place] else None
-            for source, place in ((x, side.row_place), (y, side.key_place))
-        ]
-        with device_of(x):
-            for first in range(0, batch, chunk_rows):
-                for first_column in range(0, keys, chunk_columns):
-                    rows = slice(first, min(first + chunk_rows, batch))
-                    columns = slice(first_column, min(first_column + chunk_columns, keys))
-                    shape = rows.stop - rows.start, columns.stop - columns.start
-                    grid = launch.grid(*shape)
-                    parts = temperature.new_empty(2, grid[1], shape[0])
-                    sigmoid_gradient[grid](
-                        grad_loss[side.direction], grad_loss[1], largest, *launch.inputs, chunk, parts,
-                        *launch.strides, chunk.stride(0), batch, keys, launch.width, first, first_column, *shape,
-                        problem.row_offset, problem.gamma, MAGNIFY, **launch.options,
-                    )  # fmt: skip
-                    totals.append(parts.sum((1, 2), dtype=torch.float64))
-                    part = chunk[: shape[0], : shape[1]]
-                    if sums[0] is not None:
-                        add_product(sums[0][rows], part, y[columns], first_column == 0)
-                    if sums[1] is not None:
-                        add_product(sums[1][columns], part.T, x[rows], first == 0)
-        for total, place in zip(sums, (side.row_place, side.key_place), strict=True):
-            if total is not None:
-                unpadded = total[:, : problem[place].shape[1]] * (scale / temperature)
-                gradients[place] = unpadded.to(x.dtype)
+    launch = _Launch(rows, keys, len(grad_loss) == 2)
+    x, y, batch, total = launch.x, launch.y, launch.batch, launch.keys
+    chunk_rows, chunk_columns = min(CHUNK_ROWS, batch), min(CHUNK_COLUMNS, total)
+    chunk = x.new_empty(chunk_rows, -(-chunk_columns // 16) * 16)  # rows that begin at multiples of 16 bytes
+    sums = [
+        temperature.new_empty(source.shape) if wants else None for source, wants in zip((x, y), wanted[:2], strict=True)
+    ]
+    with device_of(x):
+        for first in range(0, batch, chunk_rows):
+            for first_column in range(0, total, chunk_columns):
+                part = slice(first, min(first + chunk_rows, batch))
+                columns = slice(first_column, min(first_column + chunk_columns, total))
+                shape = part.stop - part.start, columns.stop - columns.start
+                grid = launch.grid(*shape)
+                parts = temperature.new_empty(2, grid[1], shape[0])
+                sigmoid_gradient[grid](
+                    grad_loss[0], grad_loss[-1], largest, *launch.inputs, chunk, parts, *launch.strides,
+                    chunk.stride(0), batch, total, launch.width, first, first_column, *shape, launch.row_offset,
+                    launch.gamma, MAGNIFY, **launch.options,
+                )  # fmt: skip
+                totals.append(parts.sum((1, 2), dtype=torch.float64))
+                gradient = chunk[: shape[0], : shape[1]]
+                if wanted[0]:
+                    add_product(sums[0][part], gradient, y[columns], first_column == 0)
+                if wanted[1]:
+                    add_product(sums[1][columns], gradient.T, x[part], first == 0)
+    features = [
+        x.new_empty(0) if found is None else (found[:, : rows.features.shape[1]] * (scale / temperature)).to(x.dtype)
+        for found in sums
+    ]
     with_products, alone = torch.stack(totals).sum(0) * scale
-    if wanted[4]:
-        gradients[4] = (-with_products / temperature.double() ** 2).to(temperature.dtype)
-    if wanted[5]:
-        gradients[5] = alone.to(temperature.dtype)
-    return gradients
+    grad_temperature = (-with_products / temperature.double() ** 2).to(temperature.dtype)
+    return *features, grad_temperature, alone.to(temperature.dtype)
