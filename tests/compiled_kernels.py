@@ -238,8 +238,6 @@ def compile_case(case: Case):
     kernel, options = KERNELS[case.kernel], dict(case.constants)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     values = options | element_options(case.dtype)
-    if case.target.startswith("gfx"):
-        values["PRECISION"] = "ieee"
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(inspect.signature(kernel.fn).parameters):
         if name in values:

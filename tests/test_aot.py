@@ -1,5 +1,7 @@
 """Every configuration of the Triton kernels, compiled for real GPUs without one: no spills, it fits, tensor cores.
 
+Products of float32 take none on NVIDIA, whose would round them to parts.
+
 By itself it compiles what a training uses of each kernel; all that the launches can choose with ``make aot``.
 """
 
@@ -9,6 +11,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -45,4 +48,6 @@ def test_compiles(case, outcomes):
     assert not outcome.failure
     assert not outcome.spills
     assert outcome.shared_memory <= TARGETS[case.target].machine.shared_memory
-    assert case.kernel in WITHOUT_PRODUCTS or outcome.matrix_instructions > 0, "no tensor cores"
+    machine = TARGETS[case.target].machine
+    on_tensor_cores = case.kernel not in WITHOUT_PRODUCTS and (case.dtype != torch.float32 or not machine.capability)
+    assert (outcome.matrix_instructions > 0) == on_tensor_cores

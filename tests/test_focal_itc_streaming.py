@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import importlib
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -457,6 +459,18 @@ def test_blocks_of_keys_add_up(impl, gamma, with_ids):
     blocks, its_negative = blockwise(impl, tensors, gamma, ids, key_ids, (0, 1, 39, 61))
     torch.testing.assert_close(blocks, whole, rtol=2e-5, atol=2e-6)
     assert torch.equal(negative, its_negative)
+
+
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU, or the interpreter")
+@pytest.mark.parametrize("temperature", [0.07, 0.01, 0.2])
+def test_triton_scales_float32_logits_without_rounding(temperature):
+    """One float32 number is off by up to 6e-8, for all logits in the same direction."""
+    temperature = torch.tensor(temperature, device=device_of("triton"))
+    scales = temperature.new_empty(2)
+    importlib.import_module("scale_kernel").write_scales[(1,)](temperature, scales)
+    exact = math.log2(math.e) / temperature.double()
+    assert abs(scales[0].double() / exact - 1) > 1e-8  # alone, it would not do
+    assert abs(scales.double().sum() / exact - 1) < 1e-14
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

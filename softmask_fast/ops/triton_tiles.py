@@ -20,7 +20,7 @@ def products(
     """<left_i, right_j> of the rows of two tiles, float32.
 
     If BLOCK_C is less than the width of the tiles, their columns are loaded again, BLOCK_C at a time. float32 tiles
-    need this: split into the parts that tf32x3 multiplies, whole rows of two tiles do not fit into the registers.
+    need this: whole rows of two tiles do not fit into the registers.
     """
     if BLOCK_C == left.shape[1]:
         total = tl.dot(left, tl.trans(right), input_precision=PRECISION)

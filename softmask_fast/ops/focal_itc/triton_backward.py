@@ -19,6 +19,7 @@ from softmask_fast.ops.focal_itc.triton_kernels import (
     ROW_TEACHER_MAX,
     ROW_WEIGHT,
     load_alpha,
+    load_scales,
     may_have_positives,
     multiply,
     positive_tile,
@@ -69,21 +70,21 @@ def focal_weight(log2_p, p, gamma, ORDER: tl.constexpr):
 
 
 @triton.jit
-def logit_gradient(products, momentum, state, gamma, alpha, scale, ORDER: tl.constexpr, HAS_TEACHER: tl.constexpr):
+def logit_gradient(products, momentum, state, gamma, alpha, scales, ORDER: tl.constexpr, HAS_TEACHER: tl.constexpr):
     """dloss_i / ds_ij of a tile as if it had no positive and no dominant key, and x; formulas in ``reference.py``."""
-    x = relative(products, state[0], scale)
+    x = relative(products, state[0], scales)
     log2_p = x - state[1]
     p = tl.exp2(log2_p)
     gradient = p * state[4]
     if HAS_TEACHER:
-        soft = tl.exp2(relative(momentum, state[2], scale)) * (alpha * tl.exp2(-state[3]))
+        soft = tl.exp2(relative(momentum, state[2], scales)) * (alpha * tl.exp2(-state[3]))
         gradient -= soft * focal_weight(log2_p, p, gamma, ORDER)
     return gradient, x
 
 
 @triton.jit
 def with_few(
-    gradient, x, products, p_state, row, m_rows, B, log_sum, is_dominant, is_positive, gamma, scale,
+    gradient, x, products, p_state, row, m_rows, B, log_sum, is_dominant, is_positive, gamma, scales,
     ORDER: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
     """``logit_gradient`` completed at positives and at dominant keys."""
@@ -91,7 +92,7 @@ def with_few(
     if ANY:
         reference = tl.expand_dims(tl.load(p_state + ROW_POSITIVE_MAX * B, mask=m_rows, other=0.0), 1)
         positive_log_sum = tl.expand_dims(tl.load(p_state + ROW_POSITIVE_LOG_SUM * B, mask=m_rows, other=0.0), 1)
-        share = tl.exp2(tl.minimum(relative(products, reference, scale), 0.0) - positive_log_sum * LOG2_E)
+        share = tl.exp2(tl.minimum(relative(products, reference, scales), 0.0) - positive_log_sum * LOG2_E)
     else:
         log2_p = x - log_sum
         share = focal_weight(log2_p, tl.exp2(log2_p), gamma, ORDER)
@@ -121,7 +122,7 @@ def grad_rows(
     split = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale = LOG2_E / tl.load(p_temperature)
+    scales = load_scales(p_temperature, p_rows.dtype.element_ty)
     alpha = load_alpha(p_alpha, HAS_TEACHER)
     p_rows += first_row.to(tl.int64) * rows_b
     rows = load_tile(p_rows, tl.arange(0, BLOCK_B) * rows_b, d * rows_d, m_rows, d < D, WIDEN)
@@ -142,7 +143,7 @@ def grad_rows(
             p_rows, p_teacher, p_keys, rows_b, rows_d, teacher_b, teacher_d, keys_m, keys_d, m_rows, m_keys, D, rows,
             teacher, rows, HAS_TEACHER, RESIDENT, False, BLOCK_B, BLOCK_K, BLOCK_D, WIDEN, PRECISION,
         )  # fmt: skip
-        gradient, x = logit_gradient(products, momentum, state, gamma, alpha, scale, ORDER, HAS_TEACHER)
+        gradient, x = logit_gradient(products, momentum, state, gamma, alpha, scales, ORDER, HAS_TEACHER)
         first_number = first_key + first
         has_dominant = tl.max(((dominant >= first_number) & (dominant < first_number + BLOCK_K)).to(tl.int32), 0) > 0
         with_positives = may_have_positives(
@@ -159,8 +160,8 @@ def grad_rows(
             )
             is_dominant = number[None, :] == dominant[:, None]
             gradient = with_few(
-                gradient, x, products, p_state, row, m_rows, B, state[1], is_dominant, is_positive, gamma, scale, ORDER,
-                ANY,
+                gradient, x, products, p_state, row, m_rows, B, state[1], is_dominant, is_positive, gamma, scales,
+                ORDER, ANY,
             )  # fmt: skip
             gradient = tl.where(m_keys[None, :], gradient, 0.0)
         with_x += tl.sum(gradient * x, 1)
@@ -169,7 +170,7 @@ def grad_rows(
                 keys = load_tile(p_keys, tl.arange(0, BLOCK_K) * keys_m, c * keys_d, m_keys, c < D, WIDEN)
             total = tl.dot(gradient.to(keys.dtype), keys, total, input_precision=PRECISION)
         p_keys += BLOCK_K * keys_m
-    factor = tl.load(p_grad + row, mask=m_rows, other=0.0) * (scale * LN_2)
+    factor = tl.load(p_grad + row, mask=m_rows, other=0.0) * (scales[0] * LN_2)
     if WANTS_ROWS:
         o_total = (split.to(tl.int64) * B + row) * D
         tl.store(
@@ -200,7 +201,7 @@ def grad_keys(
     m_keys = key < M
     d = tl.arange(0, BLOCK_D)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale = LOG2_E / tl.load(p_temperature)
+    scales = load_scales(p_temperature, p_rows.dtype.element_ty)
     alpha = load_alpha(p_alpha, HAS_TEACHER)
     largest = tl.load(p_largest)
     p_keys += first.to(tl.int64) * keys_m
@@ -216,7 +217,7 @@ def grad_keys(
         )  # fmt: skip
         dominant = tl.load(p_dominant + row, mask=m_rows, other=-1).to(tl.int32)
         state = load_state(p_state, row, m_rows, B, HAS_TEACHER)
-        gradient, x = logit_gradient(products, momentum, state, gamma, alpha, scale, ORDER, HAS_TEACHER)
+        gradient, x = logit_gradient(products, momentum, state, gamma, alpha, scales, ORDER, HAS_TEACHER)
         first_number = first_key + first
         has_dominant = tl.max(((dominant >= first_number) & (dominant < first_number + BLOCK_K)).to(tl.int32), 0) > 0
         with_positives = may_have_positives(
@@ -232,8 +233,8 @@ def grad_keys(
             )
             is_dominant = number[None, :] == dominant[:, None]
             gradient = with_few(
-                gradient, x, products, p_state, row, m_rows, B, state[1], is_dominant, is_positive, gamma, scale, ORDER,
-                ANY,
+                gradient, x, products, p_state, row, m_rows, B, state[1], is_dominant, is_positive, gamma, scales,
+                ORDER, ANY,
             )  # fmt: skip
         gradient *= (tl.load(p_grad + row, mask=m_rows, other=0.0) / largest)[:, None]
         if not RESIDENT:
@@ -244,6 +245,6 @@ def grad_keys(
             p_teacher += BLOCK_B * teacher_b
     tl.store(
         p_grad_keys + key.to(tl.int64)[:, None] * D + c[None, :],
-        (total * (largest * scale * LN_2)).to(p_grad_keys.dtype.element_ty),
+        (total * (largest * scales[0] * LN_2)).to(p_grad_keys.dtype.element_ty),
         mask=m_keys[:, None] & (c < D)[None, :],
     )

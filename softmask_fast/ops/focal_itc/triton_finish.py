@@ -11,7 +11,6 @@ from softmask_fast.ops.focal_itc.triton_kernels import (
     DOMINANT_POSITIVE,
     ENTROPY,
     LN_2,
-    LOG2_E,
     MAX,
     NO_SCORE,
     OTHERS,
@@ -35,9 +34,11 @@ from softmask_fast.ops.focal_itc.triton_kernels import (
     T,
     focal,
     load_alpha,
+    load_scales,
     log1p,
     pairs_of_zeros,
     raise_maximum,
+    relative,
     store_sums,
 )
 
@@ -50,7 +51,7 @@ def merge(
     """Grid (cdiv(B, BLOCK_B),): the sums over all splits, in ascending order, into the place of the first."""
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_rows = row < B
-    scale = LOG2_E / tl.load(p_temperature)
+    scale = load_scales(p_temperature, tl.float32)[0]
     p_sums += row
     p_places += row
     zero = tl.zeros((BLOCK_B,), tl.float32)
@@ -166,7 +167,7 @@ def finish(
     """
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_rows = row < B
-    scale = LOG2_E / tl.load(p_temperature)
+    scales = load_scales(p_temperature, tl.float32)
     alpha = load_alpha(p_alpha, HAS_TEACHER)
     p_sums += row
     p_places += row
@@ -198,7 +199,7 @@ def finish(
     if HAS_TEACHER:
         teacher_max = tl.load(p_sums + TEACHER_MAX * B, mask=m_rows, other=0.0)
         teacher_dominant = tl.load(p_sums + TEACHER_DOMINANT * B, mask=m_rows, other=0.0)
-        weight = tl.exp2(tl.minimum((teacher_dominant - teacher_max) * scale, 0.0))
+        weight = tl.exp2(tl.minimum(relative(teacher_dominant, teacher_max, scales), 0.0))
         teacher_total = tl.load(p_sums + T * B, mask=m_rows, other=0.0) + weight
         teacher_log_sum = tl.log(teacher_total)
         rest_loss += alpha * soft_loss / teacher_total
@@ -209,7 +210,7 @@ def finish(
         log_mass = tl.where(
             is_positive > 0,
             log1p(-tl.minimum(one_minus_mass, 0.9999999)),
-            (positive_max - maximum) * scale * LN_2 + positive_log_sum - log_sum,
+            relative(positive_max, maximum, scales) * LN_2 + positive_log_sum - log_sum,
         )
         mass_loss, mass_weight = focal(tl.minimum(log_mass, 0.0), one_minus_mass, gamma, ORDER)
         rest_loss += (1.0 - alpha) * mass_loss

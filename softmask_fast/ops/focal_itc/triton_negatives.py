@@ -11,11 +11,11 @@ from softmask_fast.ops.focal_itc.triton_kernels import (
     BEST,
     BLANK,
     CHOICE,
-    LOG2_E,
     MAX,
     NO_SCORE,
     PLACES,
     SUMS,
+    load_scales,
     log1p,
     multiply,
     relative,
@@ -57,7 +57,7 @@ def row_negatives(
     row = first_row + tl.arange(0, BLOCK_B)
     m_rows = row < B
     d = tl.arange(0, BLOCK_D)
-    scale = LOG2_E / tl.load(p_temperature)
+    scales = load_scales(p_temperature, p_rows.dtype.element_ty)
     seed = tl.load(p_seed)
     seed_high = (seed >> 32).to(tl.uint32)
     stream = mix(seed.to(tl.uint32) ^ tl.where(direction == 1, 0x9E3779B9, 0).to(tl.uint32))
@@ -83,7 +83,7 @@ def row_negatives(
         p_keys += BLOCK_K * keys_m
         number = first_key + key
         barred = tile_of_positives(p_ids, p_key_ids, row, key, number, m_rows, m_keys, row_offset, HAS_IDS)
-        score = relative(products, maximum[:, None], scale)
+        score = relative(products, maximum[:, None], scales)
         score += gumbel((row + row_offset)[:, None], number[None, :], seed_high, stream)
         score = tl.where(barred | (m_keys == 0)[None, :], BLANK, score)
         tile_best, tile_choice = tl.max(score, 1, return_indices=True)

@@ -37,7 +37,7 @@ def tiles(
     block_m = min(max(next_power_of_2(rows + rows // 3), 32), ONE_TILE)  # ``rows`` is an average: most images fit
     if INTERPRETED:
         sizes = (16, 32, 1, 4)
-    elif not half:
+    elif not half:  # the largest that do not spill; not timed
         sizes = (16 if kernel == "backward_key_value" else 32, 32, 1, 8 if wide and machine.capability else 4)
     else:
         hopper = machine.capability == 90
@@ -54,7 +54,7 @@ def tiles(
         elif kernel == "backward_rows" and hopper and not wide:
             # the same run, dQ alone: 302 us; 1 stage: 349
             sizes = (small_m, 32, 3, 4)
-        else:
+        else:  # sm_80, Blackwell, AMD, wide heads: the largest that do not spill; not timed
             sizes = {
                 "forward": (32 if wide and not hopper else small_m, 32, 2, 4),
                 "backward_rows": (32 if wide else small_m, 32, 2 if wide else 1, 4),

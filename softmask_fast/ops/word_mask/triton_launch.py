@@ -52,7 +52,7 @@ def tiles(
         block_n = 16 if INTERPRETED else (2048 if half else 1024) // block_d
         return {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 2, **any_strides}
     if kernel in ("all_words_statistics", "all_words_map"):
-        wide = block_d > 64
+        wide = block_d > 64  # the largest that do not spill; not timed, as no training takes the maps of all words
         block_n = 64 if half and not INTERPRETED and not (wide and kernel == "all_words_map") else 32
         return {
             "BLOCK_L": 32, "BLOCK_N": block_n, "BLOCK_D": block_d,
