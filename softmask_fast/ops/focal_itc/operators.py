@@ -164,11 +164,17 @@ def _backward(grad_loss, row_state, dominant, wanted, *arguments):
             )
             for place, gradient in zip(places, found, strict=True):
                 gradients[place] = gradient if gradients[place] is None else gradients[place] + gradient
+    return gradients
+
+
+def _backward_operator(grad_loss, row_state, *arguments):
+    """The operator returns tensors: empty ones, which eager mode need not make, where no gradient is wanted."""
+    gradients = _backward(grad_loss, row_state, *arguments)
     return tuple(row_state.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 torch.library.impl("softmask_fast::focal_itc", "CompositeExplicitAutograd", _forward)
-torch.library.impl("softmask_fast::focal_itc_backward", "CompositeExplicitAutograd", _backward)
+torch.library.impl("softmask_fast::focal_itc_backward", "CompositeExplicitAutograd", _backward_operator)
 
 
 @torch.library.register_fake("softmask_fast::focal_itc")
