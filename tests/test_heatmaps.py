@@ -272,9 +272,8 @@ def test_the_loss_of_a_model_that_sees_only_masks():
     third, half = 1 / 3, 1 / 2
     assert shortcut_loss(pairs) == pytest.approx(best([1, 0, 0], [third] * 3))
     assert shortcut_loss([*pairs, "soft_masked"]) == pytest.approx(0.477, abs=5e-4)
-    assert shortcut_loss([*pairs, "soft_masked", "soft_masked_negative"]) == pytest.approx(
-        best([1, 0, 0, 1, 0], [third] * 3 + [half] * 2)
-    )
+    kinds = ["true_pair", "other_image", "soft_masked_other_text", "soft_masked"]
+    assert shortcut_loss(kinds) == pytest.approx(best([1, 0, 0, 1], [half] * 4))
 
 
 def test_overlay_puts_the_color_where_the_relevance_is():

@@ -141,7 +141,7 @@ def test_a_run_leaves_its_record(uninterrupted):
     assert list(logged) == list(range(1, STEPS + 1))
     for name in ("loss", "itc", "itm", "mlm", "itm_accuracy", "temperature", "learning_rate", "alpha", "bad_samples"):
         assert name in logged[STEPS], name
-    kinds = ("true_pair", "other_image", "other_text", "soft_masked")
+    kinds = ("true_pair", "other_image", "soft_masked_other_text", "soft_masked")
     assert sum(logged[STEPS][f"itm_{kind}"] for kind in kinds) / 4 == pytest.approx(logged[STEPS]["itm"], rel=1e-5)
     record = json.loads((uninterrupted / "evaluation.json").read_text())
     assert record["step"] == STEPS and record["data"] == SMALL["data"] and record["size"] == 32

@@ -66,8 +66,8 @@ class MetricsLog:
     - `step`: optimizer steps done; `epoch`: passes over the data so far
     - `loss`: the weighted sum of `itc`, `itm` and `mlm` (pretraining), in nats
     - `itc_image_accuracy`, `itc_text_accuracy`, `itm_accuracy`, `mlm_accuracy`, `accuracy`: fractions in [0, 1]
-    - `itm_true_pair`, `itm_other_image`, `itm_other_text`, `itm_soft_masked`: the matching loss of one kind of pair,
-      and `..._accuracy` of each; left out if a rank's batch had no pair of the kind
+    - `itm_true_pair`, `itm_other_image`, `itm_other_text` or `itm_soft_masked_other_text`, `itm_soft_masked`: the
+      matching loss of one kind of pair, and `..._accuracy` of each; left out if a rank's batch had none
     - `soft_mask_mean`: mean strength of the soft mask, 0 (keeps all) to 1; `temperature`: of the contrast
     - `learning_rate`; `alpha`: weight of the teacher's soft targets
     - `data_wait`: fraction of the time since the last line that was spent waiting for data
