@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from softmask_fast.data.remote.download import Downloader, public_part
 from softmask_fast.data.types import UnreachableFile
-from softmask_fast.errors import UsageError, format_error
+from softmask_fast.errors import UsageError, format_error, printable
 
 _FULL_PAUSE = 0.1  # seconds between checks while other downloads occupy all the space
 _SHARD = re.compile(r"[0-9a-f]+-[\w.-]+")  # what `_name` gives; other files are not ours
@@ -58,7 +58,7 @@ class ShardCache:
             raise
         except OSError as error:
             reason = f"the cache cannot be used: {format_error(error)}"
-            raise UnreachableFile(error.errno, reason, public_part(url)) from error
+            raise UnreachableFile(error.errno, reason, printable(public_part(url))) from error
 
     def index_path(self, url: str) -> Path:
         """Path of the cached index of a shard."""
