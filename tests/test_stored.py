@@ -25,10 +25,19 @@ from softmask_fast.data.sources import open_source
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.record import parse_record
 from softmask_fast.model.export import load_model
+from softmask_fast.training.options import parse_arguments
+from softmask_fast.training.run_record import check_same_run
 
 STORED = Path(__file__).parent / "stored"
 # The bits of a sum depend on its order: today's layers join query, key and value; vector width and libraries do, too.
 TOLERANCE = {"rel": 1e-4, "abs": 1e-6}
+# Options that did not exist then, which the preset sets today.
+LATER = {
+    "vision_contrast_blocks": 0,
+    "text_contrast_layers": 0,
+    "contrast_pooling": "cls",
+    "soft_masked_negatives": False,
+}
 
 
 def stored_run(folder):
@@ -37,7 +46,7 @@ def stored_run(folder):
     shutil.copytree(STORED / "run", run)
     shutil.rmtree(run / "model")
     config = json.loads((run / "config.json").read_text())["config"]
-    options = {}
+    options = dict(LATER)
     for section in ("model", "objectives", "data", "train"):
         options |= {name: value for name, value in config[section].items() if value is not None}
     del options["output_dir"]
@@ -60,6 +69,15 @@ def test_a_stored_run_is_resumed(tmp_path):
         torch.testing.assert_close(after[name], tensor, rtol=TOLERANCE["rel"], atol=TOLERANCE["abs"])
     changed = launch(run, cwd=tmp_path, common=options | {"resume": True, "colour": True})
     assert "resume: color was False in" in finish(changed, 2)
+
+
+def test_a_stored_run_is_not_resumed_with_what_the_preset_changed_since(tmp_path):
+    run, options = stored_run(tmp_path)
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    check_same_run(run, parse_arguments(["--deepspeed", "ds.json", *flags])[0])
+    for name, was, today in (("contrast_pooling", "cls", "mean"), ("soft_masked_negatives", False, True)):
+        with pytest.raises(UsageError, match=f"^resume: {name} was {was!r} in {run}, got {today!r}$"):
+            check_same_run(run, parse_arguments(["--deepspeed", "ds.json", *flags, f"--{name}", str(today)])[0])
 
 
 def test_a_stored_run_of_one_rank_is_resumed_by_two(tmp_path):

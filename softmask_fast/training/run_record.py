@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ def check_same_run(output: Path, config: RunConfig) -> None:
             continue
         if not isinstance(stored, dict) or not isinstance(stored.get(section), dict):
             raise UsageError(f"resume: {path} is not the record of a run: expected config.{section} in it")
-        before = renamed(shown(stored[section]))
+        # an option that did not exist yet had the effect of its default, whatever the presets say today
+        before = {field.name: field.default for field in fields(getattr(config, section))}
+        before |= renamed(shown(stored[section]))
         for name, value in options.items():
-            # an option that did not exist yet had the effect of its present default
-            if before.get(name, value) != value and name not in MAY_CHANGE:
+            if before[name] != value and name not in MAY_CHANGE:
                 raise UsageError(f"resume: {name} was {before[name]!r} in {output}, got {value!r}")
