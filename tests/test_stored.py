@@ -62,7 +62,8 @@ def test_a_stored_run_is_resumed(tmp_path):
     expected, resumed = metrics(STORED / "run"), metrics(run)
     assert resumed.keys() == expected.keys() == {1, 2, 3, 4}
     for step, line in expected.items():
-        assert resumed[step] == pytest.approx(line, **TOLERANCE), step
+        found = {name: resumed[step][name] for name in line}  # today more is logged
+        assert found == pytest.approx(line, **TOLERANCE), step
     before, after = (load_file(folder / "model/model.safetensors") for folder in (STORED / "run", run))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
