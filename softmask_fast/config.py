@@ -150,6 +150,9 @@ class MomentumConfig(Section):
     hard_negatives: bool = option(
         True, "Sample ITM negatives by similarity; false: uniformly, for data whose most similar pairs also match."
     )
+    hard_negatives_start: float = option(
+        0.0, "Share of the run before which negatives are uniform all the same: matching learns the easy ones first."
+    )
     queue_size: int = option(65536, "Momentum features kept per modality as contrastive keys.")
     queue_warmup_steps: float = option(
         0, "Steps before queued features are used as keys, below 1: share of the run; see docs/decisions.md."
@@ -162,7 +165,7 @@ class MomentumConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("momentum", "distill_alpha"):
+        for name in ("momentum", "distill_alpha", "hard_negatives_start"):
             _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         _require_at_least(self, 0, "focal_gamma", "queue_size")
         _require_steps_or_share(self, "queue_warmup_steps", "distill_ramp_steps")
@@ -192,8 +195,10 @@ class ObjectiveConfig(MomentumConfig):
         _require(0.001 <= self.temperature <= 0.5, "temperature", "in [0.001, 0.5]", self.temperature)
         total = self.itc_weight + self.itm_weight + self.mlm_weight
         _require(total > 0, "itc_weight", "at least one objective with a weight above 0", 0)
-        expected = "true with gathered_negatives; uniform negatives come from the rank's own batch"
-        _require(self.hard_negatives or not self.gathered_negatives, "hard_negatives", expected, self.hard_negatives)
+        if self.gathered_negatives:  # uniform ones come from the rank's own batch
+            start = self.hard_negatives_start
+            _require(self.hard_negatives, "hard_negatives", "true with gathered_negatives", self.hard_negatives)
+            _require(start == 0, "hard_negatives_start", "0 with gathered_negatives", start)
         if self.soft_masked_negatives:
             _require(self.soft_mask, "soft_mask", "true with soft_masked_negatives", self.soft_mask)
 
@@ -325,7 +330,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vision_heads": 3, "vision_weights": "random", "text_weights": "random", "text_width": 192, "text_heads": 3,
         "text_layers": 2, "fusion_layers": 3, "vocab_size": 4000, "soft_mask_layer": 1, "embed_dim": 128,
         "vision_contrast_blocks": 3, "text_contrast_layers": 1, "contrast_pooling": "mean",
-        "soft_masked_negatives": True, "hard_negatives": False,
+        "soft_masked_negatives": True, "hard_negatives_start": 0.7,
         "rand_augment": False, "crop_scale": 0.5, "eval_size": 1000,
         "queue_size": 1024, "queue_warmup_steps": 0.7, "momentum": 0.99, "distill_ramp_steps": 0.9,
         "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 0.1, "epochs": 20.0, "checkpoint_steps": 500,
@@ -337,7 +342,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_heads": 4, "text_layers": 2, "fusion_layers": 2, "vocab_size": 256, "soft_mask_layer": 0,
         "max_tokens": 32, "embed_dim": 128, "hidden_dropout": 0.0,
         "vision_contrast_blocks": 2, "text_contrast_layers": 1, "contrast_pooling": "mean",
-        "soft_masked_negatives": True, "hard_negatives": False,
+        "soft_masked_negatives": True, "hard_negatives_start": 0.7,
         "data": "shapes:objects=3", "flip": False, "rand_augment": False, "crop_scale": 0.8,
         "queue_size": 256, "queue_warmup_steps": 0.25, "momentum": 0.98, "distill_ramp_steps": 0.6,
         "batch_size": 32, "max_steps": 1600, "learning_rate": 1e-3, "warmup_steps": 0.06, "checkpoint_steps": 400,

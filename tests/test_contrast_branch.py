@@ -9,6 +9,8 @@ from softmask_fast.config import ModelConfig, ObjectiveConfig
 from softmask_fast.errors import UsageError
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.training.options import make_config
+from softmask_fast.training.schedule import Schedule
 
 OWN = ("vision.vit.blocks.2.", "vision.vit.norm.", "text.bert.encoder.layer.1.", "image_proj", "text_proj")
 
@@ -89,6 +91,13 @@ def test_refuses_impossible_numbers(options, message):
         make_model(**options)
 
 
+def test_negatives_become_hard_at_their_share_of_the_run():
+    schedule = Schedule.of(make_config("tiny", hard_negatives_start=0.4), 10, 100)
+    assert [schedule.settings(step, 0, 0).hard_negatives for step in range(10)] == [False] * 4 + [True] * 6
+    with pytest.raises(UsageError, match="hard_negatives_start: expected 0 with gathered_negatives, got 0.4"):
+        ObjectiveConfig(hard_negatives_start=0.4, gathered_negatives=True)
+
+
 def test_refuses_soft_masked_negatives_without_soft_masks():
     with pytest.raises(UsageError, match="soft_mask: expected true with soft_masked_negatives, got False"):
         ObjectiveConfig(soft_masked_negatives=True, soft_mask=False)
@@ -121,4 +130,4 @@ def mean_of_rows(text, mask):
 def test_the_paper_has_none_of_it():
     model, objectives = ModelConfig(), ObjectiveConfig()
     assert model.vision_contrast_blocks == model.text_contrast_layers == 0 and model.contrast_pooling == "cls"
-    assert objectives.hard_negatives and not objectives.soft_masked_negatives
+    assert objectives.hard_negatives and not objectives.hard_negatives_start and not objectives.soft_masked_negatives

@@ -250,4 +250,4 @@ def test_where_graphs_do_not_apply():
     assert "xformers" in graph_refusal(step, replace(config.train, attention="xformers"), gpu)
     assert "fine-tuning" in graph_refusal(step.model, config.train, gpu)
     step.objectives = replace(step.objectives, hard_negatives=False)
-    assert "hard_negatives" in graph_refusal(step, config.train, gpu)
+    assert "uniform negatives" in graph_refusal(step, config.train, gpu)

@@ -25,6 +25,7 @@ class StepSettings:
     alpha: float | Tensor  # weight of the teacher's soft targets
     seed: int | Tensor  # of the negatives drawn in the step
     use_queue: bool = True  # whether the queued features are contrastive keys beside those of the batch
+    hard_negatives: bool = True  # where the objectives have them
 
 
 def distills(alpha: float | Tensor) -> bool:

@@ -194,7 +194,7 @@ class PretrainingStep(nn.Module):
         )
         if newest is not None:
             teacher.queue.enqueue(*newest)
-        if not self.objectives.hard_negatives:
+        if not (self.objectives.hard_negatives and settings.hard_negatives):
             generator = torch.Generator(batch.ids.device).manual_seed(settings.seed)
             image, text = (draw_any_other(batch.ids, generator) for _ in range(2))
             stats = stats._replace(image_hard_negative=image, text_hard_negative=text)

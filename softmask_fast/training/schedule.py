@@ -22,13 +22,15 @@ class Schedule:
     queue_warmup: int  # steps before queued features are keys
     ramp: int  # steps until alpha is `distill_alpha`
     distill_alpha: float
+    uniform: int  # steps before negatives are hard
 
     @classmethod
     def of(cls, config: RunConfig, steps: int, steps_per_epoch: int) -> Schedule:
         momentum = config.objectives
         ramp = steps_per_epoch if momentum.distill_ramp_steps is None else momentum.distill_ramp_steps
         lengths = (config.train.warmup_steps, momentum.queue_warmup_steps if momentum.queue_size else 0, ramp)
-        return cls(steps, config.train, *(steps_of(length, steps) for length in lengths), momentum.distill_alpha)
+        uniform = round(momentum.hard_negatives_start * steps)
+        return cls(steps, config.train, *(steps_of(n, steps) for n in lengths), momentum.distill_alpha, uniform)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at the last step."""
@@ -46,7 +48,7 @@ class Schedule:
     def settings(self, step: int, micro_step: int, rank: int) -> StepSettings:
         """The settings of one micro step of an optimizer step."""
         seed = step_seed(self.train.seed, step, micro_step, rank)
-        return StepSettings(alpha=self.alpha(step), seed=seed, use_queue=step >= self.queue_warmup)
+        return StepSettings(self.alpha(step), seed, step >= self.queue_warmup, step >= self.uniform)
 
     def unfinished(self) -> str | None:
         """One line about the warm-ups that the run does not get through; None if there are none."""
