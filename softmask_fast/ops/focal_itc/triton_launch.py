@@ -35,7 +35,7 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine, crowded
         sizes = (16, 32, min(block_d, 32), min(block_d, 32), 4, 1)
     elif dtype == torch.float32:
         # by what compiles without spills, on Blackwell with fewer columns at a time; not timed
-        more_warps = 8 if backward and block_d > 32 and nvidia else 4
+        more_warps = 8 if (backward or crowded) and block_d > 32 and nvidia else 4
         columns = 16 if machine.capability >= 100 else 32
         sizes = (32, 32, max(16, min(block_d // 2, columns)), min(block_d, 128), more_warps, 1)
     elif machine.shared_memory < 200 * 1024 or kernel == "row_negatives":
