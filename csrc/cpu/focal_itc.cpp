@@ -60,6 +60,14 @@ SOFTMASK_INLINE float largest(const float* values, int64_t size) {
     return maximum;
 }
 
+// 0, or NaN where a product is not finite: the loops below would leave out what is not a number or minus infinity.
+SOFTMASK_INLINE float poison(const float* values, int64_t size) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < size; ++j) sum += values[j] * 0.0f;
+    return sum;
+}
+
 // Adds one key, outside of the loop over the tile.
 void add_key(Sums& sums, double x, double teacher_weight, int order, bool positive) {
     const double e = std::exp(x);
@@ -157,7 +165,7 @@ SOFTMASK_INLINE void draw(
         scores[j] = (products[j] - maximum) * inverse - log_positive(exponential);
     }
     const float best = largest(scores + from, to - from);
-    if (best <= sums.best) return;
+    if (!(best > sums.best)) return;  // of NaN, too
     sums.best = best;
     places.best = tile.first_key + (std::find(scores + from, scores + to, best) - scores);
 }
@@ -177,6 +185,8 @@ SOFTMASK_CLONES void sums_of_rows(
             sums.best = NO_SCORE;
             places = {0, 0, -1};
         }
+        sums.negative += poison(products, tile.keys);
+        if (teacher) sums.negative += poison(teacher, tile.keys);
         auto teacher_weight = [&](double product) {
             return teacher ? std::exp((product - sums.teacher_maximum) * inverse) : 0.0;
         };
@@ -422,9 +432,10 @@ void focal_itc_finish(
         }
         // p W - t w for the dominant key, without the difference of near equals that it is where p and t are near 1
         const double gradient = p * rest.weight - others / totals.total * target * dominant.weight + mass_gradient;
-        const double loss = rest.loss + target * dominant.loss;
+        const double lost = totals.total * 0;  // NaN where a product is not finite, whose row has no loss
+        const double loss = rest.loss + target * dominant.loss + lost;
         // The backward has log_sum in float32, so all its p of a row are off by one factor: here W takes it back.
-        const double weight = (rest.weight + target * dominant.weight + mass_weight) *
+        const double weight = (rest.weight + target * dominant.weight + mass_weight + lost) *
                               std::exp(static_cast<float>(totals.log_sum) - totals.log_sum);
         losses[n] = static_cast<float>(loss);
         dominants[n] = state.places[n].dominant;
@@ -439,13 +450,13 @@ void focal_itc_finish(
         save(ROW_HARD, hard);
         save(ROW_POSITIVE_MAX, s.positive_max);
         save(ROW_POSITIVE_LOG_SUM, std::log(s.positive_sum));
-        save(ROW_DOMINANT_GRADIENT, gradient);
+        save(ROW_DOMINANT_GRADIENT, gradient + lost);
         if (!stats) continue;
         const double figures_of_row[3] = {
-            positive ? 1.0 : 0.0, totals.log_sum - s.entropy / totals.total,
+            (positive ? 1.0 : 0.0) + lost, totals.log_sum - s.entropy / totals.total,
             (s.positive + (positive ? 1 : 0)) / totals.total};
         for (int64_t k = 0; k < 3; ++k) figures[(direction * 3 + k) * rows + i] = static_cast<float>(figures_of_row[k]);
-        negatives[n] = state.places[n].best;
+        negatives[n] = lost == 0 ? state.places[n].best : -1;
     }
 }
 

@@ -27,6 +27,9 @@ struct Term {
     float loss, gradient;  // f(p) and df / ds
 };
 
+// NaN where the product is not finite: a pair without a number has no loss.
+SOFTMASK_INLINE float logit(float product, float inverse, float bias) { return product * inverse + bias + product * 0.0f; }
+
 // Of a negative with the logit s: p = sigmoid(-s). From e = exp(-|s|), without cancellation.
 template <int ORDER>
 SOFTMASK_INLINE Term negative(float s, float gamma) {
@@ -44,7 +47,7 @@ SOFTMASK_INLINE Term negative(float s, float gamma) {
 
 // Of a positive with that product: f(p), and df / ds of p = sigmoid(s).
 Focal positive(double product, const Tile& tile, const Loss& loss) {
-    const double s = product * tile.inverse + loss.bias, e = std::exp(-std::abs(s));
+    const double s = product * tile.inverse + loss.bias + product * 0, e = std::exp(-std::abs(s));
     const double one_minus_p = (s < 0 ? 1 : e) / (1 + e);
     const Focal term = focal(std::min(s, 0.0) - std::log1p(e), one_minus_p, loss.gamma);
     return {term.loss, -one_minus_p * term.weight};
@@ -78,7 +81,7 @@ SOFTMASK_CLONES void losses_of_rows(
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (int64_t j = 0; j < tile.keys; ++j) {
-                const float term = negative<order>(products[j] * inverse + bias, gamma).loss;
+                const float term = negative<order>(logit(products[j], inverse, bias), gamma).loss;
                 sum += term;
                 products[j] = term;
             }
@@ -117,7 +120,7 @@ SOFTMASK_CLONES void gradients_of_rows(
             float with_products = 0, alone = 0;
 #pragma omp simd reduction(+ : with_products, alone)
             for (int64_t j = 0; j < tile.keys; ++j) {
-                const float of_logit = negative<order>(products[j] * inverse + bias, gamma).gradient * weight[j];
+                const float of_logit = negative<order>(logit(products[j], inverse, bias), gamma).gradient * weight[j];
                 with_products += of_logit * products[j];
                 alone += of_logit;
                 products[j] = of_logit * inverse;

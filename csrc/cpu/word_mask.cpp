@@ -105,7 +105,7 @@ SOFTMASK_INLINE float given_softmax_row(float* logits, int64_t tokens, int64_t h
     const float shift = log_sum_exp == -infinity ? infinity : log_sum_exp;  // no key at all: a map of zeros
     for (int64_t n = 0; n < tokens; ++n) {
         const float x = logits[n] - shift;
-        logits[n] = exp_negative(x > 88.0f ? 88.0f : x);  // positive by rounding, or by a wrong log_sum_exp
+        logits[n] = x > 88.0f ? infinity : exp_negative(x);  // positive by rounding, or by a wrong log_sum_exp
     }
     return 1.0f / static_cast<float>(heads);
 }

@@ -1,23 +1,24 @@
 """Arguments of the operators: checks, whose messages name the argument, what was expected and what came, and dtypes.
 
 The checks read sizes, dtypes and devices, so they never synchronize with a GPU and trace under `torch.compile`. Values
-(`check_index_range`, `as_scalar`) are only read on the CPU.
+(`check_index_range`, `host_value`) are only read on the CPU.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+LARGEST_NUMBER = 1e12  # of temperatures, scales, caps and biases
+LARGEST_GAMMA = 1000.0
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
+def _names(dtypes: Sequence[torch.dtype | torch.layout]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
@@ -38,6 +39,10 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {_names([value.layout])}")
+    if like is None and value.device.type == "meta":
+        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {_names([value.dtype])}")
     shape = value.shape
@@ -60,18 +65,30 @@ def check_tensor(
     return value
 
 
-def check_has_tokens(key: Tensor) -> None:
-    """Raises ValueError if there is nothing to attend to."""
+def check_has_tokens(query: Tensor, key: Tensor) -> None:
+    """Raises ValueError without a head or a column, or if there is nothing to attend to. query is (..., H, [L,] D)."""
+    heads, width = query.shape[1], query.shape[-1]
+    if heads < 1 or width < 1:
+        what = "head" if heads < 1 else "column"
+        raise ValueError(f"query: expected at least one {what}, got size {tuple(query.shape)}")
     if key.shape[2] < 1:
         raise ValueError(f"key: expected at least one token, got size {tuple(key.shape)}")
 
 
 def check_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> float:
-    """Returns a Python number as a float. Raises TypeError for anything else, ValueError if it is out of range."""
+    """Returns a Python number as a float. Raises TypeError for anything else, ValueError if it is out of range.
+
+    Every number is finite and at most `LARGEST_NUMBER` in size, one above 0 at least the inverse of it: what is beyond
+    would overflow or vanish in the sums of one implementation, and not in those of another.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+        raise ValueError(f"{name}: expected a finite number of size at most {LARGEST_NUMBER:g}, got {value!r:.40}")
     if above is not None and not value > above:
         raise ValueError(f"{name}: expected a number above {above}, got {value}")
+    if above == 0 and value < 1 / LARGEST_NUMBER:
+        raise ValueError(f"{name}: expected a number of at least {1 / LARGEST_NUMBER:g}, got {value}")
     if at_least is not None and not value >= at_least:
         raise ValueError(f"{name}: expected a number of at least {at_least}, got {value}")
     return float(value)
@@ -91,10 +108,10 @@ def check_index_range(name: str, index: Tensor, size: int) -> None:
 
 
 def check_gamma(gamma: object) -> float:
-    """Returns gamma as a float. Raises unless it is a finite number of at least 0."""
+    """Returns gamma as a float. Raises unless it is a number from 0 to `LARGEST_GAMMA`."""
     gamma = check_number("gamma", gamma, at_least=0)
-    if not math.isfinite(gamma):
-        raise ValueError(f"gamma: expected a finite number, got {gamma}")
+    if gamma > LARGEST_GAMMA:
+        raise ValueError(f"gamma: expected a number of at most {LARGEST_GAMMA:g}, got {gamma}")
     return gamma
 
 
@@ -103,16 +120,17 @@ def check_teachers(
 ) -> Tensor | None:
     """Returns alpha as a 0-dim float64 tensor on the device of `image`, None where it is the number 0.
 
-    Raises unless it is in [0, 1], which of a tensor is not read, and the teachers are like `image`, or None at alpha 0.
+    Raises unless it is in [0, 1] and the teachers are like `image`, or None at alpha 0.
     """
     soft = isinstance(alpha, Tensor)
     if soft:
         check_tensor("alpha", alpha, (), like=("image", image))
-    else:
-        alpha = check_number("alpha", alpha, at_least=0)
-        if alpha > 1:
-            raise ValueError(f"alpha: expected a number from 0 to 1, got {alpha}")
-        soft = alpha > 0
+    value = host_value(alpha)
+    if value is not None:
+        value = check_number("alpha", value, at_least=0)
+        if value > 1:
+            raise ValueError(f"alpha: expected a number from 0 to 1, got {value}")
+    soft = soft or alpha > 0
     for name, teacher in (("teacher_image", teacher_image), ("teacher_text", teacher_text)):
         if teacher is not None:
             check_tensor(name, teacher, tuple(image.shape), like=("image", image), same_dtype=True)
@@ -132,6 +150,19 @@ def check_seed(seed: int | Tensor, image: Tensor, needed: bool) -> Tensor | None
     else:
         check_integer("seed", seed, -(2**63), 2**63 - 1)
     return as_device_number(seed, torch.int64, image) if needed else None
+
+
+def host_value(value: float | Tensor) -> float | None:
+    """What the host knows of a number: of a 0-dim tensor its value on the CPU, None on a GPU and under `torch.compile`.
+
+    Reading a GPU's value would block the host until the device is idle, so there no range is checked, and the formulas
+    take the value as it is.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
+        return None
+    return float(value.detach())
 
 
 def as_device_number(value: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -158,16 +189,17 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
 
 
-def as_scalar(temperature: float | Tensor, image: Tensor) -> Tensor:
-    """The temperature as a 0-dim tensor in the `compute_dtype` of the image; the graph of a tensor stays."""
+def as_scalar(name: str, number: float | Tensor, image: Tensor, above: float | None = None) -> Tensor:
+    """A number as a 0-dim tensor in the `compute_dtype` of the image; the graph of a tensor stays."""
     dtype = compute_dtype(image.dtype)
-    if not isinstance(temperature, Tensor):
-        value = check_number("temperature", temperature, above=0)
-        return torch.full((), value, dtype=dtype, device=image.device)
-    check_tensor("temperature", temperature, (), dtypes=FLOAT_DTYPES, like=("image", image))
-    if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not float(temperature.detach()) > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {float(temperature.detach())}")
-    return temperature.to(dtype)
+    if isinstance(number, Tensor):
+        check_tensor(name, number, (), like=("image", image))
+    value = host_value(number)
+    if value is not None:
+        value = check_number(name, value, above=above)
+    if isinstance(number, Tensor):
+        return number.to(dtype)
+    return torch.full((), value, dtype=dtype, device=image.device)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,16 +10,13 @@ from torch import Tensor
 
 from softmask_fast.ops import registry, triton_support
 from softmask_fast.ops.checks import (
-    as_device_number,
     as_scalar,
     check_choice,
     check_gamma,
     check_integer,
-    check_number,
     check_seed,
     check_teachers,
     check_tensor,
-    compute_dtype,
 )
 from softmask_fast.ops.extension import cpu_unavailable_reason
 from softmask_fast.ops.focal_itc import cpp, cpp_sigmoid, operators, reference, sigmoid, streamed
@@ -121,12 +118,11 @@ def focal_itc_loss(
         image_keys, text_keys: (M, d), both or neither. By default the other modality's batch (CLIP), so M = B and the
             gradient reaches each feature as a row and as a key. With queues (ALBEF) the keys are the batch's momentum
             features and then the queue.
-        temperature: positive float, or a 0-dim tensor, which gets its gradient.
-        gamma: focal exponent, >= 0; 0 is plain cross-entropy. 0, 1, 2 and 3 are the fastest.
+        temperature: number from 1e-12 to 1e12, or a 0-dim tensor, which gets its gradient.
+        gamma: focal exponent, from 0 to 1000; 0 is plain cross-entropy. 0, 1, 2 and 3 are the fastest.
         teacher_image, teacher_text: (B, d) momentum features of the same rows, constants. Needed where alpha > 0.
         alpha: weight in [0, 1] of the teacher's soft targets ``softmax(teacher @ keys.T / temperature)``. A number, or
-            a 0-dim tensor on the device of the features, which the device alone reads: its range is not checked, as
-            the host would have to wait for it, and the teachers are used whatever it holds.
+            a 0-dim tensor on the device of the features: then the teachers are used whatever it holds.
         ids, key_ids: (B,) and (M,) int64; the keys whose id equals the row's are its positives, each duplicate counts.
             A row without one raises. ``key_ids`` defaults to ``ids`` where the keys default to the batch. Without ids
             the positive of row i is key ``row_offset + i``.
@@ -139,7 +135,8 @@ def focal_itc_loss(
         loss: "softmax": which of the keys belongs to a row. "sigmoid": whether it does, asked of each pair alone (with
             gamma 0 SigLIP's); a row's loss is the sum over its keys, each key with its id is a positive, there are no
             soft targets, and the statistics are those of the softmax of the same logits.
-        bias: added to the logits of "sigmoid": a number or a 0-dim tensor, which gets its gradient; None: 0.
+        bias: added to the logits of "sigmoid": a number of size at most 1e12 or a 0-dim tensor, which gets its
+            gradient; None: 0.
         seed: of the hard negatives: a number, or a 0-dim int64 tensor, as alpha. A draw depends on (seed, direction,
             row_offset + row) and the row's softmax alone.
         impl: implementation by name; None takes the best one that runs here: without a kernel the definition, and where
@@ -150,8 +147,13 @@ def focal_itc_loss(
         and temperature; none to the teachers, none through the statistics.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU the values of ids and
-            temperature are not read by the host: an id without a key trips a device-side assertion there.
+        TypeError, ValueError: naming the argument, what was expected and what came; the same for every implementation.
+            On a GPU, and under `torch.compile`, the host reads no tensor, as it would wait for the device: an id
+            without a key trips a device-side assertion there, and a 0-dim tensor out of its range enters the formulas
+            as it is.
+
+    A row has a loss of NaN where one of its products, or of its teacher's, with any key is not finite, by every
+    implementation; of its own products, it has NaN for statistics and no hard negative (-1).
     """
     check_tensor("image", image, ("B", "d"))
     batch, width = image.shape
@@ -175,7 +177,7 @@ def focal_itc_loss(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     first_negative, last_negative = _check_negative_range(negative_range, keys)
     seed = check_seed(seed, image, return_stats)
-    temperature = as_scalar(temperature, image)
+    temperature = as_scalar("temperature", temperature, image, above=0)
 
     bias = check_loss(loss, bias, positives, alpha, image)
     teachers = [None if alpha is None else teacher.detach() for teacher in (teacher_image, teacher_text)]
@@ -228,10 +230,7 @@ def check_loss(
         raise ValueError(f"positives: expected 'mean' with loss='sigmoid', got {positives!r}")
     if alpha is not None:
         raise ValueError("alpha: expected 0 with loss='sigmoid', which has no soft targets, got another")
-    dtype = compute_dtype(image.dtype)
-    if isinstance(bias, Tensor):
-        return check_tensor("bias", bias, (), like=("image", image)).to(dtype)
-    return as_device_number(0.0 if bias is None else check_number("bias", bias), dtype, image)
+    return as_scalar("bias", 0.0 if bias is None else bias, image)
 
 
 def _check_keys(image: Tensor, image_keys: Tensor | None, text_keys: Tensor | None) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from softmask_fast.ops.checks import check_number
 from softmask_fast.ops.focal_itc.operators import BlockwiseForward
 from softmask_fast.ops.focal_itc.positives import PositiveLists, positive_lists
 from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Problem, Rows, expansion_order
@@ -58,7 +59,7 @@ class _Sums:
     """The sums of the rows of one direction, or of both, over tiles of products."""
 
     def __init__(self, temperature: Tensor, options: Options, directions: int, batch: int):
-        self.options, self.order, self.inverse = options, expansion_order(options.gamma), 1 / float(temperature)
+        self.options, self.order, self.inverse = options, expansion_order(options.gamma), inverse_of(temperature)
         self.passes = 1 if self.order >= 0 else 2
         self.sampler = (
             options.stats, options.first_negative, options.last_negative, int(options.seed) if options.stats else 0,
@@ -89,6 +90,11 @@ class _Sums:
             self.sums, self.places, count, self.inverse, options.gamma, self.order, number(options.alpha),
             options.any_positive, options.stats, *out,
         )  # fmt: skip
+
+
+def inverse_of(temperature: Tensor) -> float:
+    """1 / temperature. Raises ValueError out of its range, which a compiled graph has not checked."""
+    return 1 / check_number("temperature", float(temperature), above=0)
 
 
 def number(alpha: Tensor | None) -> float:
@@ -124,7 +130,7 @@ def _gradients(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rows, keys and temperature, of one direction or of both: grad_loss (directions, B)."""
-    options, inverse, lists = rows.options, 1 / float(rows.temperature), lists or (None,) * 3
+    options, inverse, lists = rows.options, inverse_of(rows.temperature), lists or (None,) * 3
     of_inverse = torch.zeros(dominant.shape, dtype=torch.float64)
     numbers = options.gamma, expansion_order(options.gamma), number(options.alpha), options.any_positive
     saved = *numbers, grad_loss.contiguous(), row_state, dominant, of_inverse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softmask_fast.ops.focal_itc.cpp import add_gradients, tiles_of
+from softmask_fast.ops.focal_itc.cpp import add_gradients, inverse_of, tiles_of
 from softmask_fast.ops.focal_itc.positives import PositiveLists, positive_lists
 from softmask_fast.ops.focal_itc.state import Keys, Rows, expansion_order
 
@@ -18,7 +18,7 @@ def _arguments(
     if positives is None and rows.ids is not None:
         positives = positive_lists(rows.ids, keys)
     focal = options.row_offset, options.gamma, expansion_order(options.gamma)
-    return (1 / float(rows.temperature), float(options.bias)), (keys.first, *(positives or (None,) * 3), *focal)
+    return (inverse_of(rows.temperature), float(options.bias)), (keys.first, *(positives or (None,) * 3), *focal)
 
 
 def add_losses(rows: Rows, keys: Keys, positives: PositiveLists | None, losses: Tensor) -> None:

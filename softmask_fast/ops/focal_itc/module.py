@@ -137,6 +137,7 @@ class FocalITCLoss(nn.Module):
         alpha = self._check(rows, teacher_image, teacher_text, alpha, queue)
         check_choice("negatives", negatives, NEGATIVES)
         check_seed(seed, image, False)
+        temperature = as_scalar("temperature", temperature, image, above=0)
         ring_bias = check_loss(self.loss, bias, self.positives, alpha, image)
         teacher = None if teacher_image is None else Features(teacher_image, teacher_text, ids)
         joined = self._join(rows, teacher, queue)
@@ -155,9 +156,7 @@ class FocalITCLoss(nn.Module):
         ranges = {"keys": (0, keys), "batch": (0, joined.total), "rank": (joined.offset, joined.offset + joined.rows)}
         options = dict(negative_range=ranges[negatives], return_stats=return_stats, seed=seed)
         if ring:
-            loss, stats = self._ring(
-                joined, rows, teacher, queued, as_scalar(temperature, image), ring_bias, alpha=alpha, **options
-            )
+            loss, stats = self._ring(joined, rows, teacher, queued, temperature, ring_bias, alpha=alpha, **options)
         else:
             image_keys, text_keys, key_ids = self._gather_keys(joined, rows, newest, queued)
             result = focal_itc_loss(

@@ -41,7 +41,7 @@ def focal_weight(log_p: Tensor, gamma: float) -> Tensor:
     log_p = log_p.clamp(max=0.0)  # a sum of probabilities may round to a little above 1
     one_minus_p = -torch.expm1(log_p)
     # -p log p / (1 - p), which tends to 1 where p tends to 1
-    ratio = torch.where(one_minus_p > 0, -torch.exp(log_p) * log_p / one_minus_p, 1.0)
+    ratio = torch.where(one_minus_p <= 0, 1.0, -torch.exp(log_p) * log_p / one_minus_p)  # NaN stays
     return one_minus_p**gamma * (1 + gamma * ratio)
 
 
@@ -95,6 +95,14 @@ def positive_mask(
     return mask
 
 
+def poison(products: Tensor) -> Tensor:
+    """(B, 1) zeros, NaN where a product of the row is not finite.
+
+    Such a row has no loss. The formulas alone would hide minus infinity, as its p is 0, and with it a diverged feature.
+    """
+    return (products * 0).sum(dim=1, keepdim=True)
+
+
 def focal_itc_direction(rows: Rows, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of the loss; gradients to rows, keys and temperature.
 
@@ -104,11 +112,13 @@ def focal_itc_direction(rows: Rows, keys: Keys) -> tuple[Tensor, Tensor, Tensor]
     dtype = temperature.dtype
     x, y = x.to(dtype), keys.features.to(dtype)
     positive = positive_mask(x.shape[0], y.shape[0], ids, keys.ids, options.row_offset, x.device)
-    log_p = torch.log_softmax(x @ y.T / temperature, dim=1)
+    products = x @ y.T
+    log_p = torch.log_softmax(products / temperature, dim=1) + poison(products)
     target = None
     if options.alpha is not None:
         with torch.no_grad():
-            target = options.alpha * torch.softmax(teacher.to(dtype) @ y.T / temperature, dim=1)
+            products = teacher.to(dtype) @ y.T
+            target = options.alpha * torch.softmax(products / temperature, dim=1) + poison(products)
     if not options.any_positive:
         hard = positive * (positive.sum(dim=1, keepdim=True, dtype=dtype).reciprocal() * options.hard)
         target = hard if target is None else target + hard
@@ -134,7 +144,8 @@ def sigmoid_direction(rows: Rows, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
     The statistics are those of the softmax of the same logits.
     """
     x, _, ids, temperature, options = rows
-    logits = x.to(temperature.dtype) @ keys.features.to(temperature.dtype).T / temperature + options.bias
+    products = x.to(temperature.dtype) @ keys.features.to(temperature.dtype).T
+    logits = products / temperature + options.bias + products * 0  # NaN where a product is not finite, see `poison`
     positive = positive_mask(*logits.shape, ids, keys.ids, options.row_offset, logits.device)
     log_p = F.logsigmoid(torch.where(positive, logits, -logits))
     loss = focal_cross_entropy(log_p, options.gamma).sum(dim=1)
@@ -145,7 +156,8 @@ def sigmoid_direction(rows: Rows, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
 
 def _statistics(log_p: Tensor, positive: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
-    correct = positive.gather(1, log_p.argmax(dim=1, keepdim=True)).squeeze(1).to(p.dtype)
+    lost = log_p.isnan().any(dim=1)
+    correct = positive.gather(1, log_p.argmax(dim=1, keepdim=True)).squeeze(1).to(p.dtype).masked_fill(lost, torch.nan)
     entropy = -(p * log_p).sum(dim=1)
     positive_probability = (p * positive).sum(dim=1)
     noise_keys = row_keys(options.row_offset, p.shape[0], options.seed, options.direction)
@@ -154,4 +166,4 @@ def _statistics(log_p: Tensor, positive: Tensor, options: Options) -> tuple[Tens
     barred = positive | (column < options.first_negative) | (column >= options.last_negative)
     choice = score.masked_fill(barred, -torch.inf).argmax(dim=1)
     statistics = torch.stack([correct, entropy, positive_probability])
-    return statistics, torch.where(barred.all(dim=1), -1, choice)
+    return statistics, torch.where(barred.all(dim=1) | lost, -1, choice)

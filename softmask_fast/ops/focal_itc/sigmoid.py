@@ -79,7 +79,8 @@ def _tiles(rows: Rows, keys: Keys) -> Iterator[tuple[slice, slice, Tensor, Tenso
             products, column = x_part @ y.T, torch.arange(place.start, place.stop, device=x.device) + keys.first
             key_ids = None if ids is None else keys.ids[place]
             sign = positive_tile(part, column, ids, key_ids, options.row_offset).to(temperature.dtype).mul_(2).sub_(1)
-            yield part, place, x_part, y, products, sign, F.logsigmoid((products / temperature + options.bias) * sign)
+            logits = products / temperature + options.bias + products * 0  # NaN where a product is not finite
+            yield part, place, x_part, y, products, sign, F.logsigmoid(logits * sign)
 
 
 def add_losses(rows: Rows, keys: Keys, positives: PositiveLists | None, losses: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from softmask_fast.ops.focal_itc import operators
 from softmask_fast.ops.focal_itc import state as layout
 from softmask_fast.ops.focal_itc.positives import PositiveLists, positive_tile
-from softmask_fast.ops.focal_itc.reference import focal_cross_entropy, focal_weight
+from softmask_fast.ops.focal_itc.reference import focal_cross_entropy, focal_weight, poison
 from softmask_fast.ops.focal_itc.sampling import negative_log_exponential, row_keys
 from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Rows
 
@@ -54,7 +54,7 @@ class _RunningSum:
         terms.scatter_(1, place, terms.gather(1, place).masked_fill_(better[:, None], 0.0))
         replaced = better & (old_max > self.lowest)
         decay = torch.exp((old_max - new_max) / self.temperature)
-        self.others[part] = (old_others + replaced) * decay + terms.sum(dim=1)
+        self.others[part] = (old_others + replaced) * decay + terms.sum(dim=1) + poison(products).squeeze(1)
         self.argmax[part] = torch.where(better, tile_argmax + first_key, self.argmax[part])
         self.max[part] = new_max
 
@@ -190,6 +190,7 @@ class Forward(operators.BlockwiseForward):
         below_max = (self.positives.max - self.student.max) / self.temperature
         log_mass = below_max + state[layout.ROW_POSITIVE_LOG_SUM] - state[layout.ROW_LOG_SUM]
         self.statistics[2] = log_mass.exp()
+        self.statistics[0] += self.student.others * 0  # NaN where a product is not finite
         if options.any_positive:
             state[layout.ROW_HARD] = options.hard * focal_weight(log_mass, options.gamma)
             state[layout.ROW_WEIGHT] += state[layout.ROW_HARD]

@@ -224,23 +224,25 @@ def finish(
         target += hard * is_positive
     # p W - t w of the dominant key, without the difference of near equals that it is where p and t are near 1
     gradient = p * rest_weight - others / total * target * dominant_weight + mass_gradient
+    lost = (others + maximum + teacher_max) * 0.0  # NaN where a product is not finite, whose row has no loss
 
     p_state += row
-    tl.store(p_loss + row, rest_loss + target * dominant_loss, mask=m_rows)
+    tl.store(p_loss + row, rest_loss + target * dominant_loss + lost, mask=m_rows)
     tl.store(p_state + ROW_MAX * B, maximum, mask=m_rows)
     tl.store(p_state + ROW_LOG_SUM * B, log_sum, mask=m_rows)
     tl.store(p_state + ROW_TEACHER_MAX * B, teacher_max, mask=m_rows)
     tl.store(p_state + ROW_TEACHER_LOG_SUM * B, teacher_log_sum, mask=m_rows)
-    weight = rest_weight + target * dominant_weight + mass_weight
+    weight = rest_weight + target * dominant_weight + mass_weight + lost
     tl.store(p_state + ROW_WEIGHT * B, weight, mask=m_rows)
     tl.store(p_state + ROW_HARD * B, hard, mask=m_rows)
     tl.store(p_state + ROW_POSITIVE_MAX * B, positive_max, mask=m_rows)
     tl.store(p_state + ROW_POSITIVE_LOG_SUM * B, positive_log_sum, mask=m_rows)
-    tl.store(p_state + ROW_DOMINANT_GRADIENT * B, gradient, mask=m_rows)
+    tl.store(p_state + ROW_DOMINANT_GRADIENT * B, gradient + lost, mask=m_rows)
     tl.store(p_dominant + row, dominant.to(tl.int64), mask=m_rows)
     if STATS:
         entropy = log_sum - tl.load(p_sums + ENTROPY * B, mask=m_rows, other=0.0) * LN_2 / total
-        tl.store(p_statistics + row, is_positive, mask=m_rows)
+        choice = tl.where(lost == 0.0, tl.load(p_places + CHOICE * B, mask=m_rows, other=0), -1)
+        tl.store(p_statistics + row, is_positive + lost, mask=m_rows)
         tl.store(p_statistics + B + row, entropy, mask=m_rows)
         tl.store(p_statistics + 2 * B + row, (positive + is_positive) / total, mask=m_rows)
-        tl.store(p_negative + row, tl.load(p_places + CHOICE * B, mask=m_rows, other=0).to(tl.int64), mask=m_rows)
+        tl.store(p_negative + row, choice.to(tl.int64), mask=m_rows)

@@ -357,7 +357,10 @@ def row_sums(
         x = relative(products, maximum[:, None], scales)
         e = tl.exp2(x)
         others, positive, entropy, best = sums
-        others += tl.sum(e, 1)
+        lost = products * 0.0  # NaN where a product is not finite: minus infinity alone would add nothing
+        if HAS_TEACHER:
+            lost = (products + momentum) * 0.0
+        others += tl.sum(e + lost, 1)
         if STATS:
             entropy += tl.sum(e * x, 1)
         if HAS_TEACHER:

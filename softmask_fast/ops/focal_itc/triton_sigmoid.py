@@ -57,7 +57,7 @@ def sigmoid_tile(
     sign = tl.where(wanted[:, None] == found[None, :], 1.0, -1.0)
     temperature = tl.load(p_temperature)
     scale = tl.div_rn(tl.full(temperature.shape, 1.0, tl.float32), temperature)
-    z = (products * scale + tl.load(p_bias)) * sign
+    z = (products * scale + tl.load(p_bias) + products * 0.0) * sign  # NaN where a product is not finite
     e = tl.exp(-tl.abs(z))
     return products, sign, tl.minimum(z, 0.0) - log1p(e), tl.where(z > 0.0, e, 1.0) / (1.0 + e)
 

@@ -112,7 +112,7 @@ def add_tile(products, scale, reference, offset, r0, c0, B, p_columns, BLOCK_B: 
     if (r0 + BLOCK_B > B) | (c0 + BLOCK_K > B) | ((r0 < c0 + BLOCK_K) & (c0 < r0 + BLOCK_B)):
         counted = (row < B)[:, None] & (column < B)[None, :] & (row[:, None] != column[None, :])
         products = tl.where(counted, products, BLANK)
-    e = tl.exp2((products - reference) * scale + offset)
+    e = tl.exp2((products - reference) * scale + offset) + products * 0.0  # NaN where a product is not finite
     tl.store(p_columns + column, tl.sum(e, 0), mask=column < B)
     return tl.sum(e, 1)
 
@@ -184,7 +184,7 @@ def sums_again(
         )
         counted = (column < B)[None, :] & (row[:, None] != column[None, :])
         raised = tl.maximum(maximum, tl.max(tl.where(counted, products, BLANK), 1))
-        e = tl.where(counted, tl.exp2((products - raised[:, None]) * scale), 0.0)
+        e = tl.where(counted, tl.exp2((products - raised[:, None]) * scale) + products * 0.0, 0.0)
         total = total * tl.exp2((maximum - raised) * scale) + tl.sum(e, 1)
         maximum = raised
     return maximum, total
@@ -219,7 +219,7 @@ def finish_direction(
     exponent = ((bits >> 23) - 127).to(tl.float32)
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     # log2 of (1 - p) / p: exponents apart from mantissas, so that large x lose nothing; the last term keeps NaN
-    ratio = tl.where(others == 0.0, -1e30, tl.log2(mantissa) + (exponent - x)) + (others - others)
+    ratio = tl.where(others == 0.0, -1e30, tl.log2(mantissa) + (exponent - x)) + (others + diagonal) * 0.0
     log_p = -(tl.maximum(ratio, 0.0) * LN_2 + log1p(tl.exp2(-tl.abs(ratio))))
     one_minus_p = tl.div_rn(others, total)
     loss, weight = focal(log_p, one_minus_p, gamma, ORDER)

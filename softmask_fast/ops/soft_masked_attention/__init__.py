@@ -94,7 +94,7 @@ def soft_masked_attention(
             raise ValueError("boundaries: expected at least one element, got none")
         sequences = boundaries.shape[0] - 1
     check_tensor("key", key, ("B", heads, "N", width), like=("query", query), same_dtype=True)
-    check_has_tokens(key)
+    check_has_tokens(query, key)
     images, _, tokens, _ = key.shape
     check_tensor("value", value, (images, heads, tokens, width), like=("query", query), same_dtype=True)
     if image_index is not None:

@@ -261,4 +261,7 @@ def backward(
         if key_value_gradient:
             d_key[block.images] = logits_gradient.flatten(2, 3).mT @ queries.flatten(2, 3)
             d_value[block.images] = weights.flatten(2, 3).mT @ grads.flatten(2, 3)
+    if key_value_gradient and image_index is not None:  # zero, whatever an image that no sequence sees holds
+        unseen = torch.bincount(image_index, minlength=key.shape[0]) == 0
+        d_key[unseen], d_value[unseen] = 0.0, 0.0
     return d_query, d_key, d_value, d_keep

@@ -160,9 +160,9 @@ def _checked(
     batch, heads, length, width = query.shape
     same = {"like": ("query", query), "same_dtype": True}
     check_tensor("key", key, (batch, "Hk", "N", width), **same)
-    check_has_tokens(key)
+    check_has_tokens(query, key)
     key_heads = key.shape[1]
-    if heads % key_heads if key_heads else heads:
+    if not key_heads or heads % key_heads:
         raise ValueError(f"key: expected a number of heads that divides the {heads} of query, got {key_heads}")
     check_tensor("value", value, (batch, key_heads, key.shape[2], width), **same)
     check_tensor("grad_output", grad_output, (batch, heads, length, width), **same)
