@@ -98,10 +98,17 @@ def test_the_fused_operator_takes_the_place_of_the_matrix():
     assert {f"softmask_fast.{name}.default" for name in names} <= ours.operations
 
 
+@pytest.mark.parametrize("arguments", [dict(world_size=0), dict(rank=3), dict(use_horovod=True)])
+def test_what_has_no_effect_on_one_process_is_accepted(arguments):
+    image, text = features(4)
+    theirs = ClipLoss(**arguments)(image, text, torch.tensor(5.0))
+    torch.testing.assert_close(FocalClipLoss(gamma=0, **arguments)(image, text, torch.tensor(5.0)), theirs)
+
+
 def test_bad_arguments_are_named():
     image, text = features(4)
     for arguments, message in (
-        (dict(use_horovod=True), "use_horovod: expected False"),
+        (dict(use_horovod=True, world_size=2), "use_horovod: expected False"),
         (dict(rank=2, world_size=2), "rank: expected a number from 0 to world_size - 1 = 1, got 2"),
         (dict(gamma=-1), "gamma: expected a number of at least 0"),
     ):

@@ -35,8 +35,9 @@ class FocalClipLoss(nn.Module):
     Args:
         local_loss, gather_with_grad: see above; no effect on one process.
         cache_labels: accepted for compatibility, no effect: there are no labels.
-        rank, world_size: of the default process group, which must be initialized for `world_size > 1`.
-        use_horovod: not supported.
+        rank, world_size: of the default process group, which must be initialized for `world_size > 1`. As in `ClipLoss`
+            a `world_size` below that is one process, whatever the rank.
+        use_horovod: not supported on several processes.
         gamma: focal exponent, >= 0; 0 is `ClipLoss`.
         impl: implementation of `focal_itc_loss`; None: the best one that runs here.
 
@@ -57,9 +58,9 @@ class FocalClipLoss(nn.Module):
         impl: str | None = None,
     ):
         super().__init__()
-        if use_horovod:
+        if use_horovod and world_size > 1:
             raise ValueError("use_horovod: expected False, as FocalClipLoss only uses torch.distributed; got True")
-        if not 0 <= rank < world_size:
+        if world_size > 1 and not 0 <= rank < world_size:
             raise ValueError(f"rank: expected a number from 0 to world_size - 1 = {world_size - 1}, got {rank}")
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
         self.rank, self.world_size = rank, world_size
