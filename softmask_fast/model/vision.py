@@ -120,8 +120,14 @@ class VisionEncoder(nn.Module):
         self.vit.pos_embed[:, -len(positions) :] = positions
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv), N = prefix_tokens + rows * columns."""
+        """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv), N = prefix_tokens + rows * columns.
+
+        Raises UsageError for images of another size.
+        """
         vit = self.vit
+        height, width = vit.patch_embed.img_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, height, width):
+            raise UsageError(f"pixels: expected size (B, 3, {height}, {width}), got {tuple(pixels.shape)}")
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pixels))))
         tokens = self._run(vit.blocks[: len(vit.blocks) - self.contrast_blocks], tokens)
         if self.contrast_blocks:  # the norm's weights are the contrast's; keys and values have weights of their own

@@ -92,9 +92,9 @@ class VisionLanguageModel(nn.Module):
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        """input_ids (B, L) int64, attention_mask (B, L) bool and its packing -> tokens (B, L, C), 0 at padding, and
-        unit features (B, d)."""
-        tokens, summary = self.text.encode(input_ids, attention_mask, packing)
+        """input_ids (B, L) int64, attention_mask (B, L) bool, or a tokenizer's of 0 and 1, and its packing -> tokens
+        (B, L, C), 0 at padding, and unit features (B, d)."""
+        tokens, summary = self.text.encode(input_ids, attention_mask.bool(), packing)
         return tokens, F.normalize(self.text_projection(summary), dim=-1)
 
     def match_tokens(
@@ -104,7 +104,8 @@ class VisionLanguageModel(nn.Module):
         of each text (None: image i for text i) -> logits (S, 2), [:, 1] for "matched"."""
         keys_values = self.fusion.keys_values(image_tokens)
         positions = first_tokens(text_tokens)
-        return self.match_head(self.fusion(text_tokens, attention_mask, keys_values, image_index, positions=positions))
+        mask = attention_mask.bool()
+        return self.match_head(self.fusion(text_tokens, mask, keys_values, image_index, positions=positions))
 
     def match_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """pixels (B, 3, image_size, image_size), input_ids (B, L) int64, attention_mask (B, L) bool -> logits (B, 2),
@@ -116,7 +117,7 @@ class VisionLanguageModel(nn.Module):
         """Arguments as for `match_logits` -> logits (B, L, V) over the vocabulary at every token, given the image."""
         text_tokens, _ = self.encode_text(input_ids, attention_mask)
         keys_values = self.fusion.keys_values(self.vision(pixels))
-        return self.language_head(self.fusion(text_tokens, attention_mask, keys_values))
+        return self.language_head(self.fusion(text_tokens, attention_mask.bool(), keys_values))
 
     def matched_score(self, fused: Tensor) -> Tensor:
         """Fused [CLS] (S, C) -> the logit of "matched" (S,), whose Grad-CAM explains a word."""
@@ -152,7 +153,7 @@ class VisionLanguageModel(nn.Module):
         with torch.no_grad():
             text_tokens, _ = self.encode_text(input_ids, attention_mask)
             keys_values = self.fusion.keys_values(self.vision(pixels))
-        return word_gradcam(*self.relevance_inputs(text_tokens, attention_mask, keys_values, layer))
+        return word_gradcam(*self.relevance_inputs(text_tokens, attention_mask.bool(), keys_values, layer))
 
 
 def clamped(parameter: Tensor, low: float, high: float) -> Tensor:
