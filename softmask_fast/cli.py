@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softmask_fast import __version__
-from softmask_fast.errors import UsageError, format_error, is_user_error, printable
+from softmask_fast.errors import UsageError, format_error, is_user_error, one_line, printable
 from softmask_fast.installation import explain_missing
 from softmask_fast.options import CommandParser
 from softmask_fast.utils import write_json
@@ -340,7 +340,9 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"--device: {error}") from error
+        raise UsageError(f"--device: {one_line(error)}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: expected cpu or cuda, got {name}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device: expected one of {torch.cuda.device_count()} CUDA devices, got {name}")
     return device

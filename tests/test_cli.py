@@ -195,3 +195,19 @@ def test_every_option_of_every_command_takes_both_spellings():
             check_both_spellings(command, option, tuple(required))
     (prepare,) = (command for name, command in commands.choices.items() if name == "prepare")
     assert "--short_side" in prepare.format_help() and "--short-side" not in prepare.format_help()
+
+
+@pytest.mark.parametrize("name", ["meta", "xla", "nothing", "cuda:99"])
+def test_a_device_that_runs_nothing_is_refused(name, tmp_path, capsys):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    model = Path(__file__).parent / "stored" / "run" / "model"
+    files = ["--image", str(tmp_path / "a.png"), "--out", str(tmp_path / "o.png")]
+    assert main(["explain", "--model", str(model), "--text", "a", *files, "--device", name]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("softmask-fast: error: --device: ") and error.count("\n") == 1
+
+
+def test_what_is_no_url_is_refused(capsys):
+    model = str(Path(__file__).parent / "stored" / "run" / "model")
+    assert main(["evaluate", "--model", model, "--task", "retrieval", "--data", "https://[::1/val.tar"]) == 2
+    assert "data: https://[::1/val.tar is no URL: " in capsys.readouterr().err

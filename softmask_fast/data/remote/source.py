@@ -240,7 +240,10 @@ def expand_urls(urls: Sequence[str]) -> list[str]:
     """Replaces patterns ("*") and folders ("/" at the end) by their shards. Raises UsageError if there are none."""
     found: list[str] = []
     for url in urls:
-        protocol = urlsplit(url).scheme
+        try:
+            protocol = urlsplit(url).scheme
+        except ValueError as error:
+            raise UsageError(f"data: {url} is no URL: {error}") from error
         if "::" in url:
             raise UsageError(f"data: {url}: expected a plain URL, not a chain of file systems")
         if protocol in ("http", "https") or not ("*" in url or url.endswith("/")):
