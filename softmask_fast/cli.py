@@ -1,4 +1,4 @@
-"""The command `softmask-fast`: prepare data, evaluate and explain models, run the ablation, examine the machine.
+"""The command `softmask-fast`: prepare data, train, evaluate and explain models, examine the machine.
 
 Each command imports what it needs, so that --help answers at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 1 if `doctor` found a fault, and 2 after a message about a user error."""
     parser = _parser()
     options, others = parser.parse_known_args(argv)
-    if others and options.run is not _ablate:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others and options.run not in (_train, _finetune, _ablate):
+        options.parser.refuse(others)
     options.others = others
     try:
         return options.run(options) or 0
@@ -44,16 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"softmask-fast: error: {_explain_error(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="softmask-fast", description="Prepare data; evaluate and explain models.")
+    parser = CommandParser(prog="softmask-fast", description="Prepare data; train, evaluate and explain models.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add_command(name: str, run: Callable, help: str, *parents: CommandParser, **settings: Any) -> CommandParser:
         command = commands.add_parser(name, help=help, description=run.__doc__, parents=parents, **settings)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command, debug=False)
         return command
 
     debug = CommandParser(add_help=False)
@@ -122,12 +125,22 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--short_side", type=int, metavar="PIXELS", help=side_help)
     prepare.add_argument("--workers", type=int, metavar="N", help="Processes (default: all cores).")
 
+    devices = CommandParser(add_help=False)
+    devices_help = "GPUs of this machine to train on (default: all); without a GPU processes (default: 1)."
+    devices.add_argument_group("where").add_argument("--devices", type=int, metavar="N", help=devices_help)
+    # --help is the scripts' own
+    for name, run, help in (
+        ("train", _train, "Pretrain a model."),
+        ("finetune", _finetune, "Fine-tune it for a task."),
+    ):
+        add_command(name, run, help, devices, add_help=False).set_defaults(shown=[devices])
+
     others = "All other options are passed to softmask_fast/train.py in every run: --data, --preset, --epochs ..."
     ablate_help = "Compare the parts of the method."
-    ablate = add_command("ablate", _ablate, ablate_help, debug, epilog=others, allow_abbrev=False)
+    ablate = add_command("ablate", _ablate, ablate_help, debug, epilog=others)
     ablate.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="Folder of runs and table.")
     ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="Runs per row (default: 3).")
-    ablate.add_argument("--deepspeed", default="ds.json", metavar="FILE", help="DeepSpeed options (default: ds.json).")
+    ablate.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration (default: ZeRO stage 1).")
     launcher_help = "Options of deepspeed, as in --launcher='--num_gpus 4'."
     ablate.add_argument("--launcher", default="", metavar="OPTIONS", help=launcher_help)
 
@@ -137,6 +150,23 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add_command("doctor", _doctor, "Examine this machine and installation.", debug)
     doctor.add_argument("--json", type=Path, metavar="FILE", help="Also write the report to this file.")
     return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    """Pretrain a model."""
+    return _start("train", options)
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    """Fine-tune a model for a task."""
+    return _start("finetune", options)
+
+
+def _start(script: str, options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from softmask_fast.launcher import start
+
+    return start(script, options.others, options.devices, options.shown)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

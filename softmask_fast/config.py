@@ -272,7 +272,9 @@ class TrainConfig(Section):
     )
     profile: int = option(0, "Trace this many steps, after 3 others, to trace.json in the output folder.")
     seed: int = option(0, "Seed of the weights, the data order and the augmentation.")
-    resume: bool = option(False, "Resume from the newest checkpoint in output_dir.")
+    resume: bool | str = option(
+        False, "Continue the run of output_dir, with its options; 'auto': begin one if there is none."
+    )
     checkpoint_steps: int = option(1000, "Steps between checkpoints.")
     keep_checkpoints: int = option(2, "Number of checkpoints to keep.")
     eval_epochs: float = option(
@@ -291,6 +293,7 @@ class TrainConfig(Section):
         for name in ("max_steps", "eval_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
+        _require(self.resume in (True, False, "auto"), "resume", "true, false or 'auto'", self.resume)
         _require(not self.resume or self.output_dir is not None, "output_dir", "the folder of the run to resume", None)
 
 

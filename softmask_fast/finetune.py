@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     # Python puts the folder of a script first, where our modules would hide others of the same name.
     sys.path[0] = os.path.dirname(sys.path[0])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this imports ends it without a traceback
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from softmask_fast.data.loader import SampleLoader
@@ -21,6 +22,7 @@ from softmask_fast.evaluation.plots import plot_curves
 from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.tasks.options import FinetuneConfig, parse_arguments
 from softmask_fast.tasks.recipes import TASKS, predictions
+from softmask_fast.training.deepspeed_engine import this_device
 from softmask_fast.training.launch import StopRequest, run_script
 from softmask_fast.training.periodic_eval import Evaluator, TaskEvaluation
 from softmask_fast.training.ranks import run_on_all_ranks
@@ -28,8 +30,8 @@ from softmask_fast.training.trainer import Trainer, loader_options
 from softmask_fast.utils import write_text
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_script("finetune.py", argv, parse_arguments, work)
+def main(argv: list[str] | None = None, name: str = "finetune.py") -> int:
+    return run_script(name, argv, parse_arguments, work)
 
 
 def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
@@ -49,7 +51,7 @@ def build_trainer(config: FinetuneConfig, deepspeed_config: dict[str, Any], outp
 def build_step(config: FinetuneConfig, output: Path) -> tuple[nn.Module, MomentumCopy, SampleLoader, Evaluator | None]:
     """The module that DeepSpeed wraps, the momentum teacher, the loader, and the evaluator if there is eval_data."""
     train, task = config.train, TASKS[config.task]
-    device = torch.device(get_accelerator().current_device_name())
+    device = this_device()
     torch.manual_seed(train.seed)
     model, tokenizer = task.model(config)
     image_size = model.config.image_size

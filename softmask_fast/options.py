@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from softmask_fast.config import RENAMED, renamed
 from softmask_fast.errors import UsageError
-from softmask_fast.utils import parse_json
+from softmask_fast.utils import parse_json, read_json
+
+# DeepSpeed's configuration where no file is named; the numbers that both know come from our options. As in ds.json.
+DEEPSPEED = {"zero_optimization": {"stage": 1}, "steps_per_print": 1_000_000_000}
+ESSENTIAL = (
+    "model", "data", "eval_data", "output_dir", "resume", "max_steps", "epochs", "batch_size", "learning_rate", "seed",
+)  # fmt: skip
+NOT_STORED = ("output_dir", "resume", "compile")  # what a resumed run is told, or decides anew for its machine
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
     """What the launcher and DeepSpeed need; not part of the run's configuration."""
 
-    deepspeed: str
+    deepspeed: str | dict[str, Any]  # path of DeepSpeed's configuration, or that of a stored run
     local_rank: int
+    verbose: bool = False
 
 
 def spell(arguments: Sequence[str]) -> list[str]:
@@ -37,46 +47,133 @@ def _spell(option: re.Match) -> str:
     return f"--{'no_' if option[1] else ''}{RENAMED.get(name, name)}"
 
 
-class OneSpelling:
-    """Mixin of argument parsers: options may be given with hyphens or underscores; --help shows the underscores."""
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser for options with hyphens or underscores; --help shows the underscores. It takes no abbreviation
+    for an option, and suggests one for a mistyped name."""
 
-    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        return super().add_argument(*(name for name in names if "-" not in name.lstrip("-")), **settings)
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **settings: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **settings)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         return super().parse_known_args(spell(sys.argv[1:] if args is None else args), namespace)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        options, others = self.parse_known_args(args, namespace)
+        if others:
+            self.refuse(others)
+        return options
 
-class CommandParser(OneSpelling, argparse.ArgumentParser):
-    """argparse's parser with `OneSpelling`."""
+    def refuse(self, others: Sequence[str]) -> None:
+        """End with a message about arguments that the parser does not know."""
+        options = [other.split("=")[0] for other in others if other.startswith("-")]
+        if not options:
+            self.error(f"unexpected argument: {others[0]}")
+        known = [name for action in self._actions for name in action.option_strings if action.help != argparse.SUPPRESS]
+        self.error(f"unknown option: {options[0]}{did_you_mean(options[0], known)}")
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown name: the known one that it begins, or is most like, if there is one."""
+    similar = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+class _Help(argparse.HelpFormatter):
+    """Adds defaults, in brackets, to the help; where they are None the help says what that means."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, argparse.SUPPRESS) or action.nargs == 0:
+            return action.help
+        default = str(action.default).lower() if isinstance(action.default, bool) else action.default
+        return f"{action.help} [{default}]"
+
+
+_YES, _NO = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", type(None): "none"}
+_METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
+
+
+def _reader(kinds: Sequence[Any]) -> Callable[[str], Any]:
+    """Reads the text of an option as the first of the types that it fits; "none" is None."""
+
+    def read(text: str) -> Any:
+        for kind in kinds:
+            if kind is type(None) and text.lower() == "none":
+                return None
+            if kind is bool and text.lower() in _YES + _NO:
+                return text.lower() in _YES
+            if kind in (int, float, str):
+                with suppress(ValueError):
+                    return kind(text)
+        raise argparse.ArgumentTypeError(f"expected {' or '.join(_NAMES[kind] for kind in kinds)}, got {text!r}")
+
+    return read
+
+
+def _add_field(group: argparse._ArgumentGroup, field: Field, hint: Any) -> None:
+    kinds = sorted(get_args(hint) or (hint,), key=lambda kind: kind is str)  # every text is a str
+    metavar = "|".join(_METAVARS[kind] for kind in kinds if kind is not type(None))
+    settings = {"type": _reader(kinds), "default": field.default, "metavar": metavar, "help": field.metadata["help"]}
+    if bool in kinds:
+        settings |= {"nargs": "?", "const": True}
+    group.add_argument(f"--{field.name}", **settings)
+    if field.default is True:  # the short form of false
+        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", **hidden)
 
 
 def section_parser(
-    sections: dict[str, type], choice: str, table: dict[str, dict[str, Any]], default: str | None, description: str
-) -> argparse.ArgumentParser:
+    sections: dict[str, type], choice: str, table: dict[str, dict[str, Any]], default: str | None, description: str,
+    prog: str | None = None, parents: Sequence[argparse.ArgumentParser] = (),
+) -> CommandParser:  # fmt: skip
     """A parser with a flag for every field of the sections, --`choice`, --config and what the launcher adds."""
-    from transformers import HfArgumentParser  # slow to import, and not needed to load a trained model
-
-    class SectionParser(OneSpelling, HfArgumentParser):
-        pass
-
-    parser = SectionParser(tuple(sections.values()), description=description)
+    usage = f"%(prog)s [--{choice} {'|'.join(table)}] [options]"
+    description += f" In brackets: the default, which --{choice} decides."
+    settings = {"description": description, "formatter_class": _Help, "add_help": False, "parents": parents}
+    parser = CommandParser(prog=prog, usage=usage, **settings)
+    first = parser.add_argument_group("first of all")
+    first.add_argument("-h", "--help", action="help", help=f"Show this; with --{choice}, its defaults.")
     about = f"Defaults of the other options; default: {default}." if default else "Task to fine-tune (required)."
-    parser.add_argument(f"--{choice}", choices=sorted(table), help=about)
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of the options.")
-    parser.add_argument("--deepspeed", "--deepspeed_config", metavar="FILE", help="DeepSpeed configuration (ds.json).")
-    parser.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
+    first.add_argument(f"--{choice}", choices=list(table), help=about)
+    for name, section in sections.items():
+        group, hints = parser.add_argument_group(name, section.__doc__.split("\n\n")[0]), get_type_hints(section)
+        for field in fields(section):
+            _add_field(first if field.name in ESSENTIAL else group, field, hints[field.name])
+    first.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of the options.")
+    about = "DeepSpeed's configuration; default: ZeRO stage 1, in a resumed run that of before."
+    first.add_argument("--deepspeed", "--deepspeed_config", metavar="FILE", help=about)
+    about = "Print all that a run decides and stores at its start, and what DeepSpeed has to say."
+    first.add_argument("--verbose", action="store_true", help=about)
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by the launcher
     return parser
+
+
+def stored_record(folder: str | Path) -> dict[str, Any] | None:
+    """What the run in a folder last said of itself, at its start or when it was resumed; None if there is no run. Raises
+    UsageError if it is damaged."""
+    first = Path(folder) / "config.json"
+    if not first.is_file():
+        return None
+    path = max(first.parent.glob("config-from-step-*.json"), default=first)
+    record = read_json(path, "resume")
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise UsageError(f"resume: {path} is not the record of a run: expected config in it")
+    return record
 
 
 def parse_sections(
     sections: dict[str, type], choice: str, table: dict[str, dict[str, Any]], default: str | None, description: str,
     argv: Sequence[str] | None, more_defaults: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: {},
+    prog: str | None = None, parents: Sequence[argparse.ArgumentParser] = (),
 ) -> tuple[str, dict[str, Any], LaunchOptions]:  # fmt: skip
     """Parse flags and an optional --config file.
 
-    A flag wins over the file, the file over `more_defaults`, these over the row of the table, the row over the
-    dataclasses' defaults. Returns the row's name, the value of every option, and the launcher's options.
+    A flag wins over the file, the file over what a run to resume has stored, or else over `more_defaults`, these over
+    the row of the table, the row over the dataclasses' defaults. Returns the row's name, the value of every option, and
+    the launcher's options.
 
     Args:
         sections: the dataclasses whose fields are the options, by name.
@@ -85,28 +182,42 @@ def parse_sections(
         default: the row without that flag; None: the flag is required.
         description: shown by --help.
         more_defaults: further defaults, given the options parsed so far.
+        prog: name of the program in --help and in argparse's messages; None: that of the script.
+        parents: parsers whose options --help shows as well.
 
     Raises:
-        SystemExit: argparse, for unknown flags.
-        UsageError: for an unknown row, and for a file that cannot be read or has unknown options.
+        SystemExit: argparse, for --help, unknown flags and values of another type.
+        UsageError: for an unknown row, another one than that of the run to resume, and for a file that cannot be read
+            or has unknown options.
     """
-    parser = section_parser(sections, choice, table, default, description)
-    first, _ = parser.parse_known_args(argv)
-    from_file = _read_file(first.config) if first.config else {}
-    row = getattr(first, choice) or from_file.get(choice, default)
-    from_file.pop(choice, None)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = section_parser(sections, choice, table, default, description, prog, parents)
+    asked, _ = parser.parse_known_args([text for text in argv if text not in ("-h", "--help")])
+    from_file = _read_file(asked.config) if asked.config else {}
+    names = [field.name for section in sections.values() for field in fields(section)]
+    for name in from_file.keys() - {choice, *names}:
+        raise UsageError(f"{asked.config}: unknown option {name!r}{did_you_mean(name, names)}")
+    parser.set_defaults(**from_file)
+    asked, _ = parser.parse_known_args([text for text in argv if text not in ("-h", "--help")])
+
+    record = (stored_record(asked.output_dir) if asked.resume and asked.output_dir else None) or {"config": {}}
+    row, before = getattr(asked, choice), record["config"].get(choice)
+    if before is not None and row not in (None, before):
+        raise UsageError(f"{choice}: was {before!r} in the run of {asked.output_dir}, got {row!r}")
+    row = row or before or default
+    kept = [record["config"].get(section) for section in sections]  # a damaged one is refused when the run is resumed
+    stored = renamed({name: value for part in kept if isinstance(part, dict) for name, value in part.items()})
+    left_out = {*NOT_STORED, *record.get("incomplete", ())}  # the latter had passwords or signatures
+    stored = {name: value for name, value in stored.items() if name in names and name not in left_out}
+    parser.set_defaults(**table.get(row, {}) | stored | from_file)
+    options = parser.parse_args(argv)
     if row not in table:
         raise UsageError(f"{choice}: expected one of {sorted(table)}, got {row!r}")
-    if unknown := sorted(from_file.keys() - {f.name for section in sections.values() for f in fields(section)}):
-        raise UsageError(f"{first.config}: unknown options {unknown}")
-    parser.set_defaults(**table[row] | from_file)
-    options = parser.parse_args(argv)
-    if more := more_defaults(vars(options)):
+    if not stored and (more := more_defaults(vars(options))):
         parser.set_defaults(**table[row] | more | from_file)
         options = parser.parse_args(argv)
-    if not options.deepspeed:
-        parser.error("--deepspeed: expected the path of a DeepSpeed configuration such as ds.json")
-    return row, vars(options), LaunchOptions(options.deepspeed, options.local_rank)
+    deepspeed = options.deepspeed or record.get("deepspeed", DEEPSPEED)
+    return row, vars(options), LaunchOptions(deepspeed, options.local_rank, options.verbose)
 
 
 def build_sections(sections: dict[str, type], options: dict[str, Any]) -> dict[str, Any]:

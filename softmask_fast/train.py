@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,10 +14,10 @@ from typing import Any
 if sys.path and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     # Python puts the folder of a script first, where our modules would hide others of the same name.
     sys.path[0] = os.path.dirname(sys.path[0])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this imports ends it without a traceback
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.config import Config
@@ -30,6 +31,7 @@ from softmask_fast.model.initialize import load_pretrained, weights_tokenizer
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.training.deepspeed_engine import this_device
 from softmask_fast.training.launch import StopRequest, run_script
 from softmask_fast.training.options import parse_arguments
 from softmask_fast.training.periodic_eval import Evaluator
@@ -38,8 +40,8 @@ from softmask_fast.training.trainer import Trainer, loader_options
 from softmask_fast.utils import replacing
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_script("train.py", argv, parse_arguments, work)
+def main(argv: list[str] | None = None, name: str = "train.py") -> int:
+    return run_script(name, argv, parse_arguments, work)
 
 
 def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
@@ -50,7 +52,7 @@ def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: S
     if finished and rank == 0:
         evaluator = trainer.evaluator
         shown = (evaluator.evaluation, evaluator.reports, evaluator.curves()) if evaluator else (None, [], [])
-        report_run(output, config, *shown, get_accelerator().current_device_name())
+        report_run(output, config, *shown, this_device())
         if evaluator and len(shown[2]) > 1:
             print(evaluator.summary(), flush=True)
 
@@ -120,7 +122,7 @@ def build_step(
     config: Config, source: CaptionSource, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[PretrainingStep, MomentumTeacher, PretrainingLoader]:
     """The module that DeepSpeed wraps, the momentum teacher, and the loader."""
-    device = torch.device(get_accelerator().current_device_name())
+    device = this_device()
     loader = PretrainingLoader(
         source, tokenizer, image_size=config.model.image_size, max_tokens=config.model.max_tokens,
         mask_probability=config.objectives.mask_probability, **loader_options(config, device),

@@ -116,8 +116,7 @@ else:
             lines.write('{"step": 7, "epo')
     dist.barrier()
     tune("entailment", RESUMED | {"resume": True}, root / "resumed")
-    unmeasured = {name: value for name, value in RESUMED.items() if name != "eval_data"}
-    tune("entailment", unmeasured | {"resume": True}, root / "unmeasured")
+    tune("entailment", RESUMED | {"eval_data": "none", "resume": True}, root / "unmeasured")
     model, _ = load_model(root / "pretrained" / "model")
     if dist.get_rank() == 0:
         save_albef(model, root / "albef.pth")

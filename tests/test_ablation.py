@@ -120,7 +120,7 @@ def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(tmp_path, mon
 
     (second / "evaluation.json").unlink()  # as if it had been killed before its end
     assert run_ablation(flags(TINY), output, seeds=1, deepspeed=DS) == stored
-    assert "resuming after step 2" in (second / "run.log").read_text()
+    assert "resumed  after step 2\n" in (second / "run.log").read_text()
 
     (second / "evaluation.json").unlink()
     assert main([*command, "--launcher=--no_such_option"]) == 2

@@ -166,6 +166,13 @@ def test_unknown_options_end_with_usage(capsys):
     assert "invalid choice: 'juggling'" in capsys.readouterr().err
 
 
+def test_a_mistyped_option_gets_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--task", "vqa", "--model", "m", "--data", "shapes", "--lim", "3"])
+    assert stopped.value.code == 2
+    assert "unknown option: --lim; did you mean --limit?" in capsys.readouterr().err
+
+
 def test_help_imports_nothing_heavy():
     """--help and --version answer without loading torch."""
     code = (
@@ -175,7 +182,7 @@ def test_help_imports_nothing_heavy():
     )
     shown = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == __version__
-    for command in ([], ["evaluate"], ["explain"], ["prepare"], ["index"], ["doctor"]):
+    for command in ([], ["train"], ["finetune", "--task", "vqa"], ["evaluate"], ["explain"], ["prepare"], ["doctor"]):
         shown = subprocess.run(
             [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True
         )

@@ -22,7 +22,7 @@ def gpu(monkeypatch):
     "chosen, stage, decided", [(None, 0, True), (None, 2, True), (None, 3, False), (False, 1, False)]
 )
 def test_layers_are_compiled_on_a_gpu_below_stage_3(gpu, caplog, chosen, stage, decided):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         assert compilation.decide_compilation(chosen, {"zero_optimization": {"stage": stage}}) == decided
     expected = {True: "compile: on, which takes up to a minute", False: "compile: off"}[decided]
     assert caplog.messages[0].startswith(expected) and ("stage 3" in caplog.text) == (stage == 3)

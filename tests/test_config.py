@@ -1,6 +1,8 @@
 """Options: flags win over the file, the file over the preset; user errors are named."""
 
 import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,10 @@ from softmask_fast.ops.focal_itc.module import GATHERS as GATHERS_OF_THE_LOSS
 from softmask_fast.options import section_parser, spell
 from softmask_fast.tasks import options as task_options
 from softmask_fast.training import options as pretraining_options
+from softmask_fast.training.deepspeed_engine import read_deepspeed_config
 from softmask_fast.training.options import make_config, parse_arguments
+
+ROOT = Path(__file__).parent.parent
 
 
 def parse(*flags):
@@ -71,7 +76,7 @@ def test_base_is_the_paper():
             "itc_weight: expected at least one objective with a",
         ),
         (dict(hard_negatives=False, gathered_negatives=True), "hard_negatives: expected true with gathered_negatives"),
-        (dict(learnin_rate=1), "unknown options .*learnin_rate"),
+        (dict(learnin_rate=1), "unknown option 'learnin_rate'; did you mean learning_rate\\?"),
     ],
 )
 def test_values_out_of_range_are_named(options, message):
@@ -82,7 +87,7 @@ def test_values_out_of_range_are_named(options, message):
 def test_unknown_options_in_the_file_are_named(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("batchsize: 8\n")
-    with pytest.raises(ValueError, match="unknown options .*batchsize"):
+    with pytest.raises(ValueError, match=r"run.yaml: unknown option 'batchsize'; did you mean batch_size\?"):
         parse("--config", str(path))
     path.write_text("- batch_size\n")
     with pytest.raises(ValueError, match="expected a mapping of options, got list"):
@@ -122,6 +127,84 @@ def check_both_spellings(parser, action, required: tuple = ()) -> None:
             for spelling in (name.lstrip("-"), name.lstrip("-").replace("_", "-"))
         ]
         assert vars(parsed[0]) == vars(parsed[1]) and getattr(parsed[0], action.dest) is not None, name
+
+
+@pytest.mark.parametrize("mistyped", ["--bach_size", "--batch", "--batch-sise"])
+def test_a_mistyped_or_shortened_option_is_refused_with_a_suggestion(capsys, mistyped):
+    with pytest.raises(SystemExit) as stopped:
+        parse(mistyped, "8")
+    assert stopped.value.code == 2
+    assert f"unknown option: {mistyped.replace('-s', '_s')}; did you mean --batch_size?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--batch_size", "many"), "argument --batch_size: expected an integer, got 'many'"),
+        (("--max_steps", "many"), "argument --max_steps: expected an integer or none, got 'many'"),
+        (("--flip", "maybe"), "argument --flip: expected true or false, got 'maybe'"),
+        (("tiny",), "unexpected argument: tiny"),
+    ],
+)
+def test_values_of_another_type_are_named(capsys, flags, message):
+    with pytest.raises(SystemExit):
+        parse(*flags)
+    assert message in capsys.readouterr().err
+
+
+def test_help_begins_with_what_everybody_needs_and_has_the_defaults_of_the_preset(capsys):
+    shown = {}
+    for preset in ("small", "base"):
+        with pytest.raises(SystemExit) as stopped:
+            parse("--help", "--preset", preset)
+        assert stopped.value.code == 0
+        text = shown[preset] = " ".join(capsys.readouterr().out.split())
+        places = [
+            text.index(word) for word in ("--preset", "--data TEXT", "--resume", "model: Sizes", "--image_size N")
+        ]
+        assert places == sorted(places)
+        assert "--no_flip" not in text and "local_rank" not in text
+    assert "input image in pixels. [128]" in shown["small"] and "input image in pixels. [256]" in shown["base"]
+    assert "Random resized crop. [true]" in shown["base"]
+
+
+def store(folder, config, **more) -> None:
+    folder.mkdir(exist_ok=True)
+    name = more.pop("name", "config.json")
+    (folder / name).write_text(json.dumps({"config": asdict(config), **more}))
+
+
+def test_a_resumed_run_has_the_options_that_it_stored(tmp_path):
+    run = tmp_path / "run"
+    stored = make_config("small", batch_size=8, max_steps=40, flip=False, compile=True, eval_data="held.tar")
+    store(run, stored, deepspeed={"zero_optimization": {"stage": 3}})
+    resume = ("--output_dir", str(run), "--resume", "true")
+    config, launch = parse_arguments(resume)
+    assert config.preset == "small" and config.model == stored.model and config.data == stored.data
+    expected = replace(stored.train, output_dir=str(run), resume=True, compile=None)
+    assert config.train == expected
+    assert launch.deepspeed == {"zero_optimization": {"stage": 3}}
+
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"batch_size": 16, "seed": 3, "max_steps": 50}))
+    given = ("--config", str(path), "--max_steps", "60", "--eval_data", "none", "--deepspeed", "ds.json")
+    config, launch = parse_arguments([*resume, *given])
+    assert (config.train.batch_size, config.train.seed, config.train.max_steps) == (16, 3, 60)
+    assert config.data.eval_data is None and launch.deepspeed == "ds.json"
+
+    store(run, replace(stored, train=replace(stored.train, batch_size=4)), name="config-from-step-00000020.json")
+    assert parse_arguments(resume)[0].train.batch_size == 4  # what it was resumed with
+    assert parse_arguments([*resume[:2]])[0].preset == "tiny"  # not resumed
+    with pytest.raises(UsageError, match=f"preset: was 'small' in the run of {run}, got 'tiny'"):
+        parse_arguments([*resume, "--preset", "tiny"])
+
+
+def test_without_a_file_deepspeed_has_the_configuration_of_ds_json():
+    train = make_config("tiny").train
+    ours = read_deepspeed_config(parse_arguments([])[1].deepspeed, train)
+    assert ours == read_deepspeed_config(str(ROOT / "ds.json"), train)
+    stored = ours | {"train_micro_batch_size_per_gpu": 7}  # of a run with another batch
+    assert read_deepspeed_config(stored, train) == ours
 
 
 def test_renamed_options_are_still_read(tmp_path):

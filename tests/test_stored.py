@@ -12,6 +12,7 @@ tests/stored/outputs.json is what its model then gave for the image and text bel
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -53,12 +54,17 @@ def stored_run(folder):
     return run, options
 
 
+def updates(run) -> str:
+    return json.loads((run / "config-from-step-00000002.json").read_text())["updates"]
+
+
 def test_a_stored_run_is_resumed(tmp_path):
     run, options = stored_run(tmp_path)
     assert "contrast.image_queue" in load_file(run / "checkpoints/step-00000002/teacher.safetensors")  # its name then
     assert "colour" in options and "colour" in RENAMED  # a renamed option, among those of the stored run
     text = finish(launch(run, cwd=tmp_path, common=options | {"resume": True}))
-    assert "resuming after step 2; updates: direct" in text
+    assert re.search(r"^resumed +after step 2$", text, re.MULTILINE)
+    assert updates(run) == "direct"
     expected, resumed = metrics(STORED / "run"), metrics(run)
     assert resumed.keys() == expected.keys() == {1, 2, 3, 4}
     for step, line in expected.items():
@@ -85,7 +91,9 @@ def test_a_stored_run_of_one_rank_is_resumed_by_two(tmp_path):
     """Their losses are others: each rank has its own half of the batch, with its own dropout."""
     run, options = stored_run(tmp_path)
     text = finish(launch(run, cwd=tmp_path, ranks=2, common=options | {"resume": True, "batch_size": 2}))
-    assert "resuming after step 2; updates: DeepSpeed's engine (2 ranks)" in text
+    changed = r"^resumed +after step 2; batch_size 4 -> 2; world_size 1 -> 2$"
+    assert re.search(changed, text, re.MULTILINE), text
+    assert updates(run) == "DeepSpeed's engine (2 ranks)"
     assert metrics(run).keys() == {1, 2, 3, 4}
     before, after = (load_file(folder / "model/model.safetensors") for folder in (STORED / "run", run))
     rate = options["learning_rate"]

@@ -72,6 +72,17 @@ def open_as_configured(data: str, options: DataConfig, *, split: str, seed: int,
     )
 
 
+def shared_files(first: str, second: str) -> list[str]:
+    """The files and URLs that are part of both data; none of drawn ones, whose held-out scenes are others."""
+    if "shapes" in (first.split(":")[0], second.split(":")[0]):
+        return []
+    files = []
+    for names in map(expand_names, (first, second)):
+        urls = {name for name in names if "://" in name}
+        files.append(urls | {str(path.resolve()) for path in expand_paths([n for n in names if n not in urls])})
+    return sorted(files[0] & files[1])
+
+
 def expand_names(data: str | Sequence[str]) -> list[str]:
     """The names in `data`, with comma-separated lists and brace patterns expanded."""
     from braceexpand import UnbalancedBracesError, braceexpand  # of the training extra, which scenes do not need

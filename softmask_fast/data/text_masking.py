@@ -40,7 +40,7 @@ class TextMasker:
         self._special = special  # (V,) bool
         self._ordinary_ids = np.flatnonzero(~special)
         # punctuation may be masked, but is not a word that an image can show
-        self._word_start = ~special & [
+        self.word_start = ~special & [  # (V,) bool
             not piece.startswith("##") and any(letter.isalnum() for letter in piece) for piece in pieces
         ]
 
@@ -60,7 +60,7 @@ class TextMasker:
         random = chosen[(kind >= REPLACE_BY_MASK) & (kind < REPLACE_BY_MASK + REPLACE_BY_RANDOM)]
         masked[random] = self._ordinary_ids[generator.integers(len(self._ordinary_ids), size=len(random))]
 
-        words = np.flatnonzero(self._word_start[ids])
+        words = np.flatnonzero(self.word_start[ids])
         words = words if len(words) else candidates
         hidden = np.zeros(len(ids), bool)
         hidden[chosen] = True

@@ -67,9 +67,10 @@ SECTIONS = {"options": TaskConfig, "objectives": MomentumConfig, "data": DataCon
 ABOUT = "Fine-tune a pretrained vision-language model for a task."
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[FinetuneConfig, LaunchOptions]:
-    """Parse flags and an optional --config file by `parse_sections`. Raises UsageError for values out of range."""
-    task, options, launch = parse_sections(SECTIONS, "task", DEFAULTS, None, ABOUT, argv)
+def parse_arguments(argv: Sequence[str] | None = None, **program: Any) -> tuple[FinetuneConfig, LaunchOptions]:
+    """Parse flags and an optional --config file by `parse_sections`, which takes `program`, too. Raises UsageError for
+    values out of range."""
+    task, options, launch = parse_sections(SECTIONS, "task", DEFAULTS, None, ABOUT, argv, **program)
     if options["data"] is None:
         raise UsageError(f"data: expected the training data of {task}, got none")
     if task == "text_assignment" and options["eval_data"] is not None:

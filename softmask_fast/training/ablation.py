@@ -27,7 +27,7 @@ from softmask_fast.evaluation.record import parse_record
 from softmask_fast.evaluation.report import PretrainingEvaluation, held_out_pairs
 from softmask_fast.options import spell
 from softmask_fast.training.options import parse_arguments
-from softmask_fast.training.run_record import shown
+from softmask_fast.training.run_record import flat, shown
 from softmask_fast.utils import write_json, write_text
 
 # the options that switch a part off
@@ -67,7 +67,7 @@ class Run:
     def flags(self) -> list[str]:
         """The options that are this run's own: the parts it switches off, its seed and its folder."""
         off = {name: value for part in OFF if part not in ROWS[self.row] for name, value in OFF[part].items()}
-        given = off | {"seed": self.seed, "output_dir": self.folder, "resume": True}
+        given = off | {"seed": self.seed, "output_dir": self.folder, "resume": "auto"}
         return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
     @property
@@ -80,14 +80,14 @@ class RunEnded(UsageError):
 
 
 def run_ablation(
-    options: Sequence[str], output: Path, *, seeds: int = 3, deepspeed: str = "ds.json", launcher: str = ""
+    options: Sequence[str], output: Path, *, seeds: int = 3, deepspeed: str | None = None, launcher: str = ""
 ) -> dict[str, Any]:
     """Do all runs that are not finished and write ablation.json, ablation.md and ablation.png to `output`.
 
     Args:
         options: flags of train.py for all runs, with all parts on.
         seeds: runs of each row.
-        deepspeed: path of DeepSpeed's configuration.
+        deepspeed: path of DeepSpeed's configuration; None: the built-in one.
         launcher: options of the deepspeed launcher.
 
     Returns the content of ablation.json. Raises UsageError for options that leave nothing to compare, or that differ
@@ -114,14 +114,14 @@ def run_ablation(
     return content
 
 
-def check_options(options: Sequence[str], seeds: int, deepspeed: str) -> Config:
+def check_options(options: Sequence[str], seeds: int, deepspeed: str | None) -> Config:
     """The configuration with all parts. Raises UsageError for options that the ablation cannot work with."""
     if seeds < 1:
         raise UsageError(f"seeds: expected at least 1, got {seeds}")
     given = [option.split("=")[0].removeprefix("--") for option in options if option.startswith("--")]
     if own := [name for name in given if name in OWN]:
         raise UsageError(f"{own[0]}: the ablation sets this option for each run, leave it out")
-    config, _ = parse_arguments(["--deepspeed", deepspeed, *options])
+    config, _ = parse_arguments(_with(deepspeed, options))
     values = vars(config.objectives) | vars(config.data)
     for part, off in OFF.items():
         if all(values[name] == value for name, value in off.items()):
@@ -137,27 +137,23 @@ def check_folder(output: Path, config: Config) -> None:
     """Store the options in the folder. Raises UsageError naming one that its earlier runs had otherwise."""
     path, current = output / "options.json", json.loads(json.dumps(shown(asdict(config))))
     if path.exists():
-        before = renamed(_flat(shown(json.loads(path.read_text()))))
-        for name, value in _flat(current).items():
+        before = renamed(flat(shown(json.loads(path.read_text()))))
+        for name, value in flat(current).items():
             if before[name] != value:
                 raise UsageError(f"{name}: was {before[name]!r} in the runs of {output}, got {value!r}")
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, current)
 
 
-def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    """All options without their sections; their names are unique."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    return flat
+def _with(deepspeed: str | None, options: Sequence[str]) -> list[str]:
+    return [*(["--deepspeed", deepspeed] if deepspeed else []), *options]
 
 
-def train(run: Run, options: Sequence[str], deepspeed: str, launcher: str) -> None:
+def train(run: Run, options: Sequence[str], deepspeed: str | None, launcher: str) -> None:
     """Launch one run and wait for its end; its output goes to run.log in its folder. Raises RunEnded."""
     script = Path(softmask_fast.__file__).with_name("train.py")
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *shlex.split(launcher), str(script)]
-    command += ["--deepspeed", deepspeed, *options, *run.flags]
+    command += [*_with(deepspeed, options), *run.flags]
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / "run.log"
     stopped = f"stopped in {run.folder}; the same command resumes there"

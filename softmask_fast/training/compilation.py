@@ -21,9 +21,9 @@ def decide_compilation(chosen: bool | None, deepspeed_config: dict[str, Any]) ->
     reasons = [reason for reason in gather_objects(reason_against(deepspeed_config)) if reason]
     compiles = not reasons if chosen is None else chosen
     if compiles:
-        logger.info("compile: on, %s", DURATION)
+        logger.debug("compile: on, %s", DURATION)
     else:
-        logger.info("compile: off%s", "" if chosen is False else f", as {reasons[0]}")
+        logger.debug("compile: off%s", "" if chosen is False else f", as {reasons[0]}")
     return compiles
 
 

@@ -19,33 +19,40 @@ from softmask_fast.model.packing import choose_attention
 from softmask_fast.utils import read_json
 
 
+def this_device() -> torch.device:
+    """The device of this rank."""
+    return torch.device(get_accelerator().current_device_name())
+
+
 def check_execution(train: TrainConfig, deepspeed_config: dict[str, Any]) -> None:
     """Check that this device can run the layers as the options ask. Raises UsageError."""
-    device = torch.device(get_accelerator().current_device_name())
-    choose_attention(train.attention, device, torch.bfloat16 if train.bf16 else torch.float32)
+    choose_attention(train.attention, this_device(), torch.bfloat16 if train.bf16 else torch.float32)
     if train.compile and deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
         raise UsageError("compile: expected false with ZeRO stage 3, which gathers weights block by block, got true")
 
 
-def read_deepspeed_config(path: str, train: TrainConfig) -> dict[str, Any]:
-    """Read a DeepSpeed configuration and fill in every "auto" from our options.
+def read_deepspeed_config(given: str | dict[str, Any], train: TrainConfig) -> dict[str, Any]:
+    """Read a DeepSpeed configuration and fill in every "auto" from our options; given: a path, or a configuration,
+    whose numbers that are ours as well do not count.
 
     Raises UsageError when the file cannot be read, or contradicts one of our options.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"--deepspeed: expected a JSON file, got {path!r}, which does not exist")
-    config = read_json(path, "--deepspeed")
+    if isinstance(given, str) and not Path(given).is_file():
+        raise UsageError(f"--deepspeed: expected a JSON file, got {given!r}, which does not exist")
+    config = read_json(given, "--deepspeed") if isinstance(given, str) else dict(given)
     ours = {
         "train_micro_batch_size_per_gpu": ("batch_size", train.batch_size),
         "gradient_accumulation_steps": ("gradient_accumulation_steps", train.gradient_accumulation_steps),
         "gradient_clipping": ("gradient_clipping", train.gradient_clipping),
     }
     for name, (option, value) in ours.items():
-        if config.setdefault(name, "auto") not in ("auto", value):
-            raise UsageError(f'{path}: {name} is {config[name]}, but --{option} is {value}; write "auto" in the file')
+        if isinstance(given, str) and config.get(name, "auto") not in ("auto", value):
+            raise UsageError(f'{given}: {name} is {config[name]}, but --{option} is {value}; write "auto" in the file')
         config[name] = value
     if config.get("bf16", {}).get("enabled") and not train.bf16:
-        raise UsageError(f"{path}: bf16 is enabled; pass --bf16 true as well")
+        raise UsageError(
+            f"{given if isinstance(given, str) else '--deepspeed'}: bf16 is enabled; pass --bf16 true as well"
+        )
     return config
 
 

@@ -29,6 +29,7 @@ from softmask_fast.data.workers import WorkerEnded
 from softmask_fast.errors import UsageError, format_error, is_user_error
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.options import LaunchOptions
+from softmask_fast.training import errors_alone
 from softmask_fast.training.compilation import decide_compilation
 from softmask_fast.training.deepspeed_engine import check_execution, read_deepspeed_config
 from softmask_fast.training.meters import HostCopy
@@ -50,7 +51,7 @@ def run_script(
     """
     config, launch = read_options(name, argv, parse)
     start_distributed(launch)
-    logging.basicConfig(level=logging.INFO if dist.get_rank() == 0 else logging.WARNING, format="%(message)s")
+    start_logging(launch.verbose)
     try:
         config, deepspeed_config, output = prepare_run(config, launch)
         work(config, deepspeed_config, output, StopRequest())
@@ -122,6 +123,16 @@ def start_distributed(launch: LaunchOptions) -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
+def start_logging(verbose: bool) -> None:
+    """What rank 0 does is shown, of others and of libraries warnings; verbose: all that it decides, and of DeepSpeed
+    warnings, too, instead of errors alone."""
+    logging.basicConfig(format="%(message)s")
+    if dist.get_rank() == 0:
+        logging.getLogger("softmask_fast").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if verbose:
+        logging.getLogger("DeepSpeed").removeFilter(errors_alone)
+
+
 def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, dict[str, Any], Path]:
     """Decide what the options leave open (bf16, compile, the output folder), read DeepSpeed's configuration, make the
     folder.
@@ -148,8 +159,8 @@ def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, di
 def output_directory(config: RunConfig) -> Path:
     """The run's output folder: chosen by rank 0, checked by all ranks, made by rank 0.
 
-    Raises AgreedUsageError when the folder already holds a run and --resume is not given, when another run is writing
-    to it, when it cannot be made, and when some hosts do not see it.
+    Raises AgreedUsageError when the folder already holds a run and --resume is not given, when it holds none and it is,
+    when another run is writing to it, when it cannot be made, and when some hosts do not see it.
     """
     first = dist.get_rank() == 0
     choice = [config.train.output_dir]
@@ -161,6 +172,8 @@ def output_directory(config: RunConfig) -> Path:
     def check_free() -> None:
         if (output / "config.json").exists() and not config.train.resume:
             raise UsageError(f"output_dir: {output} holds a run; resume it with --resume true or choose another folder")
+        if not (output / "config.json").exists() and config.train.resume is True:
+            raise UsageError(f"resume: expected the folder of a run, found none in {output}; --resume auto begins one")
 
     def make() -> None:
         if first:
@@ -203,15 +216,17 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: str | None = None
         self._exchanged: HostCopy | None = None  # at the last call
-        # The launcher forwards a signal to its process group, but not one that was sent to its first process alone.
+        # DeepSpeed's launcher and what started it: a signal that is sent to the first one alone does not come here.
         parents = psutil.Process().parents()[:2]
-        self.launchers = [process for process in parents if "deepspeed" in " ".join(process.cmdline())]
+        self.launchers = parents if parents and "deepspeed.launcher" in " ".join(parents[0].cmdline()) else []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # second Ctrl-C: stop immediately
+            os._exit(128 + number)  # the second Ctrl-C
+        if self.received is None and dist.get_rank() == 0:  # what print writes may be half written at this moment
+            os.write(sys.stderr.fileno(), b"\nThe run ends after this step and saves; Ctrl-C ends it at once.\n")
         self.received = signal.Signals(number).name
 
     def agreed(self, device: torch.device) -> bool:

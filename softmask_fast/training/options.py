@@ -8,16 +8,18 @@ from typing import Any
 
 from softmask_fast.config import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from softmask_fast.errors import UsageError
-from softmask_fast.model.initialize import weights_config
-from softmask_fast.options import LaunchOptions, build_sections, parse_sections
+from softmask_fast.options import LaunchOptions, build_sections, did_you_mean, parse_sections
 
 SECTIONS = {"model": ModelConfig, "objectives": ObjectiveConfig, "data": DataConfig, "train": TrainConfig}
 ABOUT = "Pretrain a vision-language model with SoftMask++."
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[Config, LaunchOptions]:
-    """Parse flags and an optional --config file by `parse_sections`. Raises UsageError for values out of range."""
-    preset, options, launch = parse_sections(SECTIONS, "preset", PRESETS, "tiny", ABOUT, argv, _sizes_of_weights)
+def parse_arguments(argv: Sequence[str] | None = None, **program: Any) -> tuple[Config, LaunchOptions]:
+    """Parse flags and an optional --config file by `parse_sections`, which takes `program`, too. Raises UsageError for
+    values out of range."""
+    preset, options, launch = parse_sections(
+        SECTIONS, "preset", PRESETS, "tiny", ABOUT, argv, _sizes_of_weights, **program
+    )
     return Config(preset, **build_sections(SECTIONS, options)), launch
 
 
@@ -26,12 +28,16 @@ def make_config(preset: str = "tiny", **options: Any) -> Config:
     if preset not in PRESETS:
         raise UsageError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
     values = {f.name: f.default for section in SECTIONS.values() for f in fields(section)}
-    if unknown := sorted(options.keys() - values.keys()):
-        raise UsageError(f"unknown options {unknown}")
+    for name in options.keys() - values.keys():
+        raise UsageError(f"unknown option {name!r}{did_you_mean(name, values)}")
     values |= PRESETS[preset]
     return Config(preset, **build_sections(SECTIONS, values | _sizes_of_weights(values | options) | options))
 
 
 def _sizes_of_weights(options: dict[str, Any]) -> dict[str, Any]:
     """The options of the model that `model_weights` names."""
-    return asdict(weights_config(options["model_weights"])) if options["model_weights"] else {}
+    if not options["model_weights"]:
+        return {}
+    from softmask_fast.model.initialize import weights_config  # imports torch, which --help does not wait for
+
+    return asdict(weights_config(options["model_weights"]))

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +26,7 @@ from softmask_fast.model.export import save_model
 from softmask_fast.tasks.models import load_task_model
 from softmask_fast.tasks.options import FinetuneConfig
 from softmask_fast.tasks.recipes import TASKS
+from softmask_fast.training.deepspeed_engine import this_device
 from softmask_fast.training.metrics import drop_lines_after
 from softmask_fast.training.ranks import run_on_all_ranks
 from softmask_fast.utils import append_line, move, write_json
@@ -141,7 +141,7 @@ class Evaluator:
         return curve
 
     def _evaluate_folder(self, folder: Path) -> list[Report]:
-        device = torch.device(get_accelerator().current_device_name())
+        device = this_device()
         progress = dist.get_rank() == 0 and sys.stderr.isatty()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a new model draws its weights
             model, tokenizer = self.evaluation.load(folder, device)

@@ -13,18 +13,21 @@ from torch import nn
 from softmask_fast.config import RunConfig, renamed
 from softmask_fast.errors import UsageError, without_secrets
 from softmask_fast.ops.registry import describe
-from softmask_fast.utils import installed_versions, read_json
+from softmask_fast.options import stored_record
+from softmask_fast.utils import installed_versions
 
 # options beside those of `TrainConfig` that a resumed run may change: none affects what is learned
 MAY_CHANGE = (
     "data_threads", "data_workers", "eval_data", "eval_size",
     "cache_dir", "cache_gigabytes", "prefetch_shards", "download_tries", "download_timeout",
 )  # fmt: skip
+MICRO_BATCH = "train_micro_batch_size_per_gpu"  # DeepSpeed's name of our batch_size
 
 
 def run_record(config: RunConfig, device: torch.device, model: nn.Module, **about: Any) -> dict[str, Any]:
     """The whole configuration, the versions, the device and the operators' implementations, as JSON types."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    stored = shown(asdict(config))
     return {
         "versions": installed_versions(),
         "device": name,
@@ -32,7 +35,8 @@ def run_record(config: RunConfig, device: torch.device, model: nn.Module, **abou
         "operators": {operator: chosen.get(device.type) for operator, chosen in describe().items()},
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         **about,
-        "config": shown(asdict(config)),
+        "config": stored,
+        "incomplete": [name for name, value in flat(asdict(config)).items() if flat(stored)[name] != value],
     }
 
 
@@ -46,17 +50,33 @@ def shown(options: Any) -> Any:
 def check_same_run(output: Path, config: RunConfig) -> None:
     """Raise UsageError if a resumed run changes an option other than those of `TrainConfig` and `MAY_CHANGE`, or if
     the record of the run is damaged."""
-    path = output / "config.json"
-    stored = read_json(path, "resume")
-    stored = stored.get("config") if isinstance(stored, dict) else None
+    stored = stored_record(output)["config"]
     for section, options in shown(asdict(config)).items():
         if section == "train" or not isinstance(options, dict):
             continue
-        if not isinstance(stored, dict) or not isinstance(stored.get(section), dict):
-            raise UsageError(f"resume: {path} is not the record of a run: expected config.{section} in it")
+        if not isinstance(stored.get(section), dict):
+            raise UsageError(f"resume: the record of the run in {output} is damaged: expected config.{section} in it")
         # an option that did not exist yet had the effect of its default, whatever the presets say today
         before = {field.name: field.default for field in fields(getattr(config, section))}
         before |= renamed(shown(stored[section]))
         for name, value in options.items():
             if before[name] != value and name not in MAY_CHANGE:
                 raise UsageError(f"resume: {name} was {before[name]!r} in {output}, got {value!r}")
+
+
+def flat(options: dict[str, Any]) -> dict[str, Any]:
+    """All options without their sections; their names are unique."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
+
+
+def changes(before: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """What a resumed run has otherwise than its record of before, as "name old -> new"."""
+    old, new = (
+        {**one.get("deepspeed", {}), **renamed(flat(shown(one["config"]))), "world_size": one["world_size"]}
+        for one in (before, record)
+    )
+    told = [name for name in new if name in old and name not in ("resume", "output_dir", MICRO_BATCH)]
+    return [f"{name} {old[name]} -> {new[name]}" for name in told if old[name] != new[name]]

@@ -22,15 +22,17 @@ from softmask_fast.errors import printable
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.model.export import save_model
 from softmask_fast.model.momentum import MomentumCopy
+from softmask_fast.options import stored_record
 from softmask_fast.training.checkpoint import full_state, load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from softmask_fast.training.cuda_graphs import GraphedUpdates, graph_refusal
 from softmask_fast.training.deepspeed_engine import create_engine
+from softmask_fast.training.first_screen import CaptionWatch, doubts, first_screen
 from softmask_fast.training.launch import StopRequest
 from softmask_fast.training.meters import DataTimer, FlopCount, StepProfiler, matmul_rate, peak_memory
 from softmask_fast.training.metrics import MetricsLog
 from softmask_fast.training.periodic_eval import Evaluator
 from softmask_fast.training.ranks import AgreedUsageError, mean_over_ranks, run_on_all_ranks
-from softmask_fast.training.run_record import check_same_run, run_record
+from softmask_fast.training.run_record import changes, check_same_run, run_record
 from softmask_fast.training.schedule import Schedule
 from softmask_fast.training.step_times import StepTimes
 from softmask_fast.training.updates import DirectUpdates, EngineUpdates, FiniteWatch
@@ -89,29 +91,38 @@ class Trainer:
 
         # Resume.
         self.state = TrainerState()
+        before = stored_record(output)
         if self.options.resume:
             self.load()
         self.watch.saved_step = self.state.step
         if evaluator is not None:
             evaluator.begin(self.state.step, self.steps, self.steps_per_epoch)
 
-        # Print and store the record of the run.
+        # Store the record of the run, and say what matters of it.
+        rate = matmul_rate(self.device, torch.bfloat16 if self.options.bf16 else torch.float32)
         if self.rank == 0:
             counts = {"world_size": ranks, "samples": self.samples, "steps": self.steps}
             record = run_record(config, self.device, self.model, **counts) | {"deepspeed": deepspeed_config}
             record["updates"] = self.updates.name + (f" ({through_engine})" if through_engine else "")
-            print(json.dumps(record, indent=2), flush=True)
-            resumed = f", resuming after step {self.state.step}" if self.state.step else ""
-            logger.info("writing to %s%s; updates: %s", output, resumed, record["updates"])
+            record["matmul_tflops"] = float(f"{rate / 1e12:.4g}")
+            logger.debug(json.dumps(record, indent=2))
+            resumed = None
+            if self.options.resume:
+                resumed = "; ".join([f"after step {self.state.step}", *changes(before or record, record)])
+                if not self.state.step:
+                    resumed = f"nothing, as there is no {'checkpoint' if before else 'run'} yet: it begins at step 0"
             name = f"config-from-step-{self.state.step:08d}.json" if self.state.step else "config.json"
             write_json(output / name, record)
-            if warning := self.schedule.unfinished():
-                logger.warning(warning)
+            print(first_screen(record, evaluator, resumed), flush=True)
+            unfinished = self.schedule.unfinished()
+            for doubt in [
+                *doubts(loader, config.data.data, evaluator, self.pairs_per_step),
+                *filter(None, [unfinished]),
+            ]:
+                logger.warning("warning: %s", doubt)
 
         # Start the meters.
-        dtype = torch.bfloat16 if self.options.bf16 else torch.float32
-        rate = matmul_rate(self.device, dtype)
-        logger.info("matrix products: %.4g TFLOP/s in %s, the 100 %% of flops_utilisation", rate / 1e12, dtype)
+        self.captions = CaptionWatch(loader)
         self.log = None
         if self.rank == 0:
             self.log = MetricsLog(output, self.state.step, self.steps, self.pairs_per_step, rate)
@@ -158,6 +169,8 @@ class Trainer:
             torch.manual_seed(settings.seed)  # dropout depends on the step alone, so a resumed run draws the same
             batch = self.timer.next(self.loader)
             self.times.end("data")
+            for doubt in self.captions.doubts(batch) if self.rank == 0 else ():
+                logger.warning("warning: %s", doubt)
             self.flops.note(batch, settings)
             metrics = self.updates.step(batch, settings, self.state.step + 1, rate)
         self.state.step += 1

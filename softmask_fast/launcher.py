@@ -1,0 +1,95 @@
+"""`softmask-fast train` and `finetune`: in this process, or on several devices by DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+
+from softmask_fast.errors import UsageError
+
+OPTIONS = {"train": "softmask_fast.training.options", "finetune": "softmask_fast.tasks.options"}
+
+
+def start(script: str, argv: list[str], devices: int | None, shown: Sequence[argparse.ArgumentParser]) -> int:
+    """Train by a script of the package; returns the exit status.
+
+    Where another launcher (torchrun, srun, deepspeed) has started this process, it is one rank of its run. Otherwise
+    there is a rank for each of `devices`: by default for each GPU, or one on the CPU.
+
+    Args:
+        script: "train" or "finetune".
+        argv: the options of the script.
+        devices: how many ranks.
+        shown: parsers of options beside these, for --help.
+
+    Raises UsageError for options that are wrong, and for devices that there are not, and SystemExit for --help.
+    """
+    name = f"softmask-fast {script}"
+    if "WORLD_SIZE" in os.environ:
+        if devices is not None:
+            raise UsageError(f"devices: expected none, as a launcher has started this process, got {devices}")
+        return import_module(f"softmask_fast.{script}").main(argv, name)
+    import_module(OPTIONS[script]).parse_arguments(argv, prog=name, parents=shown)  # what is wrong is said at once
+    gpus = count_gpus()
+    if devices is not None and not 1 <= devices <= (gpus or devices):
+        most = f", at most {gpus}, the GPUs of this machine" if gpus else ""
+        raise UsageError(f"devices: expected at least 1{most}, got {devices}")
+    ranks = devices or gpus or 1
+    if ranks > 1:
+        return launch(name, Path(__file__).with_name(f"{script}.py"), argv, ranks, gpus)
+    return import_module(f"softmask_fast.{script}").main(argv, name)
+
+
+def count_gpus() -> int:
+    import torch
+
+    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+
+
+def launch(name: str, script: Path, argv: Sequence[str], ranks: int, gpus: int) -> int:
+    """Run the script on `ranks` devices; returns the exit status.
+
+    The ranks have a session of their own, so that Ctrl-C comes here alone: DeepSpeed's launcher would kill those that
+    have not saved after 30 seconds. It ends the ranks when this process is gone.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",")[:ranks] if visible else list(range(ranks))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": names}).encode()).decode()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}", "--log_level=critical", str(script), *argv]
+    environment = os.environ | ({} if gpus else {"DS_ACCELERATOR": "cpu"})
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        import psutil
+
+        started = psutil.Process(process.pid).children() if psutil.pid_exists(process.pid) else []
+        if not started or (received and number == signal.SIGINT):
+            os.killpg(process.pid, signal.SIGKILL)
+        elif not received:
+            for rank in started:
+                rank.terminate()  # it saves
+        received.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    status = process.wait()
+    if received and status:
+        return 128 + received[-1]
+    if status > 128:  # a rank's signal, as the launcher gives it on
+        print(f"{name}: error: a rank was killed by {signal.Signals(256 - status).name}", file=sys.stderr)
+    return status
