@@ -152,8 +152,10 @@ def section_parser(
 
 
 def stored_record(folder: str | Path) -> dict[str, Any] | None:
-    """What the run in a folder last said of itself, at its start or when it was resumed; None if there is no run. Raises
-    UsageError if it is damaged."""
+    """What the run in a folder last said of itself, at its start or when it was resumed; None if there is no run.
+
+    Raises UsageError if it is damaged.
+    """
     first = Path(folder) / "config.json"
     if not first.is_file():
         return None

@@ -19,6 +19,7 @@ from small_models import small_model, small_tokenizer, tutorial_folder
 
 from softmask_fast import cli
 from softmask_fast.model.convert_albef import save_albef
+from softmask_fast.tasks.options import parse_arguments as parse_finetuning
 from softmask_fast.training.options import parse_arguments
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -112,8 +113,11 @@ def test_commands_are_taken(words):
         assert set(words[1:]) <= set(targets)
     elif words[0] == "softmask-fast":
         options, others = cli._parser().parse_known_args(words[1:])
-        assert options.run and (not others or words[1] == "ablate")  # which hands the others on to training
-        assert not others or parse_arguments(["--deepspeed", "ds.json", *others])
+        if words[1] == "finetune":
+            assert parse_finetuning(others)
+        else:
+            assert options.run and (not others or words[1] in ("train", "ablate"))  # which hand them on to training
+            assert parse_arguments(others)
     elif not any(word.startswith("[") for word in words):  # else it is a synopsis
         launch = runner.parse_args(words[1:])
         script = importlib.import_module(launch.user_script.removesuffix(".py").replace("/", "."))
