@@ -174,8 +174,8 @@ def parse_sections(
     """Parse flags and an optional --config file.
 
     A flag wins over the file, the file over what a run to resume has stored, or else over `more_defaults`, these over
-    the row of the table, the row over the dataclasses' defaults. Returns the row's name, the value of every option, and
-    the launcher's options.
+    the row of the table, and what stands there over the dataclasses' defaults. Returns the row's name, the value of
+    every option, and the launcher's options.
 
     Args:
         sections: the dataclasses whose fields are the options, by name.
@@ -211,7 +211,8 @@ def parse_sections(
     stored = renamed({name: value for part in kept if isinstance(part, dict) for name, value in part.items()})
     left_out = {*NOT_STORED, *record.get("incomplete", ())}  # the latter had passwords or signatures
     stored = {name: value for name, value in stored.items() if name in names and name not in left_out}
-    parser.set_defaults(**table.get(row, {}) | stored | from_file)
+    # an option that the run did not know yet is as without a preset, which may have changed since
+    parser.set_defaults(**(stored or table.get(row, {})) | from_file)
     options = parser.parse_args(argv)
     if row not in table:
         raise UsageError(f"{choice}: expected one of {sorted(table)}, got {row!r}")

@@ -195,6 +195,10 @@ def test_a_resumed_run_has_the_options_that_it_stored(tmp_path):
     store(run, replace(stored, train=replace(stored.train, batch_size=4)), name="config-from-step-00000020.json")
     assert parse_arguments(resume)[0].train.batch_size == 4  # what it was resumed with
     assert parse_arguments([*resume[:2]])[0].preset == "tiny"  # not resumed
+    record = json.loads((run / "config.json").read_text())
+    del record["config"]["train"]["warmup_steps"]  # a run of before this option
+    (run / "config-from-step-00000020.json").write_text(json.dumps(record))
+    assert PRESETS["small"]["warmup_steps"] != parse_arguments(resume)[0].train.warmup_steps == 1000
     with pytest.raises(UsageError, match=f"preset: was 'small' in the run of {run}, got 'tiny'"):
         parse_arguments([*resume, "--preset", "tiny"])
 

@@ -108,7 +108,8 @@ def test_two_ranks_stop_by_ctrl_c_and_torchrun_resumes_them(tmp_path):
     assert (run / "checkpoints" / f"step-{step:08d}").is_dir()
     assert json.loads((run / "config.json").read_text())["matmul_tflops"] > 0
 
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())]
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc-per-node", "2"]
+    torchrun += ["--master-port", str(free_port())]
     resume = ["--output_dir", str(run), "--resume", "true", "--max_steps", str(step + 1), "--learning_rate", "2e-4"]
     text = finish(subprocess.Popen([*torchrun, train.__file__, *resume], **pipes))
     changed = f"after step {step}; max_steps 400 -> {step + 1}; learning_rate 0.001 -> 0.0002"
