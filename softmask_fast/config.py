@@ -178,7 +178,7 @@ class ObjectiveConfig(MomentumConfig):
 
     soft_mask: bool = option(True, "Add a matched pair with a text-driven soft mask to ITM.")
     soft_masked_negatives: bool = option(
-        False, "Show the soft-masked image to the wrong text too; else a mask tells that a pair matches."
+        False, "Show the soft-masked image to the wrong text as well; else a mask tells that a pair matches."
     )
     masked_captions: bool = option(True, "Use the masked caption in ITC and ITM as well; false: in MLM only.")
     itc_weight: float = option(1.0, "Weight of image-text contrast; 0 disables it.")
@@ -199,8 +199,6 @@ class ObjectiveConfig(MomentumConfig):
             start = self.hard_negatives_start
             _require(self.hard_negatives, "hard_negatives", "true with gathered_negatives", self.hard_negatives)
             _require(start == 0, "hard_negatives_start", "0 with gathered_negatives", start)
-        if self.soft_masked_negatives:
-            _require(self.soft_mask, "soft_mask", "true with soft_masked_negatives", self.soft_mask)
 
 
 @dataclass(frozen=True)

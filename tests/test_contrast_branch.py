@@ -98,11 +98,6 @@ def test_negatives_become_hard_at_their_share_of_the_run():
         ObjectiveConfig(hard_negatives_start=0.4, gathered_negatives=True)
 
 
-def test_refuses_soft_masked_negatives_without_soft_masks():
-    with pytest.raises(UsageError, match="soft_mask: expected true with soft_masked_negatives, got False"):
-        ObjectiveConfig(soft_masked_negatives=True, soft_mask=False)
-
-
 @pytest.mark.parametrize("branch", [0, 1])
 def test_the_contrast_reads_cls_or_the_mean_of_the_tokens(branch):
     options = dict(vision_contrast_blocks=branch, text_contrast_layers=branch)

@@ -93,14 +93,15 @@ class ReferenceStep(nn.Module):
         if negatives is None:
             negatives = draw(text_logits, positive), draw(image_logits, positive)
         other_image, other_text = negatives
-        soft_masked = None
+        soft_masked, seen = None, images  # by the wrong texts
         if objectives.soft_mask and objectives.itm_weight:
             soft_masked = self.soft_mask(images, matched, maps[model.config.soft_mask_layer], batch.word_index)
+            seen = soft_masked if objectives.soft_masked_negatives else images
         unmatched, _ = fuse(
             model,
             torch.cat([texts, texts[other_text]]),
             torch.cat([mask, mask[other_text]]),
-            torch.cat([images[other_image], soft_masked if objectives.soft_masked_negatives else images]),
+            torch.cat([images[other_image], seen]),
         )
         classified = [matched[:, 0], unmatched[:, 0]]
         if soft_masked is not None:
