@@ -68,7 +68,7 @@ def test_base_is_the_paper():
         (dict(batch_size=1), "batch_size: expected at least 2"),
         (dict(momentum=1.5), r"momentum: expected in \[0, 1\], got 1.5"),
         (dict(warmup_steps=1.5), "warmup_steps: expected a share of the run from 0 to below 1, or a whole .* got 1.5"),
-        (dict(queue_warmup_steps=float("inf")), "queue_warmup_steps: expected a share of the run"),
+        (dict(queue_warmup_steps=float("inf")), "queue_warmup_steps: expected a finite number"),
         (dict(eval_steps=0), "eval_steps: expected at least 1, got 0"),
         (dict(resume=True), "output_dir: expected the folder of the run to resume, got None"),
         (

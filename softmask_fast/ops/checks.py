@@ -87,7 +87,7 @@ def check_number(name: str, value: object, *, above: float | None = None, at_lea
         raise ValueError(f"{name}: expected a finite number of size at most {LARGEST_NUMBER:g}, got {value!r:.40}")
     if above is not None and not value > above:
         raise ValueError(f"{name}: expected a number above {above}, got {value}")
-    if above == 0 and value < 1 / LARGEST_NUMBER:
+    if above == 0 and value < 0.999999 / LARGEST_NUMBER:  # in float32 it is a little less
         raise ValueError(f"{name}: expected a number of at least {1 / LARGEST_NUMBER:g}, got {value}")
     if at_least is not None and not value >= at_least:
         raise ValueError(f"{name}: expected a number of at least {at_least}, got {value}")
