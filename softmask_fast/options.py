@@ -151,15 +151,20 @@ def section_parser(
     return parser
 
 
+def record_path(folder: str | Path) -> Path:
+    """The newest record of the run in a folder."""
+    first = Path(folder) / "config.json"
+    return max(first.parent.glob("config-from-step-*.json"), default=first) if first.is_file() else first
+
+
 def stored_record(folder: str | Path) -> dict[str, Any] | None:
     """What the run in a folder last said of itself, at its start or when it was resumed; None if there is no run.
 
     Raises UsageError if it is damaged.
     """
-    first = Path(folder) / "config.json"
-    if not first.is_file():
+    path = record_path(folder)
+    if not path.is_file():
         return None
-    path = max(first.parent.glob("config-from-step-*.json"), default=first)
     record = read_json(path, "resume")
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise UsageError(f"resume: {path} is not the record of a run: expected config in it")

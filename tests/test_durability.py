@@ -304,7 +304,7 @@ def test_what_ends_one_rank_between_checkpoints_is_said_in_one_line(tmp_path, mo
         raise SystemExit(status)
 
     config = SimpleNamespace(train=SimpleNamespace(output_dir=str(tmp_path)))
-    monkeypatch.setattr(launch, "read_options", lambda *_: (config, None))
+    monkeypatch.setattr(launch, "read_options", lambda *_: (config, SimpleNamespace(verbose=False)))
     monkeypatch.setattr(launch, "start_distributed", lambda _: None)
     monkeypatch.setattr(launch, "prepare_run", lambda *_: (config, {}, tmp_path))
     monkeypatch.setattr(launch, "StopRequest", lambda: None)

@@ -273,7 +273,8 @@ def test_compiles_as_one_graph(impl):
 @pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "reference"])
 def test_alpha_and_seed_may_be_tensors(name, monkeypatch):
     """The same bits as by the numbers, also compiled; only the C++ implementation reads them on the host."""
-    monkeypatch.setattr(checks, "host_value", lambda value: None if isinstance(value, torch.Tensor) else value)  # a GPU's
+    as_on_gpus = lambda value: None if isinstance(value, torch.Tensor) else value  # noqa: E731
+    monkeypatch.setattr(checks, "host_value", as_on_gpus)
     device = device_of(name)
     require("focal_itc", name, device, torch.float32, 16)
     tensors = inputs(18, 30, 24, torch.float32, device=device)

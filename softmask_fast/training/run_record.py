@@ -13,7 +13,7 @@ from torch import nn
 from softmask_fast.config import RunConfig, renamed
 from softmask_fast.errors import UsageError, without_secrets
 from softmask_fast.ops.registry import describe
-from softmask_fast.options import stored_record
+from softmask_fast.options import record_path, stored_record
 from softmask_fast.utils import installed_versions
 
 # options beside those of `TrainConfig` that a resumed run may change: none affects what is learned
@@ -55,7 +55,8 @@ def check_same_run(output: Path, config: RunConfig) -> None:
         if section == "train" or not isinstance(options, dict):
             continue
         if not isinstance(stored.get(section), dict):
-            raise UsageError(f"resume: the record of the run in {output} is damaged: expected config.{section} in it")
+            path = record_path(output)
+            raise UsageError(f"resume: {path} is not the record of a run: expected config.{section} in it")
         # an option that did not exist yet had the effect of its default, whatever the presets say today
         before = {field.name: field.default for field in fields(getattr(config, section))}
         before |= renamed(shown(stored[section]))
