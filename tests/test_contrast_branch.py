@@ -92,7 +92,7 @@ def test_refuses_impossible_numbers(options, message):
 
 
 def test_negatives_become_hard_at_their_share_of_the_run():
-    schedule = Schedule.of(make_config("tiny", hard_negatives_start=0.4), 10, 100)
+    schedule = Schedule.of(make_config("tiny", hard_negatives=True, hard_negatives_start=0.4), 10, 100)
     assert [schedule.settings(step, 0, 0).hard_negatives for step in range(10)] == [False] * 4 + [True] * 6
     with pytest.raises(UsageError, match="hard_negatives_start: expected 0 with gathered_negatives, got 0.4"):
         ObjectiveConfig(hard_negatives_start=0.4, gathered_negatives=True)
