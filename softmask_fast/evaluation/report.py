@@ -45,7 +45,7 @@ class PretrainingEvaluation:
         return reports
 
     def headline(self, reports: Sequence[Report]) -> tuple[str, float]:
-        """ALBEF's criterion, of contrast and matching together. Maps do not choose: most data have no boxes."""
+        """By contrast and matching together (`mean_recall`). Maps do not choose: most data have no boxes."""
         return "mean recall", reports[0].mean_recall
 
     def figures(self, reports: dict[str, dict[str, Any]]) -> dict[str, float]:
