@@ -214,11 +214,15 @@ def parse_sections(
     row = row or before or default
     kept = [record["config"].get(section) for section in sections]  # a damaged one is refused when the run is resumed
     stored = renamed({name: value for part in kept if isinstance(part, dict) for name, value in part.items()})
-    left_out = {*NOT_STORED, *record.get("incomplete", ())}  # the latter had passwords or signatures
-    stored = {name: value for name, value in stored.items() if name in names and name not in left_out}
+    stored = {name: value for name, value in stored.items() if name in names and name not in NOT_STORED}
+    incomplete = stored.keys() & renamed(dict.fromkeys(record.get("incomplete", ())))  # had passwords or signatures
+    stored |= dict.fromkeys(incomplete, argparse.SUPPRESS)
     # an option that the run did not know yet is as without a preset, which may have changed since
     parser.set_defaults(**(stored or table.get(row, {})) | from_file)
     options = parser.parse_args(argv)
+    for name in sorted(incomplete):
+        if getattr(options, name) == argparse.SUPPRESS:
+            raise UsageError(f"{name}: stored without its password or signature, give it again")
     if row not in table:
         raise UsageError(f"{choice}: expected one of {sorted(table)}, got {row!r}")
     if not stored and (more := more_defaults(vars(options))):

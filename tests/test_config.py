@@ -203,6 +203,20 @@ def test_a_resumed_run_has_the_options_that_it_stored(tmp_path):
         parse_arguments([*resume, "--preset", "tiny"])
 
 
+def test_what_was_stored_without_its_secrets_is_given_again(tmp_path):
+    run, path = tmp_path / "run", tmp_path / "run.yaml"
+    store(run, make_config("tiny", data="https://host/a.tar", seed=3), incomplete=["data"])
+    resume = ("--output_dir", str(run), "--resume", "auto")
+    with pytest.raises(UsageError, match="^data: stored without its password or signature, give it again$"):
+        parse_arguments(resume)
+    path.write_text("data: https://host/a.tar?sig=2")
+    for given in (["--data", "https://host/a.tar?sig=2"], ["--config", str(path)]):
+        config, _ = parse_arguments([*resume, *given])
+        assert config.data.data == "https://host/a.tar?sig=2" and config.train.seed == 3
+    with pytest.raises(SystemExit):
+        parse_arguments([*resume, "--help"])
+
+
 def test_without_a_file_deepspeed_has_the_configuration_of_ds_json():
     train = make_config("tiny").train
     ours = read_deepspeed_config(parse_arguments([])[1].deepspeed, train)

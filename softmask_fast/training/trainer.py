@@ -18,11 +18,11 @@ from softmask_fast.config import RunConfig
 from softmask_fast.data.augment import AugmentConfig
 from softmask_fast.data.loader import SampleLoader
 from softmask_fast.data.workers import default_workers
-from softmask_fast.errors import printable
+from softmask_fast.errors import printable, without_secrets
 from softmask_fast.evaluation.common import gather_objects
 from softmask_fast.model.export import save_model
 from softmask_fast.model.momentum import MomentumCopy
-from softmask_fast.options import stored_record
+from softmask_fast.options import record_path, stored_record
 from softmask_fast.training.checkpoint import full_state, load_checkpoint, newest_whole_checkpoint, save_checkpoint
 from softmask_fast.training.cuda_graphs import GraphedUpdates, graph_refusal
 from softmask_fast.training.deepspeed_engine import create_engine
@@ -119,7 +119,7 @@ class Trainer:
                 *doubts(loader, config.data.data, evaluator, self.pairs_per_step),
                 *filter(None, [unfinished]),
             ]:
-                logger.warning("warning: %s", doubt)
+                logger.warning("warning: %s", printable(without_secrets(doubt)))
 
         # Start the meters.
         self.captions = CaptionWatch(loader)
@@ -218,10 +218,10 @@ class Trainer:
 
     def load(self) -> None:
         """Load the newest checkpoint, if there is one."""
+        run_on_all_ranks(lambda: record_path(self.output).is_file() and check_same_run(self.output, self.config))
         found = newest_whole_checkpoint(self.output / "checkpoints")
         if found is None:
             return
-        run_on_all_ranks(lambda: check_same_run(self.output, self.config))
         saved = run_on_all_ranks(lambda: load_checkpoint(found, self.engine, self.teacher))
         self.updates.after_loading()
         run_on_all_ranks(lambda: self.loader.load_state_dict(self.loader.redistributed(saved["loaders"])))
