@@ -44,6 +44,12 @@ def test_six_lines():
     ]
 
 
+def test_urls_are_shown_without_secrets():
+    config = make_config("tiny", output_dir="runs/a", bf16=False, compile=False)
+    text = first_screen(record_of(config), evaluator_of("https://me:secret@host/b.tar?sig=secret", 4), None)
+    assert "held out: 4 of https://host/b.tar\n" in text and "secret" not in text
+
+
 def test_the_lines_of_a_large_run():
     options = {"data": "cc/{000..331}.tar", "batch_size": 64, "gradient_accumulation_steps": 2}
     config = make_config("base", output_dir="runs/b", bf16=True, compile=True, **options)
@@ -104,11 +110,11 @@ def test_captions_that_say_nothing_are_named_once():
     tokenizer = small_tokenizer()
     words = tokenizer(["a red circle", "!", "漢字"], padding=True, return_tensors="pt")["input_ids"]
     nothing = {name: None for name in Batch.__dataclass_fields__ if name not in ("input_ids", "keys")}
-    batch = Batch(**nothing, input_ids=words, keys=["x/1", "x/2", "x/3"])
+    batch = Batch(**nothing, input_ids=words, keys=["x/1", "x/2\x1b[2J", "x/3"])
     loader = SimpleNamespace(tokenizer=tokenizer, skipped_captions=0)
     watch = CaptionWatch(loader)
     assert list(watch.doubts(batch)) == [
-        "data: 2 of the first 3 captions have no word that the tokenizer knows, that of x/2 for one"
+        "data: 2 of the first 3 captions have no word that the tokenizer knows, that of x/2\\x1b[2J for one"
     ]
     assert list(watch.doubts(batch)) == []
     loader.skipped_captions = 2

@@ -12,6 +12,7 @@ from softmask_fast.data.loader import SampleLoader
 from softmask_fast.data.sources import shared_files
 from softmask_fast.data.text_masking import TextMasker
 from softmask_fast.data.types import Batch
+from softmask_fast.errors import printable, without_secrets
 from softmask_fast.training.periodic_eval import Evaluator
 
 
@@ -51,7 +52,7 @@ def _model(config: dict[str, Any]) -> str:
 def _held_out(evaluator: Evaluator | None) -> str:
     if evaluator is None:
         return "none (--eval_data)"
-    data = evaluator.evaluation.data
+    data = without_secrets(evaluator.evaluation.data)
     return f"{evaluator.count:,} {'unseen scenes' if data.split(':')[0] == 'shapes' else f'of {data}'}"
 
 
@@ -89,7 +90,7 @@ class CaptionWatch:
             is_word = torch.from_numpy(TextMasker(self.loader.tokenizer).word_start)
             wordless = (~is_word[batch.input_ids.cpu()].any(1)).nonzero().flatten().tolist()
             if wordless:
-                some, first = f"{len(wordless)} of the first {len(batch.keys)}", batch.keys[wordless[0]]
+                some, first = f"{len(wordless)} of the first {len(batch.keys)}", printable(batch.keys[wordless[0]])
                 yield f"data: {some} captions have no word that the tokenizer knows, that of {first} for one"
         if self.loader.skipped_captions and not self.dropped:
             self.dropped = True
