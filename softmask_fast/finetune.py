@@ -37,8 +37,10 @@ def main(argv: list[str] | None = None, name: str = "finetune.py") -> int:
 def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
     """Fine-tune and, at the end, show what the model has reached."""
     trainer = build_trainer(config, deepspeed_config, output, stop)
-    if trainer.train() and dist.get_rank() == 0:
-        report(trainer.evaluator, output)
+    if trainer.train():
+        stop.end()
+        if dist.get_rank() == 0:
+            report(trainer.evaluator, output)
     dist.destroy_process_group()
 
 

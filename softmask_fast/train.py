@@ -49,6 +49,8 @@ def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: S
     trainer = build_trainer(config, deepspeed_config, output, stop)
     finished, rank = trainer.train(), dist.get_rank()
     dist.destroy_process_group()
+    if finished:
+        stop.end()
     if finished and rank == 0:
         evaluator = trainer.evaluator
         shown = (evaluator.evaluation, evaluator.reports, evaluator.curves()) if evaluator else (None, [], [])

@@ -83,6 +83,8 @@ def test_the_second_interrupt_ends_at_once(monkeypatch, capfd):
         assert not ended
         signal.raise_signal(signal.SIGINT)
         assert ended == [130]
+        stop.end()
+        assert {number: signal.getsignal(number) for number in before} == before
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

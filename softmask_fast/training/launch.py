@@ -47,7 +47,9 @@ def run_script(
     """Run a script's work on this rank of the deepspeed launcher.
 
     `work` is called with the configuration, DeepSpeed's configuration, the output folder and the stop request. Returns
-    the exit status: 2 after one line about a user error that was found before the first step.
+    the exit status: 2 after one line about a user error that all ranks know of, as of an option, or of a checkpoint
+    that cannot be written. The process exits with 1 after one line about what this rank alone has met: another file
+    that cannot be read or written, a data worker that has ended, a rank that is gone.
     """
     config, launch = read_options(name, argv, parse)
     start_distributed(launch)
@@ -64,8 +66,10 @@ def run_script(
     except (OSError, WorkerEnded) as error:  # of this rank alone: a full disk, a shard out of reach, a killed worker
         if not (isinstance(error, WorkerEnded) or is_user_error(error)):
             raise
-        again = f"go on from the last checkpoint with --output_dir {config.train.output_dir} --resume true"
-        say(f"{name}: error: {format_error(error)}; {again}")
+        folder, again = config.train.output_dir, ""
+        if folder and any(Path(folder).glob("checkpoints/step-*")):
+            again = f"; go on from the last checkpoint with --output_dir {folder} --resume true"
+        say(f"{name}: error: {format_error(error)}{again}")
         os._exit(1)  # destroying the process group would wait for the other ranks
     except RuntimeError as error:
         if not lost_rank(error):
@@ -215,17 +219,22 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._rank = dist.get_rank()  # asked later, there may be no process group any more
         self._exchanged: HostCopy | None = None  # at the last call
         # DeepSpeed's launcher and what started it: a signal that is sent to the first one alone does not come here.
         parents = psutil.Process().parents()[:2]
         self.launchers = parents if parents and "deepspeed.launcher" in " ".join(parents[0].cmdline()) else []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def end(self) -> None:
+        """Signals have the effect of before again: training has ended, and nothing is left to save."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             os._exit(128 + number)  # the second Ctrl-C
-        if self.received is None and dist.get_rank() == 0:  # what print writes may be half written at this moment
+        if self.received is None and self._rank == 0:  # what print writes may be half written at this moment
             os.write(sys.stderr.fileno(), b"\nThe run ends after this step and saves; Ctrl-C ends it at once.\n")
         self.received = signal.Signals(number).name
 
