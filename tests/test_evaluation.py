@@ -1,6 +1,7 @@
 """Retrieval and grounding: the metrics on cases computed by hand, and a small random model against the definitions."""
 
 import json
+from dataclasses import replace
 from math import comb
 
 import numpy as np
@@ -17,6 +18,7 @@ from softmask_fast.evaluation import evaluate_grounding, evaluate_retrieval
 from softmask_fast.evaluation.boxes import box_coverage, grounding_score
 from softmask_fast.evaluation.common import batches, tokenize
 from softmask_fast.evaluation.grounding import phrase_maps, word_tokens
+from softmask_fast.evaluation.report import PretrainingEvaluation
 from softmask_fast.evaluation.retrieval import ranks_of_best, recall_at_k
 from softmask_fast.evaluation.tables import format_table
 
@@ -248,6 +250,15 @@ def test_retrieval_without_reranking_and_in_training_mode(model_and_tokenizer, s
     assert report.itm is report.both is None and report.images == 12
     assert "ITM" not in report.table()
     assert report == evaluate_retrieval(model, tokenizer, shapes, rerank=0, limit=12, batch_size=12)
+    assert report.headline[0] == "mean recall"
+    assert replace(report, both=report.itc).headline == ("mean recall, ITC + ITM", report.headline[1])
+
+
+def test_figures_of_older_records_are_those_that_they_have():
+    recalls = {"text_to_image": {"recall@1": 0.25}}
+    figures = PretrainingEvaluation.figures
+    for more, shown in (({"itm": recalls}, [0.25, 0.25]), ({"itm": None, "both": None}, [0.25]), ({}, [0.25])):
+        assert list(figures(None, {"retrieval": {"itc": recalls} | more}).values()) == shown
 
 
 def test_an_image_listed_once_per_caption_is_one_image(model_and_tokenizer, shapes):

@@ -51,10 +51,9 @@ class PretrainingEvaluation:
     def figures(self, reports: dict[str, dict[str, Any]]) -> dict[str, float]:
         """What curves show beside the headline, of a record's reports."""
         retrieval, grounding = reports["retrieval"], reports.get("grounding", {})
-        shown = {
-            "recall at 1 by contrast": retrieval["itc"]["text_to_image"]["recall@1"],
-            "recall at 1 re-ranked": retrieval["both"]["text_to_image"]["recall@1"],
-        }
+        shown = {"recall at 1 by contrast": retrieval["itc"]["text_to_image"]["recall@1"]}
+        if reranked := retrieval.get("both") or retrieval.get("itm"):  # older records have ITM alone
+            shown["recall at 1 re-ranked"] = reranked["text_to_image"]["recall@1"]
         measured = {name: grounding.get(name.replace(" ", "_")) for name in ("pointing game", "box accuracy")}
         return shown | {name: value["model"] for name, value in measured.items() if value}
 

@@ -52,9 +52,13 @@ class RetrievalReport:
     chance: dict[str, dict[str, float]]  # expected of a random order
 
     @property
-    def mean_recall(self) -> float:
-        """The criterion for the best model: recall @1, @5 and @10 both ways, averaged, by both logits if re-ranked."""
-        return fmean(recall for way in (self.both or self.itc).values() for recall in way.values())
+    def headline(self) -> tuple[str, float]:
+        """The criterion for the best model: recall @1, @5 and @10 both ways, averaged, by both logits if re-ranked.
+
+        The name says by what, so that it is not compared with that of another criterion.
+        """
+        name = "mean recall, ITC + ITM" if self.both else "mean recall"
+        return name, fmean(recall for way in (self.both or self.itc).values() for recall in way.values())
 
     def as_dict(self) -> dict[str, Any]:
         return {"task": "retrieval"} | asdict(self)

@@ -102,7 +102,7 @@ class RetrievalTask(Task):
         return evaluate_retrieval(model, tokenizer, source, captions=options.captions, rerank=rerank, **common)
 
     def headline(self, report: RetrievalReport) -> tuple[str, float]:
-        return "mean recall", report.mean_recall
+        return report.headline
 
 
 class GroundingTask(RetrievalTask):
