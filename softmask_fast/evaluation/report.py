@@ -45,8 +45,8 @@ class PretrainingEvaluation:
         return reports
 
     def headline(self, reports: Sequence[Report]) -> tuple[str, float]:
-        """By contrast and matching together (`mean_recall`). Maps do not choose: most data have no boxes."""
-        return "mean recall", reports[0].mean_recall
+        """By contrast and matching together. Maps do not choose: most data have no boxes."""
+        return reports[0].headline
 
     def figures(self, reports: dict[str, dict[str, Any]]) -> dict[str, float]:
         """What curves show beside the headline, of a record's reports."""
