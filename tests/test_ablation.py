@@ -7,6 +7,7 @@ from PIL import Image
 from test_train import ROOT, SMALL
 
 from softmask_fast.cli import main
+from softmask_fast.errors import UsageError
 from softmask_fast.training import ablation
 from softmask_fast.training.ablation import (
     ROWS,
@@ -70,6 +71,15 @@ def test_a_folder_keeps_its_options(tmp_path):
     check_folder(tmp_path, check_options(flags(TINY), 5, DS))  # more seeds
     with pytest.raises(ValueError, match="batch_size: was 4 in the runs of .*, got 8"):
         check_folder(tmp_path, check_options(flags(TINY | {"batch_size": 8}), 3, DS))
+    path, config = tmp_path / "options.json", check_options(flags(TINY), 3, DS)
+    stored = json.loads(path.read_text())
+    del stored["objectives"]["hard_negatives"]  # of before this option
+    path.write_text(json.dumps(stored))
+    check_folder(tmp_path, config)
+    for content in ("{", "[]", '{"preset": "tiny"}'):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=f"^output_dir: {path} [^\n]*$"):
+            check_folder(tmp_path, config)
 
 
 def write_evaluation(run: Run, recall: float, pointing: float | None) -> None:

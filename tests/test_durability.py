@@ -24,13 +24,14 @@ from softmask_fast.data.prepare import make_shards
 from softmask_fast.data.preparing import FACTS, Job
 from softmask_fast.data.workers import WorkerPool
 from softmask_fast.errors import UsageError, format_error, is_user_error
+from softmask_fast.options import record_path
 from softmask_fast.training import launch
 from softmask_fast.training.checkpoint import newest_whole_checkpoint
 from softmask_fast.training.launch import lock_folder, new_folder, prepare_run
 from softmask_fast.training.metrics import drop_lines_after
 from softmask_fast.training.options import parse_arguments
 from softmask_fast.training.ranks import AgreedUsageError
-from softmask_fast.training.run_record import check_same_run
+from softmask_fast.training.run_record import check_same_run, store_record
 from softmask_fast.utils import append_line, file_sha256, replacing, write_json
 from softmask_fast.word_maps import write_arrays
 
@@ -147,6 +148,13 @@ def test_a_damaged_record_of_the_run_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UsageError, match=f"^resume: {tmp_path}/config.json is not [^\n]*$"):
         check_same_run(tmp_path, config)
+
+
+def test_the_newest_record_of_a_run_counts(tmp_path):
+    for step in (0, 20, 10, 0):
+        store_record(tmp_path, step, {})
+        name = f"config-from-step-{step:08d}.json" if step else "config.json"
+        assert record_path(tmp_path) == tmp_path / name
 
 
 def test_damaged_lines_are_dropped_with_a_warning(tmp_path, caplog):
@@ -317,6 +325,7 @@ def test_what_ends_one_rank_between_checkpoints_is_said_in_one_line(tmp_path, mo
     for work, reason in faults.items():
         with pytest.raises(SystemExit) as left:
             launch.run_script("train.py", None, None, work)
-        again = f"go on from the last checkpoint with --output_dir {tmp_path} --resume true"
-        expected = f"train.py: error: {reason}; {again}\n"
+        again = f"; go on from the last checkpoint with --output_dir {tmp_path} --resume true"
+        expected = f"train.py: error: {reason}{again if list(tmp_path.glob('checkpoints/step-*')) else ''}\n"
+        (tmp_path / "checkpoints/step-00000001").mkdir(parents=True, exist_ok=True)
         assert left.value.code == 1 and re.fullmatch(expected, capsys.readouterr().err), reason

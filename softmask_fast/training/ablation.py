@@ -20,15 +20,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import softmask_fast
-from softmask_fast.config import Config, renamed
+from softmask_fast.config import Config
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.plots import save_figure
 from softmask_fast.evaluation.record import parse_record
 from softmask_fast.evaluation.report import PretrainingEvaluation, held_out_pairs
 from softmask_fast.options import spell
 from softmask_fast.training.options import parse_arguments
-from softmask_fast.training.run_record import flat, shown
-from softmask_fast.utils import write_json, write_text
+from softmask_fast.training.run_record import flat, shown, with_defaults
+from softmask_fast.utils import read_json, write_json, write_text
 
 # the options that switch a part off
 OFF: dict[str, dict[str, Any]] = {
@@ -137,7 +137,12 @@ def check_folder(output: Path, config: Config) -> None:
     """Store the options in the folder. Raises UsageError naming one that its earlier runs had otherwise."""
     path, current = output / "options.json", json.loads(json.dumps(shown(asdict(config))))
     if path.exists():
-        before = renamed(flat(shown(json.loads(path.read_text()))))
+        stored, before = read_json(path, "output_dir"), {}
+        for name, options in current.items():
+            if not isinstance(stored, dict) or not isinstance(stored.get(name), type(options)):
+                raise UsageError(f"output_dir: {path} does not hold the options of an ablation: expected {name} in it")
+            is_section = isinstance(options, dict)
+            before |= with_defaults(getattr(config, name), stored[name]) if is_section else {name: stored[name]}
         for name, value in flat(current).items():
             if before[name] != value:
                 raise UsageError(f"{name}: was {before[name]!r} in the runs of {output}, got {value!r}")

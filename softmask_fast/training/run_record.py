@@ -14,7 +14,7 @@ from softmask_fast.config import RunConfig, renamed
 from softmask_fast.errors import UsageError, without_secrets
 from softmask_fast.ops.registry import describe
 from softmask_fast.options import record_path, stored_record
-from softmask_fast.utils import installed_versions
+from softmask_fast.utils import installed_versions, write_json
 
 # options beside those of `TrainConfig` that a resumed run may change: none affects what is learned
 MAY_CHANGE = (
@@ -40,6 +40,15 @@ def run_record(config: RunConfig, device: torch.device, model: nn.Module, **abou
     }
 
 
+def store_record(output: Path, step: int, record: dict[str, Any]) -> None:
+    """Write the record of a run that begins, or goes on after a step. Those of later steps are of what it repeats."""
+    newest = f"config-from-step-{step:08d}.json"
+    write_json(output / (newest if step else "config.json"), record)
+    for path in output.glob("config-from-step-*.json"):
+        if path.name > newest:
+            path.unlink()
+
+
 def shown(options: Any) -> Any:
     """Options, by section or not, with URLs without passwords and signatures, which a resumed run may change."""
     if isinstance(options, dict):
@@ -57,12 +66,16 @@ def check_same_run(output: Path, config: RunConfig) -> None:
         if not isinstance(stored.get(section), dict):
             path = record_path(output)
             raise UsageError(f"resume: {path} is not the record of a run: expected config.{section} in it")
-        # an option that did not exist yet had the effect of its default, whatever the presets say today
-        before = {field.name: field.default for field in fields(getattr(config, section))}
-        before |= renamed(shown(stored[section]))
+        before = with_defaults(getattr(config, section), stored[section])
         for name, value in options.items():
             if before[name] != value and name not in MAY_CHANGE:
                 raise UsageError(f"resume: {name} was {before[name]!r} in {output}, got {value!r}")
+
+
+def with_defaults(section: Any, stored: dict[str, Any]) -> dict[str, Any]:
+    """The stored options of a section. One that did not exist yet had the effect of its default, whatever the presets
+    say today."""
+    return {field.name: field.default for field in fields(section)} | renamed(shown(stored))
 
 
 def flat(options: dict[str, Any]) -> dict[str, Any]:

@@ -32,11 +32,10 @@ from softmask_fast.training.meters import DataTimer, FlopCount, StepProfiler, ma
 from softmask_fast.training.metrics import MetricsLog
 from softmask_fast.training.periodic_eval import Evaluator
 from softmask_fast.training.ranks import AgreedUsageError, mean_over_ranks, run_on_all_ranks
-from softmask_fast.training.run_record import changes, check_same_run, run_record
+from softmask_fast.training.run_record import changes, check_same_run, run_record, store_record
 from softmask_fast.training.schedule import Schedule
 from softmask_fast.training.step_times import StepTimes
 from softmask_fast.training.updates import DirectUpdates, EngineUpdates, FiniteWatch
-from softmask_fast.utils import write_json
 
 logger = logging.getLogger("softmask_fast")
 
@@ -111,8 +110,7 @@ class Trainer:
                 resumed = "; ".join([f"after step {self.state.step}", *changes(before or record, record)])
                 if not self.state.step:
                     resumed = f"nothing, as there is no {'checkpoint' if before else 'run'} yet: it begins at step 0"
-            name = f"config-from-step-{self.state.step:08d}.json" if self.state.step else "config.json"
-            write_json(output / name, record)
+            store_record(output, self.state.step, record)
             print(first_screen(record, evaluator, resumed), flush=True)
             unfinished = self.schedule.unfinished()
             for doubt in [
