@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -46,6 +47,8 @@ def start(script: str, argv: list[str], devices: int | None, shown: Sequence[arg
         raise UsageError(f"devices: expected at least 1{most}, got {devices}")
     ranks = devices or gpus or 1
     if ranks > 1:
+        if find_spec("deepspeed") is None:  # the launcher's own end would not say how it is installed
+            raise ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed")
         return launch(name, Path(__file__).with_name(f"{script}.py"), argv, ranks, gpus)
     return import_module(f"softmask_fast.{script}").main(argv, name)
 
@@ -91,5 +94,7 @@ def launch(name: str, script: Path, argv: Sequence[str], ranks: int, gpus: int) 
     if received and status:
         return 128 + received[-1]
     if status > 128:  # a rank's signal, as the launcher gives it on
-        print(f"{name}: error: a rank was killed by {signal.Signals(256 - status).name}", file=sys.stderr)
+        killers = {256 - number: number.name for number in signal.Signals}
+        ended = f"was killed by {killers[status]}" if status in killers else f"ended with status {status}"
+        print(f"{name}: error: a rank {ended}", file=sys.stderr)
     return status

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -67,6 +68,21 @@ def test_errors_are_said_before_anything_starts(started, monkeypatch, capsys, op
     monkeypatch.setattr(launcher, "count_gpus", lambda: 4)
     assert main(["train", *options]) == 2
     assert message in capsys.readouterr().err and not started
+
+
+def test_two_ranks_without_deepspeed_name_what_installs_it(started, monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "count_gpus", lambda: 0)
+    monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+    assert main(["train", "--devices", "2"]) == 2 and not started
+    assert re.search(r"No module named 'deepspeed'; install it with: pip install .*\[train\]", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("status, ended", [(247, "was killed by SIGKILL"), (130, "ended with status 130")])
+def test_how_a_rank_ended_is_said(monkeypatch, capsys, status, ended):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: SimpleNamespace(wait=lambda: status))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launcher.launch("train", Path("train.py"), [], 2, 0) == status
+    assert capsys.readouterr().err == f"train: error: a rank {ended}\n"
 
 
 def test_the_second_interrupt_ends_at_once(monkeypatch, capfd):
