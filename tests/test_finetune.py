@@ -11,6 +11,7 @@ from small_models import small_model, small_tokenizer
 from test_train import finish, launch, metrics
 
 from softmask_fast.cli import main
+from softmask_fast.errors import UsageError
 from softmask_fast.evaluation import evaluate_grounding
 from softmask_fast.finetune import report
 from softmask_fast.model.export import load_model
@@ -179,6 +180,12 @@ def test_the_best_model_is_kept_and_a_resumed_run_remembers_it(tmp_path, alone, 
     assert [(line["step"], line["headline"]["value"]) for line in run.records()][2:] == [(6, 0.5), (8, 0.75)]
     assert evaluate(run, 8, 0.75)["step"] == 4 and len(run.records()) == 4  # a finished run, resumed
     assert evaluator_of(folder, eval_size=0).count == 8
+    path = folder / "best" / "evaluation.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {"headline": None}))
+    with pytest.raises(UsageError, match=f'{path}: expected a "headline" with name and value, got None'):
+        evaluator_of(folder).begin(8, steps=16, steps_per_epoch=4)
+    path.write_text(whole)
     other = evaluator_of(folder, eval_size=4)  # its metrics do not compare with those before
     other.begin(8, steps=16, steps_per_epoch=4)
     assert evaluate(other, 10, 0.1)["step"] == 10

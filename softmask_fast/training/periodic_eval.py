@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.config import TrainConfig
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, short
 from softmask_fast.evaluation.common import sample_count, usable_samples
 from softmask_fast.evaluation.record import evaluation_record, parse_record
 from softmask_fast.evaluation.report import PretrainingEvaluation
@@ -87,7 +87,7 @@ class Evaluator:
 
     def begin(self, step: int, steps: int, steps_per_epoch: int) -> None:
         """Start, or resume after a step, a run of so many steps. A collective. Raises AgreedUsageError if
-        best/evaluation.json is damaged."""
+        best/evaluation.json or a line of evaluations.jsonl is damaged."""
         if self.evaluation.has_labels and (self.train.eval_steps or self.train.eval_epochs):
             every = self.train.eval_steps or max(1, round(self.train.eval_epochs * steps_per_epoch))
             self._every_steps, self._page_steps = every, every * math.ceil(steps / every / PAGES)
@@ -96,8 +96,9 @@ class Evaluator:
             if dist.get_rank() != 0:
                 return 0
             records = drop_lines_after(self.output / RECORDS, step)
-            if records and "headline" in records[-1]:
-                self.best(records[-1])  # a damaged record is named before the training
+            self.records()  # a damaged record is named before the training, as is that of best/
+            if (path := self.output / BEST / RECORD).exists():
+                _parse(path.read_text(), path)
             return records[-1]["step"] if records else 0
 
         last = [run_on_all_ranks(last_evaluated)]
@@ -166,14 +167,14 @@ class Evaluator:
         path = self.output / BEST / RECORD
         if not path.exists():
             return None
-        record = parse_record(path.read_text(), path)
+        record = _parse(path.read_text(), path)
         same = all(record.get(name) == like.get(name) for name in ("data", "size"))
         return record if same and record["headline"]["name"] == like["headline"]["name"] else None
 
     def records(self) -> list[dict[str, Any]]:
         """All lines of evaluations.jsonl."""
         path = self.output / RECORDS
-        return [parse_record(line, path) for line in path.read_text().splitlines()] if path.exists() else []
+        return [_parse(line, path) for line in path.read_text().splitlines()] if path.exists() else []
 
     def curves(self) -> list[dict[str, float]]:
         """The figures of all evaluations, each with its step."""
@@ -187,6 +188,15 @@ class Evaluator:
         """Which step was the best; empty for data without labels."""
         records = self.records()
         return f"best: {_describe(self.best(records[-1]))}, in {self.output / BEST}" if records else ""
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """`parse_record` of a run's evaluation. Raises UsageError for one without a headline, too."""
+    record = parse_record(text, path)
+    headline = record.get("headline")
+    if not isinstance(headline, dict) or not headline.keys() >= {"name", "value"}:
+        raise UsageError(f'{path}: expected a "headline" with name and value, got {short(headline)}')
+    return record
 
 
 def _describe(record: dict[str, Any]) -> str:
