@@ -249,5 +249,7 @@ def test_where_graphs_do_not_apply():
     )
     assert "xformers" in graph_refusal(step, replace(config.train, attention="xformers"), gpu)
     assert "fine-tuning" in graph_refusal(step.model, config.train, gpu)
-    step.objectives = replace(step.objectives, hard_negatives=False)
-    assert "uniform negatives" in graph_refusal(step, config.train, gpu)
+    objectives = step.objectives
+    for name, value, said in (("hard_negatives", False, "false"), ("hard_negatives_start", 0.7, "0.7")):
+        step.objectives = replace(objectives, **{name: value})
+        assert graph_refusal(step, config.train, gpu) == f"{name} {said} (uniform negatives are drawn on the host)"

@@ -181,6 +181,8 @@ def graph_refusal(step: torch.nn.Module, train: TrainConfig, device: torch.devic
         return "attention xformers, which reads lengths on the host"
     if not isinstance(step, PretrainingStep):
         return "fine-tuning"
-    if not step.objectives.hard_negatives or step.objectives.hard_negatives_start:
-        return "uniform negatives, whose generator is on the host"
+    if not step.objectives.hard_negatives:
+        return "hard_negatives false (uniform negatives are drawn on the host)"
+    if start := step.objectives.hard_negatives_start:
+        return f"hard_negatives_start {start} (uniform negatives are drawn on the host)"
     return None
