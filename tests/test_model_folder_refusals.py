@@ -219,6 +219,8 @@ def test_weights_to_start_from_are_tensors_or_refused(tmp_path):
         "calls.pth": saved({"model": call}), "plain.pth": pickle.dumps([call]), "text.pth": b"weights, please",
         "empty.pth": b"", "part.pth": saved({"x": torch.zeros(999)})[:-300], "bomb.pth": squeezed.getvalue(),
     }  # fmt: skip
+    with pytest.raises(UsageError, match="^model_weights: expected a folder with model.safetensors"):
+        weights_config(tmp_path)
     config = weights_config(STORED)
     for name, content in contents.items():
         path = weights(tmp_path, name, content)

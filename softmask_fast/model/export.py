@@ -77,60 +77,66 @@ def folder_tokenizer(directory: str | Path, config: ModelConfig) -> PreTrainedTo
     return tokenizer
 
 
-def read_model_folder(directory: str | Path) -> tuple[ModelConfig, dict | None]:
+def read_model_folder(directory: str | Path, option: str = "model") -> tuple[ModelConfig, dict | None]:
     """The configuration in a model folder, and the task record if the model is fine-tuned for a task.
 
-    Raises UsageError naming what is missing, unknown or out of range, and sizes that the weights are too few for.
+    Raises UsageError naming the option that the folder came from, and what is missing, unknown or out of range, or
+    sizes that the weights are too few for.
     """
     directory = Path(directory)
     absent = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (directory / name).exists()]
     if absent:
-        raise UsageError(f"model: expected a folder with {WEIGHTS}, {CONFIG}, {TOKENIZER}/; {directory} lacks {absent}")
-    options = _read_record(directory / CONFIG)
+        raise UsageError(
+            f"{option}: expected a folder with {WEIGHTS}, {CONFIG}, {TOKENIZER}/; {directory} lacks {absent}"
+        )
+    options = _read_record(directory / CONFIG, option)
     unknown = sorted(options.keys() - {f.name for f in fields(ModelConfig)})
     if unknown:
-        raise UsageError(f"model: {directory / CONFIG} has unknown options {unknown}")
+        raise UsageError(f"{option}: {directory / CONFIG} has unknown options {unknown}")
     # the weights are in the folder, wherever training started from
     options |= {"vision_weights": "random", "text_weights": "random", "model_weights": None}
-    task = _read_record(directory / TASK) if (directory / TASK).exists() else None
+    task = _read_record(directory / TASK, option) if (directory / TASK).exists() else None
     if task is not None and not isinstance(task.get("task"), str):
-        raise UsageError(f"model: {directory / TASK}: task: expected a text, got {task.get('task')!r:.100}")
+        raise UsageError(f"{option}: {directory / TASK}: task: expected a text, got {task.get('task')!r:.100}")
     try:
         config = ModelConfig(**options)
         with torch.device("meta"):  # without memory, whatever the sizes
             needed = sum(parameter.numel() for parameter in VisionLanguageModel(config).parameters())
     except UsageError as error:
-        raise UsageError(f"model: {directory / CONFIG}: {error}") from error
-    held = sum(tensor.numel() for tensor in read_weights(directory).values())  # mapped, not read
+        raise UsageError(f"{option}: {directory / CONFIG}: {error}") from error
+    held = sum(tensor.numel() for tensor in read_weights(directory, option).values())  # mapped, not read
     if needed > held:
         raise UsageError(
-            f"model: {directory / CONFIG} describes {needed:,} parameters, expected at most the {held:,} of {WEIGHTS}"
+            f"{option}: {directory / CONFIG} describes {needed:,} parameters, "
+            f"expected at most the {held:,} of {WEIGHTS}"
         )
     return config, task
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path, option: str) -> dict[str, Any]:
     """The mapping in a JSON file of a model folder. Raises UsageError if the file holds anything else."""
     if path.stat().st_size > RECORD_BYTES:
-        raise UsageError(f"model: {path}: expected at most {RECORD_BYTES:,} bytes, got {path.stat().st_size:,}")
-    record = read_json(path, "model")
+        raise UsageError(f"{option}: {path}: expected at most {RECORD_BYTES:,} bytes, got {path.stat().st_size:,}")
+    record = read_json(path, option)
     if not isinstance(record, dict):
-        raise UsageError(f"model: {path}: expected a mapping of options, got {type(record).__name__}")
+        raise UsageError(f"{option}: {path}: expected a mapping of options, got {type(record).__name__}")
     return record
 
 
-def read_weights(directory: str | Path) -> dict[str, Tensor]:
+def read_weights(directory: str | Path, option: str = "model") -> dict[str, Tensor]:
     """The tensors in a model folder. Raises UsageError if they cannot be read."""
     path = Path(directory) / WEIGHTS
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"model: {path} cannot be read: {error}") from error
+        raise UsageError(f"{option}: {path} cannot be read: {error}") from error
 
 
-def pretrained_config(directory: str | Path) -> ModelConfig:
+def pretrained_config(directory: str | Path, option: str = "model") -> ModelConfig:
     """The configuration in a model folder of pretraining. Raises UsageError for a fine-tuned model."""
-    config, task = read_model_folder(directory)
+    config, task = read_model_folder(directory, option)
     if task is not None:
-        raise UsageError(f"model: expected a model without a task's head, {directory} is fine-tuned for {task['task']}")
+        raise UsageError(
+            f"{option}: expected a model without a task's head, {directory} is fine-tuned for {task['task']}"
+        )
     return config

@@ -28,7 +28,7 @@ def weights_config(path: str | Path, option: str = "model_weights") -> ModelConf
     """
     path = Path(path)
     if path.is_dir():
-        config, _ = read_model_folder(path)
+        config, _ = read_model_folder(path, option)
     elif path.is_file():
         config = load_albef(path, option=option).config
     else:
@@ -56,8 +56,8 @@ def load_weights(
     size.
     """
     if Path(path).is_dir():
-        pretrained_config(path)
-        state = read_weights(path)
+        pretrained_config(path, option)
+        state = read_weights(path, option)
     else:
         state = own_state(load_albef(path, complete=complete, option=option))
     try:
