@@ -116,7 +116,10 @@ def evaluate_grounding(
     scores = [score for rank in ranks for score in rank.phrases]
     choices = [choice for rank in ranks for choice in rank.choices]
     if not scores:
-        raise UsageError(f"source: grounding needs phrases with boxes; none of the first {count} samples has one")
+        skipped = "".join(f"; skipped {key}: {reason}" for rank in ranks for key, reason in rank.skipped.items())
+        raise UsageError(
+            f"source: grounding needs phrases with boxes; none of the first {count} samples has one{skipped}"
+        )
 
     def mean(field: str) -> float:
         return float(np.mean([getattr(score, field) for score in scores]))
