@@ -42,5 +42,4 @@ def gradients(grad_loss: Tensor, rows: Rows, keys: Keys, wanted: tuple[bool, ...
     features = add_gradients(run, rows, keys, False, wanted[:2])
     with_products, alone = totals.sum(1)
     numbers = -with_products / temperature.double() ** 2, alone
-    wants = zip(numbers, wanted[2:], strict=True)
-    return *features, *(number.to(temperature.dtype) if want else temperature.new_empty(0) for number, want in wants)
+    return *features, *(number.to(temperature.dtype) for number in numbers)

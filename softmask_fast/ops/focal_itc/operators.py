@@ -167,10 +167,10 @@ def _backward(grad_loss, row_state, dominant, wanted, *arguments):
     return gradients
 
 
-def _backward_operator(grad_loss, row_state, *arguments):
+def _backward_operator(grad_loss, row_state, dominant, wanted, *arguments):
     """The operator returns tensors: empty ones, which eager mode need not make, where no gradient is wanted."""
-    gradients = _backward(grad_loss, row_state, *arguments)
-    return tuple(row_state.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    gradients = zip(_backward(grad_loss, row_state, dominant, wanted, *arguments), wanted, strict=True)
+    return tuple(gradient if wants else row_state.new_empty(0) for gradient, wants in gradients)
 
 
 torch.library.impl("softmask_fast::focal_itc", "CompositeExplicitAutograd", _forward)
