@@ -162,7 +162,7 @@ class Problem:
             ("torch_fused", "torch.nn.functional", "linear_cross_entropy", torch_fused, False, 0),
         ]
         if self.bias is not None:
-            libraries = [("open_clip", "open_clip", "SigLipLoss", siglip, False, 0)]
+            libraries = [("open_clip", "open_clip.loss", "SigLipLoss", siglip, False, 0)]
         found = {}
         for name, module, function, build, gpu_only, recomputed in libraries:
             reason = "its kernels need a GPU" if gpu_only and not ON_GPU else None
