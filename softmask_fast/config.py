@@ -92,6 +92,9 @@ class ModelConfig(Section):
     embed_dim: int = option(256, "Width of the contrastive projection.")
     hidden_dropout: float = option(0.1, "Dropout on the hidden states of text and fusion.")
     soft_mask_layer: int = option(2, "Fusion layer (0 = first) whose Grad-CAM makes the mask.")
+    match_through_words: bool = option(
+        False, "Hide the image from [CLS] and [SEP]: matching sees it through the words, which learn to look."
+    )
     vision_contrast_blocks: int = option(
         0, "Last blocks of the image encoder that serve the contrast alone; fusion reads the tokens before them."
     )
@@ -331,7 +334,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vision_heads": 3, "vision_weights": "random", "text_weights": "random", "text_width": 192, "text_heads": 3,
         "text_layers": 2, "fusion_layers": 3, "vocab_size": 4000, "soft_mask_layer": 1, "embed_dim": 128,
         "vision_contrast_blocks": 3, "text_contrast_layers": 1, "contrast_pooling": "mean",
-        "soft_masked_negatives": True, "hard_negatives": False,
+        "match_through_words": True, "soft_masked_negatives": True, "hard_negatives": False,
         "rand_augment": False, "crop_scale": 0.5, "eval_size": 1000,
         "queue_size": 1024, "queue_warmup_steps": 0.7, "momentum": 0.99, "distill_ramp_steps": 0.9,
         "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 0.1, "epochs": 20.0, "checkpoint_steps": 500,
@@ -343,7 +346,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "text_heads": 4, "text_layers": 2, "fusion_layers": 2, "vocab_size": 256, "soft_mask_layer": 0,
         "max_tokens": 32, "embed_dim": 128, "hidden_dropout": 0.0,
         "vision_contrast_blocks": 2, "text_contrast_layers": 1, "contrast_pooling": "mean",
-        "soft_masked_negatives": True, "hard_negatives": False,
+        "match_through_words": True, "soft_masked_negatives": True, "hard_negatives": False,
         "data": "shapes:objects=3", "flip": False, "rand_augment": False, "crop_scale": 0.8,
         "queue_size": 256, "queue_warmup_steps": 0.25, "momentum": 0.98, "distill_ramp_steps": 0.6,
         "batch_size": 32, "max_steps": 1600, "learning_rate": 1e-3, "warmup_steps": 0.06, "checkpoint_steps": 400,

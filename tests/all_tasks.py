@@ -33,10 +33,10 @@ SCENES, ASKED = "shapes:num={},names=color,colors=6", "shapes:num={},names=color
 PRETRAINED = {
     "data": SCENES.format(8192), "image_size": 32, "vision_width": 64, "vision_depth": 2, "vision_heads": 2,
     "text_width": 64, "text_heads": 2, "text_layers": 1, "fusion_layers": 2, "embed_dim": 32,
-    "text_contrast_layers": 0, "vision_contrast_blocks": 0, "contrast_pooling": "cls", "hard_negatives": True,
-    "soft_masked_negatives": False, "queue_size": 0, "distill_ramp_steps": 1000,
-    "tokenizer": root / "words", "soft_mask": False, "masked_captions": False, "learning_rate": 2e-3, "max_steps": 350,
-    "itc_weight": 0,
+    "text_contrast_layers": 0, "vision_contrast_blocks": 0, "contrast_pooling": "cls",
+    "match_through_words": False, "hard_negatives": True, "soft_masked_negatives": False, "queue_size": 0,
+    "distill_ramp_steps": 1000, "tokenizer": root / "words", "soft_mask": False, "masked_captions": False,
+    "learning_rate": 2e-3, "max_steps": 350, "itc_weight": 0,
 }  # fmt: skip
 COMMON = {
     "crop": False, "flip": False, "rand_augment": False, "color": False, "blur": False, "warmup_steps": 20,

@@ -122,7 +122,20 @@ def mean_of_rows(text, mask):
     return torch.stack([row[kept].mean(0) for row, kept in zip(text, mask, strict=True)])
 
 
+def test_matching_sees_the_image_through_the_words_alone():
+    model = make_model(match_through_words=True)
+    pixels, ids, mask = make_inputs()
+    others = pixels.roll(1, 0)
+    assert not torch.allclose(model.match_logits(pixels, ids, mask), model.match_logits(others, ids, mask))
+    wordless, ends = ids[:, :2], torch.ones(3, 2, dtype=torch.bool)  # [CLS] and [SEP]
+    assert torch.equal(model.match_logits(pixels, wordless, ends), model.match_logits(others, wordless, ends))
+    relevance = model.word_relevance(pixels, ids, mask)
+    for row, length in zip(relevance, mask.sum(1), strict=True):
+        assert not row[0].any() and not row[length - 1 :].any() and row[1 : length - 1].flatten(1).any(1).all()
+
+
 def test_the_paper_has_none_of_it():
     model, objectives = ModelConfig(), ObjectiveConfig()
+    assert not model.match_through_words
     assert model.vision_contrast_blocks == model.text_contrast_layers == 0 and model.contrast_pooling == "cls"
     assert objectives.hard_negatives and not objectives.hard_negatives_start and not objectives.soft_masked_negatives

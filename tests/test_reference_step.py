@@ -111,10 +111,10 @@ def test_the_fast_step_is_the_reference_step(soft_mask, gamma, masked_captions, 
 
 @pytest.mark.parametrize("hard_negatives", [True, False])
 def test_the_demo_is_the_reference_step_too(hard_negatives):
-    """Soft-masked negatives, and a contrast on layers of its own."""
+    """Soft-masked negatives, a contrast on layers of its own, matching through the words."""
     objectives = ObjectiveConfig(soft_masked_negatives=True, hard_negatives=hard_negatives)
     branch = dict(text_layers=2, vision_contrast_blocks=1, text_contrast_layers=1, contrast_pooling="mean")
-    model, teacher = make_model(**branch)
+    model, teacher = make_model(match_through_words=True, **branch)
     batch, settings = make_batch(), StepSettings(0.4, 11)
     fast, negatives = run_fast(model, teacher, batch, objectives, settings)
     if not hard_negatives:

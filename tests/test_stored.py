@@ -37,6 +37,7 @@ LATER = {
     "vision_contrast_blocks": 0,
     "text_contrast_layers": 0,
     "contrast_pooling": "cls",
+    "match_through_words": False,
     "soft_masked_negatives": False,
 }
 

@@ -8,6 +8,9 @@ Four properties make it cheap, without approximation:
 - The Grad-CAM of a layer only needs the graph from that layer's attention output onwards.
 - The last layer only computes the tokens that are read: [CLS] for matching, the masked words for MLM.
 
+With `match_through_words` cross-attention gives nothing to [CLS] and [SEP]. Matching, which reads [CLS], then learns of
+the image through the words alone, so each word has to look at what it names.
+
 There is no key bias: it would add the same number to all logits of a query, which softmax ignores.
 """
 
@@ -72,6 +75,7 @@ class FusionLayer(WeightedLayer):
         self.intermediate = BertIntermediate(bert)
         self.output = BertOutput(bert)
         self.eps, self.drop = bert.layer_norm_eps, bert.hidden_dropout_prob
+        self.words_alone = config.match_through_words
 
     def joined(self) -> list[Joined]:
         cross = self.cross_attention
@@ -101,9 +105,12 @@ class FusionLayer(WeightedLayer):
         drop = self.drop if self.training and not frozen else 0.0
         return run_region(self.compiled, cross_query, weights[3:9], attended, text, self.eps, drop)
 
-    def finish(self, text: Tensor, attended: Tensor, frozen: bool = False) -> Tensor:
-        """text (T, C) and the cross-attention's output (T, C) -> the layer's output (T, C)."""
+    def finish(self, text: Tensor, attended: Tensor, ends: Tensor, frozen: bool = False) -> Tensor:
+        """text (T, C), the cross-attention's output (T, C), and which rows are [CLS] or [SEP] (T,) bool -> the layer's
+        output (T, C)."""
         drop, weights = self.drop if self.training and not frozen else 0.0, self.weights(frozen)
+        if self.words_alone:
+            attended = attended.masked_fill(ends[:, None], 0)
         return run_region(self.compiled, after_attention, weights[9:], attended, text, self.eps, drop)
 
     def whole(
@@ -113,19 +120,20 @@ class FusionLayer(WeightedLayer):
         """text (T, C) -> the layer's output (T, C); the rest as in `CrossAttention.forward` and `query`."""
         text, query = self.query(text, packing, attention, frozen=frozen)
         attended = self.cross_attention(query.unflatten(-1, (self.cross_attention.heads, -1)), key_value, plan, keep)
-        return self.finish(text, attended.flatten(1), frozen)
+        return self.finish(text, attended.flatten(1), packing.ends, frozen)
 
     def read(
         self, text: Tensor, packing: Packing, key_value: KeyValue, plan: ImagePlan, keep: Tensor | None,
         attention: str, positions: Tensor, frozen: bool = False,
     ) -> Tensor:  # fmt: skip
         """`whole` for some tokens only: positions (R,) among the S * L tokens -> (R, C)."""
-        text, query = self.query(text, packing, attention, packing.rows_of(positions), frozen)
+        rows = packing.rows_of(positions)
+        text, query = self.query(text, packing, attention, rows, frozen)
         sequence = positions // packing.mask.shape[1]
         image_index = plan.image_index[sequence]
         keep = None if keep is None else keep[sequence]
         attended = self.cross_attention(self.cross_attention.split_heads(query[:, None]), key_value, image_index, keep)
-        return self.finish(text, join_heads(attended)[:, 0], frozen)
+        return self.finish(text, join_heads(attended)[:, 0], packing.ends[rows], frozen)
 
     def explained(
         self, text: Tensor, packing: Packing, key_value: KeyValue, attention: str
@@ -196,7 +204,7 @@ class FusionEncoder(nn.Module):
         text, query, attended, value = parts
 
         def score_of(attended: Tensor) -> Tensor:
-            hidden = chosen(FusionLayer.finish, text, packing.pack(join_heads(attended)), frozen=True)
+            hidden = chosen(FusionLayer.finish, text, packing.pack(join_heads(attended)), packing.ends, frozen=True)
             if chosen is last:
                 return score(hidden[packing.rows_of(positions)]).sum()
             for above, key_value in zip(self.layers[layer + 1 : -1], keys_values[layer + 1 :], strict=False):

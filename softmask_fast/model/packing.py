@@ -73,6 +73,13 @@ class Packing:
         row_of = torch.zeros(self.mask.numel(), dtype=torch.int64, device=positions.device)
         return row_of.index_copy(0, self.positions, rows)[positions]
 
+    @functools.cached_property
+    def ends(self) -> Tensor:
+        """Which rows are the first or the last token of their sequence, [CLS] or [SEP]: (T,) bool."""
+        boundaries = self.boundaries[: len(self.mask) + 1].long()
+        first_and_last = torch.cat([boundaries[:-1], boundaries[1:] - 1])
+        return self.positions.new_zeros(len(self.positions), dtype=torch.bool).index_fill(0, first_and_last, True)
+
     def bias(self, dtype: torch.dtype) -> Tensor:
         """What "padded" attention adds to the logits (S, 1, 1, L): 0 at tokens, minus infinity at padding."""
         if dtype not in self._biases:

@@ -188,6 +188,9 @@ def fusion_layer(layer: FusionLayer, text: Tensor, mask: Tensor, images: Tensor)
     )
     attention = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
     attended = (attention @ value).transpose(1, 2).flatten(2)
+    if layer.words_alone:
+        words = F.pad(mask, (1, 0))[:, :-1] & F.pad(mask, (0, 1))[:, 1:]  # neither [CLS] nor [SEP]
+        attended = attended * words[..., None]
     text = layer.cross_output(attended, text)
     return layer.output(layer.intermediate(text), text), attention
 
