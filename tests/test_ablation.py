@@ -4,7 +4,7 @@ import json
 
 import pytest
 from PIL import Image
-from test_train import ROOT, SMALL
+from runs import ROOT, SMALL
 
 from softmask_fast.cli import main
 from softmask_fast.errors import UsageError

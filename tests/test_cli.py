@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_config import check_both_spellings, options_of
+from spellings import check_both_spellings, options_of
 
 from softmask_fast import __version__
 from softmask_fast.cli import _parser, main

@@ -3,8 +3,7 @@
 import logging
 
 import pytest
-from test_train import metrics
-from test_zero import run_cases
+from runs import metrics, run_cases
 
 from softmask_fast.training import compilation
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from spellings import check_both_spellings, options_of
 
 from softmask_fast.config import GATHERS, PRESETS
 from softmask_fast.errors import UsageError
@@ -111,22 +112,6 @@ def test_every_option_takes_both_spellings(module):
         check_both_spellings(parser, option)
     shown = parser.format_help()
     assert "--batch_size" in shown and "--batch-size" not in shown and "colour" not in shown
-
-
-def options_of(parser) -> list:
-    return [action for action in parser._actions if action.dest != "help" and action.option_strings]
-
-
-def check_both_spellings(parser, action, required: tuple = ()) -> None:
-    value = action.choices[0] if isinstance(action.choices, tuple | list) else "1"
-    for name in action.option_strings:
-        assert "-" not in name.lstrip("-")
-        parts = [] if action.nargs == 0 else [value]
-        parsed = [
-            parser.parse_args([*required, f"--{spelling}", *parts])
-            for spelling in (name.lstrip("-"), name.lstrip("-").replace("_", "-"))
-        ]
-        assert vars(parsed[0]) == vars(parsed[1]) and getattr(parsed[0], action.dest) is not None, name
 
 
 @pytest.mark.parametrize("mistyped", ["--bach_size", "--batch", "--batch-sise"])

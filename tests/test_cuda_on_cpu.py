@@ -43,8 +43,8 @@ def library(tmp_path_factory):
     command = [
         COMPILER, "-x", "c++", "-O1", "-g0", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-I{path}" for path in [*include_paths(), HEADERS[0]]),
-        Path(__file__).with_name("cuda_on_cpu.cpp"), "-o", built, *(f"-L{path}" for path in library_paths()),
-        "-lc10", "-ltorch_cpu", "-Wl,-Bsymbolic", "-Wl,--no-undefined",
+        Path(__file__).with_name("helpers") / "cuda_on_cpu.cpp", "-o", built,
+        *(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-Wl,-Bsymbolic", "-Wl,--no-undefined",
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_train import ROOT, SMALL
+from runs import ROOT, SMALL
 
 from softmask_fast import train
 from softmask_fast.data.prepare import make_shards

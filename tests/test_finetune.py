@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from runs import finish, launch, metrics
 from safetensors.torch import load_file
 from small_models import small_model, small_tokenizer
-from test_train import finish, launch, metrics
 
 from softmask_fast.cli import main
 from softmask_fast.errors import UsageError
@@ -30,7 +30,7 @@ EXPRESSIONS = "shapes:num=256,names=color,colors=6"  # what all_tasks.py measure
 def learned(tmp_path_factory):
     """A small model, pretrained, and fine-tuned for every task, in one process."""
     folder = tmp_path_factory.mktemp("tasks")
-    finish(launch(folder, cwd=folder, script="tests/all_tasks.py", what="learn"))
+    finish(launch(folder, cwd=folder, script="tests/launched/all_tasks.py", what="learn"))
     return folder
 
 
@@ -220,7 +220,7 @@ def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alon
 
 
 def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
-    finish(launch(tmp_path, ranks=2, cwd=tmp_path, script="tests/all_tasks.py", what="resume"))
+    finish(launch(tmp_path, ranks=2, cwd=tmp_path, script="tests/launched/all_tasks.py", what="resume"))
     whole, resumed, unmeasured = (tmp_path / name for name in ("whole", "resumed", "unmeasured"))
     for again in (resumed, unmeasured):  # as without evaluations, too
         a, b = (load_file(folder / "model" / "model.safetensors") for folder in (whole, again))

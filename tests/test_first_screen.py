@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from sample_files import GOOD
 from shard_files import write_shard
 from small_models import small_tokenizer
-from test_loader import GOOD
 
 from softmask_fast.data.sources import open_source, shared_files
 from softmask_fast.data.types import Batch

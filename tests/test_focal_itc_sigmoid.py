@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_as_accurate, require
+from itc_cases import IMPLEMENTATIONS, device_of, inputs, thin_out
 from largest_tensor import LargestTensor
-from test_focal_itc_streaming import IMPLEMENTATIONS, device_of, inputs, thin_out
 
 from softmask_fast.ops import FocalITCLoss, focal_itc_loss
 from softmask_fast.ops.focal_itc import streamed

@@ -2,19 +2,19 @@
 
 import importlib
 
+import itc_cases
 import pytest
-import test_focal_itc_streaming as streaming
 import torch
 import torch.nn.functional as F
 from compare import assert_as_accurate, require
-from test_focal_itc_streaming import device_of, inputs, thin_out
+from itc_cases import device_of, inputs, thin_out
 
 from softmask_fast.ops import focal_itc_loss
 from softmask_fast.ops.focal_itc import cpp
 from softmask_fast.ops.focal_itc.state import Problem
 from softmask_fast.ops.triton_support import INTERPRETED
 
-impl, small_tiles = streaming.impl, streaming.small_tiles  # fixtures
+impl, small_tiles = itc_cases.impl, itc_cases.small_tiles  # fixtures
 NAMES = ("loss", "grad image", "grad text", "grad temperature")
 GAMMAS, POSITIVES = (0.0, 0.5, 1.0, 2.0, 3.0), ("own", "mean", "any")
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from test_train import SMALL, finish, free_port, metrics, wait_for_step
+from runs import SMALL, finish, free_port, metrics, wait_for_step
 
 from softmask_fast import finetune, launcher, train
 from softmask_fast.cli import main

@@ -8,32 +8,18 @@ import threading
 import numpy as np
 import pytest
 import torch
-from shard_files import encode, scene_files, write_shard
+from sample_files import BAD, GOOD, SHAPES
+from shard_files import encode, write_shard
+from small_loaders import TOKENIZER, loader, same
 
 from softmask_fast.data import preparing
 from softmask_fast.data.augment import AugmentConfig
-from softmask_fast.data.loader import BadDataError, PretrainingLoader
+from softmask_fast.data.loader import BadDataError
 from softmask_fast.data.pixels import evaluation_pixels
 from softmask_fast.data.seeding import hash_names, image_ids, visiting_order
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.synthetic import ShapesSource
-from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.data.types import BadSample, Batch, Sample
-
-SHAPES = ShapesSource(num=40, image_size=24)
-TOKENIZER = train_tokenizer([text for i in range(40) for text in SHAPES.read(i).captions], 200)
-
-
-def loader(source=SHAPES, **options) -> PretrainingLoader:
-    defaults = {
-        "batch_size": 8,
-        "image_size": 16,
-        "augment": AugmentConfig(),
-        "max_tokens": 20,
-        "seed": 3,
-        "num_threads": 2,
-    }
-    return PretrainingLoader(source, TOKENIZER, **(defaults | options))
 
 
 def visits(batches: list[Batch]) -> list[tuple]:
@@ -53,13 +39,6 @@ def visits(batches: list[Batch]) -> list[tuple]:
 def take(n: int, **options) -> list[tuple]:
     with loader(**options) as batches:
         return visits([next(batches) for _ in range(n)])
-
-
-def same(first: Batch, second: Batch) -> bool:
-    def alike(one, other) -> bool:
-        return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-    return all(alike(value, getattr(second, name)) for name, value in vars(first).items())
 
 
 def test_a_batch_is_what_it_says(device):
@@ -204,25 +183,6 @@ def test_ranks_that_were_apart_go_on_behind_the_slowest(caplog):
         assert "about 8 of 40" in caplog.text and "of 2 ranks, now there are 1" in caplog.text
         assert state["truncated_captions"] == 10 and state["bad"] == {"bad-0": "why", "bad-1": "why"}
         assert [visit[0] for visit in visits([next(batches)])] == reference[8:16]
-
-
-GOOD = {f"{i:03d}": scene_files(i, 24) for i in range(188)}
-JPEG = GOOD["000"]["jpg"]
-CAPTION = GOOD["000"]["json"]
-BAD = {
-    "empty": {"jpg": b"", "json": CAPTION},
-    "truncated": {"jpg": JPEG[: len(JPEG) // 2], "json": CAPTION},
-    "text": {"jpg": b"<html>not found</html>", "json": CAPTION},
-    "gif": {"jpg": encode(SHAPES.read(0).image, "GIF"), "json": CAPTION},
-    "gif2": {"gif": encode(SHAPES.read(0).image, "GIF"), "json": CAPTION},
-    "huge": {"jpg": encode(np.zeros((120, 120, 3), np.uint8)), "json": CAPTION},
-    "no-image": {"json": CAPTION},
-    "no-caption": {"jpg": JPEG},
-    "bad-json": {"jpg": JPEG, "json": b"{oops"},
-    "no-captions": {"jpg": JPEG, "json": b'{"captions": []}'},
-    "blank": {"jpg": JPEG, "json": b'{"captions": ["", " ... "]}'},
-    "latin": {"jpg": JPEG, "txt": "caf\xe9".encode("latin-1")},
-}
 
 
 @pytest.fixture(scope="module")

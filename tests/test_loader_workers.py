@@ -12,8 +12,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from sample_files import BAD, GOOD
 from shard_files import scene_files, write_shard
-from test_loader import BAD, GOOD, loader, same
+from small_loaders import loader, same
 
 from softmask_fast.config import DataConfig
 from softmask_fast.data.preparing import FACTS, Job

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import small_model, small_tokenizer
-from test_reference_step import make_batch, make_model
+from small_steps import make_batch, make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from softmask_fast.config import ObjectiveConfig

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_as_accurate, require
-from test_soft_masked_attention import DTYPES, IMPLS, NAMES, SIZES, draw, plain, with_gradients
+from masked_attention import DTYPES, IMPLS, NAMES, SIZES, draw, plain, with_gradients
 
 from softmask_fast.ops import plan_image_index, registry, soft_masked_attention
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_as_accurate
-from test_reference_step import make_batch, make_model
+from small_steps import make_batch, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from softmask_fast.config import ObjectiveConfig

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import finish, launch, metrics
 from safetensors.torch import load_file
-from test_train import finish, launch, metrics
 
 from softmask_fast.config import RENAMED
 from softmask_fast.data.sources import open_source

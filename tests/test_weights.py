@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_reference_step import make_batch, make_model
+from small_steps import make_batch, make_model
 
 from softmask_fast.config import ObjectiveConfig
 from softmask_fast.model.momentum import StepSettings

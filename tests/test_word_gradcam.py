@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from compare import assert_as_accurate, require
-from test_word_mask import DTYPES, IMPLS, draw, full_maps, of_word
+from word_masks import DTYPES, IMPLS, draw, full_maps, of_word
 
 from softmask_fast.ops import attention_output_gradient, word_gradcam, word_soft_mask
 

@@ -1,16 +1,9 @@
 """One run in several ways: under every ZeRO stage, on another number of ranks, compiled. Every run is real."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from runs import metrics, run_cases
 from safetensors.torch import load_file
-from test_train import finish, launch, metrics
-
-
-def run_cases(cases: str, folder: Path, **options) -> str:
-    script = "tests/zero_stages.py"
-    return finish(launch(folder, cwd=folder, script=script, variables={"CASES": cases}, **options))
 
 
 def test_zero_stages_agree(tmp_path):

@@ -1,6 +1,6 @@
-// What the CUDA kernels take from the hardware: shared memory, warp reductions, 16-byte loads. tests/cuda_on_cpu.cpp puts
-// its own version in the place of this file, so that the kernels also run, step by step, on a CPU; it defines the include
-// guard.
+// What the CUDA kernels take from the hardware: shared memory, warp reductions, 16-byte loads.
+// tests/helpers/cuda_on_cpu.cpp puts its own version in the place of this file, so that the kernels also run, step by
+// step, on a CPU; it defines the include guard.
 #ifndef SOFTMASK_DEVICE_CUH
 #define SOFTMASK_DEVICE_CUH
 

@@ -25,7 +25,7 @@ from softmask_fast.training.trainer import Trainer
 parser = argparse.ArgumentParser()
 for name in ("--output_dir", "--deepspeed", "--what", "--local_rank"):
     parser.add_argument(name)
-options, _ = parser.parse_known_args()  # the other flags are those of test_train.py's runs
+options, _ = parser.parse_known_args()  # the other flags are those of helpers/runs.py
 root, what = Path(options.output_dir), options.what
 launched = ["--deepspeed", options.deepspeed, "--local_rank", options.local_rank]
 

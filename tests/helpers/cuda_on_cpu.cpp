@@ -183,7 +183,7 @@ void run_block(unsigned index, int threads, size_t shared_bytes, std::mt19937& r
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(namespace_, key, m) static void implementations(torch::stable::detail::StableLibrary& m)
 #define SOFTMASK_SCRATCH 512
-#include "../csrc/cuda/word_mask.cu"
+#include "../../csrc/cuda/word_mask.cu"
 
 STABLE_TORCH_LIBRARY(softmask_fast_cuda_on_cpu, m) {
     m.def(
