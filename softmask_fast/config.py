@@ -16,6 +16,7 @@ from softmask_fast.errors import UsageError
 GATHERS = ("momentum", "with_grad", "ring")  # those of `FocalITCLoss`; a test compares them
 POOLINGS = ("cls", "mean")
 ATTENTIONS = ("auto", "padded", "varlen", "xformers")
+LOGGERS = ("tensorboard", "wandb", "mlflow")  # those of `training.loggers`; a test compares them
 RENAMED = {"colour": "color"}  # old name of an option -> its name
 
 
@@ -282,7 +283,10 @@ class TrainConfig(Section):
         0.0, "Epochs between evaluations on the held-out data; 0: only at the end. Fine-tuning: 1."
     )
     eval_steps: int | None = option(None, "Steps between evaluations on the held-out data; overrides eval_epochs.")
-    log_steps: int = option(10, "Steps between lines of metrics.jsonl and TensorBoard.")
+    log_steps: int = option(10, "Steps between lines of metrics.jsonl, which go to report_to, too.")
+    report_to: str | None = option(
+        "tensorboard", "Where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow, several by comma, or none."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -291,11 +295,18 @@ class TrainConfig(Section):
         _require_at_least(self, 0, "profile", "eval_epochs")
         _require_steps_or_share(self, "warmup_steps")
         _require(self.attention in ATTENTIONS, "attention", " or ".join(map(repr, ATTENTIONS)), self.attention)
+        for name in report_names(self.report_to):
+            _require(name in LOGGERS, "report_to", f"some of {', '.join(LOGGERS)}, or none", name)
         for name in ("max_steps", "eval_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
         _require(self.resume in (True, False, "auto"), "resume", "true, false or 'auto'", self.resume)
         _require(not self.resume or self.output_dir is not None, "output_dir", "the folder of the run to resume", None)
+
+
+def report_names(report_to: str | None) -> list[str]:
+    """The names in `report_to`, each once."""
+    return list(dict.fromkeys(name.strip() for name in report_to.split(","))) if report_to is not None else []
 
 
 class RunConfig(Protocol):

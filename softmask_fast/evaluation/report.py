@@ -72,17 +72,15 @@ def held_out_pairs(config: Config) -> str | None:
 
 def report_run(
     output: Path, config: Config, evaluation: PretrainingEvaluation | None, reports: Sequence[Report],
-    held_out: Sequence[dict[str, float]], device: torch.device | str = "cpu",
+    held_out: Sequence[dict[str, float]],
 ) -> None:  # fmt: skip
-    """Show what output/model has reached: print the tables, draw curves.png, of training and `held_out`, and
-    heatmaps.png."""
+    """Show what output/model has reached: print the tables and draw curves.png, of training and `held_out`."""
     curves = output / "curves.png"
     plot_curves(output / "metrics.jsonl", curves, held_out)
     if evaluation is None:
         data = without_secrets(config.data.data)
         print(f"no evaluation: no --eval_data was given for {data}; the curves are in {curves}")
         return
-    evaluation.draw(*load_model(output / "model", device), output / "heatmaps.png")
     for report in reports:
         print(f"\n{report.table()}")
     print(f"\ntables, curves and heat maps: {output}", flush=True)

@@ -32,6 +32,7 @@ from softmask_fast.options import LaunchOptions
 from softmask_fast.training import errors_alone
 from softmask_fast.training.compilation import decide_compilation
 from softmask_fast.training.deepspeed_engine import check_execution, read_deepspeed_config
+from softmask_fast.training.loggers import check_loggers
 from softmask_fast.training.meters import HostCopy
 from softmask_fast.training.ranks import AgreedUsageError, run_on_all_ranks
 
@@ -152,6 +153,7 @@ def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, di
     def read() -> dict[str, Any]:
         deepspeed_config = read_deepspeed_config(launch.deepspeed, train)
         check_execution(train, deepspeed_config)
+        check_loggers(train)
         return deepspeed_config
 
     deepspeed_config = run_on_all_ranks(read)

@@ -1,27 +1,21 @@
-"""The metrics log of a run: metrics.jsonl, TensorBoard and the progress bar."""
+"""The metrics log of a run: metrics.jsonl, its loggers and the progress bar."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import re
 import sys
 import time
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from softmask_fast.utils import append_line, naming, write_text
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from softmask_fast.training.loggers import Reports, held_out_tag, tag
+from softmask_fast.utils import append_line, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +46,8 @@ def _record(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def board_tag(name: str) -> str:
-    """TensorBoard's name of a metric: those of one kind of pair are in groups, "itm/other_text"."""
-    kind = re.fullmatch(r"itm_(?!accuracy)(.+?)(_accuracy)?", name)
-    return f"itm{kind[2] or ''}/{kind[1]}" if kind else name
-
-
 class MetricsLog:
-    """Writes metrics on rank 0: one JSON object per line, the same in TensorBoard, and the progress bar.
+    """Writes metrics on rank 0: one JSON object per line, the same to the loggers, and the progress bar.
 
     Keys of a line (means over all ranks, of the last micro step of the last step, where nothing else is said):
 
@@ -77,27 +65,18 @@ class MetricsLog:
     - `flops_utilisation`: operations per second since the last line / those of a large matrix product
     """
 
-    def __init__(self, directory: Path, first_step: int, steps: int, pairs_per_step: int, matmul_rate: float) -> None:
+    def __init__(
+        self, directory: Path, first_step: int, steps: int, pairs_per_step: int, matmul_rate: float, reports: Reports
+    ) -> None:
         """Continue the run's log after `first_step`; matmul_rate: operations per second at 100 % utilization."""
-        self.path = directory / "metrics.jsonl"
+        self.path, self.reports = directory / "metrics.jsonl", reports
         drop_lines_after(self.path, first_step)
-        self.directory, self.first_step = directory, first_step
         interval = 0.2 if sys.stderr.isatty() else 20.0  # seconds
         self.bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=interval)
         self.redirected = ExitStack()  # prints log messages above the bar
         self.redirected.enter_context(logging_redirect_tqdm())
         self.pairs_per_step, self.matmul_rate = pairs_per_step, matmul_rate
         self.since, self.since_step = time.monotonic(), first_step
-
-    @cached_property
-    def board(self) -> SummaryWriter:
-        """Opened for the first line, so that the first step does not wait for the import."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.first_step + 1)
-        charts = {"loss": ["Multiline", ["itm/.*"]], "accuracy": ["Multiline", ["itm_accuracy/.*"]]}
-        board.add_custom_scalars({"matching, by kind of pair": charts})
-        return board
 
     def write(self, step: int, metrics: dict[str, float], operations: int) -> None:
         """Log the metrics of a step that took `operations` operations on one device."""
@@ -109,7 +88,7 @@ class MetricsLog:
         }
         self.since, self.since_step = now, step
         append_line(self.path, json.dumps({"step": step, **{k: float(f"{v:.8g}") for k, v in metrics.items()}}))
-        self._show(metrics, step)
+        self.reports.scalars(step, {tag(name): value for name, value in metrics.items()})
         shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "itc", "itm", "mlm") if name in metrics}
         meters = {
             "pairs/s": f"{metrics['pairs_per_second']:.0f}",
@@ -120,20 +99,13 @@ class MetricsLog:
         self.bar.set_postfix(shown | meters, refresh=False)
 
     def write_held_out(self, step: int, metrics: dict[str, float], page: Path | None, seconds: float) -> None:
-        """Log metrics of held-out data, and a picture, in TensorBoard; `seconds` that do not count as training."""
+        """Report metrics of held-out data, and a picture; `seconds` that do not count as training."""
         self.since += seconds
-        self._show({f"held_out/{name.replace(' ', '_')}": value for name, value in metrics.items()}, step)
+        self.reports.scalars(step, {held_out_tag(name): value for name, value in metrics.items()})
         if page is not None:
-            with Image.open(page) as picture, naming(self.directory / "tensorboard"):
-                self.board.add_image("held_out/heatmaps", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-
-    def _show(self, metrics: dict[str, float], step: int) -> None:
-        with naming(self.directory / "tensorboard"):  # its own thread writes: an error may come with a later line
-            for name, value in metrics.items():
-                self.board.add_scalar(board_tag(name), value, step)
+            self.reports.image(step, "eval/heatmaps", page)
 
     def close(self) -> None:
         self.bar.close()
         self.redirected.close()
-        with naming(self.directory / "tensorboard"):
-            self.board.close()
+        self.reports.close()

@@ -69,7 +69,8 @@ class Evaluator:
     It exports the weights and loads them into a model of its own, so that it finds what `softmask-fast evaluate` finds,
     under every ZeRO stage, and training is bit-identical with or without it. Every evaluation with labels adds a line
     to evaluations.jsonl, the last one is in evaluation.json, and best/ is the best model so far with its record. Up to
-    PAGES evaluations on the way, evenly spread, draw heatmaps-step-N.png if the evaluation can `draw`.
+    PAGES evaluations on the way, evenly spread, draw heatmaps-step-N.png if the evaluation can `draw`, and the last one
+    heatmaps.png.
     """
 
     def __init__(self, evaluation: PretrainingEvaluation | TaskEvaluation, output: Path, train: TrainConfig) -> None:
@@ -123,8 +124,9 @@ class Evaluator:
         if first:
             save_model(model, tokenizer, candidate, weights)
         dist.barrier()  # the export is complete
-        draws = not final and step % self._page_steps == 0 and hasattr(self.evaluation, "draw")
-        self.page = self.output / f"heatmaps-step-{step:08d}.png" if first and draws else None
+        draws = (final or step % self._page_steps == 0) and hasattr(self.evaluation, "draw")
+        page = "heatmaps.png" if final else f"heatmaps-step-{step:08d}.png"
+        self.page = self.output / page if first and draws else None
         self.reports = self._evaluate_folder(candidate)
         headline = self.evaluation.headline(self.reports)
         curve = {}

@@ -40,6 +40,12 @@ def run_record(config: RunConfig, device: torch.device, model: nn.Module, **abou
     }
 
 
+def reported_options(record: dict[str, Any]) -> dict[str, Any]:
+    """What loggers show of a record: all options that are set, and how large the run is."""
+    size = {name: record[name] for name in ("device", "world_size", "samples", "steps", "parameters")}
+    return {name: value for name, value in flat(record["config"]).items() if value is not None} | size
+
+
 def store_record(output: Path, step: int, record: dict[str, Any]) -> None:
     """Write the record of a run that begins, or goes on after a step. Those of later steps are of what it repeats."""
     newest = f"config-from-step-{step:08d}.json"

@@ -28,11 +28,12 @@ from softmask_fast.training.cuda_graphs import GraphedUpdates, graph_refusal
 from softmask_fast.training.deepspeed_engine import create_engine
 from softmask_fast.training.first_screen import CaptionWatch, doubts, first_screen
 from softmask_fast.training.launch import StopRequest
+from softmask_fast.training.loggers import Reports
 from softmask_fast.training.meters import DataTimer, FlopCount, StepProfiler, matmul_rate, peak_memory
 from softmask_fast.training.metrics import MetricsLog
 from softmask_fast.training.periodic_eval import Evaluator
 from softmask_fast.training.ranks import AgreedUsageError, mean_over_ranks, run_on_all_ranks
-from softmask_fast.training.run_record import changes, check_same_run, run_record, store_record
+from softmask_fast.training.run_record import changes, check_same_run, reported_options, run_record, store_record
 from softmask_fast.training.schedule import Schedule
 from softmask_fast.training.step_times import StepTimes
 from softmask_fast.training.updates import DirectUpdates, EngineUpdates, FiniteWatch
@@ -123,7 +124,8 @@ class Trainer:
         self.captions = CaptionWatch(loader)
         self.log = None
         if self.rank == 0:
-            self.log = MetricsLog(output, self.state.step, self.steps, self.pairs_per_step, rate)
+            reports = Reports(self.options.report_to, output, self.state.step, reported_options(record))
+            self.log = MetricsLog(output, self.state.step, self.steps, self.pairs_per_step, rate, reports)
         self.timer = DataTimer()
         self.profiler = StepProfiler(output / "trace.json", self.options.profile if self.rank == 0 else 0)
 
