@@ -77,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--heatmaps", type=Path, metavar="FILE.png", help=page_help)
     evaluate.add_argument("--batch_size", type=int, default=64, metavar="N", help="Images at a time (default: 64).")
     retrieval = evaluate.add_argument_group("retrieval")
-    captions_help = "Captions of each image (default: first)."
-    retrieval.add_argument("--captions", choices=("first", "all"), default="first", help=captions_help)
+    captions_help = "Captions of each image that count (default: all, as papers report)."
+    retrieval.add_argument("--captions", choices=("all", "first"), default="all", help=captions_help)
     rerank_help = "Re-rank the best K of each query by image-text matching; 0: do not (default: 16)."
     retrieval.add_argument("--rerank", type=int, default=16, metavar="K", help=rerank_help)
     evaluate.add_argument_group("grounding, maps").add_argument("--layer", type=int, metavar="N", help=layer_help)

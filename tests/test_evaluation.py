@@ -205,6 +205,9 @@ def test_retrieval_equals_its_definition(model_and_tokenizer, shapes, captions):
     itc, itm, both = expected_recalls(model, tokenizer, samples, taken, rerank=10)
     report = evaluate_retrieval(model, tokenizer, source, captions=captions, rerank=10, batch_size=5)
     assert (report.images, report.captions) == (14, 14 if captions == "first" else 29)
+    criterion = "mean recall, ITC + ITM" if captions == "first" else "mean recall of all captions, ITC + ITM"
+    assert report.headline[0] == criterion and f"{captions} of each" in report.table()
+    assert report.as_dict()["captions_of_an_image"] == captions
     assert report.itc == itc
     assert report.itm == itm and report.both == both
     assert report.truncated_captions == 0
@@ -217,7 +220,7 @@ def test_chance_with_several_captions(model_and_tokenizer, shapes):
     model, tokenizer = model_and_tokenizer
     samples = [shapes.read(i) for i in range(14)]
     source = ListSource([Sample(s.key, s.image, [f"a {i}", "b"] + ["c"] * (i == 3)) for i, s in enumerate(samples)])
-    chance = evaluate_retrieval(model, tokenizer, source, captions="all", rerank=0).chance
+    chance = evaluate_retrieval(model, tokenizer, source, rerank=0).chance  # of all captions, the default
     expected = 1 - (13 * comb(27, 5) + comb(26, 5)) / comb(29, 5) / 14
     assert chance["image_to_text"]["recall@5"] == pytest.approx(expected)
     assert chance["text_to_image"]["recall@5"] == pytest.approx(5 / 14)

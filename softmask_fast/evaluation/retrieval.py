@@ -43,6 +43,7 @@ class RetrievalReport:
 
     images: int  # in the gallery
     captions: int  # in the gallery
+    captions_of_an_image: Literal["all", "first"]  # which of them count
     skipped: dict[str, str]  # samples that could not be used: key -> reason
     truncated_captions: int  # captions cut to the model's max_tokens
     reranked: int  # candidates of each query that ITM re-ranks; fewer in a smaller gallery
@@ -57,7 +58,7 @@ class RetrievalReport:
 
         The name says by what, so that it is not compared with that of another criterion.
         """
-        name = "mean recall, ITC + ITM" if self.both else "mean recall"
+        name = "mean recall" + " of all captions" * (self.captions > self.images) + ", ITC + ITM" * bool(self.both)
         return name, fmean(recall for way in (self.both or self.itc).values() for recall in way.values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,14 +75,15 @@ class RetrievalReport:
             for way in ("text_to_image", "image_to_text")
             for name, recalls in rows
         ]
-        title = f"Retrieval among {self.images} images and {self.captions} captions"
+        which = "all" if self.captions_of_an_image == "all" else "the first"
+        title = f"Retrieval among {self.images} images and {self.captions} captions, {which} of each"
         notes = {"samples skipped": len(self.skipped), "captions too long and cut": self.truncated_captions}
         return format_table(title, notes, header, body)
 
 
 def evaluate_retrieval(
     model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, *,
-    captions: Literal["first", "all"] = "first", rerank: int = 16, batch_size: int = 64, limit: int | None = None,
+    captions: Literal["first", "all"] = "all", rerank: int = 16, batch_size: int = 64, limit: int | None = None,
     progress: bool = False,
 ) -> RetrievalReport:  # fmt: skip
     """Measures recall@1, 5 and 10 of text-to-image and image-to-text retrieval.
@@ -91,8 +93,8 @@ def evaluate_retrieval(
     a part of the pairs, and all return the same report.
 
     Args:
-        captions: "first" uses the first caption of each image. "all" uses every one: each is a query, and an image's
-            query succeeds if any of its captions is among the first k (the protocol of COCO and Flickr30k).
+        captions: "all" uses every caption: each is a query, and an image's query succeeds if any of its captions is
+            among the first k, as papers report COCO and Flickr30k. "first" uses the first caption of each image.
         rerank: number of candidates of each query that are re-ranked, at least 10, by ITM's log-odds of "matched", and
             by their sum with ITC's logit; 0 skips ITM.
         batch_size: number of images, or of captions, encoded at a time.
@@ -127,6 +129,7 @@ def evaluate_retrieval(
     return RetrievalReport(
         images=len(images.features),
         captions=len(image_of_text),
+        captions_of_an_image=captions,
         skipped=texts.skipped,
         truncated_captions=texts.truncated,
         reranked=rerank,
