@@ -21,9 +21,9 @@ export PATH := $(VENV)/bin:$(PATH)
 pretrain: $(STAMP)
 	deepspeed softmask_fast/train.py --deepspeed ds.json
 
-# the threads of two processes share the cores: one that waits must not spin
+# the threads of two processes share the cores: one that waits must not spin; tests/conftest.py orders the files
 test: $(STAMP)
-	OMP_WAIT_POLICY=PASSIVE python -m pytest tests -n 2 --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 aot: $(STAMP)
 	SOFTMASK_FAST_AOT=all python -m pytest tests/test_aot.py

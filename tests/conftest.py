@@ -9,13 +9,22 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+from compare import DEVICES
 
+pytest.register_assert_rewrite("runs", "spellings", "word_mask_cases")  # they assert what tests test
+
+# What takes longest: these files start first, so that at the end no process is left alone with one of them.
+LONGEST = (
+    "test_interpreted.py", "test_train.py", "test_finetune.py", "test_zero.py", "test_compilation.py", "test_stored.py",
+    "test_durability.py", "test_launcher.py", "test_focal_itc_streaming.py", "test_wheel.py",
+)  # fmt: skip
 # In the name of a test, or of its parameters or file: it uses the GPU where there is one.
 GPU_WORDS = ("cuda", "triton", "on_a_gpu", "xformers", "varlen", "dali")
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what touches a GPU, beside the tests that are marked where they stand: `pytest -m gpu`."""
+    """Orders the files, and marks what touches a GPU, beside the tests that are marked where they stand."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if any(word in item.nodeid.lower() for word in GPU_WORDS):
             item.add_marker(pytest.mark.gpu)
@@ -28,12 +37,10 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=DEVICES, ids=str)
 def device(request):
     """Each device of this machine."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device(request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -300,14 +300,6 @@ def test_gpu_script_installs_from_a_packed_folder(tmp_path):
     assert found.stdout == "True True\n", found.stderr
 
 
-def test_every_test_that_touches_a_gpu_is_marked():
-    """By the selection that a first run on a GPU was made with: nothing of it is left over."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
-    command += ["-m", "not gpu", "-k", "cuda or triton or on_a_gpu"]
-    left = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert left.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, left.stdout[-2000:]
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_gpu_script_refuses_a_machine_without_a_gpu(tmp_path):
     run = gpu_script(tmp_path, SOFTMASK_FAST_ALLOW_CPU="0", PART="report")

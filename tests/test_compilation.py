@@ -1,6 +1,7 @@
 """When a run compiles its layers, that the log says why, and what compiled runs log."""
 
 import logging
+import shutil
 
 import pytest
 from runs import metrics, run_cases
@@ -42,24 +43,34 @@ def test_a_cpu_does_not_compile_by_itself():
         assert compilation.reason_against({}) == "the device is no GPU"
 
 
+# nothing that depends on the length of the run, which a cut one gets told twice
+WHOLE = dict(stage=1, compile=True, hidden_dropout=0.1, max_steps=3, checkpoint_steps=1, keep_checkpoints=3)
+WHOLE |= dict(learning_rate=1e-3, final_learning_rate=1e-3, queue_warmup_steps=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    plain = {"stage": 0, "max_steps": 2, "checkpoint_steps": 2, "hidden_dropout": 0}
+    run_cases({"plain": plain, "compiled": plain | {"stage": 1, "compile": True}, "whole": WHOLE}, folder)
+    return folder
+
+
 @pytest.mark.gpu
-def test_a_compiled_run_begins_as_the_others_do(tmp_path):
+def test_a_compiled_run_begins_as_the_others_do(folder):
     """Later, its rounding errors occasionally choose another hard negative. Compiled code draws its own dropout."""
-    run_cases("0,1+compile", tmp_path, max_steps=2, checkpoint_steps=2, hidden_dropout=0)
-    plain, compiled = metrics(tmp_path / "0"), metrics(tmp_path / "1+compile")
+    plain, compiled = metrics(folder / "plain"), metrics(folder / "compiled")
+    assert len(plain) == 2
     for step, expected in plain.items():
         assert compiled[step] == pytest.approx(expected, abs=1e-5), step
 
 
-def test_a_compiled_run_resumes_to_the_last_bit(tmp_path):
+def test_a_compiled_run_resumes_to_the_last_bit(folder):
     """Dropout included, in a process that compiles at another batch."""
-    # nothing that depends on the length of the run, which a cut one gets told twice
-    options = dict(checkpoint_steps=1, learning_rate=1e-3, final_learning_rate=1e-3, queue_warmup_steps=0)
-    options |= dict(hidden_dropout=0.1)
-    for folder in ("whole", "cut"):
-        (tmp_path / folder).mkdir()
-    run_cases("1+compile", tmp_path / "whole", max_steps=3, **options)
-    for steps in (1, 3):
-        run_cases("1+compile", tmp_path / "cut", max_steps=steps, resume=steps > 1, **options)
-    whole, cut = (metrics(tmp_path / folder / "1+compile") for folder in ("whole", "cut"))
+    shutil.copytree(folder / "whole", folder / "cut")  # as a run that was killed after its first step leaves it
+    shutil.rmtree(folder / "cut" / "model")
+    for step in (2, 3):
+        shutil.rmtree(folder / "cut" / "checkpoints" / f"step-{step:08d}")
+    run_cases({"cut": WHOLE | {"resume": True}}, folder)
+    whole, cut = metrics(folder / "whole"), metrics(folder / "cut")
     assert len(whole) == 3 and whole == cut

@@ -11,10 +11,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import test_word_gradcam as map_cases
-import test_word_mask as cases
 import torch
+import word_mask_cases as cases
 from compare import assert_as_accurate
+from word_masks import DTYPES, SIZES, draw, full_maps, keep_from_map, of_word
 
 from softmask_fast.ops import registry, word_gradcam, word_soft_mask
 from softmask_fast.ops.word_mask import cpp
@@ -62,44 +62,32 @@ def device_in_software(library, monkeypatch):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("sizes", cases.SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
 def test_map(sizes, dtype, masked):
-    cases.test_map_matches_full_attention_maps("cuda", sizes, dtype, masked, CPU)
+    cases.map_matches_full_attention_maps("cuda", sizes, dtype, masked, CPU)
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("prefix", "masked"), [(0, True), (1, False), (2, True)])
 def test_soft_mask(dtype, prefix, masked):
-    cases.test_soft_mask("cuda", dtype, prefix, masked, CPU)
+    cases.soft_mask("cuda", dtype, prefix, masked, CPU)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        cases.test_saturated_softmax,
-        cases.test_maps_without_a_spread_keep_everything,
-        cases.test_images_of_padding_only,
-        cases.test_any_strides,
-        map_cases.test_rows_without_any_key_give_zeros,
-        map_cases.test_log_sum_exp_of_any_strides,
-        cases.test_gradient_flows_to_features_alone,
-        cases.test_empty_batch,
-    ],
-)
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.__name__)
 def test_case(case):
     case("cuda", CPU)
 
 
 @pytest.mark.parametrize("every_word", [False, True])
 def test_nan(every_word):
-    cases.test_nan_stays_nan_and_padding_is_not_read("cuda", every_word, CPU)
+    cases.nan_stays_nan_and_padding_is_not_read("cuda", every_word, CPU)
 
 
-@pytest.mark.parametrize("options", map_cases.OPTIONS, ids="-".join)
-@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("options", cases.OPTIONS, ids="-".join)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_other_models(dtype, options):
-    map_cases.test_attention_of_other_models("cuda", 1.0, dtype, options, CPU)
+    cases.attention_of_other_models("cuda", 1.0, dtype, options, CPU)
 
 
 # B, H, L, N, D, C: one tile of tokens and many, whole and cut; more heads than warps
@@ -117,25 +105,25 @@ def test_attention_of_other_models(dtype, options):
 def test_many_tokens(sizes, dtype, monkeypatch):
     """Against float64, and the same bits in whichever order the threads run."""
     *sizes, channels = sizes
-    inputs, word_index = cases.draw(sizes, dtype, "cpu")
+    inputs, word_index = draw(sizes, dtype, "cpu")
     features = torch.randn(sizes[0], sizes[3], channels).to(dtype)
     key_mask = torch.rand(sizes[0], sizes[3]) > 0.2
-    truth = cases.of_word(cases.full_maps(*(tensor.double() for tensor in inputs), key_mask), word_index)
-    baseline = cases.of_word(cases.full_maps(*inputs, key_mask), word_index)
+    truth = of_word(full_maps(*(tensor.double() for tensor in inputs), key_mask), word_index)
+    baseline = of_word(full_maps(*inputs, key_mask), word_index)
     results = []
     for seed in ("0", "1"):
         monkeypatch.setenv("CUDA_ON_CPU_SEED", seed)
         results.append(word_soft_mask(*inputs, word_index, features, key_mask=key_mask, impl="cuda"))
     masked, keep = results[0]
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True)), "depends on the order of the threads"
-    true_keep, baseline_keep = (cases.keep_from_map(cam, 1, key_mask) for cam in (truth, baseline))
+    true_keep, baseline_keep = (keep_from_map(cam, 1, key_mask) for cam in (truth, baseline))
     assert_as_accurate(keep, baseline_keep, true_keep, dtype, "keep")
     assert torch.equal(masked, (features * keep[:, :, None]).to(dtype))
     assert_as_accurate(word_gradcam(*inputs, word_index, key_mask=key_mask, impl="cuda"), baseline, truth, dtype, "map")
 
 
 def test_a_word_out_of_range_gives_nan():
-    inputs, _ = cases.draw((3, 2, 4, 99, 16), torch.float32, "cpu")
+    inputs, _ = draw((3, 2, 4, 99, 16), torch.float32, "cpu")
     index = torch.tensor([4, 1, -1])
     key_mask = torch.rand(3, 99) > 0.3
     masked, keep = cpp.word_soft_mask(*inputs, index, torch.ones(3, 99, 5), 1, key_mask, 0.25)
@@ -148,9 +136,9 @@ def test_a_word_out_of_range_gives_nan():
 
 
 def test_features_of_any_dtype_and_alignment():
-    inputs, word_index = cases.draw((2, 2, 3, 101, 16), torch.bfloat16, "cpu")
+    inputs, word_index = draw((2, 2, 3, 101, 16), torch.bfloat16, "cpu")
     keep = word_soft_mask(*inputs, word_index, impl="cuda")
-    for dtype, channels, offset in itertools.product(cases.DTYPES, (48, 21), (0, 1)):
+    for dtype, channels, offset in itertools.product(DTYPES, (48, 21), (0, 1)):
         storage = torch.randn(2 * 101 * channels + offset).to(dtype)
         features = storage[offset:].view(2, 101, channels)
         masked, again = word_soft_mask(*inputs, word_index, features, impl="cuda")
@@ -160,6 +148,6 @@ def test_features_of_any_dtype_and_alignment():
 
 def test_maps_of_all_words_some_at_a_time():
     """As many words as the scratch memory takes, here two of 198 products each: the last run has one."""
-    inputs, _ = cases.draw((2, 3, 5, 33, 8), torch.float32, "cpu")
+    inputs, _ = draw((2, 3, 5, 33, 8), torch.float32, "cpu")
     every = word_gradcam(*inputs, impl="cuda")
     torch.testing.assert_close(every, word_gradcam(*inputs, impl="reference"), rtol=1e-4, atol=1e-6)

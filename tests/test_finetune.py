@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from runs import finish, launch, metrics
+from runs import finish, launch, metrics, torchrun
 from safetensors.torch import load_file
 from small_models import small_model, small_tokenizer
 
@@ -26,12 +26,22 @@ from softmask_fast.training.periodic_eval import Evaluator, TaskEvaluation
 EXPRESSIONS = "shapes:num=256,names=color,colors=6"  # what all_tasks.py measures grounding on
 
 
+def run_tasks(folder, what: str, ranks: int = 1):
+    launcher = torchrun(ranks) if ranks > 1 else None
+    finish(launch(folder, ranks=ranks, cwd=folder, launcher=launcher, script="tests/launched/all_tasks.py", what=what))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A small model, hardly pretrained, and briefly fine-tuned for every task, in one process; for retrieval longer."""
+    return run_tasks(tmp_path_factory.mktemp("tasks"), "all")
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """A small model, pretrained, and fine-tuned for every task, in one process."""
-    folder = tmp_path_factory.mktemp("tasks")
-    finish(launch(folder, cwd=folder, script="tests/launched/all_tasks.py", what="learn"))
-    return folder
+    """A small model, pretrained, and fine-tuned for what builds on that."""
+    return run_tasks(tmp_path_factory.mktemp("learned"), "learn")
 
 
 def record(folder) -> dict:
@@ -44,6 +54,7 @@ def measured(folder, task: str) -> dict:
     return report
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("task, bar", [("entailment", 0.55), ("vqa", 0.5), ("nlvr2", 0.62)])
 def test_tasks_with_answers_are_learned(learned, task, bar):
     report = measured(learned, task)
@@ -53,8 +64,8 @@ def test_tasks_with_answers_are_learned(learned, task, bar):
     assert len(answers) == 256 and all("answer" in answer for answer in answers)
 
 
-def test_retrieval_is_learned(learned):
-    report = measured(learned, "retrieval")
+def test_retrieval_is_learned(tuned):
+    report = measured(tuned, "retrieval")
     for way in ("text_to_image", "image_to_text"):
         assert report["itc"][way]["recall@5"] > 3 * report["chance"][way]["recall@5"], report
 
@@ -72,6 +83,7 @@ def grounded(folder) -> dict:
     return measure("val", layer, 256).as_dict()
 
 
+@pytest.mark.learning
 def test_grounding_learns_from_expressions_without_boxes(learned):
     """Against the floors, and against the model that it started from."""
     assert measured(learned, "grounding")["phrases"] == 256
@@ -85,16 +97,16 @@ def test_grounding_learns_from_expressions_without_boxes(learned):
     assert sum(logged[step]["itm_accuracy"] for step in range(210, 301, 10)) / 10 > 0.68, logged
 
 
-def test_the_command_measures_what_the_run_did(learned, tmp_path, capsys):
+def test_the_command_measures_what_the_run_did(tuned, tmp_path, capsys):
     data = "shapes:num=256,names=color,colors=3"
-    command = ["evaluate", "--task", "vqa", "--model", str(learned / "vqa" / "model"), "--data", data]
+    command = ["evaluate", "--task", "vqa", "--model", str(tuned / "vqa" / "model"), "--data", data, "--limit", "32"]
     assert main([*command, "--json", str(tmp_path / "vqa.json"), "--predictions", str(tmp_path / "answers.json")]) == 0
     assert "VQA accuracy in %" in capsys.readouterr().out
     written = json.loads((tmp_path / "vqa.json").read_text())
-    assert written["model"] == str(learned / "vqa" / "model") and written["data"] == data
-    assert written["reports"] == {"vqa": measured(learned, "vqa")}
+    assert written["model"] == str(tuned / "vqa" / "model") and written["data"] == data
+    assert written["reports"] == {"vqa": measured(tuned, "vqa")}
     answers = json.loads((tmp_path / "answers.json").read_text())
-    assert answers == json.loads((learned / "vqa" / "predictions.json").read_text()) and "question_id" in answers[0]
+    assert answers == json.loads((tuned / "vqa" / "predictions.json").read_text()) and "question_id" in answers[0]
     command[2] = "nlvr2"
     assert main(command) == 2 and "expected a model fine-tuned for nlvr2" in capsys.readouterr().err
     assert main(["evaluate", "--task", "retrieval", *command[3:]]) == 2
@@ -115,19 +127,19 @@ def check_evaluations(folder, steps: list[int]) -> None:
     assert json.loads(out.read_text())["reports"] == best["reports"]
 
 
-def test_every_task_has_a_headline_that_chooses_its_best_model(learned):
+def test_every_task_has_a_headline_that_chooses_its_best_model(tuned):
     headlines = {}
     for task in ("entailment", "vqa", "nlvr2", "retrieval", "grounding"):
-        last = record(learned / task)
-        *_, line = (json.loads(line) for line in (learned / task / "evaluations.jsonl").read_text().splitlines())
-        assert line == last and (learned / task / "best" / "model.safetensors").exists()
+        last = record(tuned / task)
+        *_, line = (json.loads(line) for line in (tuned / task / "evaluations.jsonl").read_text().splitlines())
+        assert line == last and (tuned / task / "best" / "model.safetensors").exists()
         headline, report = line["headline"], last["reports"][task]
         headlines[headline["name"]] = headline["value"]
         if "score" in report:
             assert headline == {"name": report["metric"], "value": report["score"]}
-    recalls = [recall for way in measured(learned, "retrieval")["both"].values() for recall in way.values()]
+    recalls = [recall for way in measured(tuned, "retrieval")["both"].values() for recall in way.values()]
     assert headlines["mean recall, ITC + ITM"] == pytest.approx(sum(recalls) / 6)
-    assert headlines["box accuracy"] == measured(learned, "grounding")["box_accuracy"]["model"]
+    assert headlines["box accuracy"] == measured(tuned, "grounding")["box_accuracy"]["model"]
     assert headlines.keys() == {"accuracy", "VQA accuracy", "mean recall, ITC + ITM", "box accuracy"}
 
 
@@ -220,7 +232,7 @@ def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alon
 
 
 def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
-    finish(launch(tmp_path, ranks=2, cwd=tmp_path, script="tests/launched/all_tasks.py", what="resume"))
+    run_tasks(tmp_path, "resume", ranks=2)
     whole, resumed, unmeasured = (tmp_path / name for name in ("whole", "resumed", "unmeasured"))
     for again in (resumed, unmeasured):  # as without evaluations, too
         a, b = (load_file(folder / "model" / "model.safetensors") for folder in (whole, again))
@@ -244,9 +256,9 @@ def test_two_ranks_resume_exactly_and_measure_every_example_once(tmp_path):
     assert (tmp_path / "pretrained-more" / "model" / "model.safetensors").exists()
 
 
-def test_a_user_error_is_one_line_of_one_rank(learned, tmp_path):
+def test_a_user_error_is_one_line_of_one_rank(tuned, tmp_path):
     """Through the launcher, which kills the other ranks as soon as one exits."""
-    given = {"task": "entailment", "model": learned / "pretrained" / "model", "data": "shapes:num=64"}
+    given = {"task": "entailment", "model": tuned / "pretrained" / "model", "data": "shapes:num=64"}
     given["eval_data"] = "nowhere.json"
     script = "softmask_fast/finetune.py"
     text = finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, script=script, common=given), 2)
@@ -274,18 +286,18 @@ def test_user_errors_are_named_before_any_work(options, message):
         parse_arguments(["--deepspeed", "ds.json", *flags_of(options)])
 
 
-def test_what_a_task_lacks_is_named_before_it_trains(learned):
+def test_what_a_task_lacks_is_named_before_it_trains(tuned):
     given = ["--deepspeed", "ds.json", "--task", "vqa", "--data", "questions.json", "--model"]
     for model, message in [
-        (learned / "pretrained" / "model", "answers: expected a JSON list of the answers to rank, got none"),
-        (learned / "nlvr2" / "model", "without a task's head, .* is fine-tuned for nlvr2"),
-        (learned, "model: expected a folder with model.safetensors"),
+        (tuned / "pretrained" / "model", "answers: expected a JSON list of the answers to rank, got none"),
+        (tuned / "nlvr2" / "model", "without a task's head, .* is fine-tuned for nlvr2"),
+        (tuned, "model: expected a folder with model.safetensors"),
         ("no/such", "^model: expected a model folder or an ALBEF checkpoint, got 'no/such', which does not exist"),
     ]:
         config, _ = parse_arguments([*given, str(model)])
         with pytest.raises(ValueError, match=message):
             TASKS["vqa"].model(config)
     given[3] = "grounding"
-    config, _ = parse_arguments([*given, str(learned / "pretrained" / "model"), "--layer", "2"])
+    config, _ = parse_arguments([*given, str(tuned / "pretrained" / "model"), "--layer", "2"])
     with pytest.raises(ValueError, match="layer: expected a fusion layer from 0 to 1, got 2"):
         TASKS["grounding"].step(TASKS["grounding"].model(config)[0], config)

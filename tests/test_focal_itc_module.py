@@ -2,11 +2,11 @@
 
 import itertools
 
+import itc_cases
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from compare import require
 from gloo_ranks import results_of_ranks
 from largest_tensor import LargestTensor
 from torch import nn
@@ -395,12 +395,11 @@ def test_compiles_as_one_graph(gather):
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), compiled.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("impl", (*IMPLEMENTATIONS, "triton"))
+@pytest.mark.parametrize("impl", itc_cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("gamma", [2.0, 2.5])
 def test_blocks_of_keys_may_come_in_any_order(impl, gamma):
     """As in a ring. The first key is there once more in every block: of equal ones the first counts, in any order."""
-    device = torch.device("cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
-    require("focal_itc", impl, device, torch.float32, 16)
+    device = itc_cases.device_of(impl)
     rows, teacher, keys = (tensor.to(device) for tensor in (unit(6, 0), unit(6, 1), unit(40, 2)))
     keys[10::10] = keys[0] = rows[0]
     numbers = torch.tensor(0.4, dtype=torch.float64, device=device), torch.tensor(5, device=device)  # alpha, seed

@@ -14,8 +14,8 @@ import itc_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_as_accurate, require
-from itc_cases import IMPLEMENTATIONS, device_of, inputs, thin_out
+from compare import assert_as_accurate, require, thin_out
+from itc_cases import IMPLEMENTATIONS, device_of, inputs
 
 from softmask_fast.ops import checks, registry
 from softmask_fast.ops.focal_itc import focal_itc_loss, operators, reference, state, streamed
@@ -238,7 +238,6 @@ def test_alpha_and_seed_may_be_tensors(name, monkeypatch):
     as_on_gpus = lambda value: None if isinstance(value, torch.Tensor) else value  # noqa: E731
     monkeypatch.setattr(checks, "host_value", as_on_gpus)
     device = device_of(name)
-    require("focal_itc", name, device, torch.float32, 16)
     tensors = inputs(18, 30, 24, torch.float32, device=device)
 
     def step(image, text, alpha, seed):

@@ -6,8 +6,8 @@ import itc_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_as_accurate, require
-from itc_cases import device_of, inputs, thin_out
+from compare import assert_as_accurate, require, thin_out
+from itc_cases import device_of, inputs
 
 from softmask_fast.ops import focal_itc_loss
 from softmask_fast.ops.focal_itc import cpp

@@ -1,6 +1,7 @@
 """The package imports one way, without circles, and its light modules load no heavy library."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -94,6 +95,13 @@ def test_no_module_imports_itself_through_others():
 
 def test_every_room_has_its_place():
     assert {room_of(module) for module in MODULES if module != "softmask_fast"} == {*ROOMS, "adapters"}
+
+
+def test_no_test_file_imports_another():
+    """What they share stands in tests/helpers."""
+    files = Path(__file__).parent.rglob("*.py")
+    found = [path.name for path in files if re.search(r"^ *(?:from|import) test_", path.read_text(), re.MULTILINE)]
+    assert not found
 
 
 def run_python(code):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from compare import assert_as_accurate, require
-from masked_attention import DTYPES, IMPLS, NAMES, SIZES, draw, plain, with_gradients
+from compare import assert_as_accurate, each_implementation, thin_out
+from masked_attention import DTYPES, NAMES, SIZES, draw, plain, with_gradients
 
 from softmask_fast.ops import plan_image_index, registry, soft_masked_attention
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+EACH = each_implementation("soft_masked_attention")
 
 
 def packed(tensors, lengths, spare=0):
@@ -32,10 +33,10 @@ def plain_rows(query, key, value, keep=None, value_bias=None, image_index=None, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("impl", IMPLS)
+@EACH
 def test_packed_rows(impl, sizes, dtype, device):
     """Sequences of any length, none and a tile's among them, behind each other; with a plan and without, the same."""
-    require("soft_masked_attention", impl, device, dtype, sizes[-1])
+    thin_out(impl, SIZES.index(sizes), DTYPES.index(dtype))
     tensors, image_index = draw(sizes, dtype, device)
     key_mask = (torch.rand(sizes[1], sizes[4]) > 0.4).to(device)
     key_mask[:, :2] = True
@@ -83,14 +84,14 @@ def test_a_plan_of_packed_rows_compiles(made):
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_the_table_of_a_plan(is_packed, device):
+@each_implementation("soft_masked_attention", "triton")
+def test_the_table_of_a_plan(is_packed, impl, device):
     """The kernel's is the definition's, but for rows of nobody, which are last. Images out of range count as one."""
-    require("soft_masked_attention", "triton", device, torch.float32, 16)
     image_index = torch.tensor([2, 0, 5, 2, -1, 1, 2], device=device)
     boundaries = torch.tensor([0, 3, 3, 5, 6, 10, 12, 13], dtype=torch.int32, device=device) if is_packed else None
     arguments = (image_index, 4, boundaries, 15 if is_packed else 7)
     expected, actual = (
-        registry.resolve("soft_masked_attention", impl, device)["plan"](*arguments) for impl in ("reference", "triton")
+        registry.resolve("soft_masked_attention", name, device)["plan"](*arguments) for name in ("reference", impl)
     )
     starts = [0, 0, 2, 7, 7, 13] if is_packed else [0, 1, 2, 5, 5, 7]
     order = [10, 11, 0, 1, 2, 5, 12, 3, 4, 6, 7, 8, 9] if is_packed else [1, 5, 0, 3, 6, 2, 4]

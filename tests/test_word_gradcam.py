@@ -1,53 +1,25 @@
 """word_gradcam beyond the usual attention: a part of the keys, capped logits, fewer heads of keys; no derivatives."""
 
-import itertools
-
 import pytest
 import torch
-from compare import assert_as_accurate, require
-from word_masks import DTYPES, IMPLS, draw, full_maps, of_word
+from compare import each_implementation, thin_out
+from word_mask_cases import OPTIONS, attention_of_other_models
+from word_masks import DTYPES, draw, full_maps, of_word
 
 from softmask_fast.ops import attention_output_gradient, word_gradcam, word_soft_mask
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
-
-OPTIONS = [
-    options
-    for count in range(1, 5)
-    for options in itertools.combinations(("log_sum_exp", "soft_cap", "gqa", "key_mask"), count)
-    if options != ("key_mask",)
-]
+EACH = each_implementation("word_mask")
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids="-".join)
 @pytest.mark.parametrize(
     ("spread", "dtype"), [(1.0, DTYPES[0]), (20.0, DTYPES[0]), (1.0, DTYPES[1]), (20.0, DTYPES[2])]
 )
-@pytest.mark.parametrize("impl", IMPLS)
+@EACH
 def test_attention_of_other_models(impl, spread, dtype, options, device):
-    """Keys that are a part of all, capped logits, fewer heads of keys than of queries; logits small, and cut off."""
-    require("word_mask", impl, device, dtype, 24)
-    (query, key, value, grad_output), word_index = draw((2, 6, 4, 37, 24), dtype, device, spread)
-    if "gqa" in options:
-        key, value = key[:, ::3], value[:, ::3]
-    key_mask = (torch.rand(2, 37) > 0.4).to(device) if "key_mask" in options else None
-    inputs, arguments = (query, key, value, grad_output), {"key_mask": key_mask}
-    if "soft_cap" in options:
-        arguments["soft_cap"] = 3.0
-    if "log_sum_exp" in options:
-        logits = query.float() @ key.float().repeat_interleave(6 // key.shape[1], 1).mT * 24**-0.5
-        cap = arguments.get("soft_cap", 1e9)
-        arguments["log_sum_exp"] = (cap * (logits / cap).tanh()).logsumexp(-1) + torch.rand(2, 6, 4, device=device)
-    truth = full_maps(*(tensor.double() for tensor in inputs), **arguments)
-    baseline = full_maps(*inputs, **arguments)
-    every = word_gradcam(*inputs, **arguments, impl=impl)
-    one = word_gradcam(*inputs, word_index, **arguments, impl=impl)
-    assert_as_accurate(every, baseline, truth, dtype, "all words")
-    assert_as_accurate(one, of_word(baseline, word_index), of_word(truth, word_index), dtype, "one word")
-    if options == ("gqa",):
-        keep = word_soft_mask(*inputs, word_index, impl=impl)
-        wide = [tensor.repeat_interleave(3, 1) for tensor in (key, value)]
-        assert torch.equal(keep, word_soft_mask(query, *wide, grad_output, word_index, impl=impl))
+    thin_out(impl, OPTIONS.index(options), 2 * DTYPES.index(dtype), spread > 1)
+    attention_of_other_models(impl, spread, dtype, options, device)
 
 
 def test_maps_of_a_part_of_the_keys():
@@ -59,29 +31,6 @@ def test_maps_of_a_part_of_the_keys():
     torch.testing.assert_close(word_gradcam(*inputs, log_sum_exp=log_sum_exp), expected, rtol=1e-12, atol=1e-14)
     one = word_gradcam(*inputs, word_index, log_sum_exp=log_sum_exp)
     torch.testing.assert_close(one, of_word(expected, word_index), rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rows_without_any_key_give_zeros(impl, device):
-    require("word_mask", impl, device, torch.float32, 16)
-    inputs, word_index = draw((2, 2, 3, 9, 16), torch.float32, device)
-    log_sum_exp = torch.full((2, 2, 3), 4.0, device=device)
-    log_sum_exp[0], log_sum_exp[1, 0] = float("-inf"), float("inf")
-    for index in (None, word_index):
-        maps = word_gradcam(*inputs, index, log_sum_exp=log_sum_exp, impl=impl)
-        assert torch.equal(maps[0], torch.zeros_like(maps[0])) and maps[1].max() > 0
-        assert torch.isfinite(maps).all()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_log_sum_exp_of_any_strides(impl, device):
-    require("word_mask", impl, device, torch.float32, 16)
-    inputs, word_index = draw((2, 4, 3, 9, 16), torch.float32, device)
-    log_sum_exp = 2 + torch.rand(2, 4, 3, device=device)
-    for index in (None, word_index):
-        expected = word_gradcam(*inputs, index, log_sum_exp=log_sum_exp, impl=impl)
-        strided = torch.stack((log_sum_exp,) * 2, -1).permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)[..., 0]
-        assert torch.equal(word_gradcam(*inputs, index, log_sum_exp=strided, impl=impl), expected)
 
 
 @pytest.mark.parametrize(

@@ -3,38 +3,44 @@ import resource
 
 import pytest
 import torch
-from compare import assert_as_accurate, require
-from word_masks import DTYPES, IMPLS, SIZES, draw, full_maps, keep_from_map, of_word
+import word_mask_cases as cases
+from compare import assert_as_accurate, each_implementation, require, thin_out
+from word_masks import DTYPES, SIZES, draw, full_maps, keep_from_map, of_word
 
 from softmask_fast.ops import attention_output_gradient, registry, word_gradcam, word_soft_mask
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+EACH = each_implementation("word_mask")
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("impl", IMPLS)
+@EACH
 def test_map_matches_full_attention_maps(impl, sizes, dtype, masked, device):
-    require("word_mask", impl, device, dtype, sizes[-1])
-    inputs, word_index = draw(sizes, dtype, device)
-    key_mask = (torch.rand(sizes[0], sizes[3]) > 0.4).to(device) if masked else None
-    truth = full_maps(*(tensor.double() for tensor in inputs), key_mask)
-    baseline = full_maps(*inputs, key_mask)
-    every = word_gradcam(*inputs, key_mask=key_mask, impl=impl)
-    one = word_gradcam(*inputs, word_index, key_mask=key_mask, impl=impl)
-    assert every.dtype == one.dtype == torch.float32
-    assert_as_accurate(every, baseline, truth, dtype, "all words")
-    assert_as_accurate(one, of_word(baseline, word_index), of_word(truth, word_index), dtype, "one word")
+    thin_out(impl, SIZES.index(sizes), DTYPES.index(dtype), masked)
+    cases.map_matches_full_attention_maps(impl, sizes, dtype, masked, device)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_saturated_softmax(impl, device):
-    require("word_mask", impl, device, torch.float32, 16)
-    inputs, word_index = draw((2, 2, 3, 19, 16), torch.float32, device, spread=20.0)
-    truth = of_word(full_maps(*(tensor.double() for tensor in inputs), scale=1.0), word_index)
-    baseline = of_word(full_maps(*inputs, scale=1.0), word_index)
-    assert_as_accurate(word_gradcam(*inputs, word_index, scale=1.0, impl=impl), baseline, truth, torch.float32)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@EACH
+def test_soft_mask(impl, dtype, prefix, masked, device):
+    thin_out(impl, DTYPES.index(dtype), prefix, masked)
+    cases.soft_mask(impl, dtype, prefix, masked, device)
+
+
+@pytest.mark.parametrize("every_word", [False, True])
+@EACH
+def test_nan_stays_nan_and_padding_is_not_read(impl, every_word, device):
+    cases.nan_stays_nan_and_padding_is_not_read(impl, every_word, device)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.__name__)
+@EACH
+def test_case(impl, case, device):
+    case(impl, device)
 
 
 def test_map_equals_hooked_attention_maps():
@@ -64,85 +70,9 @@ def test_attention_output_gradient_needs_a_score_of_its_argument():
         attention_output_gradient(lambda output: 2 * weight, torch.ones(2))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("prefix", [0, 1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_soft_mask(impl, dtype, prefix, masked, device):
-    require("word_mask", impl, device, dtype, 16)
-    batch, tokens, channels = 4, 37, 21
-    inputs, word_index = draw((batch, 3, 5, tokens, 16), dtype, device)
-    features = torch.randn(batch, tokens, channels, dtype=dtype, device=device)
-    key_mask = (torch.rand(batch, tokens) > 0.4).to(device) if masked else None
-    truth = keep_from_map(
-        of_word(full_maps(*(tensor.double() for tensor in inputs), key_mask), word_index), prefix, key_mask
-    )
-    baseline = keep_from_map(of_word(full_maps(*inputs, key_mask), word_index), prefix, key_mask)
-    options = {"prefix_tokens": prefix, "key_mask": key_mask, "impl": impl}
-    masked_features, keep = word_soft_mask(*inputs, word_index, features, **options)
-    assert keep.dtype == torch.float32 and masked_features.dtype == dtype
-    assert keep.min() >= 0 and keep.max() <= 1
-    assert_as_accurate(keep, baseline, truth, dtype, "keep")
-    assert_as_accurate(
-        masked_features, baseline[:, :, None] * features, truth[:, :, None] * features.double(), dtype, "features"
-    )
-    alone = word_soft_mask(*inputs, word_index, **options)
-    assert torch.equal(alone, keep)
-    assert torch.equal(word_soft_mask(*inputs, word_index, **options), keep), "not reproducible"
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_maps_without_a_spread_keep_everything(impl, device):
-    require("word_mask", impl, device, torch.float32, 16)
-    (query, key, value, grad_output), word_index = draw((3, 2, 4, 9, 16), torch.float32, device)
-    ones = torch.ones(3, 9, device=device)
-    same = key[:, :, :1].expand_as(key), value[:, :, :1].expand_as(value)
-    assert torch.equal(word_soft_mask(query, *same, grad_output, word_index, impl=impl), ones), "constant map"
-    against = -grad_output[:, :, :1].expand_as(value)  # the gradient of the first word is negative at every token
-    keep = word_soft_mask(query, key, against, grad_output, torch.zeros_like(word_index), impl=impl)
-    assert torch.equal(keep, ones), "negative gradient everywhere"
-    one_patch = [query, key[:, :, :2], value[:, :, :2], grad_output]
-    assert torch.equal(word_soft_mask(*one_patch, word_index, impl=impl), ones[:, :2])
-    assert torch.equal(word_soft_mask(*one_patch, word_index, prefix_tokens=2, impl=impl), ones[:, :2])
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_images_of_padding_only(impl, device):
-    require("word_mask", impl, device, torch.float32, 16)
-    inputs, word_index = draw((2, 2, 4, 9, 16), torch.float32, device)
-    key_mask = torch.tensor([[False] * 9, [True] * 9], device=device)
-    features = torch.randn(2, 9, 5, device=device)
-    cam = word_gradcam(*inputs, word_index, key_mask=key_mask, impl=impl)
-    masked, keep = word_soft_mask(*inputs, word_index, features, key_mask=key_mask, impl=impl)
-    assert torch.equal(cam[0], torch.zeros_like(cam[0])) and cam[1].max() > 0
-    assert torch.equal(masked[0], features[0]) and keep[1].min() == 0
-    every = word_gradcam(*inputs, key_mask=key_mask, impl=impl)
-    assert torch.equal(every[0], torch.zeros_like(every[0])) and torch.isfinite(every).all()
-
-
-@pytest.mark.parametrize("every_word", [False, True])
-@pytest.mark.parametrize("impl", IMPLS)
-def test_nan_stays_nan_and_padding_is_not_read(impl, every_word, device):
-    """A key reaches the whole map through the softmax, a value only its own token; padding reaches none."""
-    require("word_mask", impl, device, torch.float32, 16)
-    (query, key, value, grad_output), word_index = draw((4, 2, 4, 9, 16), torch.float32, device)
-    key_mask = torch.ones(4, 9, dtype=torch.bool, device=device)
-    key_mask[:, 8] = False
-    key[0, 1, 3], value[1, 1, 3], key[2, 1, 8], value[3, 1, 8] = (float("nan"),) * 4
-    index = None if every_word else word_index
-    maps = word_gradcam(query, key, value, grad_output, index, key_mask=key_mask, impl=impl)
-    nan = maps.isnan() if every_word else maps.isnan()[:, None]
-    assert nan[0, :, :8].all() and nan[1, :, 3].all() and nan[1].sum() == len(nan[1]) and not nan[2:].any()
-    assert torch.equal(maps[..., 8], torch.zeros_like(maps[..., 8]))
-    if not every_word:
-        keep = word_soft_mask(query, key, value, grad_output, word_index, key_mask=key_mask, impl=impl)
-        assert torch.equal(keep.isnan(), maps.isnan())
-
-
 @pytest.mark.parametrize("tokens", [257, 577, 1025, 4096])
-@pytest.mark.parametrize("impl", IMPLS)
+@EACH
 def test_many_tokens(impl, tokens, device):
-    require("word_mask", impl, device, torch.float32, 16)
     inputs, word_index = draw((1, 2, 2, tokens, 16), torch.float32, device)
     key_mask = torch.rand(1, tokens, device=device) > 0.3
     truth, baseline = (
@@ -154,16 +84,16 @@ def test_many_tokens(impl, tokens, device):
     assert_as_accurate(keep, baseline, truth, torch.float32)
 
 
-def test_keep_alone_takes_no_pass_over_features(monkeypatch, device):
-    require("word_mask", "triton", device, torch.float32, 16)
+@each_implementation("word_mask", "triton")
+def test_keep_alone_takes_no_pass_over_features(monkeypatch, impl, device):
     from softmask_fast.ops.word_mask import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "mask_features", None)
     inputs, word_index = draw((2, 2, 3, 5, 16), torch.bfloat16, device)
-    empty, keep = torch.ops.softmask_fast.word_soft_mask(*inputs, word_index, None, 1, None, 0.25, "triton")
+    empty, keep = torch.ops.softmask_fast.word_soft_mask(*inputs, word_index, None, 1, None, 0.25, impl)
     assert keep.shape == (2, 5) and empty.numel() == 0 and empty.dtype == torch.bfloat16
     with pytest.raises(TypeError, match="subscriptable"):
-        word_soft_mask(*inputs, word_index, torch.ones(2, 5, 3, device=device), impl="triton")
+        word_soft_mask(*inputs, word_index, torch.ones(2, 5, 3, device=device), impl=impl)
 
 
 @pytest.mark.parametrize("channels", [768, 767])
@@ -189,44 +119,6 @@ def with_page_faults(function):
     return function(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_any_strides(impl, device):
-    require("word_mask", impl, device, torch.float32, 16)
-    inputs, word_index = draw((2, 3, 5, 11, 16), torch.float32, device)
-    features = torch.randn(2, 11, 6, device=device)
-    expected = word_soft_mask(*inputs, word_index, features, impl="reference")
-
-    def as_projection(tensor):  # (B, L, H, D) seen as (B, H, L, D), the usual view of a linear layer's output
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-
-    def reversed_dimensions(tensor):
-        return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
-
-    def every_second(tensor):
-        return torch.stack((tensor, tensor), -1).flatten(-2)[..., ::2]
-
-    for layout in (as_projection, reversed_dimensions, every_second):
-        strided = [layout(tensor) for tensor in inputs]
-        strided_features = features if layout is as_projection else layout(features)
-        actual = word_soft_mask(*strided, word_index, strided_features, impl=impl)
-        for result, reference in zip(actual, expected, strict=True):
-            torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-5, msg=layout.__name__)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_gradient_flows_to_features_alone(impl, device):
-    require("word_mask", impl, device, torch.float32, 16)
-    inputs, word_index = draw((2, 2, 4, 9, 16), torch.float32, device)
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-    features = torch.randn(2, 9, 5, device=device, requires_grad=True)
-    masked, keep = word_soft_mask(*inputs, word_index, features, impl=impl)
-    assert not keep.requires_grad and not word_gradcam(*inputs, word_index, impl=impl).requires_grad
-    grad = torch.randn_like(masked)
-    masked.backward(grad)
-    torch.testing.assert_close(features.grad, grad * keep[:, :, None], rtol=0, atol=0)
-    assert all(tensor.grad is None for tensor in inputs)
-
-
 def test_features_pass_gradcheck():
     inputs, word_index = draw((2, 2, 3, 5, 4), torch.float64, "cpu")
     features = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
@@ -234,10 +126,9 @@ def test_features_pass_gradcheck():
     assert torch.autograd.gradgradcheck(lambda x: word_soft_mask(*inputs, word_index, x)[0], features)
 
 
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@each_implementation("word_mask", "triton", "cuda")
 def test_on_a_gpu_a_word_out_of_range_gives_nan(impl, device):
     """There nobody reads the indices on the host, so the kernel says it, and the other images are right."""
-    require("word_mask", impl, device, torch.float32, 16)
     run = registry.resolve("word_mask", impl, device)
     inputs, _ = draw((3, 2, 4, 9, 16), torch.float32, device)
     index = torch.tensor([4, 1, -1], device=device)
@@ -247,15 +138,6 @@ def test_on_a_gpu_a_word_out_of_range_gives_nan(impl, device):
     expected = word_soft_mask(*(tensor[1:2] for tensor in inputs), index[1:2], scale=0.25, impl="reference")
     torch.testing.assert_close(keep[1:2], expected, rtol=1e-4, atol=1e-5)
     assert run["word_gradcam"](*inputs, index, None, None, None, 0.25)[[0, 2]].isnan().all()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_empty_batch(impl, device):
-    require("word_mask", impl, device, torch.float32, 16)
-    inputs, word_index = draw((0, 2, 3, 5, 16), torch.float32, device)
-    masked, keep = word_soft_mask(*inputs, word_index.view(0), torch.ones(0, 5, 7, device=device), impl=impl)
-    assert masked.shape == (0, 5, 7) and keep.shape == (0, 5)
-    assert word_gradcam(*inputs, impl=impl).shape == (0, 3, 5)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +204,7 @@ def test_autocast_casts_like_attention():
     assert torch.equal(keep, expected) and masked.dtype == torch.float32
 
 
-@pytest.mark.parametrize("impl", IMPLS[:2])
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
 def test_opcheck(impl):
     require("word_mask", impl, torch.device("cpu"), torch.float32, 16)
     inputs, word_index = draw((2, 2, 3, 5, 16), torch.float32, "cpu")

@@ -3,29 +3,26 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import require
+from compare import DEVICES
 
+from softmask_fast.ops import registry
 from softmask_fast.ops.focal_itc import cpp, streamed
-from softmask_fast.ops.triton_support import INTERPRETED
-
-IMPLEMENTATIONS = ("cpp", "streamed", "triton")
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def impl(request):
-    require("focal_itc", request.param, device_of(request.param), torch.float32, 16)
-    return request.param
 
 
 def device_of(impl):
     """The GPU, where there is one, for the implementation that is made for it."""
-    return torch.device("cuda" if impl == "triton" and torch.cuda.is_available() else "cpu")
+    return DEVICES[-1] if impl == "triton" else DEVICES[0]
 
 
-def thin_out(impl, *places):
-    """Interpreted kernels take seconds: of a product of cases they run those whose places add up to a multiple of 3."""
-    if impl == "triton" and INTERPRETED and sum(places) % 3:
-        pytest.skip("another case covers it in the interpreter")
+# those that stream, where they run here
+IMPLEMENTATIONS = [
+    name for name in ("cpp", "streamed", "triton") if name in registry.runnable("focal_itc", device_of(name))
+]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request):
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import torch
 
-IMPLS = ["reference", "cpp", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # S, B, H, L, N, D
 SIZES = [(2, 2, 2, 5, 7, 16), (1, 1, 1, 1, 2, 16), (7, 3, 2, 4, 65, 24), (6, 2, 1, 3, 17, 33), (5, 2, 1, 9, 40, 128)]

@@ -1,5 +1,7 @@
 """Runs of the training script as a user starts them, only small; and of the scripts in tests/launched."""
 
+from __future__ import annotations
+
 import json
 import os
 import socket
@@ -11,6 +13,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
+TOOLS = Path(sys.executable).parent
 STEPS = 10
 SMALL = {
     "data": "shapes:num=256",
@@ -28,6 +31,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def deepspeed(*options: str) -> list[str]:
+    """DeepSpeed's launcher with its options, a free port among them."""
+    return [str(TOOLS / "deepspeed"), "--master_port", str(free_port()), *options]
+
+
+def torchrun(ranks: int) -> list[str]:
+    """PyTorch's launcher: a process fewer, for runs that are not about the launcher."""
+    return [str(TOOLS / "torchrun"), "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+
+
 def launch(
     output: Path,
     *,
@@ -40,14 +53,14 @@ def launch(
     common: dict = SMALL,
     **options,
 ) -> subprocess.Popen:
-    """launcher: options of `deepspeed` (default: `ranks` ranks on this machine); prefix: a command before it; common:
-    options of the script, which `options` may change."""
+    """launcher: what starts the script (default: Python for one rank, DeepSpeed for several); prefix: a command before
+    it; common: options of the script, which `options` may change."""
     flags = [text for name, value in (common | options).items() for text in (f"--{name}", str(value))]
     if launcher is None:
-        launcher = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    command = [*(prefix or []), str(Path(sys.executable).parent / "deepspeed"), *launcher]
-    command += [str(ROOT / script), "--deepspeed", str(ROOT / "ds.json"), "--output_dir", str(output), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        launcher = [sys.executable] if ranks == 1 else deepspeed("--num_accelerators", str(ranks))
+    command = [*(prefix or []), *launcher, str(ROOT / script)]
+    command += ["--deepspeed", str(ROOT / "ds.json"), "--output_dir", str(output), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{TOOLS}:{os.environ['PATH']}"}
     if ranks > torch.cuda.device_count() or "--hostfile" in launcher:
         environment["DS_ACCELERATOR"] = "cpu"  # a GPU takes one rank
     return subprocess.Popen(
@@ -86,6 +99,8 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} was not reached: {process.communicate()[0][-4000:]}")
 
 
-def run_cases(cases: str, folder: Path, **options) -> str:
-    script = "tests/launched/zero_stages.py"
-    return finish(launch(folder, cwd=folder, script=script, variables={"CASES": cases}, **options))
+def run_cases(cases: dict[str, dict], folder: Path, ranks: int = 1, **options) -> str:
+    """One run in several ways, in one launch: name of the folder -> its ZeRO `stage`, and options of its own."""
+    how = {"script": "tests/launched/several_runs.py", "variables": {"CASES": json.dumps(cases)}}
+    launcher = torchrun(ranks) if ranks > 1 else None
+    return finish(launch(folder, cwd=folder, ranks=ranks, launcher=launcher, **how, **options))

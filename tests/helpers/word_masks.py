@@ -2,7 +2,6 @@
 
 import torch
 
-IMPLS = ["reference", "cpp", "triton", "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # B, H, L, N, D
 SIZES = [(2, 3, 5, 7, 16), (1, 1, 1, 2, 8), (3, 2, 4, 65, 24), (2, 1, 3, 17, 33), (1, 2, 2, 130, 128), (2, 9, 2, 5, 16)]

@@ -1,6 +1,7 @@
 """Launched by test_finetune.py: pretrains a small model, then fine-tunes and evaluates it for every task.
 
---what learn: all tasks, long enough to learn something. --what resume: a few steps of one task, resumed from the
+--what all: a few steps of each, but of retrieval as many as it takes to learn something. --what learn: the tasks that
+build on what pretraining has learned, long enough to show it. --what resume: a few steps of one task, resumed from the
 middle, and started from an ALBEF checkpoint; and pretraining that starts from a model folder.
 """
 
@@ -23,11 +24,11 @@ from softmask_fast.training import options as pretraining_options
 from softmask_fast.training.trainer import Trainer
 
 parser = argparse.ArgumentParser()
-for name in ("--output_dir", "--deepspeed", "--what", "--local_rank"):
+for name in ("--output_dir", "--deepspeed", "--what"):
     parser.add_argument(name)
 options, _ = parser.parse_known_args()  # the other flags are those of helpers/runs.py
 root, what = Path(options.output_dir), options.what
-launched = ["--deepspeed", options.deepspeed, "--local_rank", options.local_rank]
+launched = ["--deepspeed", options.deepspeed]
 
 SCENES, ASKED = "shapes:num={},names=color,colors=6", "shapes:num={},names=color,colors=3"
 PRETRAINED = {
@@ -51,10 +52,12 @@ LEARNED = {
     "entailment": LABELS | {"max_steps": 250},
     "vqa": LABELS | {"max_steps": 180},
     "nlvr2": LABELS | {"max_steps": 150},
-    "retrieval": CONTRAST
-    | {"eval_data": SCENES.format(64), "learning_rate": 2e-3, "max_steps": 200, "candidates": 16, "captions": "first"},
     "grounding": CONTRAST
     | {"eval_data": SCENES.format(256), "learning_rate": 1e-3, "max_steps": 300, "hard_negatives": False},
+}
+BRIEF = {task: own | {"max_steps": 2, "eval_size": 32} for task, own in LEARNED.items()} | {
+    "retrieval": CONTRAST
+    | {"eval_data": SCENES.format(64), "learning_rate": 2e-3, "max_steps": 200, "candidates": 16, "captions": "first"},
     "text_assignment": {"data": SCENES.format(64), "max_steps": 2},
 }
 RESUMED = LABELS | {
@@ -94,7 +97,7 @@ def tune(task: str, own: dict, folder: Path, stage: int = 1) -> None:
         finetune.report(trainer.evaluator, folder)
 
 
-start = {"output_dir": root / "pretrained"} | ({"max_steps": 2} if what == "resume" else {})
+start = {"output_dir": root / "pretrained"} | ({} if what == "learn" else {"max_steps": 2})
 parsed = pretraining_options.parse_arguments([*launched, *flags(COMMON | PRETRAINED | start)])
 launch.start_distributed(parsed[1])
 stop = launch.StopRequest()
@@ -102,8 +105,8 @@ if dist.get_rank() == 0:
     train_words()
 dist.barrier()
 run(train.build_trainer, parsed)
-if what == "learn":
-    for task, own in LEARNED.items():
+if what != "resume":
+    for task, own in (LEARNED if what == "learn" else BRIEF).items():
         tune(task, own, root / task)
 else:
     tune("entailment", RESUMED, root / "whole")
