@@ -67,7 +67,8 @@ PREPARED = {
 # Pages whose `maps` (B, L, N) must not be zero for any word: a head that reads one row only would make them so.
 EVERY_WORD = {"README.md", "docs/operators/word_gradcam.md"}
 RUN_COMMANDS = {"docs/index.md"}  # its softmask-fast commands run, too
-ELSEWHERE = {"docs/adapters.md", "docs/tasks.md"}  # test_guide.py, test_tasks.py
+# test_guide.py, test_dual_encoders.py, test_tasks.py
+ELSEWHERE = {"docs/adapters.md", "docs/dual_encoders.md", "docs/tasks.md"}
 RUN_HERE = [page for page in PAGES if blocks_of(page, "python") and name_of(page) not in ELSEWHERE]
 
 

@@ -1,31 +1,44 @@
 """docs/adapters.md: each block against the formula that it replaces, written here, on the same inputs."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn.functional as F
-from code_blocks import ROOT, blocks_of
+from code_blocks import ROOT, assert_sections_are_named, run_section
 from compare import assert_as_accurate
+from small_models import tutorial_folder
 from torch import nn
 
+from softmask_fast.evaluation.grounding import word_tokens
+from softmask_fast.evaluation.heatmaps import explained_words
+from softmask_fast.ops import FocalITCLoss
+
 PAGE = ROOT / "docs" / "adapters.md"
-BLOCKS = blocks_of(PAGE, "python")
 ROWS, QUEUE, WIDTH, ALPHA = 6, 10, 16, 0.4
 
 
 def run(heading, **namespace):
-    """The names that the blocks under a heading leave, given those that they find."""
-    blocks = [block for block in BLOCKS if block.heading == heading]
-    assert blocks, f"{PAGE.name} has no code under {heading!r}"
-    namespace |= {"torch": torch}
-    for block in blocks:
-        block.run(namespace)
-    return SimpleNamespace(**namespace)
+    return run_section(PAGE, heading, torch=torch, **namespace)
 
 
 def test_every_block_of_the_page_has_a_test():
-    tested = {name for name in open(__file__).read().split('"') if name in {block.heading for block in BLOCKS}}
-    assert tested == {block.heading for block in BLOCKS} and len(BLOCKS) == 9
+    assert_sections_are_named(PAGE, __file__)
+
+
+def test_a_model_of_this_library(tmp_path, monkeypatch):
+    """What its methods give is what the tutorial's `explain` shows of the same pair."""
+    monkeypatch.chdir(tmp_path)
+    tutorial_folder(tmp_path)
+    found = run("A model of this library")
+    text = "a dog runs on the beach"
+    shown, maps = explained_words(found.model, found.tokenizer, Path("photos/dog.jpg").read_bytes(), text)
+    assert found.matched.item() == pytest.approx(shown["matched"], abs=1e-5) and found.similarity.abs() <= 1 + 1e-6
+    offsets = found.tokenizer(text, return_offsets_mapping=True).offset_mapping
+    of_dog = found.maps[0, word_tokens(text, offsets, [1])].mean(0)
+    torch.testing.assert_close(of_dog, torch.from_numpy(maps[1]), rtol=1e-4, atol=1e-7)
+    assert of_dog.max() > 0
 
 
 # ---- losses
@@ -172,16 +185,43 @@ def test_egonce():
     assert_loss(block, formula)
 
 
-# ---- open_clip
+def test_volta_pretraining():
+    """Texts keep their own image or take another one, by the softmax of their similarity to the others."""
+    torch.manual_seed(4)
+    ret = {name: unit(ROWS).float().requires_grad_() for name in ("image_out", "text_out")}
+    itm_labels = torch.tensor([1.0, 0, 1, 0, 0, 0])
+    counts = torch.zeros(ROWS, ROWS)
+    for _ in range(300):
+        found = run("VoLTA, pretraining: hard negatives", ret=ret, itm_labels=itm_labels)
+        counts[torch.arange(ROWS), found.false_idx] += 1
+    logits = (ret["text_out"] @ ret["image_out"].T).detach() / 0.07
+    expected = logits.fill_diagonal_(-torch.inf).softmax(1)
+    expected[itm_labels == 1] = torch.eye(ROWS)[itm_labels == 1]
+    assert (counts / 300 - expected).abs().max() < 0.12
 
 
-def test_open_clip():
-    args = SimpleNamespace(local_loss=True, gather_with_grad=True, rank=0, world_size=1)
-    loss = run("open_clip", args=args).loss
-    image, text = unit(ROWS), unit(ROWS)
-    log_p = [(20 * image @ text.T).log_softmax(dim).diag() for dim in (1, 0)]
-    expected = sum(-((1 - x.exp()) ** 2 * x).mean() for x in log_p) / 2
-    torch.testing.assert_close(loss(image, text, 20.0), expected)
+def test_volta_fine_tuning():
+    """On one rank; the sum over several is tested with the module."""
+    atts = torch.arange(ROWS)[:, None].repeat(1, 3)
+    gathered = dict(gathered_text_ids=[atts + 10], gathered_text_masks=[atts], gathered_image=[atts + 20])
+    found = []
+
+    def block(model, features):
+        module = SimpleNamespace(contrast=FocalITCLoss(gamma=0.0, gather="with_grad"))
+        pair = dict(image_features=features["image_feat"], text_features=features["text_feat"])
+        heading = "VoLTA, fine-tuning: all ranks"
+        found.append(run(heading, pl_module=module, logit_scale=1 / model.temp, **pair, **gathered))
+        return found[-1].itc_loss
+
+    def formula(model, features):
+        logits = features["image_feat"] @ features["text_feat"].T / model.temp
+        return -(logits.log_softmax(1).diag() + logits.log_softmax(0).diag()).mean() / 2
+
+    assert_loss(block, formula)
+    images, texts = found[0].images_neg[:, 0] - 20, found[0].text_masks_neg[:, 0]
+    assert torch.equal(found[0].text_ids_neg, atts[texts] + 10)
+    for negative in (images, texts):
+        assert ((negative >= 0) & (negative < ROWS) & (negative != torch.arange(ROWS))).all()
 
 
 # ---- Grad-CAM
@@ -312,3 +352,25 @@ def test_gradcam_of_egovlpv2():
     model = Matching(9, "crossattention_t2i", frames=4).eval()
     found = run("Grad-CAM of EgoVLPv2", model=model, data="data")
     assert_maps(found.word_maps, model.full_maps(found.attention).reshape(2, 7, 4, 9))
+
+
+class Volta(Matching):
+    """Its text comes by another name, its head takes what `infer` leaves, its image has no [CLS]."""
+
+    def __init__(self, patches):
+        super().__init__(patches - 1, "crossattention_t2i")
+        self.text_transformer, self.itm_score = self.text_encoder, self.itm_head
+
+    def infer(self, batch):
+        assert batch == "batch"
+        output = self.text_encoder(self.words.input_ids, self.words.attention_mask, self.image, self.image_mask)
+        return {"cls_feats": output.last_hidden_state[:, 0]}
+
+
+def test_gradcam_of_volta():
+    model = Volta(24 * 24).eval()
+    found = run("Grad-CAM of VoLTA", model=model, batch="batch")
+    model.logits()[:, 1].sum().backward()
+    probabilities = found.attention.probabilities
+    maps = (probabilities * probabilities.grad.clamp(min=0)).mean(1).detach()
+    assert_maps(torch.stack(found.word_maps), maps.reshape(2, 7, 24, 24))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,7 @@ class Block(NamedTuple):
         exec(compile("\n" * (self.line - 1) + self.code, str(self), "exec"), namespace)
 
 
+@functools.cache
 def blocks_of(page: Path, language: str | None = None) -> list[Block]:
     """The blocks of a page in order, of one language ("" is none) or of all."""
     text = page.read_text()
@@ -39,3 +42,18 @@ def blocks_of(page: Path, language: str | None = None) -> list[Block]:
         heading = ([""] + HEADING.findall(before))[-1]
         blocks.append(Block(page, text.count("\n", 0, found.start(2)) + 1, heading, found[1], found[2]))
     return [block for block in blocks if language is None or block.language == language]
+
+
+def run_section(page: Path, heading: str, **namespace) -> SimpleNamespace:
+    """The names that the Python under a heading leaves, given those that it finds."""
+    blocks = [block for block in blocks_of(page, "python") if block.heading == heading]
+    assert blocks, f"{page.name} has no code under {heading!r}"
+    for block in blocks:
+        block.run(namespace)
+    return SimpleNamespace(**namespace)
+
+
+def assert_sections_are_named(page: Path, test: str) -> None:
+    """Each section of the page with Python has its heading as a text in the test's file."""
+    headings = {block.heading for block in blocks_of(page, "python")}
+    assert headings and headings <= set(Path(test).read_text().split('"'))
