@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softmask_fast.evaluation.heatmaps import draw
-    from softmask_fast.model.export import load_model
+    from softmask_fast.model.pretrained import load_model
     from softmask_fast.ops import (
         FeatureQueue,
         FocalITCLoss,
@@ -36,7 +36,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    trained = {"draw": "softmask_fast.evaluation.heatmaps", "load_model": "softmask_fast.model.export"}
+    trained = {"draw": "softmask_fast.evaluation.heatmaps", "load_model": "softmask_fast.model.pretrained"}
     module = trained.get(name, "softmask_fast.ops")
     try:
         value = getattr(import_module(module), name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from softmask_fast import __version__
 from softmask_fast.errors import UsageError, format_error, is_user_error, one_line, printable
+from softmask_fast.hub import local_folder, model_folder
 from softmask_fast.installation import explain_missing
 from softmask_fast.options import CommandParser
 from softmask_fast.utils import write_json
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 PRETRAINED = ("retrieval", "grounding", "maps")  # tasks of a model without fine-tuning
 TASKS = (*PRETRAINED, "vqa", "nlvr2", "entailment")
 SCENE = "shapes:"  # in place of an image: a scene by its number
-DEMO = Path(__file__).parent / "demo"  # the model folder that is called "demo"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,10 +200,10 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
         raise UsageError(f"--predictions, --answers: expected with a task that has answers, not with {options.task}")
     from softmask_fast.data.sources import open_source
     from softmask_fast.evaluation import evaluate_grounding, evaluate_maps, evaluate_retrieval
-    from softmask_fast.model.export import load_model
+    from softmask_fast.model.export import read_model
     from softmask_fast.tasks.datasets import open_expressions
 
-    model, tokenizer = load_model(options.model, _device(options.device))
+    model, tokenizer = read_model(options.model, _device(options.device))
     split = {"split": "val", "seed": 0, "image_size": model.config.image_size, "image_root": options.image_root}
     phrases = options.task != "retrieval" and options.data.endswith(".json")
     source = (open_expressions if phrases else open_source)(options.data, **split)
@@ -288,8 +288,6 @@ def _open_explainer(options: argparse.Namespace, outputs: dict[str, Path | None]
         if path is not None:
             _check_output(path, option)
     _quiet_libraries()
-    from softmask_fast.adapters.download import model_folder
-
     folder = model_folder(options.model)
     from softmask_fast.word_maps import explainer
 
@@ -299,10 +297,10 @@ def _open_explainer(options: argparse.Namespace, outputs: dict[str, Path | None]
 def _export(options: argparse.Namespace) -> None:
     """Copy a model folder with weights in float16, half the size; they are float32 again when it is loaded."""
     _quiet_libraries()
-    from softmask_fast.model.export import load_model, own_state, save_model
+    from softmask_fast.model.export import own_state, read_model, save_model
 
     _check_model(options.model)
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = read_model(options.model)
     halves = {name: x.half() if x.is_floating_point() else x for name, x in own_state(model).items()}
     save_model(model, tokenizer, options.out, halves)
     print(f"written to {options.out}")
@@ -379,8 +377,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _model(name: str) -> Path:
-    """The folder of a model; "demo" is the one that comes with the library."""
-    return DEMO if name == DEMO.name and not Path(name).exists() else Path(name)
+    """The folder of a model, or what may be its name on the hub."""
+    return local_folder(name) or Path(name)
 
 
 def _check_model(directory: Path) -> None:

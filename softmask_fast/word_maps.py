@@ -20,7 +20,7 @@ from softmask_fast.evaluation.common import image_pixels
 from softmask_fast.evaluation.heatmaps import MATCHES, draw, explained_words, left_out_notes, peak, strengths
 from softmask_fast.evaluation.map_statistics import color_statistics, map_statistics
 from softmask_fast.evaluation.tables import format_table
-from softmask_fast.model.export import load_model
+from softmask_fast.model.export import read_model
 from softmask_fast.utils import read_json, replacing
 
 SCENE, SCENES = "shapes:", "shapes:objects=3"  # in place of a file: a scene by its number, of the data of `tiny`
@@ -38,7 +38,7 @@ def explainer(
     image or the text.
     """
     if not _is_foreign(folder):
-        model, tokenizer = load_model(folder, device)
+        model, tokenizer = read_model(folder, device)
         return lambda file: _own(model, tokenizer, file, text, layer)
     model, processor = open_model(folder, device)
 

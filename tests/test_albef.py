@@ -16,7 +16,7 @@ from softmask_fast.config import ObjectiveConfig
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.evaluation.heatmaps import explain
 from softmask_fast.model.convert_albef import albef_state, load_albef, load_albef_state, save_albef
-from softmask_fast.model.export import load_model
+from softmask_fast.model.export import read_model
 from softmask_fast.model.momentum import MomentumTeacher
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.training.options import make_config
@@ -373,7 +373,7 @@ def test_the_lines_of_the_documentation(checkpoint, tmp_path, monkeypatch):
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 2 and Path("ours.pth").exists()
-    model, tokenizer = load_model("albef")
+    model, tokenizer = read_model("albef")
     words = tokenizer("two dogs")["input_ids"]
     assert words == bert("two dogs")["input_ids"][:-1] and words[0] == tokenizer.cls_token_id
     shown = explain(model, tokenizer, np.zeros((40, 60, 3), np.uint8), "two dogs", "words.png")

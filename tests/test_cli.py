@@ -90,8 +90,8 @@ def test_the_demo_is_a_model_in_half_precision_that_needs_no_training_library(fo
         from pathlib import Path
         missing = ("deepspeed", "nvidia.dali", "tensorboard", "braceexpand", "aiohttp", "s3fs", "pyarrow")
         sys.modules |= dict.fromkeys(missing)
-        from softmask_fast import cli
-        cli.DEMO = Path("demo model/demo")
+        from softmask_fast import cli, hub
+        hub.DEMO = Path("demo model/demo")
         def run(*arguments):
             assert cli.main(arguments) == 0, arguments
         run("export", "--model", sys.argv[1], "--out", "demo model/demo")

@@ -62,6 +62,7 @@ PREPARED = {
     "README.md": tutorial,
     "docs/albef.md": albef,
     "docs/index.md": tutorial,
+    "docs/models.md": tutorial,
     "docs/word_maps.md": word_maps,
 }
 # Pages whose `maps` (B, L, N) must not be zero for any word: a head that reads one row only would make them so.

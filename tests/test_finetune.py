@@ -14,7 +14,7 @@ from softmask_fast.cli import main
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation import evaluate_grounding
 from softmask_fast.finetune import report
-from softmask_fast.model.export import load_model
+from softmask_fast.model.export import read_model
 from softmask_fast.model.state import own_state
 from softmask_fast.tasks.datasets import open_expressions
 from softmask_fast.tasks.entailment import EntailmentModel
@@ -73,7 +73,7 @@ def test_retrieval_is_learned(tuned):
 def grounded(folder) -> dict:
     """The grounding of unseen scenes by the fusion layer that is best on training scenes, as ALBEF's was chosen: which
     layer attends to what is named differs between models."""
-    model, tokenizer = load_model(folder)
+    model, tokenizer = read_model(folder)
 
     def measure(split: str, layer: int, limit: int):
         source = open_expressions(EXPRESSIONS, split=split, seed=0, image_size=model.config.image_size)

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "softmask_fast"
 # Each room (a folder, or some modules of the root) imports itself and the rooms before it; `ops` imports only itself.
 ROOMS = ("ground", "data", "ops", "model", "evaluation", "tasks", "training", "entry")
-GROUND = ("config", "errors", "installation", "options", "utils")
+GROUND = ("config", "errors", "hub", "installation", "options", "utils")
 ENTRY = ("train", "finetune", "launcher", "cli", "doctor", "word_maps")
 ADAPTERS = {"ops", "ground", "model", "adapters"}
 # Modules, lightest first, and the libraries that they must not load.

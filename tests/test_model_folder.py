@@ -2,14 +2,16 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from softmask_fast.data.tokenizer import train_tokenizer
+from softmask_fast.errors import UsageError
 from softmask_fast.model.convert_albef import save_albef
-from softmask_fast.model.export import load_model, save_model
+from softmask_fast.model.export import read_model, save_model
 from softmask_fast.model.initialize import load_pretrained, load_weights, weights_tokenizer
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.training.options import make_config
@@ -33,7 +35,7 @@ def test_a_saved_model_gives_the_same_answers(tokenizer, tmp_path):
     model = make_model(tokenizer)
     save_model(model, tokenizer, tmp_path / "model")
     save_model(model, tokenizer, tmp_path / "model")  # a second time replaces the first
-    again, its_tokenizer = load_model(tmp_path / "model")
+    again, its_tokenizer = read_model(tmp_path / "model")
     text = its_tokenizer(["a red circle"], return_tensors="pt")
     inputs = torch.randn(1, 3, 32, 32), text["input_ids"], text["attention_mask"].bool()
     for method in ("match_logits", "mlm_logits", "word_relevance"):
@@ -43,16 +45,16 @@ def test_a_saved_model_gives_the_same_answers(tokenizer, tmp_path):
 
 def test_a_damaged_folder_is_named(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="lacks .*model.safetensors"):
-        load_model(tmp_path)
+        read_model(tmp_path)
     folder = tmp_path / "model"
     save_model(make_model(tokenizer), tokenizer, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"embed_dim": 8}))
     with pytest.raises(ValueError, match=r"image_projection.weight has size \(16, 32\), expected \(8, 32\)"):
-        load_model(folder)
+        read_model(folder)
     (folder / "config.json").write_text(json.dumps(config | {"depth": 8}))
     with pytest.raises(ValueError, match="unknown options .*depth"):
-        load_model(folder)
+        read_model(folder)
 
 
 def bert_folder(folder, layers=3, width=32, vocabulary=60):
@@ -115,6 +117,28 @@ def test_missing_weights_say_what_to_do(tokenizer, tmp_path, monkeypatch):
     assert "norm.weight" not in load_file(tmp_path / "part.safetensors")
 
 
+@pytest.mark.parametrize(
+    "option, name",
+    [("text_weights", "me/bert"), ("vision_weights", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k")],
+)
+def test_without_the_hub_one_request_and_the_ways_out(tokenizer, monkeypatch, tmp_path, option, name):
+    asked = []
+
+    def refuse(self, name, **options):
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    weights = {"text_weights": name} if option == "text_weights" else {"vision_weights": "timm"}
+    with pytest.raises(UsageError) as caught:
+        load_pretrained(make_model(tokenizer, **weights))
+    expected = f"{option}: {name} is no folder and not in the cache, and the hub cannot be reached (ConnectionError); "
+    assert str(caught.value).startswith(expected) and asked == [name]
+    assert f"--{option} " in str(caught.value) and f"--{option} random" in str(caught.value)
+    assert f"hf download {name}" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_whole_model_is_a_start_for_pretraining(tokenizer, tmp_path):
     model = make_model(tokenizer)
     save_model(model, tokenizer, tmp_path / "model")
@@ -144,7 +168,7 @@ def test_a_file_that_cannot_be_read_is_named(tokenizer, tmp_path, name, message)
     save_model(make_model(tokenizer), tokenizer, tmp_path / "model")
     (tmp_path / "model" / name).write_text("{")
     with pytest.raises(ValueError, match=f"model: .*/{name} {message}"):
-        load_model(tmp_path / "model")
+        read_model(tmp_path / "model")
 
 
 def test_an_albef_checkpoint_is_a_start_for_pretraining(tokenizer, tmp_path):

@@ -18,7 +18,7 @@ from softmask_fast.adapters.hub import open_model
 from softmask_fast.config import DataConfig, TrainConfig
 from softmask_fast.errors import UsageError
 from softmask_fast.model.convert_albef import load_albef
-from softmask_fast.model.export import load_model
+from softmask_fast.model.export import read_model
 from softmask_fast.model.initialize import load_pretrained, weights_config
 from softmask_fast.model.text import load_bert
 from softmask_fast.model.vision_language import VisionLanguageModel
@@ -77,14 +77,14 @@ def changed(path, **changes) -> None:
 )
 def test_every_field_of_a_configuration_is_checked(folder, name, value, expected):
     changed(folder / "config.json", **{name: value})
-    error = line(lambda: load_model(folder))
+    error = line(lambda: read_model(folder))
     assert error.startswith(f"model: {folder}/config.json: ") and name.split("_")[0] in error
     assert re.search(expected, error), error
 
 
 def test_sizes_beyond_the_weights_take_no_memory(folder):
     changed(folder / "config.json", text_width=1 << 16, vocab_size=1 << 24)  # 4 TiB of embeddings
-    assert "config.json describes 1," in (error := line(lambda: load_model(folder))) and "at most the" in error
+    assert "config.json describes 1," in (error := line(lambda: read_model(folder))) and "at most the" in error
 
 
 def test_damaged_configurations_are_named(folder):
@@ -96,7 +96,7 @@ def test_damaged_configurations_are_named(folder):
         (" " * (1 << 26) + "{}", "expected at most 67,108,864 bytes, got 67,108,866"),
     ]:
         path.write_text(text, encoding="latin-1")
-        assert expected in (error := line(lambda: load_model(folder))) and f"model: {path}" in error
+        assert expected in (error := line(lambda: read_model(folder))) and f"model: {path}" in error
 
 
 def test_damaged_weights_are_named(folder):
@@ -107,19 +107,19 @@ def test_damaged_weights_are_named(folder):
         b" " * (1 << 25), whole.replace(b'"F32"', b'"F99"', 1), b"\x80\x04N." * 9,
     ):  # fmt: skip
         path.write_bytes(content)
-        assert line(lambda: load_model(folder)).startswith(f"model: {path} cannot be read: ")
+        assert line(lambda: read_model(folder)).startswith(f"model: {path} cannot be read: ")
     name = "match_head.bias"
     for tensor, expected in [
         (torch.zeros(2, dtype=torch.int64), f"{name} has dtype torch.int64, expected torch.float32"),
         (torch.zeros(3), f"{name} has size (3,), expected (2,)"),
     ]:
         save_file(state | {name: tensor}, path)
-        assert line(lambda: load_model(folder)) == f"model: {path}: weights: {expected}"
+        assert line(lambda: read_model(folder)) == f"model: {path}: weights: {expected}"
     save_file(state | {f"more{i}": torch.zeros(1) for i in range(20)}, path)
-    assert line(lambda: load_model(folder)).endswith("more15 is unexpected; and 12 more")
+    assert line(lambda: read_model(folder)).endswith("more15 is unexpected; and 12 more")
     path.unlink()
     path.mkdir()
-    assert f"model: {path} cannot be read: " in line(lambda: load_model(folder))
+    assert f"model: {path} cannot be read: " in line(lambda: read_model(folder))
 
 
 def test_damaged_tokenizers_are_named(folder):
@@ -135,12 +135,12 @@ def test_damaged_tokenizers_are_named(folder):
     ]:
         before = (tokenizer / name).read_text() if (tokenizer / name).exists() else None
         (tokenizer / name).write_text(content)
-        assert expected in (error := line(lambda: load_model(folder))) and str(tokenizer) in error, error
+        assert expected in (error := line(lambda: read_model(folder))) and str(tokenizer) in error, error
         (tokenizer / name).unlink() if before is None else (tokenizer / name).write_text(before)
     whole["added_tokens"].append(whole["added_tokens"][0] | {"id": 64, "content": "[more]"})
     (tokenizer / "tokenizer.json").write_text(json.dumps(whole))
     expected = f"model: {tokenizer} has ids up to 64, expected below 64, vocab_size of config.json"
-    assert line(lambda: load_model(folder)) == expected
+    assert line(lambda: read_model(folder)) == expected
 
 
 CODE = "open(__file__ + '.ran', 'w')\nfrom transformers import PreTrainedTokenizerFast as Other, CLIPConfig\n"
@@ -154,7 +154,7 @@ def test_a_tokenizer_runs_no_code_and_asks_nothing(folder, name, where, monkeypa
     path.write_text("{}") if not path.exists() else None
     changed(path, tokenizer_class="Other", auto_map={"AutoTokenizer": [None, where]})
     (folder / "tokenizer" / "other.py").write_text(CODE)
-    assert f"tokenizer: {path}: auto_map: expected no code" in line(lambda: load_model(folder))
+    assert f"tokenizer: {path}: auto_map: expected no code" in line(lambda: read_model(folder))
     assert not list(folder.rglob("*.ran"))
 
 

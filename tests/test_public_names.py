@@ -16,8 +16,8 @@ assert {name: getattr(sf, name) for name in ops.__all__} == {name: getattr(ops, 
 assert set(sf.__all__) == {*ops.__all__, "draw", "load_model", "__version__"}
 assert "transformers" not in sys.modules
 from softmask_fast import load_model
-import softmask_fast.model.export
-assert load_model is sf.load_model is softmask_fast.model.export.load_model
+import softmask_fast.model.pretrained
+assert load_model is sf.load_model is softmask_fast.model.pretrained.load_model
 assert not hasattr(sf, "no_such_name")
 """
 

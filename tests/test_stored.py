@@ -25,7 +25,7 @@ from softmask_fast.config import RENAMED
 from softmask_fast.data.sources import open_source
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.record import parse_record
-from softmask_fast.model.export import load_model
+from softmask_fast.model.export import read_model
 from softmask_fast.training.options import parse_arguments
 from softmask_fast.training.run_record import check_same_run
 
@@ -106,7 +106,7 @@ def test_a_stored_run_of_one_rank_is_resumed_by_two(tmp_path):
 
 
 def test_a_stored_model_gives_the_same_outputs():
-    model, tokenizer = load_model(STORED / "run" / "model")
+    model, tokenizer = read_model(STORED / "run" / "model")
     sample = open_source("shapes:num=4", split="val", seed=0, image_size=16).read(0)
     pixels = torch.from_numpy(sample.image).permute(2, 0, 1)[None].float() / 255
     text = tokenizer(sample.captions[0], truncation=True, max_length=32, return_tensors="pt")

@@ -21,7 +21,7 @@ from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.boxes import intersection_over_union, proposal_score
 from softmask_fast.evaluation.vqa_accuracy import vqa_accuracy
-from softmask_fast.model.export import load_model, save_model
+from softmask_fast.model.export import read_model, save_model
 from softmask_fast.tasks.answers import evaluate_answers
 from softmask_fast.tasks.base import distilled_cross_entropy
 from softmask_fast.tasks.datasets import open_examples, open_expressions
@@ -412,7 +412,7 @@ def test_a_saved_model_answers_the_same(tmp_path, base, tokenizer, task):
     with torch.no_grad():
         assert again.predict(*arguments) == model.predict(*arguments)
     with pytest.raises(ValueError, match=f"fine-tuned for {task}"):
-        load_model(tmp_path / task)
+        read_model(tmp_path / task)
     other = "vqa" if task != "vqa" else "nlvr2"
     with pytest.raises(UsageError, match=f"expected a model fine-tuned for {other}, .* is fine-tuned for {task}"):
         load_task_model(tmp_path / task, other)

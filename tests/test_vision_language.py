@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from softmask_fast.errors import UsageError
-from softmask_fast.model.export import load_model
+from softmask_fast.model.export import read_model
 
 STORED = Path(__file__).parent / "stored" / "run" / "model"
 
 
 def test_a_tokenizers_own_mask_is_taken():
-    model, tokenizer = load_model(STORED)
+    model, tokenizer = read_model(STORED)
     text = tokenizer(["a red circle", "two blue squares left of a dog"], padding=True, return_tensors="pt")
     assert text["attention_mask"].dtype == torch.int64 and not text["attention_mask"].all()
     mask = text["attention_mask"].bool()
@@ -27,6 +27,6 @@ def test_a_tokenizers_own_mask_is_taken():
 
 @pytest.mark.parametrize("size", [(2, 3, 32, 16), (3, 16, 16), (2, 1, 16, 16), (2, 16, 16, 3)])
 def test_images_of_another_size_are_named(size):
-    model, _ = load_model(STORED)
+    model, _ = read_model(STORED)
     with pytest.raises(UsageError, match=r"^pixels: expected size \(B, 3, 16, 16\), got \("):
         model.encode_image(torch.zeros(size))

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from softmask_fast.adapters.cross_attention import WordRelevance, matching_logits
 from softmask_fast.adapters.decoders import image_token_id
-from softmask_fast.adapters.download import model_folder, without_hub
 from softmask_fast.adapters.dual_encoders import is_dual_encoder, similarities
 from softmask_fast.adapters.image_layouts import WHOLE, Box, Layout, Part, on_picture, square_grid
 from softmask_fast.adapters.scores import answer_log_probability
 from softmask_fast.adapters.transformers import word_relevance
 from softmask_fast.adapters.words import Word, with_answer, words_of
 from softmask_fast.errors import UsageError, one_line
+from softmask_fast.hub import model_folder, without_hub
 from softmask_fast.utils import read_json
 
 PROMPT = "Describe the image."

@@ -128,10 +128,15 @@ def decode_image(image: bytes | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     with Image.open(io.BytesIO(image)) as picture:
-        upright = ImageOps.exif_transpose(picture)
-        if upright.mode.startswith("I"):  # 16 bits: PIL would clip instead of scale
-            upright = Image.fromarray((np.asarray(upright, np.uint32) >> 8).astype(np.uint8))
-        return upright.convert("RGB")
+        return upright_rgb(picture)
+
+
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """An open image, turned as its EXIF entry says, as RGB without alpha."""
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):  # 16 bits: PIL would clip instead of scale
+        upright = Image.fromarray((np.asarray(upright, np.uint32) >> 8).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def convert_image(image: bytes) -> bytes:

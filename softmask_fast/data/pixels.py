@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from softmask_fast.data.images import MAX_PIXELS, MEAN, STD, check_image, convert_image, decode_image
+from softmask_fast.data.images import MAX_PIXELS, MEAN, STD, check_image, convert_image, decode_image, upright_rgb
+from softmask_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from softmask_fast.data.dali_pipeline import DaliPipeline
@@ -54,6 +56,22 @@ def evaluation_pixels(
             pipeline.schedule([convert_image(images[i]) if facts[i].convert else images[i] for i in chunk])
             pixels[chunk] = pipeline.result()
     return pixels
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """An image as the model takes it: `evaluation_pixels` of one image by PIL, also in the workers of a loader."""
+
+    image_size: int
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """A PIL image of any size and mode -> (3, image_size, image_size) float32, on the CPU.
+
+        Raises UsageError for anything else, and BadSample for more than `MAX_PIXELS`.
+        """
+        if not isinstance(image, Image.Image):
+            raise UsageError(f"image: expected a PIL image, got {type(image).__name__}")
+        return evaluation_pixels([np.asarray(upright_rgb(image))], self.image_size, impl="pil")[0]
 
 
 @lru_cache(maxsize=1)

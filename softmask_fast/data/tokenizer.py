@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softmask_fast.errors import UsageError, one_line
+from softmask_fast.hub import from_hub
 from softmask_fast.utils import read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4 in a trained vocabulary
@@ -24,20 +25,24 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     folder = Path(name_or_path)
     if folder.is_dir():
         _check_files(folder)
+    options = {"use_fast": True, "trust_remote_code": False, "local_files_only": folder.is_dir()}
+    instead = (
+        "pass a folder written by save_pretrained() (with tokenizer.json), bring the hub's cache of a machine with a "
+        "network (`hf download google-bert/bert-base-uncased`), or leave the name empty to train one on the captions"
+    )
     try:
-        options = {"use_fast": True, "trust_remote_code": False, "local_files_only": folder.is_dir()}
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
+        tokenizer = from_hub(
+            name_or_path, "tokenizer", instead, lambda: AutoTokenizer.from_pretrained(name_or_path, **options)
+        )
+    except UsageError:
+        raise
     except Exception as error:  # the tokenizers' own are no more than `Exception`
-        where = "a local folder" if folder.is_dir() else "no local folder, and not found on the hub"
-        raise UsageError(
-            f"tokenizer: cannot load {name_or_path!r} ({where}). Pass a folder written by save_pretrained() (with "
-            f"tokenizer.json), download one on a machine with a network (hf download google-bert/bert-base-uncased), "
-            f"or leave the name empty to train one on the captions. Reason: {one_line(error)}"
-        ) from error
+        raise UsageError(f"tokenizer: cannot load {name_or_path!r} ({one_line(error)}); {instead}") from error
     known = set(tokenizer.get_vocab()).intersection(tokenizer.all_special_tokens)
     missing = [token for token in SPECIAL_TOKENS if token not in known]
     if missing or not tokenizer.is_fast:
         raise UsageError(f"tokenizer: {name_or_path!r} is no fast BERT WordPiece tokenizer (it lacks {missing})")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # the arguments of `encode_text`
     return tokenizer
 
 

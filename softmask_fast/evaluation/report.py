@@ -16,7 +16,7 @@ from softmask_fast.evaluation.grounding import evaluate_grounding
 from softmask_fast.evaluation.plots import plot_curves
 from softmask_fast.evaluation.retrieval import evaluate_retrieval
 from softmask_fast.evaluation.tables import Report
-from softmask_fast.model.export import load_model
+from softmask_fast.model.export import read_model
 
 RERANKED = 16  # candidates of each query that matching re-ranks
 
@@ -28,7 +28,7 @@ class PretrainingEvaluation:
     """
 
     has_labels = True
-    load = staticmethod(load_model)
+    load = staticmethod(read_model)
 
     def __init__(self, config: Config, data: str) -> None:
         """Open the pairs. Raises UsageError when they cannot be read."""

@@ -20,6 +20,7 @@ from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.utils import read_json, replacing, write_json
 
 WEIGHTS, CONFIG, TOKENIZER, TASK = "model.safetensors", "config.json", "tokenizer", "task.json"
+EVALUATION = "evaluation.json"  # beside a run's model, and in the folder of its best
 RECORD_BYTES = 1 << 26  # of a JSON file: the answers of a task may be many
 
 
@@ -34,14 +35,21 @@ def save_model(
     """
     with replacing(Path(directory)) as folder:
         folder.mkdir(parents=True)
-        save_state(own_state(model) if state is None else state, folder / WEIGHTS)
-        write_json(folder / CONFIG, asdict(model.config))
-        if not isinstance(model, VisionLanguageModel):
-            write_json(folder / TASK, model.task_record)
-        tokenizer.save_pretrained(folder / TOKENIZER)
+        write_model(model, tokenizer, folder, state)
 
 
-def load_model(
+def write_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """The arguments of `save_model`; the files go into an existing folder, beside what is there."""
+    save_state(own_state(model) if state is None else state, folder / WEIGHTS)
+    write_json(folder / CONFIG, asdict(model.config))
+    if not isinstance(model, VisionLanguageModel):
+        write_json(folder / TASK, model.task_record)
+    tokenizer.save_pretrained(folder / TOKENIZER)
+
+
+def read_model(
     directory: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
     """Reads a model folder that pretraining wrote. A folder is data: no code of it runs, and no hub is asked.
@@ -89,13 +97,13 @@ def read_model_folder(directory: str | Path, option: str = "model") -> tuple[Mod
         raise UsageError(
             f"{option}: expected a folder with {WEIGHTS}, {CONFIG}, {TOKENIZER}/; {directory} lacks {absent}"
         )
-    options = _read_record(directory / CONFIG, option)
+    options = read_record(directory / CONFIG, option)
     unknown = sorted(options.keys() - {f.name for f in fields(ModelConfig)})
     if unknown:
         raise UsageError(f"{option}: {directory / CONFIG} has unknown options {unknown}")
     # the weights are in the folder, wherever training started from
     options |= {"vision_weights": "random", "text_weights": "random", "model_weights": None}
-    task = _read_record(directory / TASK, option) if (directory / TASK).exists() else None
+    task = read_record(directory / TASK, option) if (directory / TASK).exists() else None
     if task is not None and not isinstance(task.get("task"), str):
         raise UsageError(f"{option}: {directory / TASK}: task: expected a text, got {task.get('task')!r:.100}")
     try:
@@ -113,8 +121,8 @@ def read_model_folder(directory: str | Path, option: str = "model") -> tuple[Mod
     return config, task
 
 
-def _read_record(path: Path, option: str) -> dict[str, Any]:
-    """The mapping in a JSON file of a model folder. Raises UsageError if the file holds anything else."""
+def read_record(path: Path, option: str) -> dict[str, Any]:
+    """The mapping in a JSON file of a model. Raises UsageError if the file holds anything else."""
     if path.stat().st_size > RECORD_BYTES:
         raise UsageError(f"{option}: {path}: expected at most {RECORD_BYTES:,} bytes, got {path.stat().st_size:,}")
     record = read_json(path, option)

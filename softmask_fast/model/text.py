@@ -21,6 +21,7 @@ from transformers.models.bert.modeling_bert import (
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError, one_line
+from softmask_fast.hub import from_hub
 from softmask_fast.model.layers import Weights, after_attention, run_region, scale_gradient, word_logits
 from softmask_fast.model.packing import Packing, self_attention
 from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
@@ -164,16 +165,19 @@ class MaskedLanguageHead(WeightedLayer):
 
 def load_bert(config: ModelConfig) -> BertForMaskedLM:
     """The pretrained BERT named by `text_weights`. Raises UsageError if it cannot be loaded or has other sizes."""
+    name = config.text_weights
+    options = {"trust_remote_code": False, "weights_only": True}
+    options["local_files_only"] = Path(name).is_dir()  # its files are data: they name nothing on a hub
+    instead = (
+        "give a folder with a BERT (--text_weights DIR), bring the hub's cache of a machine with a network "
+        f"(`hf download {name}`), or start from --text_weights random"
+    )
     try:
-        local = Path(config.text_weights).is_dir()  # its files are data: they name nothing on a hub
-        bert = BertForMaskedLM.from_pretrained(
-            config.text_weights, trust_remote_code=False, weights_only=True, local_files_only=local
-        )
+        bert = from_hub(name, "text_weights", instead, lambda: BertForMaskedLM.from_pretrained(name, **options))
+    except UsageError:
+        raise
     except Exception as error:  # of damaged files the libraries raise many kinds
-        raise UsageError(
-            f"text_weights: {config.text_weights!r} cannot be loaded ({one_line(error)}). Give a local folder with a "
-            "BERT (--text_weights DIR), or start from random weights (--text_weights random)."
-        ) from error
+        raise UsageError(f"text_weights: {name!r} cannot be loaded ({one_line(error)}); {instead}") from error
     found, ours = bert.config, bert_config(config, config.text_layers)
     sizes = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings")
     expected = {name: getattr(ours, name) for name in sizes}
@@ -182,5 +186,5 @@ def load_bert(config: ModelConfig) -> BertForMaskedLM:
         wrong["num_hidden_layers"] = (found.num_hidden_layers, config.text_layers + config.fusion_layers)
     if wrong:
         sizes = ", ".join(f"{name} is {got}, expected {want}" for name, (got, want) in wrong.items())
-        raise UsageError(f"text_weights: {config.text_weights!r} does not fit the configuration: {sizes}")
+        raise UsageError(f"text_weights: {name!r} does not fit the configuration: {sizes}")
     return bert

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError, one_line
+from softmask_fast.hub import from_hub
 from softmask_fast.model.layers import image_block, run_region, scale_gradient
 from softmask_fast.model.state import read_checkpoint
 from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
@@ -156,15 +157,7 @@ def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
     if config.vision_weights == "random":
         return
     if config.vision_weights == "timm":
-        try:
-            pretrained = timm.create_model(config.vision_model, pretrained=True, num_classes=0)
-        except Exception as error:
-            raise UsageError(
-                f"vision_weights: timm's pretrained weights of {config.vision_model!r} cannot be loaded "
-                f"({one_line(error)}). Give a file (--vision_weights FILE.safetensors), or start from random weights "
-                "(--vision_weights random)."
-            ) from error
-        state = pretrained.state_dict()
+        state = _timm_model(config.vision_model).state_dict()
     else:
         state = _read_state(config.vision_weights)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "fc_norm."))}
@@ -178,6 +171,28 @@ def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
             f"vision_weights: {config.vision_weights!r} does not fit {config.vision_model!r}: missing {missing[:5]}, "
             f"unexpected {unexpected[:5]}"
         )
+
+
+def _timm_model(name: str) -> nn.Module:
+    """A model with timm's pretrained weights. Raises UsageError if they cannot be had."""
+    found = timm.get_pretrained_cfg(name)
+    hub_name = found and found.hf_hub_id
+    instead = (
+        "give a file (--vision_weights FILE.safetensors), bring the hub's cache of a machine with a network "
+        f"(`hf download {hub_name}`), or start from --vision_weights random"
+    )
+
+    def load() -> nn.Module:
+        return timm.create_model(name, pretrained=True, num_classes=0)
+
+    try:
+        return from_hub(hub_name, "vision_weights", instead, load) if hub_name else load()
+    except UsageError:
+        raise
+    except Exception as error:  # of damaged files the libraries raise many kinds
+        raise UsageError(
+            f"vision_weights: timm's weights of {name!r} cannot be loaded ({one_line(error)}); {instead}"
+        ) from error
 
 
 def _read_state(path: str) -> dict[str, Tensor]:

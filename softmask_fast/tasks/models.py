@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError
-from softmask_fast.model.export import TASK, fill_from_folder, folder_tokenizer, load_model, read_model_folder
+from softmask_fast.model.export import TASK, fill_from_folder, folder_tokenizer, read_model, read_model_folder
 from softmask_fast.model.initialize import fill_model, load_weights, weights_config, weights_tokenizer
 from softmask_fast.model.state import own_state
 from softmask_fast.model.vision_language import VisionLanguageModel
@@ -58,7 +58,7 @@ def load_task_model(
     A task without a head has a plain model. Raises UsageError that names what is missing, or the model's own task.
     """
     if task not in MODELS:
-        return load_model(directory, device)
+        return read_model(directory, device)
     config, record = read_model_folder(directory)
     if record is None or record.get("task") != task:
         found = f"fine-tuned for {record['task']}" if record else "not fine-tuned for a task with labels"

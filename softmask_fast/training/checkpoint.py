@@ -61,7 +61,7 @@ def save_checkpoint(
 ) -> None:  # fmt: skip
     """Write directory/step-<state["step"]>, whole or not at all, and keep the newest `keep`. A collective.
 
-    A checkpoint holds DeepSpeed's shards, the teacher with its queue, the model as a folder that `load_model` reads,
+    A checkpoint holds DeepSpeed's shards, the teacher with its queue, the model as a folder that `read_model` reads,
     and a JSON file with `state`, the data position of every rank, and size and SHA-256 of the other files. It is on the
     disk before it gets its name. Raises AgreedUsageError when it cannot be written, as on a full disk.
     """

@@ -22,7 +22,7 @@ from softmask_fast.evaluation.common import sample_count, usable_samples
 from softmask_fast.evaluation.record import evaluation_record, parse_record
 from softmask_fast.evaluation.report import PretrainingEvaluation
 from softmask_fast.evaluation.tables import Report
-from softmask_fast.model.export import save_model
+from softmask_fast.model.export import EVALUATION, save_model
 from softmask_fast.tasks.models import load_task_model
 from softmask_fast.tasks.options import FinetuneConfig
 from softmask_fast.tasks.recipes import TASKS
@@ -33,7 +33,7 @@ from softmask_fast.utils import append_line, move, write_json
 
 logger = logging.getLogger(__name__)
 
-RECORDS, RECORD = "evaluations.jsonl", "evaluation.json"
+RECORDS, RECORD = "evaluations.jsonl", EVALUATION
 BEST, CANDIDATE = "best", "candidate"
 PAGES = 20  # most pages of heat maps of a run
 

@@ -16,7 +16,7 @@ from softmask_fast.data.sources import open_source
 from softmask_fast.data.synthetic import ShapesSource
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.model.convert_albef import save_albef
-from softmask_fast.model.export import load_model
+from softmask_fast.model.export import read_model
 from softmask_fast.tasks import options as task_options
 from softmask_fast.tasks.synthetic import ANSWERS, ShapesTask
 from softmask_fast.training import launch
@@ -121,7 +121,7 @@ else:
     dist.barrier()
     tune("entailment", RESUMED | {"resume": True}, root / "resumed")
     tune("entailment", RESUMED | {"eval_data": "none", "resume": True}, root / "unmeasured")
-    model, _ = load_model(root / "pretrained" / "model")
+    model, _ = read_model(root / "pretrained" / "model")
     if dist.get_rank() == 0:
         save_albef(model, root / "albef.pth")
     dist.barrier()

@@ -1,0 +1,144 @@
+"""Where a model lies: a folder, "demo", or a name on the Hugging Face hub. Imports nothing heavy, to answer at once.
+
+What is in the hub's cache is used without a request. Else the hub is asked once whether it has the name, before any
+library starts a download of its own with its own retries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any, TypeVar
+from unittest import mock
+
+from softmask_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+Loaded = TypeVar("Loaded")
+
+DEMO = Path(__file__).parent / "demo"  # the model folder that is called "demo"
+TIMEOUT = 3  # seconds for each phase of the request: connecting, the first byte
+LIMIT = 10  # seconds for all of it, name servers included
+UNWANTED = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "onnx/*", "*.gguf", "original/*"]
+
+
+def local_folder(name: str | Path) -> Path | None:
+    """The folder that a name is; "demo" is the one that comes with the library, unless there is such a folder."""
+    if Path(name).is_dir():
+        return Path(name)
+    return DEMO if str(name) == DEMO.name else None
+
+
+def model_folder(
+    name: str | Path, option: str = "--model", parts: Sequence[str] = (), also: Sequence[str] = (), **where: Any
+) -> Path:
+    """The folder of a model: its own, the demo's, or that of the hub's cache, filled if need be.
+
+    Args:
+        name: a folder, "demo", or a name on the hub.
+        option: what messages call the name.
+        parts, also: the files and folders to fetch, and those that may be missing; default: all but the weights of
+            other frameworks.
+        where: options of `huggingface_hub.snapshot_download`: revision, token, cache_dir, force_download,
+            local_files_only.
+
+    Raises:
+        UsageError: for a name that the hub does not know; within seconds, if it is not in the cache and the hub cannot
+            be reached.
+    """
+    if (folder := local_folder(name)) is not None:
+        return folder
+    name = str(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if not where.get("force_download"):
+            cached = Path(snapshot_download(name, **where | {"local_files_only": True}))
+            present = [(cached / part).exists() for part in parts or ("config.json", "open_clip_config.json")]
+            if all(present) if parts else any(present):
+                return cached
+    except HFValidationError as error:
+        raise UsageError(f"{option}: expected a folder or a name on the hub, got {name}") from error
+    except LocalEntryNotFoundError:
+        pass
+    instead = f"with a network, `hf download {name} --local-dir DIR`, then {option} DIR"
+    if where.get("local_files_only"):
+        raise UsageError(f"{option}: {name} is no folder and not in the cache; {instead}")
+    answer = ask_hub(name, option, instead, where.get("token"), where.get("revision"))
+    if parts:
+        chosen = {"allow_patterns": [pattern for part in (*parts, *also) for pattern in (part, f"{part}/*")]}
+    else:
+        safe = any(file.rfilename.endswith(".safetensors") for file in answer.siblings or ())
+        chosen = {"ignore_patterns": UNWANTED + ["*.bin", "*.pth", "*.pt"] * safe}
+    try:
+        return Path(snapshot_download(name, **chosen, **where))
+    except Exception as error:  # the hub's client raises those of its transport, whichever that is
+        raise UsageError(f"{option}: {name} cannot be downloaded ({type(error).__name__}); {instead}") from error
+
+
+def from_hub(name: str, option: str, instead: str, load: Callable[[], Loaded]) -> Loaded:
+    """What `load`, a call of another library, makes of a folder or a name on the hub.
+
+    It first runs without a request. If that fails for a name, and the hub has it, `load` runs again with the hub.
+    Raises UsageError by `ask_hub`, and what `load` raises.
+    """
+    try:
+        with without_hub():
+            return load()
+    except Exception:  # of damaged files the libraries raise many kinds
+        if Path(name).exists():
+            raise
+    ask_hub(name, option, instead)
+    return load()
+
+
+def ask_hub(
+    name: str, option: str, instead: str, token: str | bool | None = None, revision: str | None = None
+) -> ModelInfo:
+    """What the hub says of a name, in one request of at most `LIMIT` seconds.
+
+    Raises UsageError, naming the option that the name came from and what to do `instead`, if it does not know the name
+    or does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    answers: SimpleQueue[ModelInfo | Exception] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(HfApi(token=token).model_info(name, revision=revision, timeout=TIMEOUT))
+        except Exception as error:  # the hub's client raises those of its transport, whichever that is
+            answers.put(error)
+
+    Thread(target=ask, daemon=True).start()  # a name server may be silent for minutes, whatever the timeout
+    try:
+        answer = answers.get(timeout=LIMIT)
+    except Empty:
+        answer = TimeoutError()
+    if not isinstance(answer, Exception):
+        return answer
+    if isinstance(answer, HFValidationError):
+        reason = f"{name} is no folder, and cannot be a name on the hub"
+    elif isinstance(answer, RepositoryNotFoundError):
+        reason = f"no folder and no public model on the hub is called {name}"
+    elif isinstance(answer, OfflineModeIsEnabled):
+        reason = f"{name} is no folder and not in the cache, and HF_HUB_OFFLINE is set"
+    else:
+        reason = f"{name} is no folder and not in the cache, and the hub cannot be reached ({type(answer).__name__})"
+    raise UsageError(f"{option}: {reason}; {instead}") from answer
+
+
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Inside the `with` block the hub's client serves from its cache alone: a folder's files make no request."""
+    from huggingface_hub import constants
+
+    with mock.patch.object(constants, "HF_HUB_OFFLINE", True):
+        yield
