@@ -109,7 +109,8 @@ ALL_COMMANDS = [(name_of(page), words) for page in PAGES for block in blocks_of(
 
 
 @pytest.mark.parametrize("words", [pytest.param(words, id=f"{page} {' '.join(words)}") for page, words in ALL_COMMANDS])
-def test_commands_are_taken(words):
+def test_commands_are_taken(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets)

@@ -32,7 +32,7 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     for name in (*BUILD, "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("csrc", "softmask_fast", "tests", "docs"):
+    for name in ("csrc", "softmask_fast", "examples", "tests", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder
 
@@ -130,7 +130,7 @@ def test_content_of_the_sdist(sdist):
         names = {name.split("/", 1)[-1] for name in archive.getnames() if archive.getmember(name).isfile()}
     sources = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("csrc", "softmask_fast")
+        for folder in ("csrc", "softmask_fast", "examples")
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix not in (".so", ".pyc")
     }
@@ -155,6 +155,7 @@ def test_tag_and_content(wheel):
     libraries = {name for name in names if name.endswith(".so")}
     cuda = {"softmask_fast/_cuda.abi3.so"} if WITH_NVCC else set()
     assert libraries == {"softmask_fast/_C.abi3.so"} | cuda
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"softmask_fast"}  # no examples
     files = (
         path for path in (ROOT / "softmask_fast").rglob("*") if path.is_file()
     )  # with py.typed and the demo's model
