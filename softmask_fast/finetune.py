@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from softmask_fast.data.loader import SampleLoader
-from softmask_fast.evaluation.plots import plot_curves
+from softmask_fast.evaluation.curves import plot_curves
 from softmask_fast.model.momentum import MomentumCopy
 from softmask_fast.tasks.options import FinetuneConfig, parse_arguments
 from softmask_fast.tasks.recipes import TASKS, predictions
@@ -40,7 +40,7 @@ def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path,
     if trainer.train():
         stop.end()
         if dist.get_rank() == 0:
-            report(trainer.evaluator, output)
+            report(trainer.evaluator, output, trainer.schedule.events())
     dist.destroy_process_group()
 
 
@@ -69,10 +69,10 @@ def build_step(config: FinetuneConfig, output: Path) -> tuple[nn.Module, Momentu
     return step, teacher.to(device), loader, evaluator
 
 
-def report(evaluator: Evaluator | None, output: Path) -> None:
+def report(evaluator: Evaluator | None, output: Path, events: dict[str, int]) -> None:
     """Show what output/model has reached: print the table, write predictions.json and draw curves.png."""
     curves = output / "curves.png"
-    plot_curves(output / "metrics.jsonl", curves, evaluator.curves() if evaluator else ())
+    plot_curves(output / "metrics.jsonl", curves, evaluator.curves() if evaluator else (), events)
     if evaluator is None:
         print(f"no evaluation: no --eval_data was given; the curves are in {curves}")
         return

@@ -54,7 +54,7 @@ def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: S
     if finished and rank == 0:
         evaluator = trainer.evaluator
         shown = (evaluator.evaluation, evaluator.reports, evaluator.curves()) if evaluator else (None, [], [])
-        report_run(output, config, *shown)
+        report_run(output, config, *shown, trainer.schedule.events())
         if evaluator and len(shown[2]) > 1:
             print(evaluator.summary(), flush=True)
 

@@ -221,7 +221,7 @@ def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alon
     run.begin(0, steps=16, steps_per_epoch=4)
     assert not any(run.due(step) for step in range(20))
     assert run.evaluate(4, 1.0, model, tokenizer, own_state(model), final=True) == {}
-    report(run, tmp_path)
+    report(run, tmp_path, {})
     assert "nothing to measure" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "predictions.json").read_text())) == 3
     assert measured(tmp_path.parent, tmp_path.name)["score"] is None

@@ -1,4 +1,4 @@
-"""Heat maps and curves: what they show as numbers, and that their files are complete."""
+"""Heat maps: what they show as numbers, and that their files are complete."""
 
 import io
 import json
@@ -19,7 +19,6 @@ from softmask_fast.errors import UsageError, printable
 from softmask_fast.evaluation import heatmaps
 from softmask_fast.evaluation.common import image_pixels, tokenize
 from softmask_fast.evaluation.heatmaps import draw, explain, heatmap_page, overlay, peak, shown_picture
-from softmask_fast.evaluation.plots import plot_curves, save_figure, shortcut_loss, smooth
 
 
 @pytest.fixture(scope="module")
@@ -215,67 +214,6 @@ def test_figures_have_a_bounded_size_and_say_what_they_leave_out(model_and_token
     assert figures[2].get_figheight() < 6 and len(figures[2].axes) == 6
 
 
-def drawn_panels(monkeypatch, metrics, out, *held_out):
-    """What `plot_curves` draws: by file and by a panel's title, the names in its legend."""
-    drawn = {}
-
-    def note(figure, path):
-        panels = [ax for ax in figure.axes if ax.has_data()]
-        drawn[path.name] = {ax.get_title(): ax.get_legend_handles_labels()[1] for ax in panels}
-        save_figure(figure, path)
-
-    monkeypatch.setattr("softmask_fast.evaluation.plots.save_figure", note)
-    plot_curves(metrics, out, *held_out)
-    return drawn
-
-
-def test_plot_curves(tmp_path, monkeypatch):
-    metrics, out = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
-    kinds = ("true_pair", "other_image", "other_text", "soft_masked")
-    lines = [
-        {"step": 10 * i, "epoch": i / 9, "loss": 9 / (i + 1), "itc": 4 / (i + 1), "itm": 0.5, "itm_accuracy": i / 200}
-        | {f"itm_{kind}{what}": 0.5 for kind in kinds for what in ("", "_accuracy")}
-        | {"temperature": 0.07, "pairs_per_second": 9.0}
-        | ({"grad_norm": 1.0} if i % 2 else {})
-        for i in range(200)
-    ]
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    drawn = drawn_panels(monkeypatch, metrics, out, [{"step": 1, "mean recall": 0.5}])
-    by_kind = ["true pair", "other image", "other text", "soft masked"]
-    assert drawn == {
-        "curves.png": {
-            "losses": ["all, weighted", "contrast", "matching"],
-            "accuracy": ["matching"],
-            "soft masks, soft targets, temperature": ["temperature of the contrast"],
-            "matching loss by kind of pair": ["all", *by_kind, "all, seeing only whether there is a mask: 0.477"],
-            "matching accuracy by kind of pair": ["all", *by_kind],
-            "held-out pairs": ["mean recall"],
-            "grad_norm": ["grad norm"],
-        },
-        "curves-system.png": {"pairs per second": ["pairs per second"]},
-    }
-    assert size_of(out)[0] > size_of(tmp_path / "curves-system.png")[0]
-    metrics.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
-    assert list(drawn_panels(monkeypatch, metrics, out)) == ["curves.png"]  # with one point
-    metrics.write_text("")
-    with pytest.raises(UsageError, match="expected lines with metrics"):
-        plot_curves(metrics, out)
-
-
-def test_the_loss_of_a_model_that_sees_only_masks():
-    pairs = ["true_pair", "other_image", "other_text"]
-
-    def best(kinds, guess):
-        """The mean loss of a model that answers "matched" with these probabilities."""
-        return np.mean([-np.log(p if match else 1 - p) for (match, p) in zip(kinds, guess, strict=True)])
-
-    third, half = 1 / 3, 1 / 2
-    assert shortcut_loss(pairs) == pytest.approx(best([1, 0, 0], [third] * 3))
-    assert shortcut_loss([*pairs, "soft_masked"]) == pytest.approx(0.477, abs=5e-4)
-    kinds = ["true_pair", "other_image", "soft_masked_other_text", "soft_masked"]
-    assert shortcut_loss(kinds) == pytest.approx(best([1, 0, 0, 1], [half] * 4))
-
-
 def test_overlay_puts_the_color_where_the_relevance_is():
     picture = np.full((40, 80, 3), 128, np.uint8)
     heat = np.zeros((4, 8), np.float32)
@@ -292,11 +230,6 @@ def test_peak_is_the_center_of_the_largest_patch():
     heat = np.zeros((2, 4))
     heat[1, 2] = 1
     assert peak(heat) == (0.625, 0.75)
-
-
-def test_smooth_keeps_constants_and_averages():
-    np.testing.assert_allclose(smooth(np.full(7, 3.0), 4), 3.0)
-    np.testing.assert_allclose(smooth(np.array([0.0, 3.0, 0.0]), 3), [1.5, 1.0, 1.5])
 
 
 def test_shown_picture_is_turned_and_scaled():

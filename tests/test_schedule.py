@@ -36,3 +36,12 @@ def test_a_run_says_which_warm_ups_it_does_not_get_through():
     assert "distill_ramp_steps is 50" in schedule(40, **steps).unfinished()
     without = dict(warmup_steps=0, queue_size=0, distill_alpha=0.0)
     assert schedule(40, queue_warmup_steps=90, **without).unfinished() is None
+
+
+def test_what_sets_in_on_the_way_has_its_step():
+    options = dict(queue_warmup_steps=0.25, distill_ramp_steps=0.5)
+    assert schedule(200, **options).events() == {"queue enters": 50, "soft targets at full weight": 100}
+    hard = dict(hard_negatives=True, hard_negatives_start=0.4, queue_size=0, distill_alpha=0.0)
+    assert schedule(200, **options | hard).events() == {"negatives turn hard": 80}
+    assert schedule(200, **options | hard | {"hard_negatives": False}).events() == {}
+    assert schedule(10, queue_warmup_steps=10, distill_ramp_steps=0).events() == {}

@@ -12,8 +12,8 @@ from softmask_fast.config import Config
 from softmask_fast.data.sources import open_as_configured
 from softmask_fast.errors import without_secrets
 from softmask_fast.evaluation.common import usable_samples
+from softmask_fast.evaluation.curves import PARTS, plot_curves
 from softmask_fast.evaluation.grounding import evaluate_grounding
-from softmask_fast.evaluation.plots import plot_curves
 from softmask_fast.evaluation.retrieval import evaluate_retrieval
 from softmask_fast.evaluation.tables import Report
 from softmask_fast.model.export import read_model
@@ -72,11 +72,13 @@ def held_out_pairs(config: Config) -> str | None:
 
 def report_run(
     output: Path, config: Config, evaluation: PretrainingEvaluation | None, reports: Sequence[Report],
-    held_out: Sequence[dict[str, float]],
+    held_out: Sequence[dict[str, float]], events: dict[str, int],
 ) -> None:  # fmt: skip
-    """Show what output/model has reached: print the tables and draw curves.png, of training and `held_out`."""
+    """Show what output/model has reached: print the tables and draw curves.png, of training and `held_out`, with
+    `events` of the schedule."""
     curves = output / "curves.png"
-    plot_curves(output / "metrics.jsonl", curves, held_out)
+    weights = {part: getattr(config.objectives, f"{part}_weight") for part in PARTS}
+    plot_curves(output / "metrics.jsonl", curves, held_out, events, weights)
     if evaluation is None:
         data = without_secrets(config.data.data)
         print(f"no evaluation: no --eval_data was given for {data}; the curves are in {curves}")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from softmask_fast.config import TrainConfig, report_names
 from softmask_fast.errors import UsageError, one_line, printable, without_secrets
-from softmask_fast.evaluation.plots import SYSTEM
+from softmask_fast.evaluation.curves import SYSTEM
 from softmask_fast.installation import install_command
 from softmask_fast.utils import read_json, write_json
 

@@ -29,7 +29,7 @@ class Schedule:
         momentum = config.objectives
         ramp = steps_per_epoch if momentum.distill_ramp_steps is None else momentum.distill_ramp_steps
         lengths = (config.train.warmup_steps, momentum.queue_warmup_steps if momentum.queue_size else 0, ramp)
-        uniform = round(momentum.hard_negatives_start * steps)
+        uniform = round(momentum.hard_negatives_start * steps) if momentum.hard_negatives else 0
         return cls(steps, config.train, *(steps_of(n, steps) for n in lengths), momentum.distill_alpha, uniform)
 
     def learning_rate(self, step: int) -> float:
@@ -49,6 +49,13 @@ class Schedule:
         """The settings of one micro step of an optimizer step."""
         seed = step_seed(self.train.seed, step, micro_step, rank)
         return StepSettings(self.alpha(step), seed, step >= self.queue_warmup, step >= self.uniform)
+
+    def events(self) -> dict[str, int]:
+        """What sets in on the way -> the step."""
+        found = {"queue enters": self.queue_warmup, "negatives turn hard": self.uniform}
+        if self.distill_alpha:
+            found["soft targets at full weight"] = self.ramp
+        return {name: step for name, step in found.items() if 0 < step < self.steps}
 
     def unfinished(self) -> str | None:
         """One line about the warm-ups that the run does not get through; None if there are none."""

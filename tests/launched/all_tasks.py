@@ -94,7 +94,7 @@ def tune(task: str, own: dict, folder: Path, stage: int = 1) -> None:
     parsed = task_options.parse_arguments([*launched, "--task", task, *flags(COMMON | given | own)])
     trainer = run(finetune.build_trainer, parsed, stage)
     if dist.get_rank() == 0:
-        finetune.report(trainer.evaluator, folder)
+        finetune.report(trainer.evaluator, folder, trainer.schedule.events())
 
 
 start = {"output_dir": root / "pretrained"} | ({} if what == "learn" else {"max_steps": 2})
