@@ -334,7 +334,7 @@ def _ablate(options: argparse.Namespace) -> None:
     content = run_ablation(
         options.others, options.output_dir, seeds=options.seeds, deepspeed=options.deepspeed, launcher=options.launcher
     )
-    print(f"\n{markdown(content['rows'])}\ntable and figure: {options.output_dir}")
+    print(f"\n{markdown(content['rows'], content)}\ntable and figure: {options.output_dir}")
 
 
 def _index(options: argparse.Namespace) -> None:

@@ -14,10 +14,8 @@ from softmask_fast.training.ablation import (
     Run,
     check_folder,
     check_options,
-    markdown,
-    plot,
     run_ablation,
-    summarize,
+    write_tables,
 )
 from softmask_fast.training.options import parse_arguments
 
@@ -83,55 +81,63 @@ def test_a_folder_keeps_its_options(tmp_path):
 
 
 def write_evaluation(run: Run, recall: float, pointing: float | None) -> None:
-    recalls = {way: {"recall@1": recall} for way in ("text_to_image", "image_to_text")}
-    reports = {"retrieval": {"itc": recalls, "itm": None}}
+    recalls = {"text_to_image": {"recall@1": recall - 0.02}, "image_to_text": {"recall@1": recall + 0.02}}
+    reports = {"retrieval": {"images": 12, "itc": recalls, "both": None}}
     if pointing is not None:
         reports["grounding"] = {"pointing_game": {"model": pointing}}
     run.folder.mkdir(parents=True)
-    (run.folder / "evaluation.json").write_text(json.dumps({"data": "shapes", "reports": reports}))
+    (run.folder / "evaluation.json").write_text(json.dumps({"step": 1600, "data": "shapes", "reports": reports}))
 
 
 @pytest.mark.parametrize("pointing", [0.25, None])
-def test_the_table_has_means_and_spreads(tmp_path, pointing):
-    runs = [Run(row, seed, tmp_path / f"{row}-{seed}") for row in ROWS for seed in range(2)]
+def test_the_tables_have_means_spreads_and_differences(tmp_path, pointing):
+    """Seeds differ by 20 points; of "all" from the baseline by 30 and 32, of "+ focal" by 10 and -10."""
+    recalls = {"all": (0.4, 0.62), "+ focal": (0.2, 0.2)}
+    runs = [Run(row, seed, tmp_path / f"{row}-{seed}") for seed in range(2) for row in ROWS]
     for run in runs:
-        write_evaluation(run, 0.4 + 0.2 * run.seed if run.row == "all" else 0.1, pointing)
-    table = summarize(runs)
-    assert table["all"]["text to image R@1, ITC"]["values"] == [0.4, pytest.approx(0.6)]
-    assert table["all"]["text to image R@1, ITC"]["mean"] == pytest.approx(0.5)
-    assert table["all"]["text to image R@1, ITC"]["spread"] == pytest.approx(0.02**0.5)
-    columns = ["text to image R@1, ITC", "image to text R@1, ITC", "pointing game"]
-    assert list(table["baseline"]) == (columns[:2] if pointing is None else columns)
-    lines = markdown(table).splitlines()
-    assert lines[-1].startswith("| all | 50.0 ± 14.1 | 50.0 ± 14.1 |")
-    assert lines[2].startswith("| baseline | 10.0 ± 0.0 |")
-    assert summarize(runs[::2])["all"]["image to text R@1, ITC"]["spread"] is None
-    assert "| all | 40.0 | 40.0 |" in markdown(summarize(runs[::2]))
-    plot(table, tmp_path / "ablation.png")
+        write_evaluation(run, recalls.get(run.row, (0.1, 0.3))[run.seed], pointing)
+    content = write_tables(runs, ["--max_steps", "1600"], tmp_path)
+    cell = content["rows"]["all"]["R@1"]
+    assert cell["values"] == pytest.approx([0.4, 0.62]) and cell["mean"] == pytest.approx(0.51)
+    assert cell["spread"] == pytest.approx(0.22 / 2**0.5)
+    assert cell["difference"]["values"] == pytest.approx([0.3, 0.32])
+    assert list(content["rows"]["baseline"]) == (["R@1"] if pointing is None else ["R@1", "pointing game"])
+    text = (tmp_path / "ablation.md").read_text()
+    assert text.startswith("1,600 steps, 2 seeds, 12 held-out images of shapes; mean ± standard deviation in %.\n")
+    values, differences = text.split("Difference from the baseline")
+    assert "| all | 51.0 ± 15.6 |" in values and "| baseline | 20.0 ± 14.1 |" in values
+    assert "| all | **+31.0 ± 1.4** |" in differences and "| + focal | +0.0 ± 14.1 |" in differences
+    assert "baseline |" not in differences
+    assert json.loads((tmp_path / "ablation.json").read_text()) == content
     with Image.open(tmp_path / "ablation.png") as picture:
         picture.load()
+    one = write_tables(runs[: len(ROWS)], [], tmp_path)
+    assert one["rows"]["all"]["R@1"]["spread"] is None and one["seeds"] == 1
+    assert "| all | +30.0 |" in (tmp_path / "ablation.md").read_text()
 
 
 def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(tmp_path, monkeypatch, capsys):
-    """One of two rows is finished already; the other is a real run."""
+    """Of two seeds of two rows one run is left, a real one. The first seed's table is there before it begins."""
     monkeypatch.setattr(ablation, "ROWS", {row: ROWS[row] for row in ("baseline", "all")})
     output = tmp_path / "ablation"
-    first, second = (output / "runs" / f"{row}-seed-0" for row in ("baseline", "all"))
-    write_evaluation(Run("baseline", 0, first), 0.1, None)
-    command = ["ablate", "--output_dir", str(output), "--seeds", "1", "--deepspeed", DS, *flags(TINY)]
-    assert main(command) == 0
-    shown = capsys.readouterr().out
-    assert "baseline, seed 0: finished" in shown and "| baseline | 10.0 |" in shown and "| all |" in shown
-    assert [path.name for path in first.iterdir()] == ["evaluation.json"]
-    stored = json.loads((output / "ablation.json").read_text())
-    assert set(stored["rows"]) == {"baseline", "all"} and (output / "ablation.png").exists()
-    config = json.loads((second / "config.json").read_text())["config"]
-    assert config["objectives"]["soft_mask"] and config["objectives"]["focal_gamma"] == 2
-
-    (second / "evaluation.json").unlink()  # as if it had been killed before its end
-    assert run_ablation(flags(TINY), output, seeds=1, deepspeed=DS) == stored
-    assert "resumed  after step 2\n" in (second / "run.log").read_text()
-
-    (second / "evaluation.json").unlink()
+    runs = [Run(row, seed, output / "runs" / f"{row}-seed-{seed}") for seed in range(2) for row in ablation.ROWS]
+    for run in runs[:3]:
+        write_evaluation(run, 0.1, None)
+    last = runs[3].folder
+    command = ["ablate", "--output_dir", str(output), "--seeds", "2", "--deepspeed", DS, *flags(TINY)]
     assert main([*command, "--launcher=--no_such_option"]) == 2
     assert "failed with status 2; the end of run.log:" in capsys.readouterr().err
+    assert json.loads((output / "ablation.json").read_text())["seeds"] == 1
+
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "baseline, seed 1: finished" in shown and "| baseline | 10.0 ± 0.0 |" in shown and "| all |" in shown
+    assert [path.name for path in runs[0].folder.iterdir()] == ["evaluation.json"]
+    stored = json.loads((output / "ablation.json").read_text())
+    assert set(stored["rows"]) == {"baseline", "all"} and stored["seeds"] == 2
+    config = json.loads((last / "config.json").read_text())["config"]
+    assert config["objectives"]["soft_mask"] and config["objectives"]["focal_gamma"] == 2
+
+    (last / "evaluation.json").unlink()  # as if it had been killed before its end
+    assert run_ablation(flags(TINY), output, seeds=2, deepspeed=DS) == stored
+    assert "resumed  after step 2\n" in (last / "run.log").read_text()

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from runs import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
-from test_train import SMALL
 
 from softmask_fast import config
 from softmask_fast.config import TrainConfig

@@ -45,14 +45,16 @@ ROWS: dict[str, tuple[str, ...]] = {  # row -> the parts that are on
 }
 OWN = ("output_dir", "resume", "deepspeed")  # options that the ablation sets for each run
 SHOWN_LINES = 15  # of the log of a run that failed
-# column -> keys of the metric among the reports of a run's evaluation.json
-METRICS: dict[str, tuple[str, ...]] = {
-    "text to image R@1, ITC": ("retrieval", "itc", "text_to_image", "recall@1"),
-    "text to image R@1, ITM": ("retrieval", "itm", "text_to_image", "recall@1"),
-    "image to text R@1, ITC": ("retrieval", "itc", "image_to_text", "recall@1"),
-    "image to text R@1, ITM": ("retrieval", "itm", "image_to_text", "recall@1"),
-    "pointing game": ("grounding", "pointing_game", "model"),
+# column -> where it stands in the reports of a run's evaluation.json; the mean where there are several places
+WAYS = ("text_to_image", "image_to_text")
+METRICS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "R@1": tuple(("retrieval", "itc", way, "recall@1") for way in WAYS),
+    "R@1, re-ranked": tuple(("retrieval", "both", way, "recall@1") for way in WAYS),
+    "pointing game": (("grounding", "pointing_game", "model"),),
+    "box accuracy": (("grounding", "box_accuracy", "model"),),
 }
+CLEAR = 2.0  # differences of more standard deviations are bold
+Table = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class RunEnded(UsageError):
 def run_ablation(
     options: Sequence[str], output: Path, *, seeds: int = 3, deepspeed: str | None = None, launcher: str = ""
 ) -> dict[str, Any]:
-    """Do all runs that are not finished and write ablation.json, ablation.md and ablation.png to `output`.
+    """Do all runs that are not finished and write ablation.json, ablation.md and ablation.png to `output`, anew
+    whenever a seed has all of its rows.
 
     Args:
         options: flags of train.py for all runs, with all parts on.
@@ -96,22 +99,35 @@ def run_ablation(
     options = spell(options)
     config = check_options(options, seeds, deepspeed)
     check_folder(output, config)
-    runs = [
-        Run(row, seed, output / "runs" / f"{row.replace('+ ', '').replace(' ', '-')}-seed-{seed}")
-        for seed in range(config.train.seed, config.train.seed + seeds)
-        for row in ROWS
-    ]
-    for number, run in enumerate(runs, 1):
-        state = "finished" if run.finished else run.folder
-        print(f"run {number} of {len(runs)}: {run.row}, seed {run.seed}: {state}", flush=True)
-        if not run.finished:
-            train(run, options, deepspeed, launcher)
-    table = summarize(runs)
-    content = {"options": options, "seeds": seeds, "rows": table}
-    write_json(output / "ablation.json", content)
-    write_text(output / "ablation.md", markdown(table))
-    plot(table, output / "ablation.png")
+    done: list[Run] = []
+    for seed in range(config.train.seed, config.train.seed + seeds):
+        for row in ROWS:
+            run = Run(row, seed, output / "runs" / f"{row.replace('+ ', '').replace(' ', '-')}-seed-{seed}")
+            done.append(run)
+            state = "finished" if run.finished else run.folder
+            print(f"run {len(done)} of {seeds * len(ROWS)}: {row}, seed {seed}: {state}", flush=True)
+            if not run.finished:
+                train(run, options, deepspeed, launcher)
+        content = write_tables(done, options, output)
     return content
+
+
+def write_tables(runs: Sequence[Run], options: Sequence[str], output: Path) -> dict[str, Any]:
+    """Write the three files from finished runs, equally many of each row; returns what is in ablation.json."""
+    table = summarize(runs)
+    about = {"options": list(options), "seeds": len(runs) // len(ROWS), **lengths(runs)}
+    content = about | {"rows": table}
+    write_json(output / "ablation.json", content)
+    write_text(output / "ablation.md", markdown(table, about))
+    plot(table, about, output / "ablation.png")
+    return content
+
+
+def lengths(runs: Sequence[Run]) -> dict[str, Any]:
+    """The steps of all runs and what they were measured on, without which no figure says anything."""
+    path = runs[-1].folder / "evaluation.json"
+    record = parse_record(path.read_text(), path)
+    return {"steps": record["step"], "data": record["data"], "images": record["reports"]["retrieval"]["images"]}
 
 
 def check_options(options: Sequence[str], seeds: int, deepspeed: str | None) -> Config:
@@ -179,60 +195,104 @@ def train(run: Run, options: Sequence[str], deepspeed: str | None, launcher: str
         raise RunEnded(stopped)
 
 
-def summarize(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
-    """row -> column -> values of all seeds, their mean, and their standard deviation (None for a single seed)."""
-    table: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in ROWS:
-        paths = [run.folder / "evaluation.json" for run in runs if run.row == row]
-        reports = [parse_record(path.read_text(), path)["reports"] for path in paths]
-        table[row] = {}
-        for column, path in METRICS.items():
-            values = [_at(report, path) for report in reports]
-            if None not in values:  # without boxes there is no grounding
-                spread = statistics.stdev(values) if len(values) > 1 else None
-                table[row][column] = {"values": values, "mean": statistics.fmean(values), "spread": spread}
+def summarize(runs: Sequence[Run]) -> Table:
+    """row -> column -> the values of all seeds, their mean and their standard deviation (None for a single seed), and
+    the same of "difference": from the baseline of the same seed, which has the same data in the same order."""
+    values = {row: {column: _values(runs, row, column) for column in METRICS} for row in ROWS}
+    table: Table = {row: {} for row in ROWS}
+    for column in METRICS:
+        if any(None in values[row][column] for row in ROWS):  # without boxes there is no grounding
+            continue
+        for row in ROWS:
+            pairs = zip(values[row][column], values["baseline"][column], strict=True)
+            difference = _cell([own - before for own, before in pairs])
+            table[row][column] = _cell(values[row][column]) | {"difference": difference}
     return table
 
 
-def _at(report: dict[str, Any], path: Sequence[str]) -> float | None:
+def _values(runs: Sequence[Run], row: str, column: str) -> list[float | None]:
+    """A column of the runs of a row, by seed."""
+    found: list[float | None] = []
+    for run in runs:
+        if run.row == row:
+            path = run.folder / "evaluation.json"
+            reports = parse_record(path.read_text(), path)["reports"]
+            places = [_at(reports, place) for place in METRICS[column]]
+            found.append(None if None in places else statistics.fmean(places))
+    return found
+
+
+def _cell(values: Sequence[float]) -> dict[str, Any]:
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"values": list(values), "mean": statistics.fmean(values), "spread": spread}
+
+
+def _at(report: dict[str, Any], path: Sequence[str]) -> Any:
     found: Any = report
     for name in path:
         found = found.get(name) if found is not None else None
     return found
 
 
-def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The table of `summarize` in percent: mean ± standard deviation."""
+def describe(about: dict[str, Any]) -> str:
+    """One line: how long the runs were, and on what they were measured."""
+    seeds = f"{about['seeds']} seed{'s' * (about['seeds'] > 1)}"
+    return f"{about['steps']:,} steps, {seeds}, {about['images']:,} held-out images of {about['data']}"
+
+
+def markdown(table: Table, about: dict[str, Any]) -> str:
+    """Two tables in percent, mean ± standard deviation of the seeds: the values, and each row's differences from the
+    baseline of the same seed. Bold: a mean beyond `CLEAR` standard deviations."""
     columns = list(table["baseline"])
-    lines = [["in %", *columns], ["---"] * (len(columns) + 1)]
-    for row, cells in table.items():
-        lines.append([row, *(_cell(cells[column]) for column in columns)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    values = [[row, *(_shown(cells[column]) for column in columns)] for row, cells in table.items()]
+    differences = [
+        [row, *(_shown(cells[column]["difference"], sign="+") for column in columns)]
+        for row, cells in table.items()
+        if row != "baseline"
+    ]
+    bold = f"bold: more than {CLEAR:g} standard deviations"
+    return (
+        f"{describe(about)}; mean ± standard deviation in %.\n\n{_table(['', *columns], values)}\n"
+        f"Difference from the baseline of the same seed, in points; {bold}.\n\n{_table(['', *columns], differences)}"
+    )
 
 
-def _cell(cell: dict[str, Any]) -> str:
-    spread = "" if cell["spread"] is None else f" ± {100 * cell['spread']:.1f}"
-    return f"{100 * cell['mean']:.1f}{spread}"
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def plot(table: dict[str, dict[str, dict[str, Any]]], out: Path) -> None:
-    """Draw a panel for each column: the means as bars, every seed as a point."""
-    columns = list(table["baseline"])
-    wide = min(3, len(columns))
+def _shown(cell: dict[str, Any], sign: str = "") -> str:
+    mean, spread = 100 * cell["mean"], cell["spread"]
+    text = f"{mean:{sign}.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
+    return f"**{text}**" if sign and spread is not None and abs(mean) > CLEAR * 100 * spread else text
+
+
+def plot(table: Table, about: dict[str, Any], out: Path) -> None:
+    """Draw a panel for each column: how far each row is from the baseline, a bar of the mean with its standard
+    deviation and a point for each seed."""
+    columns, rows = list(table["baseline"]), [row for row in table if row != "baseline"]
+    wide = min(2, len(columns))
     high = math.ceil(len(columns) / wide)
-    figure = Figure(figsize=(4.2 * wide, 3.2 * high), layout="constrained")
+    figure = Figure(figsize=(6.2 * wide, 2.9 * high), layout="constrained")
+    figure.suptitle(f"Difference from the baseline, in points: {describe(about)}", fontsize=11, x=0.01, ha="left")
     axes = figure.subplots(high, wide, squeeze=False).flatten()
     for ax, column in zip(axes, columns, strict=False):
-        for position, (row, cells) in enumerate(table.items()):
-            values = [100 * value for value in cells[column]["values"]]
-            color = "#b0bec5" if row == "baseline" else "#5c85d6"
-            ax.barh(position, 100 * cells[column]["mean"], color=color, height=0.7)
-            ax.plot(values, [position] * len(values), "o", color="#263238", markersize=3.5, alpha=0.8)
-        ax.set_yticks(range(len(table)), list(table), fontsize=9)
+        for position, row in enumerate(rows):
+            cell = table[row][column]["difference"]
+            mean, spread = 100 * cell["mean"], 100 * (cell["spread"] or 0.0)
+            color = "#4c9f70" if mean > 0 else "#d1603d"
+            ax.barh(position, mean, xerr=spread, color=color, height=0.62, error_kw={"capsize": 4, "elinewidth": 1.2})
+            values = [100 * value for value in cell["values"]]
+            ax.plot(values, [position] * len(values), "o", color="#263238", markersize=4, alpha=0.8)
+        ax.axvline(0, color="#263238", linewidth=1)
+        ax.set_yticks(range(len(rows)), rows, fontsize=10)
+        ax.tick_params(axis="y", length=0)
         ax.invert_yaxis()
-        ax.set_title(f"{column}, %", fontsize=10)
+        baseline = _shown(table["baseline"][column])
+        ax.set_title(f"{column} (baseline {baseline} %)", fontsize=11, fontweight="bold", loc="left")
         ax.grid(axis="x", alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["top", "right", "left"]].set_visible(False)
     for ax in axes[len(columns) :]:
         ax.set_axis_off()
     save_figure(figure, out)
