@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from softmask_fast.adapters.scores import output_gradient
 from softmask_fast.errors import UsageError
@@ -226,17 +227,49 @@ def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[
     return bound | bound.pop("kwargs", {})
 
 
+def lower_part_without_graph(model: nn.Module, layer: nn.Module) -> list[Any]:
+    """Hooks by which what runs before a layer has no graph, whichever method of the model or of a part of it runs.
+
+    Those are the modules that hold the layer, up to it, and those beside them without an input that has a graph: they
+    do not read the layer's output. From the layer on there is one, until the next pass.
+    """
+    place = next((name for name, module in model.named_modules() if module is layer), "").split(".")[:-1]
+    holders = [model.get_submodule(".".join(place[:depth])) for depth in range(len(place) + 1)]
+    modes: list[bool] = []
+
+    def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        modes.append(torch.is_grad_enabled())
+        inputs = tree_leaves((args, kwargs))
+        if module in holders or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            torch.set_grad_enabled(False)
+
+    def end(*_: Any) -> None:
+        torch.set_grad_enabled(modes.pop() or torch.is_grad_enabled())
+
+    watched = dict.fromkeys([*holders, *(child for holder in holders for child in holder.children())])
+    watched.pop(layer, None)
+    return [
+        handle
+        for module in watched
+        for handle in (
+            module.register_forward_pre_hook(start, with_kwargs=True),
+            module.register_forward_hook(end, always_call=True),
+        )
+    ]
+
+
 @contextmanager
-def observed_model(model: nn.Module, cam: Any, modules: Sequence[nn.Module]) -> Iterator[Any]:
-    """Within the block the model runs without a graph up to the first of the modules, and `cam` gets its inputs, its
-    outputs, and by `cam.keep` what the modules compute."""
+def observed_model(
+    model: nn.Module, cam: Any, modules: Sequence[nn.Module], layer: nn.Module | None = None
+) -> Iterator[Any]:
+    """Within the block the model runs without a graph up to a layer, by default the first of the modules, and `cam`
+    gets its inputs, its outputs, and by `cam.keep` what the modules compute."""
 
     signature = inspect.signature(model.forward)
 
     def start(_: nn.Module, args: tuple, kwargs: dict) -> None:
         cam.passes = cam.passes + 1 if kwargs.get("past_key_values") is not None else 1
         cam.inputs, cam.outputs, cam.record = _arguments(signature, args, kwargs), None, None
-        torch.set_grad_enabled(False)
 
     def end(_: nn.Module, args: tuple, outputs: Any) -> None:
         cam.outputs = outputs
@@ -250,6 +283,7 @@ def observed_model(model: nn.Module, cam: Any, modules: Sequence[nn.Module]) -> 
     with ExitStack() as stack:
         stack.callback(torch.set_grad_enabled, grad_enabled)
         stack.enter_context(observed_attention(modules, cam.keep))
-        for handle in (model.register_forward_pre_hook(start, with_kwargs=True), model.register_forward_hook(end)):
+        handles = [model.register_forward_pre_hook(start, with_kwargs=True), model.register_forward_hook(end)]
+        for handle in handles + lower_part_without_graph(model, layer or modules[0]):
             stack.callback(handle.remove)
         yield cam

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softmask_fast.adapters.attention_record import MASKED
+from softmask_fast.adapters.attention_record import MASKED, lower_part_without_graph
 from softmask_fast.adapters.image_layouts import square_grid
 from softmask_fast.adapters.scores import UNREAD, notes, output_gradient
 from softmask_fast.errors import UsageError
@@ -114,9 +114,6 @@ def cross_attention_relevance(
     mask_name = "encoder_attention_mask" if "encoder_attention_mask" in signature.parameters else "attention_mask"
     cam = WordRelevance(attention, score)
 
-    def start(*_: Any) -> None:
-        torch.set_grad_enabled(False)
-
     def record_mask(_: nn.Module, args: tuple, kwargs: dict) -> None:
         cam.mask = signature.bind(*args, **kwargs).arguments.get(mask_name)
 
@@ -136,7 +133,7 @@ def cross_attention_relevance(
 
     grad_enabled = torch.is_grad_enabled()
     handles = [
-        model.register_forward_pre_hook(start),
+        *lower_part_without_graph(model, attention),
         model.register_forward_hook(end),
         attention.register_forward_pre_hook(record_mask, with_kwargs=True),
         *(getattr(attention, name).register_forward_hook(record(name)) for name in ("query", "key", "value")),

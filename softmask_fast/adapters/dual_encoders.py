@@ -117,7 +117,7 @@ def dual_encoder_relevance(model: nn.Module, layer: int | None, score: Score | N
     cam = DualEncoderRelevance(score, int(prefix), grid)
     by_interface = not isinstance(attention, nn.MultiheadAttention) and not hasattr(attention, "latent")
     with ExitStack() as stack:
-        stack.enter_context(observed_model(model, cam, [attention] if by_interface else []))
+        stack.enter_context(observed_model(model, cam, [attention] if by_interface else [], attention))
         if isinstance(attention, nn.MultiheadAttention):
             handles = [attention.register_forward_hook(_multihead(cam), with_kwargs=True)]
         elif not by_interface:
