@@ -220,6 +220,10 @@ class DataConfig(Section):
     tokenizer: str | None = option(
         None, "Tokenizer folder or hub name; default: that of text_weights, or a WordPiece trained on the captions."
     )
+    drop_punctuation: bool = option(
+        False,
+        "Drop punctuation of texts, with spaces for - and /, as ALBEF does; part of the model's tokenizer.",
+    )
     crop: bool = option(True, "Random resized crop.")
     crop_scale: float = option(0.2, "Smallest fraction of the image's area that a crop keeps.")
     flip: bool = option(True, "Horizontal flip with probability 0.5.")

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from softmask_fast.config import Config
 from softmask_fast.data.loader import PretrainingLoader
 from softmask_fast.data.sources import open_as_configured
-from softmask_fast.data.tokenizer import load_tokenizer, train_tokenizer
+from softmask_fast.data.tokenizer import load_tokenizer, train_tokenizer, without_punctuation
 from softmask_fast.data.types import BadSample, CaptionSource
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.report import PretrainingEvaluation, held_out_pairs, report_run
@@ -97,6 +97,8 @@ def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreT
         else:
             images = 20_000 if source.encoded else 1_000  # photographs; drawn scenes have few words
             tokenizer = train_tokenizer(sample_captions(source, images), config.model.vocab_size)
+        if config.data.drop_punctuation:
+            tokenizer = without_punctuation(tokenizer)
         with replacing(folder) as temporary:
             tokenizer.save_pretrained(temporary)
 

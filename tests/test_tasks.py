@@ -388,10 +388,12 @@ def test_text_assignment_draws_the_own_image_as_its_target_says():
     captions = torch.cat([own[target != LEFT], own[target != RIGHT]])
     assert (ids[others] != ids[captions]).all()
     assert all(150 < int((target == kind).sum()) < 250 for kind in (LEFT, RIGHT, NEITHER))
+    few = [assign(features[:6], ids[:6], torch.tensor(1e3)) for _ in range(40)]  # three images, so often the same one
+    assert all((ids[:6][a] != ids[:6][b]).all() for a, b, _ in few)
     similarity = (features[others] * features[captions]).sum(1).mean()
     assert similarity > (features @ features.T).mean() + 0.3  # alike images are drawn more often
-    with pytest.raises(UsageError, match="at least two different images"):
-        assign(features[:2], torch.zeros(2, dtype=torch.int64), torch.tensor(0.07))
+    with pytest.raises(UsageError, match="at least three different images"):
+        assign(features[:4], ids[:4], torch.tensor(0.07))
 
 
 def test_soft_targets_have_weight_alpha():

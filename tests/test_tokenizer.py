@@ -7,7 +7,7 @@ import sys
 import huggingface_hub.constants
 import pytest
 
-from softmask_fast.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+from softmask_fast.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer, without_punctuation
 from softmask_fast.errors import UsageError
 
 CAPTIONS = [
@@ -46,6 +46,26 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path):
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert (loaded.mask_token_id, loaded.pad_token_id) == (4, 0)
     assert loaded.decode(loaded("two dogs, running")["input_ids"], skip_special_tokens=True) == "two dogs, running"
+
+
+def pre_caption(caption):
+    """What ALBEF's data sets make of a caption, but for its cut after a number of words."""
+    caption = "".join(letter for letter in caption.lower() if letter not in ",.'!?\"()*#:;~")
+    caption = caption.replace("-", " ").replace("/", " ").replace("<person>", "person")
+    return " ".join(caption.split())
+
+
+def test_punctuation_is_dropped_as_albef_does_where_asked(tmp_path):
+    texts = ["A man's (red) well-known t-shirt, #1!", "<Person> runs: up/down; fast?", 'two  "dogs" ~ * .']
+    plain = train_tokenizer([*CAPTIONS, *texts], 200)
+    without_punctuation(plain).save_pretrained(tmp_path)
+    dropping = load_tokenizer(str(tmp_path))
+    for text in texts:
+        assert dropping(text)["input_ids"] == plain(pre_caption(text))["input_ids"] != plain(text)["input_ids"]
+    found = dropping(texts[0], return_offsets_mapping=True)
+    words = [texts[0][start:end] for start, end in found["offset_mapping"]]
+    assert "".join(words).lower() == "amansredwellknowntshirt1"  # each letter where it stands in the caption
+    assert dropping.all_special_ids == plain.all_special_ids
 
 
 def test_errors_say_what_to_do(tmp_path, monkeypatch):

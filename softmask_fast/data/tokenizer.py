@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softmask_fast.errors import UsageError, one_line
@@ -15,6 +16,8 @@ from softmask_fast.utils import read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4 in a trained vocabulary
 MAX_LETTERS = 1000
+# What ALBEF's data sets do to captions, and BLIP's almost (their `pre_caption`), beside lower case and single spaces.
+PREPARED = ((r"[,.'!?\"()*#:;~]", ""), ("[-/]", " "), ("(?i)<person>", "person"))
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
@@ -44,6 +47,15 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         raise UsageError(f"tokenizer: {name_or_path!r} is no fast BERT WordPiece tokenizer (it lacks {missing})")
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # the arguments of `encode_text`
     return tokenizer
+
+
+def without_punctuation(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy that drops punctuation as ALBEF's data sets do, before anything else; offsets stay those of the caption as
+    it is. It is part of what `save_pretrained` writes, so that a model is always given what it was trained on."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    steps = [normalizers.Replace(Regex(pattern), text) for pattern, text in PREPARED]
+    backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map)
 
 
 def _check_files(folder: Path) -> None:

@@ -8,7 +8,8 @@ Both models compute the same function. They store four things differently:
 - Our value bias is a parameter of its own, of size (heads, head width).
 - Their `temp` is the temperature, our parameter its logarithm.
 
-Fine-tuned checkpoints name the text encoder without `.bert` and lack the heads that their task does not use.
+Fine-tuned checkpoints name the text encoder without `.bert` and lack the heads that their task does not use. Those of
+NLVR2, and of its pretraining by text assignment, have two layers for each fusion layer, which share keys and values.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError
 from softmask_fast.model.momentum import MomentumTeacher
+from softmask_fast.model.pair_fusion import PairFusion
 from softmask_fast.model.state import read_checkpoint
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.utils import replacing
@@ -42,6 +44,8 @@ WORDS, POSITION_IDS = "embeddings.word_embeddings.weight", "embeddings.position_
 DECODER = "text_encoder.cls.predictions."
 QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
 MOMENTUM = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")  # parts with a momentum copy, "..._m"
+CROSS_LAYERS = r"encoder\.layer\.(\d+)\.crossattention\."
+PAIR_SHARES = [f"crossattention.self.{name}.{kind}" for name in ("key", "value") for kind in ("weight", "bias")]
 HEADS = ("vision_proj.", "text_proj.", "itm_head.", DECODER, "temp")  # a fine-tuned checkpoint may lack them
 
 _PREFIXES = {
@@ -109,7 +113,7 @@ def load_albef(
         option: what messages call the path.
 
     Returns:
-        The model in eval mode, float32, on the CPU.
+        The model in eval mode, float32, on the CPU; of NLVR2 and text assignment with a `PairFusion`, for two images.
 
     Raises:
         UsageError: if the file is not a checkpoint, tensors are missing, or sizes do not fit.
@@ -139,7 +143,13 @@ def load_albef_state(
     config = _infer_config(state, bert, image_size, head_width)
     left = dict(state)
     _take_copies(left, bert)
-    model = VisionLanguageModel(config).eval()
+    model = VisionLanguageModel(config)
+    if _in_pairs(state, bert, fused := sorted(_layers(state, bert + CROSS_LAYERS))):
+        model.fusion = PairFusion(model.fusion, config, model.vision.width)
+        for number in fused[1::2]:
+            for name in PAIR_SHARES:
+                del left[f"{bert}encoder.layer.{number}.{name}"]
+    model.eval()
     absent = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -167,8 +177,10 @@ def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = No
 
     The teacher adds its momentum copy and queue, as ALBEF's strict loading needs. Without one the momentum copy is the
     model itself, as ALBEF initializes it, and there are no queues. Key biases of the cross-attention are zero.
-    Raises UsageError for an image encoder that ALBEF's code does not have.
+    Raises UsageError for an image encoder that ALBEF's code does not have, and for a model of pairs of images.
     """
+    if isinstance(model.fusion, PairFusion):
+        raise UsageError("model: expected one whose captions have one image, got one of pairs of images")
     state = _own_part(model)
     momentum = state if teacher is None else _own_part(teacher.model)
     for name, tensor in list(momentum.items()):
@@ -236,13 +248,14 @@ def _infer_config(state: Mapping[str, Tensor], bert: str, image_size: int | None
 
     vocab_size, text_width = size(bert + WORDS, 2)
     layers = _layers(state, bert + r"encoder\.layer\.(\d+)\.")
-    fused = _layers(state, bert + r"encoder\.layer\.(\d+)\.crossattention\.")
+    fused = _layers(state, bert + CROSS_LAYERS)
     if not fused or not 0 < min(fused) or fused != set(range(min(fused), max(layers) + 1)):
         raise UsageError(
             f"state: expected cross-attention in the upper layers of {bert}encoder and not below, found it in "
             f"{sorted(fused)} of {len(layers)}"
         )
     positions = size(bert + "embeddings.position_embeddings.weight", 2)[0]
+    fusion_layers = len(fused) // 2 if _in_pairs(state, bert, sorted(fused)) else len(fused)
     defaults = ModelConfig()
     return ModelConfig(
         image_size=image_size,
@@ -257,18 +270,28 @@ def _infer_config(state: Mapping[str, Tensor], bert: str, image_size: int | None
         text_mlp_ratio=size(bert + "encoder.layer.0.intermediate.dense.weight", 2)[0] / text_width,
         text_positions=positions,
         text_layers=min(fused),
-        fusion_layers=len(fused),
+        fusion_layers=fusion_layers,
         text_weights="random",
         vocab_size=vocab_size,
         max_tokens=min(defaults.max_tokens, positions),
         embed_dim=size("vision_proj.weight", 2)[0] if "vision_proj.weight" in state else defaults.embed_dim,
-        soft_mask_layer=max(0, min(defaults.soft_mask_layer, len(fused) - 2)),
+        soft_mask_layer=max(0, min(defaults.soft_mask_layer, fusion_layers - 2)),
     )
 
 
 def _layers(state: Mapping[str, Tensor], pattern: str) -> set[int]:
     """The layer numbers in names that start with the pattern."""
     return {int(found[1]) for name in state if (found := re.match(pattern, name))}
+
+
+def _in_pairs(state: Mapping[str, Tensor], bert: str, fused: list[int]) -> bool:
+    """Whether the layers with cross-attention are pairs that share keys and values."""
+
+    def same(left: int, right: int) -> bool:
+        names = [[f"{bert}encoder.layer.{number}.{name}" for number in (left, right)] for name in PAIR_SHARES]
+        return all(a in state and b in state and torch.equal(state[a], state[b]) for a, b in names)
+
+    return len(fused) % 2 == 0 and all(map(same, fused[::2], fused[1::2]))
 
 
 def _take_copies(state: dict[str, Tensor], bert: str) -> None:

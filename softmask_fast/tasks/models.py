@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from softmask_fast.config import ModelConfig
+from softmask_fast.config import DataConfig, ModelConfig
+from softmask_fast.data.tokenizer import without_punctuation
 from softmask_fast.errors import UsageError
+from softmask_fast.model.convert_albef import load_albef
 from softmask_fast.model.export import TASK, fill_from_folder, folder_tokenizer, read_model, read_model_folder
 from softmask_fast.model.initialize import fill_model, load_weights, weights_config, weights_tokenizer
+from softmask_fast.model.pair_fusion import PairFusion
 from softmask_fast.model.state import own_state
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.base import TaskModel
@@ -26,28 +29,31 @@ MODELS: dict[str, type[TaskModel]] = {
 }
 
 
-def start_model(options: TaskConfig, tokenizer: str | None) -> tuple[VisionLanguageModel, Tokenizer]:
-    """Loads the pretrained model that fine-tuning starts from, and its tokenizer, or another one by name or folder.
+def start_model(options: TaskConfig, data: DataConfig) -> tuple[VisionLanguageModel, Tokenizer]:
+    """Loads the pretrained model that fine-tuning starts from, and its tokenizer, or the one that `data` names.
 
     Raises UsageError if one of them is missing, or they do not fit each other.
     """
     model = VisionLanguageModel(_override(weights_config(options.model, "model"), options))
     load_weights(model, options.model, "model", complete=False)
-    loaded = weights_tokenizer(options.model, tokenizer)
-    if len(loaded) != model.config.vocab_size:
-        raise UsageError(f"tokenizer: expected the model's {model.config.vocab_size} entries, got {len(loaded)}")
-    return model, loaded
+    return model, _prepared(_fitting_tokenizer(model, options.model, data.tokenizer), data)
 
 
-def start_pair_model(options: TaskConfig) -> tuple[NLVR2Model, Tokenizer] | None:
-    """Loads what text assignment has trained for NLVR2. Returns None if `options.model` is anything else."""
+def start_pair_model(options: TaskConfig, data: DataConfig) -> tuple[NLVR2Model, Tokenizer] | None:
+    """Loads what text assignment has trained for NLVR2, here or by ALBEF's code. Returns None if `options.model` is
+    anything else."""
     path = Path(options.model)
-    if not path.is_dir() or (read_model_folder(path)[1] or {}).get("task") != TextAssignmentModel.name:
+    if path.is_dir() and (read_model_folder(path)[1] or {}).get("task") == TextAssignmentModel.name:
+        assigned, loaded = load_task_model(path, TextAssignmentModel.name)
+        base = assigned.base
+    elif path.is_file() and isinstance((base := load_albef(path, option="model")).fusion, PairFusion):
+        loaded = _fitting_tokenizer(base, path, data.tokenizer)
+    else:
         return None
-    assigned, tokenizer = load_task_model(path, TextAssignmentModel.name)
-    model = NLVR2Model(VisionLanguageModel(_override(assigned.config, options)), tokenizer)
-    fill_model(model.base, own_state(assigned.base))
-    return model, tokenizer
+    loaded = _prepared(loaded, data)
+    model = NLVR2Model(VisionLanguageModel(_override(base.config, options)), loaded)
+    fill_model(model.base, own_state(base))
+    return model, loaded
 
 
 def load_task_model(
@@ -71,6 +77,18 @@ def load_task_model(
         raise UsageError(f"model: {Path(directory) / TASK}: {error}") from error
     fill_from_folder(model, directory)
     return model.to(device).eval(), tokenizer
+
+
+def _fitting_tokenizer(model: VisionLanguageModel, path: str | Path, named: str | None) -> Tokenizer:
+    """`weights_tokenizer`. Raises UsageError if it has another number of entries than the model."""
+    loaded = weights_tokenizer(path, named)
+    if len(loaded) != model.config.vocab_size:
+        raise UsageError(f"tokenizer: expected the model's {model.config.vocab_size} entries, got {len(loaded)}")
+    return loaded
+
+
+def _prepared(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
+    return without_punctuation(tokenizer) if data.drop_punctuation else tokenizer
 
 
 def _override(config: ModelConfig, options: TaskConfig) -> ModelConfig:

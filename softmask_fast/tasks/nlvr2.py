@@ -10,7 +10,6 @@ on image-caption pairs: does a caption belong to the left image, to the right on
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from softmask_fast.config import ModelConfig
 from softmask_fast.data.types import Batch
 from softmask_fast.errors import UsageError
-from softmask_fast.model.fusion import FusionEncoder, FusionLayer, KeyValue, first_tokens
+from softmask_fast.model.fusion import first_tokens
+from softmask_fast.model.pair_fusion import PairFusion
 from softmask_fast.model.text import initial_std
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.tasks.base import ClassifierModel, Loss, TaskModel
@@ -39,25 +38,6 @@ def _images(entry: dict[str, Any]) -> list[str]:
     if not isinstance(images, list) or len(images) != 2:
         raise UsageError(f'"images": expected two paths, got {images!r}')
     return [text_field({"images": image}, "images") for image in images]
-
-
-class PairFusion(FusionEncoder):
-    """A fusion encoder with twice the layers, in pairs that share the projections of keys and values."""
-
-    def __init__(self, fusion: FusionEncoder, config: ModelConfig, image_width: int):
-        """Copies each layer of the pretrained `fusion` into both layers of a pair."""
-        super().__init__(replace(config, fusion_layers=2 * config.fusion_layers), image_width)
-        self.attention, self.checkpointing = fusion.attention, fusion.checkpointing
-        for number, layer in enumerate(self.layers):
-            layer.load_state_dict(fusion.layers[number // 2].state_dict())
-        for left, right in zip(self.layers[::2], self.layers[1::2], strict=True):
-            for name in ("key", "value", "value_bias"):
-                setattr(right.cross_attention, name, getattr(left.cross_attention, name))
-
-    def keys_values(self, image_tokens: tuple[Tensor, Tensor]) -> list[KeyValue]:
-        """The keys and values of each layer, from the tokens of the left and the right images, each (B, N, Cv)."""
-        sides = (image_tokens[number % 2] for number in range(len(self.layers)))
-        return [layer(FusionLayer.keys_values, side) for layer, side in zip(self.layers, sides, strict=True)]
 
 
 class PairModel(TaskModel):
@@ -112,16 +92,17 @@ def assign(features: Tensor, ids: Tensor, temperature: Tensor) -> tuple[Tensor, 
     """Draws a left and a right image for each caption of a batch; more similar images are drawn more often.
 
     features (B, d) and ids (B,) are those of the captions' images. Returns the indices of the left and of the right
-    images, and which of them is the caption's own (LEFT, RIGHT or NEITHER), each (B,) int64. Raises UsageError if all
-    images are the same.
+    images, and which of them is the caption's own (LEFT, RIGHT or NEITHER), each (B,) int64. The two images of NEITHER
+    differ, as in ALBEF. Raises UsageError for fewer than three different images.
     """
-    batch = len(ids)
+    own = torch.arange(len(ids), device=ids.device)
     weights = (features.float() @ features.float().T / temperature).softmax(1)
     weights = weights.clamp(min=torch.finfo(weights.dtype).tiny).masked_fill(ids[:, None] == ids, 0)
-    if not (weights.sum(1) > 0).all():
-        raise UsageError("batch: expected at least two different images, to draw another image for every caption")
-    first, second = weights.multinomial(2, replacement=True).T
-    own = torch.arange(batch, device=ids.device)
-    draw = torch.rand(batch, device=ids.device)
+    if len(ids.unique()) < 3:
+        raise UsageError("batch: expected at least three different images, to draw two others for a caption")
+    first = weights.multinomial(1)[:, 0]
+    second = weights.masked_fill(ids[first][:, None] == ids, 0).multinomial(1)[:, 0]
+    draw = torch.rand(len(ids), device=ids.device)
     target = torch.where(draw < NEITHER_FRACTION, NEITHER, torch.where(draw < (1 + NEITHER_FRACTION) / 2, LEFT, RIGHT))
-    return torch.where(target == LEFT, own, first), torch.where(target == RIGHT, own, second), target
+    right = torch.where(target == NEITHER, second, torch.where(target == LEFT, first, own))
+    return torch.where(target == LEFT, own, first), right, target

@@ -88,7 +88,7 @@ class RetrievalTask(Task):
         return open_as_configured(data, options, split=split, seed=seed, image_size=image_size)
 
     def model(self, config: FinetuneConfig) -> tuple[VisionLanguageModel, Tokenizer]:
-        return start_model(config.options, config.data.tokenizer)
+        return start_model(config.options, config.data)
 
     def step(self, model: VisionLanguageModel, config: FinetuneConfig) -> tuple[PretrainingStep, MomentumTeacher]:
         objectives = ObjectiveConfig(**vars(config.objectives), soft_mask=False, masked_captions=False, mlm_weight=0.0)
@@ -144,7 +144,7 @@ class LabelTask(Task):
         return self.model_class.form
 
     def model(self, config: FinetuneConfig) -> tuple[TaskModel, Tokenizer]:
-        base, tokenizer = start_model(config.options, config.data.tokenizer)
+        base, tokenizer = start_model(config.options, config.data)
         return self.model_class(base, tokenizer, **self.arguments(config)), tokenizer
 
     def arguments(self, config: FinetuneConfig) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class NLVR2Task(LabelTask):
     """Trains a classifier of statements about two images. Measures accuracy. May start from text assignment."""
 
     def model(self, config: FinetuneConfig) -> tuple[TaskModel, Tokenizer]:
-        assigned = start_pair_model(config.options)
+        assigned = start_pair_model(config.options, config.data)
         return super().model(config) if assigned is None else assigned
 
 
