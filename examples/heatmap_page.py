@@ -75,7 +75,8 @@ def main() -> None:
     if options.model == DEMO:
         scene = open_source("shapes:objects=3", split="val", image_size=256).read(3)
         first = {"image": scene.image, "text": scene.captions[0]}
-    page = make_page(*softmask_fast.load_model(options.model), **first)
+    model, tokenizer, _ = softmask_fast.load_model(options.model)
+    page = make_page(model, tokenizer, **first)
     page.launch(server_name="127.0.0.1", server_port=options.port)
 
 

@@ -126,7 +126,8 @@ def page():
 
 def test_the_page_draws_the_words_and_lists_them(page):
     scene = open_source("shapes:objects=3", split="val", image_size=64).read(3)
-    figure, rows = page.heat_maps(*softmask_fast.load_model(page.DEMO), scene.image, scene.captions[0])
+    model, tokenizer, _ = softmask_fast.load_model(page.DEMO)
+    figure, rows = page.heat_maps(model, tokenizer, scene.image, scene.captions[0])
     assert figure.dtype == np.uint8 and figure.ndim == 3 and figure.shape[2] == 3 and figure.std() > 0
     assert [row[0] for row in rows] == scene.captions[0].split() and all(len(row) == len(page.COLUMNS) for row in rows)
     assert max(row[1] for row in rows) == 100 and all(0 <= place <= 100 for row in rows for place in row[2:])

@@ -46,7 +46,8 @@ def headings_of(codebase, column):
     """The headings with code that the page's table names for a codebase."""
     rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     (cell,) = [row[column] for row in rows if codebase in row[1]]
-    headings = {re.sub(r"[^\w -]", "", b.heading.lower()).replace(" ", "-"): b.heading for b in blocks_of(PAGE, "python")}
+    names = {block.heading for block in blocks_of(PAGE, "python")}
+    headings = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-"): name for name in names}
     return [headings[anchor] for anchor in re.findall(r"\(#([\w-]+)\)", cell)]
 
 
