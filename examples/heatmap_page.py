@@ -6,6 +6,7 @@ Needs `pip install -e '.[page]'`. Without --model it is the model in the package
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-import softmask_fast
+from softmask_fast import load_model
 from softmask_fast.data.sources import open_source
 from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError
@@ -22,7 +23,6 @@ from softmask_fast.evaluation.heatmaps import explain
 if TYPE_CHECKING:
     import gradio
 
-DEMO = Path(softmask_fast.__file__).parent / "demo"
 LONGEST = 500  # letters of a text
 COLUMNS = ["word", "strength %", "peak x %", "peak y %"]
 
@@ -54,12 +54,18 @@ def make_page(model: Any, tokenizer: Any, image: np.ndarray | None = None, text:
         try:
             return heat_maps(model, tokenizer, image, text)
         except (UsageError, BadSample) as error:
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(str(error), print_exception=False) from error
 
     return gradio.Interface(
         answer,
-        [gradio.Image(image, label="image"), gradio.Textbox(text, label="caption", max_length=LONGEST)],
-        [gradio.Image(label="heat maps", format="png"), gradio.Dataframe(headers=COLUMNS, label="words")],
+        [
+            gradio.Image(image, label="image", sources=["upload", "clipboard"]),
+            gradio.Textbox(text, label="caption", max_length=LONGEST),
+        ],
+        [
+            gradio.Image(show_label=False, format="png", buttons=["download", "fullscreen"]),
+            gradio.Dataframe(headers=COLUMNS, label="words"),
+        ],
         title="Where does the model look?",
         flagging_mode="never",
         analytics_enabled=False,
@@ -68,16 +74,18 @@ def make_page(model: Any, tokenizer: Any, image: np.ndarray | None = None, text:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=DEMO, help="a model folder; default: the model in the package")
+    parser.add_argument("--model", default="demo", help="a model folder, or owner/name on the Hugging Face hub")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args()
+    try:
+        model, tokenizer, _ = load_model(options.model)
+    except UsageError as error:
+        sys.exit(f"heatmap_page.py: error: {error}")
     first = {}
-    if options.model == DEMO:
+    if options.model == "demo":
         scene = open_source("shapes:objects=3", split="val", image_size=256).read(3)
         first = {"image": scene.image, "text": scene.captions[0]}
-    model, tokenizer, _ = softmask_fast.load_model(options.model)
-    page = make_page(model, tokenizer, **first)
-    page.launch(server_name="127.0.0.1", server_port=options.port)
+    make_page(model, tokenizer, **first).launch(server_name="127.0.0.1", server_port=options.port)
 
 
 if __name__ == "__main__":

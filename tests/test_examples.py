@@ -18,10 +18,10 @@ from PIL import Image
 from runs import ROOT, SMALL
 from small_models import tutorial_folder
 
-import softmask_fast
-from softmask_fast import cli, train
+from softmask_fast import cli, load_model, train
 from softmask_fast.data.sources import open_source
 from softmask_fast.errors import UsageError
+from softmask_fast.evaluation import report
 from softmask_fast.training.launch import prepare_run
 from softmask_fast.training.meters import FlopCount
 from softmask_fast.training.options import parse_arguments
@@ -78,11 +78,6 @@ def test_open_clip_loss():
     assert found.losses[-1] < 0.9 * found.losses[0]
 
 
-def draw_nothing(output, *rest):
-    for name in ("curves.png", "heatmaps.png"):
-        Image.new("RGB", (4, 4)).save(output / name)
-
-
 def test_own_pairs(tmp_path, monkeypatch, one_rank):
     """Its training is real: the notebook's configuration, with the sizes of the tests. What takes seconds and has tests
     of its own is left out: counting operations, drawing the run's figures."""
@@ -92,7 +87,9 @@ def test_own_pairs(tmp_path, monkeypatch, one_rank):
     shutil.copy(EXAMPLES / "photographs.yaml", tmp_path)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)  # other tests go on in it
     monkeypatch.setattr(FlopCount, "count", lambda self: setattr(self, "operations", 1))
-    monkeypatch.setattr(train, "report_run", draw_nothing)
+    small_figure = Image.new("RGB", (4, 4))
+    monkeypatch.setattr(report, "plot_curves", lambda log, out, *rest: small_figure.save(out))
+    monkeypatch.setattr(report.PretrainingEvaluation, "draw", lambda self, model, text, out: small_figure.save(out))
     stop = SimpleNamespace(agreed=lambda device: False, received=None, end=lambda: None)
     small = {name: value for name, value in SMALL.items() if name != "data"} | {"max_steps": 2, "log_steps": 2}
     small |= {"soft_mask_layer": 0, "vision_patch_size": 8, "eval_size": 2, "eval_epochs": 0}
@@ -126,7 +123,7 @@ def page():
 
 def test_the_page_draws_the_words_and_lists_them(page):
     scene = open_source("shapes:objects=3", split="val", image_size=64).read(3)
-    model, tokenizer, _ = softmask_fast.load_model(page.DEMO)
+    model, tokenizer, _ = load_model("demo")
     figure, rows = page.heat_maps(model, tokenizer, scene.image, scene.captions[0])
     assert figure.dtype == np.uint8 and figure.ndim == 3 and figure.shape[2] == 3 and figure.std() > 0
     assert [row[0] for row in rows] == scene.captions[0].split() and all(len(row) == len(page.COLUMNS) for row in rows)
@@ -135,7 +132,8 @@ def test_the_page_draws_the_words_and_lists_them(page):
 
 def test_the_page_says_what_is_wrong(page, monkeypatch):
     class Error(Exception):
-        pass
+        def __init__(self, message, print_exception):
+            super().__init__(message)
 
     def part(*arguments, **options):
         return SimpleNamespace(arguments=arguments, **options)
