@@ -114,7 +114,9 @@ def test_killed_rank_then_resume_is_the_uninterrupted_run(uninterrupted, tmp_pat
 
 @pytest.mark.parametrize("whom", ["process group", "launcher alone"])
 def test_sigterm_writes_a_checkpoint_and_exits_cleanly(uninterrupted, tmp_path, whom):
-    process = launch(tmp_path / "run", ranks=2, cwd=tmp_path, data_workers=1)
+    ranks = 2 if whom == "process group" else 1
+    launcher = deepspeed("--num_accelerators", str(ranks))
+    process = launch(tmp_path / "run", ranks=ranks, launcher=launcher, cwd=tmp_path, data_workers=1)
     wait_for_step(tmp_path / "run", 4, process)
     _, workers = ranks_and_workers(process)
     if whom == "process group":
@@ -125,7 +127,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(uninterrupted, tmp_path, 
     assert "resume with --output_dir" in text, text[-4000:]
     done = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert int(done[-1].removeprefix("step-")) >= 4
-    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=10)[1]
+    assert len(workers) == ranks and not psutil.wait_procs(workers, timeout=10)[1]
     if whom == "process group":
         finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, resume=True))
         same_run(uninterrupted, tmp_path / "run")
