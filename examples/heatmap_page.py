@@ -19,6 +19,7 @@ from softmask_fast.data.sources import open_source
 from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.heatmaps import explain
+from softmask_fast.installation import install_command
 
 if TYPE_CHECKING:
     import gradio
@@ -77,15 +78,18 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="a model folder, or owner/name on the Hugging Face hub")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args()
-    try:
-        model, tokenizer, _ = load_model(options.model)
-    except UsageError as error:
-        sys.exit(f"heatmap_page.py: error: {error}")
     first = {}
     if options.model == "demo":
         scene = open_source("shapes:objects=3", split="val", image_size=256).read(3)
         first = {"image": scene.image, "text": scene.captions[0]}
-    make_page(model, tokenizer, **first).launch(server_name="127.0.0.1", server_port=options.port)
+    try:
+        model, tokenizer, _ = load_model(options.model)
+        page = make_page(model, tokenizer, **first)
+    except UsageError as error:
+        sys.exit(f"heatmap_page.py: error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"heatmap_page.py: error: {error}; install it with: {install_command('page')}")
+    page.launch(server_name="127.0.0.1", server_port=options.port)
 
 
 if __name__ == "__main__":

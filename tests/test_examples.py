@@ -149,6 +149,14 @@ def test_the_page_says_what_is_wrong(page, monkeypatch):
         answer(np.zeros((8, 8, 3), np.uint8), " ")
     with pytest.raises(UsageError, match="image: expected one"):
         page.heat_maps(None, None, None, "a red circle")
+    for module, arguments, message in (
+        (None, [], "gradio.* install it with: pip install .*page"),
+        (gradio, ["--model", "/nowhere"], "error: model: .*/nowhere"),
+    ):
+        monkeypatch.setitem(sys.modules, "gradio", module)
+        monkeypatch.setattr(sys, "argv", ["heatmap_page.py", *arguments])
+        with pytest.raises(SystemExit, match=message):
+            page.main()
 
 
 # ---- scripts
