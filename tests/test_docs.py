@@ -61,13 +61,13 @@ def tutorial():
 PREPARED = {
     "README.md": tutorial,
     "docs/albef.md": albef,
-    "docs/index.md": tutorial,
     "docs/models.md": tutorial,
+    "docs/tutorial.md": tutorial,
     "docs/word_maps.md": word_maps,
 }
 # Pages whose `maps` (B, L, N) must not be zero for any word: a head that reads one row only would make them so.
 EVERY_WORD = {"README.md", "docs/operators/word_gradcam.md"}
-RUN_COMMANDS = {"docs/index.md"}  # its softmask-fast commands run, too
+RUN_COMMANDS = {"docs/tutorial.md"}  # its softmask-fast commands run, too
 # test_guide.py, test_dual_encoders.py, test_tasks.py
 ELSEWHERE = {"docs/adapters.md", "docs/dual_encoders.md", "docs/tasks.md"}
 RUN_HERE = [page for page in PAGES if blocks_of(page, "python") and name_of(page) not in ELSEWHERE]
@@ -153,6 +153,9 @@ def test_the_site_builds(tmp_path):
     site = tmp_path / "site"
     pages = {page.relative_to(ROOT / "docs").with_suffix(".html") for page in (ROOT / "docs").rglob("*.md")}
     assert pages <= {page.relative_to(site) for page in site.rglob("*.html")}
+    # what the search needs where the site is opened from a disk
+    assert (site / "search" / "search_index.js").is_file()
+    assert "javascripts/iframe-worker.js" in (site / "index.html").read_text()
     elsewhere = re.compile(r"<(?:script|link|img)[^>]+(?:src|href)=\"?https?:")
     assert not [page for page in pages if elsewhere.search((site / page).read_text())]
     navigation = re.search(r"<nav.*?</nav>", (site / "decisions.html").read_text(), re.DOTALL)
