@@ -15,8 +15,9 @@ pytest.register_assert_rewrite("runs", "spellings", "word_mask_cases")  # they a
 
 # What takes longest: these files start first, so that at the end no process is left alone with one of them.
 LONGEST = (
-    "test_interpreted.py", "test_train.py", "test_finetune.py", "test_zero.py", "test_compilation.py", "test_stored.py",
-    "test_durability.py", "test_launcher.py", "test_focal_itc_streaming.py", "test_wheel.py",
+    "test_train.py", "test_interpreted.py", "test_zero.py", "test_finetune.py", "test_compilation.py",
+    "test_benchmarks.py", "test_docs.py", "test_launcher.py", "test_aot.py", "test_wheel.py", "test_ablation.py",
+    "test_stored.py", "test_focal_itc_streaming.py", "test_cuda_on_cpu.py",
 )  # fmt: skip
 # In the name of a test, or of its parameters or file: it uses the GPU where there is one.
 GPU_WORDS = ("cuda", "triton", "on_a_gpu", "xformers", "varlen", "dali")
