@@ -4,7 +4,8 @@ model, as a Markdown page.
     python benchmarks/scaling.py --data 'photos/{000..003}.tar' --output docs/scaling.md
 
 No GPU is needed and none is used. Every input stands in the page's first table with where it comes from: counted (from
-the model without data), measured (here, on the CPU, now) or assumed (an option of this script).
+the model without data), measured (here, on the CPU, now; on the GPU that `CARD` names, then) or assumed (an option of
+this script).
 """
 
 from __future__ import annotations
@@ -41,12 +42,18 @@ RANKS = (1, 8, 64, 256, 1000)
 PAIRS = (4e6, 14e6, 100e6, 1e9)
 EPOCHS = 30
 PER_SHARD = 10_000
+# The step of base, 128 pairs, bf16, without loader and DeepSpeed: 141.46 ms, of which 124.57 kernels; its operations
+# then. docs/decisions.md, "On a GPU"
+PAIRS_PER_SECOND, OPERATIONS_A_PAIR = 904.85, 216e9
+CARD = "one H200, 2026-11-27, commit 107101d, torch 2.11.0+cu130"
 EXPLANATION = """\
 # From one GPU to a thousand
 
-Where time, memory and network go by a stated model of the `base` preset (the paper's), and what breaks first. **No
-GPU number here was measured.** Made by `{command}` on {machine}, which
-measured what it could and counted the rest.
+Where time, memory and network go by a stated model of the `base` preset (the paper's), and what breaks first. **How
+fast a GPU does the step was {source};
+all else about GPUs follows by the model, from assumed networks. No run has had more than one GPU.** Made by
+`{command}` on {machine}, which measured what it could and
+counted the rest.
 
 {inputs}
 
@@ -54,7 +61,10 @@ measured what it could and counted the rest.
 
 {steps}
 
-- *compute*: operations a pair x pairs / operations a second. *contrast*: five products (student and teacher, both
+- *compute*: pairs / the measured pairs a second of a step without loader and DeepSpeed, at 128 pairs; larger batches
+  were faster (1,023 at 256), smaller ones slower, and the job around the step took 2.4 times as long, as its host kept
+  the GPU waiting (370 pairs/s there; 324 to 332 on an H100). The step has been rebuilt since and not been measured
+  again ([decisions.md](decisions.md#on-a-gpu)). *contrast*: five products (student and teacher, both
   once more in the backward pass, one gradient) in two directions against ranks x pairs + queue keys.
 - *gradients* and *weights*: ZeRO 1 reduces 4 bytes a parameter to their owners and gathers as many back. The
   reduction runs behind the backward pass, so the longer of the two counts; gathering the weights and features is
@@ -75,7 +85,7 @@ shard, and their order is drawn shard by shard ([data.md](data.md)).
 
 ## What breaks first
 
-1. **Decoding on the host**, on the first GPU: a GPU that trains at the assumed speed takes as many CPU cores as
+1. **Decoding on the host**, on the first GPU: a GPU that trains at the measured speed takes as many CPU cores as
    the last column of the first table says. DALI decodes and distorts on the GPU where there is one.
 2. **The index of a local source**, beyond 10 M pairs: hundreds of bytes a sample in every rank, and minutes to read
    the headers of the shards at each start. From there on use shards by URL (`file://` does for a shared disk).
@@ -200,7 +210,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.md")
     parser.add_argument("--image_bytes", type=float, default=60e3, help="of a stored photograph, for storage")
     parser.add_argument("--pairs", type=int, default=128, help="of a rank's batch")
-    parser.add_argument("--rate", type=float, default=300e12, help="operations/s that a GPU reaches in the step")
+    rate_help = f"of a GPU in the step alone; default: {PAIRS_PER_SECOND:g}, as measured on {CARD}"
+    parser.add_argument("--pairs_per_second", type=float, default=PAIRS_PER_SECOND, help=rate_help)
     parser.add_argument("--network", type=float, default=50e9, help="bytes/s in and out of each GPU between machines")
     parser.add_argument("--link", type=float, default=300e9, help="bytes/s in and out of each GPU within a machine")
     parser.add_argument("--latency", type=float, default=30e-6, help="seconds that a collective takes at least")
@@ -211,6 +222,9 @@ def main() -> None:
         weights = list(VisionLanguageModel(config.model).parameters())
     parameters = sum(weight.numel() for weight in weights)
     operations = operations_per_pair()
+    rate = options.pairs_per_second * OPERATIONS_A_PAIR
+    is_measured = options.pairs_per_second == PAIRS_PER_SECOND
+    source = f"measured on {CARD}" if is_measured else "assumed, `--pairs_per_second`"
     cores, size = core_seconds_per_image(options.data), options.image_bytes
     index_bytes, index_seconds = index_of_a_local_source()
     order_seconds = seconds_of_an_order()
@@ -228,7 +242,7 @@ def main() -> None:
         ("index of a local sample", f"{index_bytes:.0f} bytes, {1e6 * index_seconds:.0f} us", "measured"),
         ("global permutation", f"{1e9 * order_seconds:.0f} ns a sample and epoch", "measured"),
         ("pairs of a rank's batch", str(options.pairs), "`--pairs`"),
-        ("operations/s of a GPU in the step", f"{options.rate / 1e12:.0f} T", "assumed, `--rate`"),
+        ("pairs/s of a GPU in the step", f"{options.pairs_per_second:.0f} ({rate / 1e12:.0f} T operations/s)", source),
         ("network of a GPU between machines", f"{options.network / 1e9:.0f} GB/s", "assumed, `--network`"),
         ("network of a GPU within a machine of 8", f"{options.link / 1e9:.0f} GB/s", "assumed, `--link`"),
         ("a collective's shortest time", f"{1e6 * options.latency:.0f} us", "assumed, `--latency`"),
@@ -238,8 +252,8 @@ def main() -> None:
     for ranks in RANKS:
         bandwidth = options.link if ranks <= 8 else options.network
         far = (ranks - 1) / ranks
-        compute = operations * options.pairs / options.rate
-        contrast = contrast_operations(ranks, options.pairs, width, queue) / options.rate
+        compute = options.pairs / options.pairs_per_second
+        contrast = contrast_operations(ranks, options.pairs, width, queue) / rate
         reduced = 4 * parameters * far / bandwidth  # gradients, to their owners
         gathered = 4 * parameters * far / bandwidth  # weights, from their owners
         features = 2 * 4 * ranks * options.pairs * width * far / bandwidth + 3 * options.latency * (ranks > 1)
@@ -280,8 +294,9 @@ def main() -> None:
         options.output,
         EXPLANATION.format(
             command=command,
+            source=source,
             machine=f"{run['device']}, {run['threads']} threads, torch {run['torch']}",
-            inputs=table(["input", "value", "whence"], inputs, ":---"),
+            inputs=table(["input", "value", "source"], inputs, ":---"),
             steps=table(step_columns, steps),
             data=table(data_columns, data),
             replicated=8 * parameters / 2**30,
