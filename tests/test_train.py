@@ -62,7 +62,7 @@ def test_a_run_leaves_its_record(uninterrupted):
     assert sum(logged[STEPS][f"itm_{kind}"] for kind in kinds) / 4 == pytest.approx(logged[STEPS]["itm"], rel=1e-5)
     record = json.loads((uninterrupted / "evaluation.json").read_text())
     assert record["step"] == STEPS and record["data"] == SMALL["data"] and record["size"] == 32
-    assert record["headline"]["name"] == "mean recall, ITC + ITM"
+    assert record["headline"]["name"] == "mean recall of all captions, ITC + ITM"
     assert set(record["reports"]) == {"retrieval", "grounding"}
     assert json.loads((uninterrupted / "evaluations.jsonl").read_text()) == record
     assert json.loads((uninterrupted / "best" / "evaluation.json").read_text()) == record
