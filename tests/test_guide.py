@@ -1,10 +1,11 @@
 """docs/adapters.md: each block against the formula that it replaces, written here, on the same inputs."""
 
+import re
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from code_blocks import ROOT, assert_sections_are_named, run_section
+from code_blocks import ROOT, assert_sections_are_named, blocks_of, run_section
 from compare import assert_as_accurate
 from torch import nn
 
@@ -20,6 +21,15 @@ def run(heading, **namespace):
 
 def test_every_block_of_the_page_has_a_test():
     assert_sections_are_named(PAGE, __file__)
+
+
+def headings_of(codebase, column):
+    """The headings with code that the page's table names for a codebase."""
+    rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    (cell,) = [row[column] for row in rows if codebase in row[1]]
+    names = {block.heading for block in blocks_of(PAGE, "python")}
+    headings = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-"): name for name in names}
+    return [headings[anchor] for anchor in re.findall(r"\(#([\w-]+)\)", cell)]
 
 
 # ---- losses
@@ -126,6 +136,36 @@ def test_hard_negatives_have_the_distribution_of_the_softmax():
     logits = features["image_feat"].detach() @ features["text_feat_m"].T / model.temp
     expected = logits.masked_fill(IDX[:, None] == IDX, -torch.inf).softmax(1)
     assert (counts / 300 - expected).abs().max() < 0.12  # four standard deviations of a fraction of one half
+
+
+def test_retrieval_of_blip():
+    """As its models/blip_retrieval.py computes the loss since March 2022; it draws hard negatives by itself."""
+
+    def formula(model, features):
+        idx = IDX.view(-1, 1)
+        same = torch.eq(idx, torch.cat([idx.T, model.idx_queue], 1)).to(model.temp.dtype)
+        hard = same / same.sum(1, keepdim=True)
+        keys = {
+            kind: torch.cat([features[f"{kind}_feat_m"].T, getattr(model, f"{kind}_queue")], 1)
+            for kind in ("image", "text")
+        }
+        losses = []
+        for rows, columns in (("image", "text"), ("text", "image")):
+            teacher = features[f"{rows}_feat_m"] @ keys[columns] / model.temp
+            targets = (ALPHA * teacher.softmax(1) + (1 - ALPHA) * hard).detach()
+            logits = features[f"{rows}_feat"] @ keys[columns] / model.temp
+            losses.append(-(logits.log_softmax(1) * targets).sum(1).mean())
+        return sum(losses) / 2
+
+    embeds = dict(image_embeds=torch.zeros(ROWS), text_embeds=torch.zeros(ROWS))
+    text = SimpleNamespace(attention_mask=torch.zeros(ROWS))
+    (heading,) = headings_of("blip_retrieval.py", 2)
+    assert_loss(
+        lambda model, features: (
+            run(heading, self=model, alpha=ALPHA, idx=IDX, text=text, **embeds, **features).loss_ita
+        ),
+        formula,
+    )
 
 
 def test_pretraining():
@@ -327,6 +367,22 @@ def test_gradcam_of_lavis():
     maps = (maps * model.words.attention_mask[:, :, None]).reshape(2, 7, 24, 24)
     for ours, image, words in zip(found.gradcam_list, maps, (5, 3), strict=True):
         assert_maps(ours, torch.cat([image[:1], image[1 : words + 1].sum(0, keepdim=True) / words, image[1:]]))
+
+
+def test_gradcam_of_albef_in_lavis():
+    """Whose models take samples alone, no `match_head`."""
+
+    class Albef(Matching):
+        def forward(self, samples):
+            raise AssertionError("a training step")
+
+    model = Albef(24 * 24).eval()
+    heading, _ = headings_of("albef_retrieval", 3)
+    found = run(
+        heading, model=model, block_num=8, text_input=model.words, image_embeds=model.image, image_atts=model.image_mask
+    )
+    maps = model.full_maps(found.attention) * model.words.attention_mask[:, :, None]
+    assert_maps(found.gradcam, maps.mean(1).reshape(2, 24, 24))
 
 
 def test_gradcam_of_egovlpv2():
