@@ -177,8 +177,12 @@ def test_bitwise_reproducible(impl, nan_filled_empty):
     assert all(bool(tensor.isfinite().all()) for tensor in first)
 
 
-@pytest.mark.parametrize("keys", ["own", "other", "ids", "own ids", "own, teacher", "sigmoid", "own, sigmoid"])
+KEYS = ("own", "other", "ids", "own ids", "own, teacher", "sigmoid", "own, sigmoid")
+
+
+@pytest.mark.parametrize("keys", KEYS)
 def test_opcheck(impl, keys):
+    thin_out(impl, KEYS.index(keys))  # the operator is the same in every implementation
     device = device_of(impl)
     image, text, image_keys, text_keys, *teachers = inputs(18, 30, 24, torch.float32, device=device)
     temperature = torch.tensor(0.1, device=device)
