@@ -227,26 +227,26 @@ def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[
     return bound | bound.pop("kwargs", {})
 
 
-def lower_part_without_graph(model: nn.Module, layer: nn.Module) -> list[Any]:
+def lower_part_without_graph(model: nn.Module, layer: nn.Module, *others: nn.Module) -> list[Any]:
     """Hooks by which what runs before a layer has no graph, whichever method of the model or of a part of it runs.
 
-    Those are the modules that hold the layer, up to it, and those beside them without an input that has a graph: they
-    do not read the layer's output. From the layer on there is one, until the next pass.
+    Those are the modules that hold the layer, up to it, those beside them without an input that has a graph, as they do
+    not read the layer's output, and others. From the layer on there is one, until the next pass.
     """
     place = next((name for name, module in model.named_modules() if module is layer), "").split(".")[:-1]
     holders = [model.get_submodule(".".join(place[:depth])) for depth in range(len(place) + 1)]
-    modes: list[bool] = []
+    never, modes = {*holders, *others}, []
 
     def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
         modes.append(torch.is_grad_enabled())
         inputs = tree_leaves((args, kwargs))
-        if module in holders or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        if module in never or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             torch.set_grad_enabled(False)
 
     def end(*_: Any) -> None:
         torch.set_grad_enabled(modes.pop() or torch.is_grad_enabled())
 
-    watched = dict.fromkeys([*holders, *(child for holder in holders for child in holder.children())])
+    watched = dict.fromkeys([*never, *(child for holder in holders for child in holder.children())])
     watched.pop(layer, None)
     return [
         handle
@@ -260,10 +260,10 @@ def lower_part_without_graph(model: nn.Module, layer: nn.Module) -> list[Any]:
 
 @contextmanager
 def observed_model(
-    model: nn.Module, cam: Any, modules: Sequence[nn.Module], layer: nn.Module | None = None
+    model: nn.Module, cam: Any, modules: Sequence[nn.Module], layer: nn.Module | None = None, *others: nn.Module
 ) -> Iterator[Any]:
-    """Within the block the model runs without a graph up to a layer, by default the first of the modules, and `cam`
-    gets its inputs, its outputs, and by `cam.keep` what the modules compute."""
+    """Within the block the model runs without a graph up to a layer, by default the first of the modules, and so do
+    others; `cam` gets its inputs, its outputs, and by `cam.keep` what the modules compute."""
 
     signature = inspect.signature(model.forward)
 
@@ -284,6 +284,6 @@ def observed_model(
         stack.callback(torch.set_grad_enabled, grad_enabled)
         stack.enter_context(observed_attention(modules, cam.keep))
         handles = [model.register_forward_pre_hook(start, with_kwargs=True), model.register_forward_hook(end)]
-        for handle in handles + lower_part_without_graph(model, layer or modules[0]):
+        for handle in handles + lower_part_without_graph(model, layer or modules[0], *others):
             stack.callback(handle.remove)
         yield cam

@@ -117,14 +117,13 @@ def dual_encoder_relevance(model: nn.Module, layer: int | None, score: Score | N
     cam = DualEncoderRelevance(score, int(prefix), grid)
     by_interface = not isinstance(attention, nn.MultiheadAttention) and not hasattr(attention, "latent")
     with ExitStack() as stack:
-        stack.enter_context(observed_model(model, cam, [attention] if by_interface else [], attention))
+        stack.enter_context(observed_model(model, cam, [attention] if by_interface else [], attention, text))
         if isinstance(attention, nn.MultiheadAttention):
             handles = [attention.register_forward_hook(_multihead(cam), with_kwargs=True)]
         elif not by_interface:
             handles = _latent_pool(cam, attention)
         else:
             handles = []
-        handles += _without_graph(text)
         for handle in handles:
             stack.callback(handle.remove)
         yield cam
@@ -192,17 +191,3 @@ def _latent_pool(cam: DualEncoderRelevance, pool: nn.Module) -> list[Any]:
     names = {"query": pool.q_norm, "key": pool.k_norm, "kv": pool.kv}
     hooks = [module.register_forward_hook(record(name)) for name, module in names.items()]
     return [*hooks, pool.proj.register_forward_pre_hook(project)]
-
-
-def _without_graph(module: nn.Module) -> list[Any]:
-    """Hooks by which a module runs without a graph."""
-    before: list[bool] = []
-
-    def start(*_: Any) -> None:
-        before.append(torch.is_grad_enabled())
-        torch.set_grad_enabled(False)
-
-    def end(*_: Any) -> None:
-        torch.set_grad_enabled(before.pop())
-
-    return [module.register_forward_pre_hook(start), module.register_forward_hook(end)]
