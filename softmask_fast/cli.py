@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     retrieval.add_argument("--captions", choices=("all", "first"), default="all", help=captions_help)
     rerank_help = "Re-rank the best K of each query by image-text matching; 0: do not (default: 16)."
     retrieval.add_argument("--rerank", type=int, default=16, metavar="K", help=rerank_help)
+    score_help = 'What matching ranks by: log-odds (default), or the logit of "matched" alone, as ALBEF.'
+    retrieval.add_argument("--match_score", choices=("log_odds", "logit"), default="log_odds", help=score_help)
     evaluate.add_argument_group("grounding, maps").add_argument("--layer", type=int, metavar="N", help=layer_help)
     entries = evaluate.add_argument_group("tasks with JSON data")
     entries.add_argument("--image_root", metavar="DIR", help="Folder of relative image paths (default: the JSON's).")
@@ -212,7 +214,8 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
 
         heatmap_page(model, tokenizer, source, options.heatmaps, layer=options.layer)
     if options.task == "retrieval":
-        return evaluate_retrieval(model, tokenizer, source, captions=options.captions, rerank=options.rerank, **common)
+        chosen = {name: getattr(options, name) for name in ("captions", "rerank", "match_score")}
+        return evaluate_retrieval(model, tokenizer, source, **chosen, **common)
     evaluate = evaluate_grounding if options.task == "grounding" else evaluate_maps
     return evaluate(model, tokenizer, source, layer=options.layer, **common)
 

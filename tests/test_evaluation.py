@@ -1,5 +1,6 @@
 """Retrieval and grounding: the metrics on cases computed by hand, and a small random model against the definitions."""
 
+import copy
 import json
 from dataclasses import replace
 from math import comb
@@ -153,7 +154,7 @@ def single_pixels(model, sample):
 
 
 @torch.no_grad()
-def expected_recalls(model, tokenizer, samples, captions_of, rerank):
+def expected_recalls(model, tokenizer, samples, captions_of, rerank, match_score):
     """The definition: the model sees one pair at a time, and loops and sorting do the rest."""
     pixels = [single_pixels(model, sample) for sample in samples]
     texts = [(owner, tokenize(model, tokenizer, [c])) for owner, own in enumerate(captions_of) for c in own]
@@ -165,7 +166,7 @@ def expected_recalls(model, tokenizer, samples, captions_of, rerank):
 
     def itm(text, image):
         logits = model.match_logits(pixels[image], texts[text][1].input_ids, texts[text][1].attention_mask)[0]
-        return float(logits[1] - logits[0])
+        return float(logits[1] - logits[0] if match_score == "log_odds" else logits[1])
 
     def recalls(queries, gallery, score, rescore, is_correct):
         ranks = []
@@ -191,8 +192,8 @@ def expected_recalls(model, tokenizer, samples, captions_of, rerank):
     return [both_ways(rescore) for rescore in (None, itm, summed)]
 
 
-@pytest.mark.parametrize("captions", ["first", "all"])
-def test_retrieval_equals_its_definition(model_and_tokenizer, shapes, captions):
+@pytest.mark.parametrize("captions, match_score", [("first", "logit"), ("all", "log_odds")])
+def test_retrieval_equals_its_definition(model_and_tokenizer, shapes, captions, match_score):
     model, tokenizer = model_and_tokenizer
     samples = [shapes.read(i) for i in range(14)]
     # Two or three captions each, no two the same, so that "first" and "all" differ and nothing is tied.
@@ -202,8 +203,9 @@ def test_retrieval_equals_its_definition(model_and_tokenizer, shapes, captions):
     source = ListSource([Sample(s.key, s.image, c) for s, c in zip(samples, captions_of, strict=True)])
 
     taken = [own[:1] for own in captions_of] if captions == "first" else captions_of
-    itc, itm, both = expected_recalls(model, tokenizer, samples, taken, rerank=10)
-    report = evaluate_retrieval(model, tokenizer, source, captions=captions, rerank=10, batch_size=5)
+    itc, itm, both = expected_recalls(model, tokenizer, samples, taken, 10, match_score)
+    chosen = {"captions": captions, "match_score": match_score}
+    report = evaluate_retrieval(model, tokenizer, source, rerank=10, batch_size=5, **chosen)
     assert (report.images, report.captions) == (14, 14 if captions == "first" else 29)
     criterion = "mean recall, ITC + ITM" if captions == "first" else "mean recall of all captions, ITC + ITM"
     assert report.headline[0] == criterion and f"{captions} of each" in report.table()
@@ -212,7 +214,21 @@ def test_retrieval_equals_its_definition(model_and_tokenizer, shapes, captions):
     assert report.itm == itm and report.both == both
     assert report.truncated_captions == 0
     assert json.loads(json.dumps(report.as_dict()))["itm"] == itm
-    assert all(f"{name} on the best 10" in report.table() for name in ("to image, ITM", "to image, ITC + ITM"))
+    assert report.as_dict()["match_score"] == match_score
+    name = {"log_odds": "ITM", "logit": "ITM's logit"}[match_score]
+    assert all(f"to image, {by} on the best 10" in report.table() for by in (name, f"ITC + {name}"))
+
+
+def test_the_logit_alone_ranks_otherwise(model_and_tokenizer, shapes):
+    """Where the other logit differs from pair to pair, as it does in trained models."""
+    found = []
+    for match_score in ("log_odds", "logit"):
+        model = copy.deepcopy(model_and_tokenizer[0])
+        with torch.no_grad():
+            torch.nn.init.normal_(model.match_head.weight, std=5.0, generator=torch.Generator().manual_seed(0))
+        options = {"match_score": match_score, "rerank": 10, "limit": 14}
+        found.append(evaluate_retrieval(model, model_and_tokenizer[1], shapes, **options))
+    assert found[0].itc == found[1].itc and found[0].itm != found[1].itm
 
 
 def test_chance_with_several_captions(model_and_tokenizer, shapes):
@@ -391,6 +407,7 @@ def test_the_map_of_a_whole_caption_is_the_mean_of_all_tokens(model_and_tokenize
     "options, message",
     [
         ({"captions": "some"}, "captions: expected 'first' or 'all', got 'some'"),
+        ({"match_score": "odds"}, "match_score: expected 'log_odds' or 'logit', got 'odds'"),
         ({"rerank": 5}, "rerank: expected 0, or at least 10"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"limit": 0}, "limit: expected at least 1 or None, got 0"),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from softmask_fast.model.vision_language import VisionLanguageModel
 
 RECALL_AT = (1, 5, 10)
+MATCH_SCORES = {"log_odds": "ITM", "logit": "ITM's logit"}  # what ITM ranks by -> its name in tables
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class RetrievalReport:
     skipped: dict[str, str]  # samples that could not be used: key -> reason
     truncated_captions: int  # captions cut to the model's max_tokens
     reranked: int  # candidates of each query that ITM re-ranks; fewer in a smaller gallery
+    match_score: str  # what ITM ranks by, "log_odds" or "logit"
     itc: dict[str, dict[str, float]]  # ranked by ITC alone
-    itm: dict[str, dict[str, float]] | None  # after ITM alone has re-ranked, as in ALBEF; None without re-ranking
+    itm: dict[str, dict[str, float]] | None  # after ITM alone has re-ranked; None without re-ranking
     both: dict[str, dict[str, float]] | None  # the same by the sum of both logits
     chance: dict[str, dict[str, float]]  # expected of a random order
 
@@ -67,8 +69,8 @@ class RetrievalReport:
     def table(self) -> str:
         rows = [("ITC", self.itc), ("chance", self.chance)]
         if self.itm is not None:
-            best = f"on the best {self.reranked}"
-            rows[1:1] = [(f"ITM {best}", self.itm), (f"ITC + ITM {best}", self.both)]
+            by = f"{MATCH_SCORES[self.match_score]} on the best {self.reranked}"
+            rows[1:1] = [(by, self.itm), (f"ITC + {by}", self.both)]
         header = ["recall in %"] + [f"@{k}" for k in RECALL_AT]
         body = [
             [f"{way.replace('_', ' ')}, {name}"] + [percent(recalls[way][f"recall@{k}"]) for k in RECALL_AT]
@@ -83,8 +85,8 @@ class RetrievalReport:
 
 def evaluate_retrieval(
     model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, *,
-    captions: Literal["first", "all"] = "all", rerank: int = 16, batch_size: int = 64, limit: int | None = None,
-    progress: bool = False,
+    captions: Literal["first", "all"] = "all", rerank: int = 16, match_score: Literal["log_odds", "logit"] = "log_odds",
+    batch_size: int = 64, limit: int | None = None, progress: bool = False,
 ) -> RetrievalReport:  # fmt: skip
     """Measures recall@1, 5 and 10 of text-to-image and image-to-text retrieval.
 
@@ -95,8 +97,10 @@ def evaluate_retrieval(
     Args:
         captions: "all" uses every caption: each is a query, and an image's query succeeds if any of its captions is
             among the first k, as papers report COCO and Flickr30k. "first" uses the first caption of each image.
-        rerank: number of candidates of each query that are re-ranked, at least 10, by ITM's log-odds of "matched", and
-            by their sum with ITC's logit; 0 skips ITM.
+        rerank: number of candidates of each query that are re-ranked, at least 10, by ITM, and by its sum with ITC's
+            logit; 0 skips ITM.
+        match_score: what ITM ranks by: the log-odds of "matched", the difference of its two logits, which orders as the
+            probability does; or the logit of "matched" alone, as ALBEF's code does.
         batch_size: number of images, or of captions, encoded at a time.
         limit: evaluate only the first `limit` samples.
 
@@ -105,6 +109,8 @@ def evaluate_retrieval(
     """
     if captions not in ("first", "all"):
         raise UsageError(f"captions: expected 'first' or 'all', got {captions!r}")
+    if match_score not in MATCH_SCORES:
+        raise UsageError(f"match_score: expected 'log_odds' or 'logit', got {match_score!r}")
     if rerank != 0 and rerank < max(RECALL_AT):
         raise UsageError(f"rerank: expected 0, or at least {max(RECALL_AT)} for recall@{max(RECALL_AT)}, got {rerank}")
     count = sample_count(source, batch_size, limit)
@@ -118,7 +124,8 @@ def evaluate_retrieval(
         if rerank:
             best_images = _top_k_mask(similarity, min(rerank, similarity.shape[1]))
             best_texts = _top_k_mask(similarity.T, min(rerank, similarity.shape[0])).T
-            scores = _matching_scores(model, images, texts, best_images | best_texts, batch_size, progress)
+            pairs = best_images | best_texts
+            scores = _matching_scores(model, images, texts, pairs, match_score, batch_size, progress)
             itm, both = (
                 _both_recalls(
                     by.masked_fill(~best_images, -torch.inf), by.masked_fill(~best_texts, -torch.inf), image_of_text
@@ -133,6 +140,7 @@ def evaluate_retrieval(
         skipped=texts.skipped,
         truncated_captions=texts.truncated,
         reranked=rerank,
+        match_score=match_score,
         itc=itc,
         itm=itm,
         both=both,
@@ -218,9 +226,10 @@ def _encode_source(
 
 
 def _matching_scores(
-    model: VisionLanguageModel, images: _Images, texts: _Texts, pairs: Tensor, batch_size: int, progress: bool
-) -> Tensor:
-    """The log-odds of "matched" where pairs (T, I) is True, else -inf: (T, I) float32. A collective."""
+    model: VisionLanguageModel, images: _Images, texts: _Texts, pairs: Tensor, match_score: str, batch_size: int,
+    progress: bool,
+) -> Tensor:  # fmt: skip
+    """The `match_score` where pairs (T, I) is True, else -inf: (T, I) float32. A collective."""
     # Sorted by image, so that a batch needs the keys and values of few images.
     image_index, text_index = pairs.T.nonzero(as_tuple=True)
     scores = torch.full(pairs.shape, -torch.inf, device=pairs.device)
@@ -233,7 +242,8 @@ def _matching_scores(
         logits = model.match_tokens(
             images.tokens[unique], texts.tokens[text_of_pair, :length], mask[:, :length], image_index=local
         )
-        scores[text_of_pair, image_of_pair] = (logits[:, 1] - logits[:, 0]).float()
+        other = logits[:, 0] if match_score == "log_odds" else 0
+        scores[text_of_pair, image_of_pair] = (logits[:, 1] - other).float()
     if dist.is_initialized():
         dist.all_reduce(scores, dist.ReduceOp.MAX)
     return scores
