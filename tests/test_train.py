@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -215,20 +216,28 @@ def test_two_hosts_without_ssh_lose_a_rank_and_resume(uninterrupted, tmp_path, h
 
 
 def test_user_errors_are_named_before_any_work(tmp_path, monkeypatch, capsys):
-    def error_of(**options) -> str:
+    """In options by themselves, and in what they name."""
+
+    def error_of(*flags: str) -> str:
         with pytest.raises(SystemExit) as left:
-            train.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+            train.main(["--deepspeed", "ds.json", *flags])
         assert left.value.code == 2
         return capsys.readouterr().err
+
+    def error_of_a_process(deepspeed: str) -> str:
+        command = [sys.executable, train.__file__, "--deepspeed", deepspeed]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 7}')
-    assert "train_micro_batch_size_per_gpu is 7, but --batch_size is 32" in error_of(deepspeed="ds.json")
-    assert "expected a JSON file, got 'none.json'" in error_of(deepspeed="none.json")
-    assert "temperature: expected in [0.001, 0.5], got 3.0" in error_of(deepspeed="ds.json", temperature=3)
+    assert "train_micro_batch_size_per_gpu is 7, but --batch_size is 32" in error_of_a_process("ds.json")
+    assert "expected a JSON file, got 'none.json'" in error_of_a_process("none.json")
+    assert "temperature: expected in [0.001, 0.5], got 3.0" in error_of("--temperature", "3")
     (tmp_path / "run.yaml").write_text("epochs: [1")
-    assert "--config: run.yaml cannot be read: while parsing" in error_of(deepspeed="ds.json", config="run.yaml")
+    assert "--config: run.yaml cannot be read: while parsing" in error_of("--config", "run.yaml")
     assert not (tmp_path / "runs").exists()
 
 
