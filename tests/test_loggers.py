@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from concurrent.futures import wait
 from types import SimpleNamespace
 
 import pytest
@@ -116,9 +117,8 @@ def test_mlflow_continues_the_run_of_the_folder(tmp_path, clients, picture, monk
         ("set_experiment", "softmask_fast"),
         ("start_run", {"run_id": None, "run_name": tmp_path.name}),
         ("log_params", parameters),
-        ("log_metrics", {"train/loss": 0.5}, 3, {"synchronous": False}),
-        ("log_artifact", str(picture), "eval/heatmaps"),
-        ("flush_async_logging",),
+        ("log_metrics", {"train/loss": 0.5}, 3, {"run_id": "m1"}),
+        ("log_artifact", str(picture), "eval/heatmaps", {"run_id": "m1"}),
         ("end_run",),
     ]
     calls.clear()
@@ -147,6 +147,14 @@ def test_a_logger_that_fails_is_left_out_after_one_line(tmp_path, clients, caplo
     ]
     assert [call[2] for call in clients["mlflow"].calls if call[0] == "log_metrics"] == [1, 2]
     assert len(EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")) == 2
+    caplog.clear()
+    reports = Reports("mlflow", tmp_path, 0, OPTIONS)
+    clients["mlflow"].log_metrics = fail  # in its thread
+    reports.scalars(1, {"train/loss": 1.0})
+    wait(reports.loggers["mlflow"].sent)
+    for step in (2, 3):
+        reports.scalars(step, {"train/loss": 1.0})
+    assert len(caplog.records) == 1 and not reports.loggers
     clients["wandb"].init = fail  # without a login, at the start
     caplog.clear()
     Reports("wandb", tmp_path, 0, OPTIONS).close()

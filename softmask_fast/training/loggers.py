@@ -10,7 +10,9 @@ import importlib.util
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,7 @@ logger = logging.getLogger("softmask_fast")
 
 IDS = "loggers.json"  # in the run's folder: logger -> id of the run there
 PROJECT = "softmask_fast"  # where the client's own environment variables name no other
+SECONDS = 120  # that the end of a run waits for what is still to be sent
 LONGEST = 500  # characters of an option's value in MLflow, whose stores refuse or cut longer ones
 
 Options = dict[str, bool | int | float | str]
@@ -82,12 +85,14 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of wandb, whose own process does the network's work. `WANDB_PROJECT`, `WANDB_MODE` and others hold."""
+    """A run of wandb, whose own process does the network's work. `WANDB_PROJECT`, `WANDB_MODE` and others hold; what is
+    not sent in time stays on the disk, for `wandb sync`."""
 
     def __init__(self, folder: Path, first_step: int, options: Options, known: str | None) -> None:
         import wandb
 
         self.wandb = wandb
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(SECONDS))  # by default it waits forever
         project = os.environ.get("WANDB_PROJECT", PROJECT)
         self.run = wandb.init(
             project=project, name=folder.name, dir=str(folder), config=options, id=known, resume="allow"
@@ -108,7 +113,8 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow; metrics are sent by its own threads. `MLFLOW_TRACKING_URI` and others hold."""
+    """A run of MLflow; a thread sends, in order, as the client tries for minutes to reach a server. Of what it sends in
+    its own threads a failure would not come here. `MLFLOW_TRACKING_URI` and others hold."""
 
     def __init__(self, folder: Path, first_step: int, options: Options, known: str | None) -> None:
         import mlflow
@@ -121,16 +127,34 @@ class MLflow:
         if known is None:  # they cannot be changed
             texts = {name: str(value) for name, value in options.items()}
             mlflow.log_params({n: x if len(x) <= LONGEST else x[: LONGEST - 3] + "..." for n, x in texts.items()})
+        self.thread, self.sent = ThreadPoolExecutor(1), deque[Future]()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self.mlflow.log_metrics(values, step, synchronous=False)
+        self._send(self.mlflow.log_metrics, values, step)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        self.mlflow.log_artifact(str(path), name)
+        self._send(self.mlflow.log_artifact, str(path), name)
 
     def close(self) -> None:
-        self.mlflow.flush_async_logging()
+        wait(self.sent, timeout=SECONDS)
+        self._check()
+        if self.sent:
+            self.thread.shutdown(wait=False, cancel_futures=True)
+            raise TimeoutError(f"{len(self.sent)} messages were not sent within {SECONDS} seconds")
         self.mlflow.end_run()
+
+    def _send(self, method: Callable[..., None], *values: Any) -> None:
+        self._check()
+        self.sent.append(self.thread.submit(method, *values, run_id=self.id))
+
+    def _check(self) -> None:
+        """Raise what sending has raised so far; nothing more is sent then."""
+        try:
+            while self.sent and self.sent[0].done():
+                self.sent.popleft().result()
+        except Exception:
+            self.thread.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 LOGGERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
