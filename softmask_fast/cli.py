@@ -224,6 +224,7 @@ def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Re
     if options.heatmaps:
         raise UsageError(f"--heatmaps: expected with a task of {', '.join(PRETRAINED)}, not with {options.task}")
     from softmask_fast.config import DataConfig
+    from softmask_fast.data.synthetic import HELD_OUT
     from softmask_fast.tasks import recipes
     from softmask_fast.tasks.answers import evaluate_answers
     from softmask_fast.tasks.models import load_task_model
@@ -235,8 +236,8 @@ def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Re
             raise UsageError(f"--answers: expected with the task vqa, not with {options.task}")
         model.answers = read_answers(options.answers)
     data = DataConfig(image_root=options.image_root)
-    split = {"split": "val", "seed": 0, "image_size": model.config.image_size}
-    source = recipes.TASKS[options.task].open(options.data, data, **split)
+    size = model.config.image_size
+    source = recipes.TASKS[options.task].open(options.data, data, image_size=size, **HELD_OUT)
     return evaluate_answers(model, tokenizer, source, **common)
 
 

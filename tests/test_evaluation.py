@@ -22,6 +22,7 @@ from softmask_fast.evaluation.grounding import phrase_maps, word_tokens
 from softmask_fast.evaluation.report import PretrainingEvaluation
 from softmask_fast.evaluation.retrieval import ranks_of_best, recall_at_k
 from softmask_fast.evaluation.tables import format_table
+from softmask_fast.training.options import make_config
 
 
 class ListSource:
@@ -271,6 +272,11 @@ def test_retrieval_without_reranking_and_in_training_mode(model_and_tokenizer, s
     assert report == evaluate_retrieval(model, tokenizer, shapes, rerank=0, limit=12, batch_size=12)
     assert report.headline[0] == "mean recall"
     assert replace(report, both=report.itc).headline == ("mean recall, ITC + ITM", report.headline[1])
+
+
+def test_every_seed_is_measured_on_the_same_scenes():
+    first, second = (PretrainingEvaluation(make_config("tiny", seed=seed), "shapes:objects=3").source for seed in (0, 1))
+    assert first.keys == second.keys and first.scene(0) == second.scene(0)
 
 
 def test_figures_of_older_records_are_those_that_they_have():

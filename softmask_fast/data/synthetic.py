@@ -26,6 +26,7 @@ COLORS = {
 SIZES = {"small": 0.11, "large": 0.16}  # half the width of an object, as a fraction of the image's
 NAMES = ("full", "color")  # of objects: "small red circle", or "red object", which is learned sooner
 DEFAULT_SCENES = {"train": 65_536, "val": 4096}
+HELD_OUT: dict[str, Any] = {"split": "val", "seed": 0}  # evaluation sees the same scenes whatever the training's seed
 VALIDATION_PARTS = (1, 4)  # one in four contents (objects and relations) is kept for validation
 _MARGIN = 0.01  # between objects, as a fraction of the width
 _SUPERSAMPLING = 2  # drawn larger and averaged, for smooth edges

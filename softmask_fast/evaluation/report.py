@@ -10,6 +10,7 @@ import torch
 
 from softmask_fast.config import Config
 from softmask_fast.data.sources import open_as_configured
+from softmask_fast.data.synthetic import HELD_OUT
 from softmask_fast.errors import without_secrets
 from softmask_fast.evaluation.common import usable_samples
 from softmask_fast.evaluation.curves import PARTS, plot_curves
@@ -33,8 +34,7 @@ class PretrainingEvaluation:
     def __init__(self, config: Config, data: str) -> None:
         """Open the pairs. Raises UsageError when they cannot be read."""
         self.data, self.size = data, config.data.eval_size
-        options = {"split": "val", "seed": config.train.seed, "image_size": config.model.image_size}
-        self.source = open_as_configured(data, config.data, **options)
+        self.source = open_as_configured(data, config.data, image_size=config.model.image_size, **HELD_OUT)
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, limit: int, progress: bool) -> list[Report]:
         """The reports on the first `limit` pairs. A collective where there are several ranks."""

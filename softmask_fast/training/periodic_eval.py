@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from softmask_fast.config import TrainConfig
+from softmask_fast.data.synthetic import HELD_OUT
 from softmask_fast.errors import UsageError, short
 from softmask_fast.evaluation.common import sample_count, usable_samples
 from softmask_fast.evaluation.record import evaluation_record, parse_record
@@ -45,7 +46,7 @@ class TaskEvaluation:
         """Open the data. Raises UsageError when they cannot be read."""
         self.task, self.name, self.options = TASKS[config.task], config.task, config.options
         self.data, self.size = config.data.eval_data, config.data.eval_size
-        self.source = self.task.open(self.data, config.data, split="val", seed=config.train.seed, image_size=image_size)
+        self.source = self.task.open(self.data, config.data, image_size=image_size, **HELD_OUT)
         self.has_labels = self.task.has_labels(self.source)
 
     def load(self, directory: Path, device: torch.device) -> tuple[nn.Module, PreTrainedTokenizerFast]:
