@@ -6,6 +6,7 @@ Each command imports what it needs, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if others and options.run not in (_train, _finetune, _ablate):
         options.parser.refuse(others)
     options.others = others
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("softmask_fast.data.tables").setLevel(logging.INFO)  # what was guessed
     try:
         return options.run(options) or 0
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -59,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, parser=command, debug=False)
         return command
 
+    def columns(group: argparse._ActionsContainer) -> None:
+        for kind in ("image", "caption"):
+            help = f"Column of the {kind}s in a table (default: guessed from its name)."
+            group.add_argument(f"--{kind}_column", metavar="NAME", help=help)
+
     debug = CommandParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     model = CommandParser(add_help=False, parents=[debug])
@@ -68,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     layer_help = "Fusion layer of the heat maps, 0 is the first (default: the layer of the soft masks)."
 
     evaluate = add_command("evaluate", _evaluate, "Evaluate a model on a task.", model)
-    data_help = "WebDataset shards (a file, a folder, 'val-{000..003}.tar', a comma list), JSON lists, or 'shapes'."
-    evaluate.add_argument("--data", required=True, metavar="SHARDS", help=data_help)
+    data_help = "Shards (a file, a folder, 'val-{000..003}.tar', a comma list), tables, datasets' folders, or 'shapes'."
+    evaluate.add_argument("--data", required=True, metavar="DATA", help=data_help)
     evaluate.add_argument("--task", required=True, choices=TASKS)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="Also write the metrics to this file.")
     evaluate.add_argument("--limit", type=int, metavar="N", help="Evaluate on the first N samples.")
@@ -84,8 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     score_help = 'What matching ranks by: log-odds (default), or the logit of "matched" alone, as ALBEF.'
     retrieval.add_argument("--match_score", choices=("log_odds", "logit"), default="log_odds", help=score_help)
     evaluate.add_argument_group("grounding, maps").add_argument("--layer", type=int, metavar="N", help=layer_help)
-    entries = evaluate.add_argument_group("tasks with JSON data")
-    entries.add_argument("--image_root", metavar="DIR", help="Folder of relative image paths (default: the JSON's).")
+    entries = evaluate.add_argument_group("tables, tasks with JSON data")
+    entries.add_argument("--image_root", metavar="DIR", help="Folder of relative image paths (default: the table's).")
+    columns(entries)
     entries.add_argument("--answers", metavar="FILE", help="vqa: JSON list of answers (default: the model's).")
     entries.add_argument("--predictions", type=Path, metavar="FILE", help="Write the answers to this file, as JSON.")
 
@@ -116,12 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="The folder to write.")
 
     prepare = add_command("prepare", _prepare, "Make shards from images and a table of captions.", debug)
-    table_help = "A .csv, .tsv, .json, .jsonl or .parquet table."
-    prepare.add_argument("--pairs", required=True, type=Path, metavar="FILE", help=table_help)
-    prepare.add_argument("--images", required=True, type=Path, metavar="DIR", help="Folder of relative image paths.")
+    table_help = "A table (.csv, .tsv, .json, .jsonl, .parquet), a folder of datasets, or a split: coco.json:val."
+    prepare.add_argument("--pairs", required=True, metavar="TABLE", help=table_help)
+    images_help = "Folder of relative image paths (default: the table's)."
+    prepare.add_argument("--images", type=Path, metavar="DIR", help=images_help)
     prepare.add_argument("--out", required=True, type=Path, metavar="DIR", help="A new folder for the shards.")
-    prepare.add_argument("--image_column", default="image", metavar="NAME", help="Default: image.")
-    prepare.add_argument("--caption_column", default="caption", metavar="NAME", help="Default: caption.")
+    columns(prepare)
     prepare.add_argument("--shard_size", type=int, default=5000, metavar="N", help="Images per shard (default: 5000).")
     side_help = "Shrink larger images to this short side (default: no limit)."
     prepare.add_argument("--short_side", type=int, metavar="PIXELS", help=side_help)
@@ -207,8 +216,11 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
 
     model, tokenizer = read_model(options.model, _device(options.device))
     split = {"split": "val", "seed": 0, "image_size": model.config.image_size, "image_root": options.image_root}
-    phrases = options.task != "retrieval" and options.data.endswith(".json")
-    source = (open_expressions if phrases else open_source)(options.data, **split)
+    if options.task != "retrieval" and options.data.endswith(".json"):
+        source = open_expressions(options.data, **split)
+    else:
+        named = {"image_column": options.image_column, "caption_column": options.caption_column}
+        source = open_source(options.data, **split, **named)
     if options.heatmaps is not None:
         from softmask_fast.evaluation.heatmaps import heatmap_page
 

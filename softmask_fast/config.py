@@ -212,9 +212,14 @@ class DataConfig(Section):
     data: str = option(
         "shapes",
         "'shapes' (drawn on the fly), WebDataset shards ('cc/{000..331}.tar', a folder, a comma list) "
-        "by path or by URL (https://, s3://, gs://), or ALBEF JSON lists ('coco.json,vg.json').",
+        "by path or by URL (https://, s3://, gs://), tables (.csv, .tsv, .json of ALBEF, COCO or Karpathy, .jsonl, "
+        ".parquet) or folders of Hugging Face's datasets, each also with a split ('dataset_coco.json:val').",
     )
-    image_root: str | None = option(None, "Folder of relative image paths in JSON lists; default: the list's folder.")
+    image_root: str | None = option(None, "Folder of relative image paths in tables; default: the table's folder.")
+    image_column: str | None = option(None, "Column of the images in tables; default: guessed from its name.")
+    caption_column: str | None = option(
+        None, "Column of the captions in tables, or several, separated by commas; default: guessed from its name."
+    )
     eval_data: str | None = option(None, "Held-out data; default for shapes in pretraining: unseen shapes.")
     eval_size: int | None = option(256, "Number of held-out samples to evaluate on; 0: all.")
     tokenizer: str | None = option(

@@ -114,12 +114,16 @@ def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreT
 
 
 def sample_captions(source: CaptionSource, images: int) -> Iterator[str]:
-    """The captions of up to `images` images, spread evenly over the source."""
-    for index in range(0, len(source), math.ceil(len(source) / images)):
+    """The captions of up to `images` images, spread evenly over the source. Raises UsageError if it can use none."""
+    indices, used, first = range(0, len(source), math.ceil(len(source) / images)), False, ""
+    for index in indices:
         try:
             yield from source.read(index).captions
-        except BadSample:  # the loader will count and name it
-            continue
+            used = True
+        except BadSample as error:  # the loader will count and name it
+            first = first or f"{source.keys[index]}: {error}"
+    if not used:
+        raise UsageError(f"data: none of {len(indices)} samples that were looked at can be used, the first, {first}")
 
 
 def build_step(

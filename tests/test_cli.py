@@ -43,7 +43,7 @@ def test_evaluate_retrieval(folder, tmp_path, capsys):
     command = ["evaluate", "--model", str(folder / "model"), "--data", "shapes:num=16", "--task", "retrieval"]
     assert main([*command, "--json", str(out), "--rerank", "10"]) == 0
     printed = capsys.readouterr().out
-    assert "Retrieval among 16 images and 16 captions, all of each" in printed and "ITM on the best 10" in printed
+    assert "Retrieval among 16 images and 64 captions, all of each" in printed and "ITM on the best 10" in printed
     record = json.loads(out.read_text())
     report = record["reports"]["retrieval"]
     assert record["data"] == "shapes:num=16" and record["model"] == str(folder / "model") and report["images"] == 16

@@ -270,8 +270,8 @@ def test_retrieval_without_reranking_and_in_training_mode(model_and_tokenizer, s
     assert report.itm is report.both is None and report.images == 12
     assert "ITM" not in report.table()
     assert report == evaluate_retrieval(model, tokenizer, shapes, rerank=0, limit=12, batch_size=12)
-    assert report.headline[0] == "mean recall"
-    assert replace(report, both=report.itc).headline == ("mean recall, ITC + ITM", report.headline[1])
+    assert (report.captions, report.headline[0]) == (48, "mean recall of all captions")
+    assert replace(report, both=report.itc).headline == ("mean recall of all captions, ITC + ITM", report.headline[1])
 
 
 def test_every_seed_is_measured_on_the_same_scenes():

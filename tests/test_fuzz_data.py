@@ -26,7 +26,8 @@ from softmask_fast.tasks.entailment import EntailmentModel
 
 RUNS = int(os.environ.get("RUNS", 300))
 SECONDS = 5
-KINDS = ("tar", "pax.tar", "txt.tar", "csv", "tsv", "json", "jsonl", "list.json", "boxes.json", "labels.json")
+KINDS = ("tar", "pax.tar", "txt.tar", "csv", "tsv", "json", "jsonl", "list.json", "boxes.json", "labels.json",
+         "coco.json", "karpathy.json", "state.json", "tif", "parquet", "arrow")  # fmt: skip
 JPEG = encode(np.arange(12 * 8 * 3, dtype=np.uint8).reshape(8, 12, 3))
 NASTY = (b"\0", b'"', b"\n", b"\r", b"\t", b",", b"\xff", b"[" * 3000, b"{", b"}", b"]", b"NaN", b"1e999", b"-1",
          b"null", b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"\x1b[2J", b"\x80" + b"\xff" * 11, b"7" * 11)  # fmt: skip
@@ -63,8 +64,30 @@ def whole_files():
         "jsonl": "\n".join(map(json.dumps, objects)).encode(),
         "list.json": json.dumps(objects).encode(),
         "boxes.json": json.dumps(boxes).encode(),
+        "coco.json": json.dumps({
+            "images": [{"id": 7, "file_name": "i.jpg"}, {"id": 8, "file_name": "none.jpg"}],
+            "annotations": [{"image_id": 7, "caption": "a red cat"}, {"image_id": 8, "caption": "x"}],
+        }).encode(),
+        "karpathy.json": json.dumps({"images": [
+            {"filepath": ".", "filename": "i.jpg", "split": "val", "sentences": [{"raw": "a red cat"}]},
+        ]}).encode(),
+        "state.json": json.dumps({"_data_files": [{"filename": "f.arrow"}], "_split": None}).encode(),
+        "tif": encode(np.arange(12 * 8 * 3, dtype=np.uint8).reshape(8, 12, 3), "TIFF", compression="tiff_lzw"),
+        **columnar_files(),
         "labels.json": json.dumps([{"image": "i.jpg", "sentence": "a cat", "label": "neutral"}] * 2).encode(),
     }  # fmt: skip
+
+
+def columnar_files():
+    """The same table, of images with their bytes, in Parquet and in Arrow."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [{"bytes": JPEG, "path": f"{number}.jpg"} for number in range(3)]
+    table = pyarrow.table({"image": images, "caption": [["a red cat", "two"], [], ["x"]]})
+    in_parquet, in_arrow = io.BytesIO(), io.BytesIO()
+    parquet.write_table(table, in_parquet, row_group_size=2)
+    with pyarrow.ipc.new_stream(in_arrow, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return {"parquet": in_parquet.getvalue(), "arrow": in_arrow.getvalue()}
 
 
 def damaged(content, draw):
@@ -113,14 +136,19 @@ def time_limit(seconds):
 def read_all(kind, path):
     """Everything that is in a file; what is wrong with single samples is counted."""
     if kind in ("csv", "tsv", "json", "jsonl"):
-        return len(read_table(path, "image", "caption")), 0
+        return len(read_table(path, "image", "caption").entries), 0
+    if kind == "tif":
+        try:
+            return check_image(path.read_bytes()).height, 0
+        except BadSample as error:
+            raise UsageError(f"{path.name}: {error}") from error
     options = {"split": "val", "seed": 0, "image_size": 16}
     if kind == "boxes.json":
         source = open_expressions(str(path), **options)
     elif kind == "labels.json":
         source = open_examples(str(path), "entailment", EntailmentModel.form, **options)
     else:
-        source = open_source(str(path))
+        source = open_source(str(path.parent if kind == "state.json" else path))
     bad = 0
     for index in range(len(source)):
         try:
@@ -140,12 +168,15 @@ def one_line(error):
 def test_damaged_files_end_soon_and_in_one_line(kind, tmp_path, caplog):
     content = whole_files()[kind]
     (tmp_path / "i.jpg").write_bytes(JPEG)
-    path = tmp_path / f"f.{kind}"
+    if kind == "state.json":
+        (tmp_path / "f.arrow").write_bytes(whole_files()["arrow"])
+    path = tmp_path / (kind if kind == "state.json" else f"f.{kind}")
     path.write_bytes(content)
     assert read_all(kind, path)[0] >= 1
     refused = 0
     for number in range(RUNS // len(KINDS)):
         draw = np.random.default_rng([KINDS.index(kind), number])
+        path.unlink()  # it may be mapped
         path.write_bytes(damaged(content, draw))
         try:
             with time_limit(SECONDS):

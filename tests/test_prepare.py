@@ -151,7 +151,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
     with pytest.raises(UsageError, match="begun with shard_size 2, now it is 3"):
         make_shards(table, images, tmp_path / "out", shard_size=3, workers=1)
     make_shards(table, images, tmp_path / "out", shard_size=2, workers=1)
-    assert made[6:] == made[4:5] + [entry.image for entry in read_table(table, "image", "caption")][5:]
+    assert made[6:] == made[4:5] + [entry.image for entry in read_table(table).entries][5:]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -193,13 +193,18 @@ def test_commands(images, tmp_path, capsys):
 @pytest.mark.parametrize(
     "table, content, options, message",
     [
-        ("pairs.csv", "image,text\na.jpg,x\n", {}, "no column 'caption'; the columns are 'image', 'text'"),
+        (
+            "pairs.csv",
+            "image,words\na.jpg,x\n",
+            {},
+            "no column 'caption'; .* are 'image', 'words': see --caption_c",
+        ),
         ("pairs.csv", "", {}, "no column 'image'"),
         ("pairs.csv", "image,caption\n", {}, "lists no images"),
         ("pairs.csv", 'image,caption\na.jpg,"open\n', {}, "cannot be read"),
         ("pairs.csv", "image,caption\na.jpg,caf\udce9\n", {}, "cannot be read: 'utf-8'"),
         ("pairs.json", "{", {}, "cannot be read"),
-        ("pairs.json", '{"a": 1}', {}, "expected a list of objects, got dict"),
+        ("pairs.json", '{"a": 1}', {}, "expected a list of objects, or an object with .images.*, got {'a': 1}"),
         ("pairs.json", "[1]", {}, "row 1 must be an object"),
         ("pairs.xlsx", "", {}, "expected a table"),
         ("pairs.csv", "image,caption\na.jpg,x\n", {"shard_size": 0}, "shard_size: expected at least 1, got 0"),
@@ -207,10 +212,25 @@ def test_commands(images, tmp_path, capsys):
         ("pairs.csv", "image,caption\na.jpg,x\n", {"images": "nowhere"}, "images: expected a folder, got nowhere"),
         ("pairs.csv", "image,caption\na.jpg,x\n", {"out": "images"}, "expected a new or empty folder"),
         ("pairs.csv", "image,caption\na.jpg,x\n", {"caption_column": "image"}, "caption_column: expected another"),
+        (
+            "pairs.csv",
+            "image,text,title\na.jpg,x,y\n",
+            {},
+            "columns 'text', 'title' may all hold the caption",
+        ),
+        (
+            "pairs.csv",
+            "image,caption\nx/a.jpg,x\nx/d.jpg,y\n",
+            {},
+            "2 of 2 images do not exist, first: .*x/a.jpg, see",
+        ),
+        ("pairs.csv", "image,caption\nhttps://x/a.jpg,x\n", {}, "images by URL are not downloaded: img2dataset"),
+        ("pairs.csv:val", "image,caption\na.jpg,x\n", {}, "no split 'val'; it has no splits"),
+        ("pairs.csv", "image,caption,split\na.jpg,x,train\nd.jpg,y,test\n", {}, "pairs.csv:train"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(images, tmp_path, table, content, options, message):
-    (tmp_path / table).write_bytes(content.encode("utf-8", "surrogateescape"))
+    (tmp_path / table.split(":")[0]).write_bytes(content.encode("utf-8", "surrogateescape"))
     arguments = {"images": images, "out": tmp_path / "out"}
     if options.get("images"):
         arguments["images"] = tmp_path.__class__(options["images"])
@@ -229,7 +249,7 @@ def test_parquet_without_pyarrow_says_what_to_install(images, tmp_path, monkeypa
     command = ["prepare", "--pairs", str(tmp_path / "pairs.parquet"), "--images", str(images)]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     shown = capsys.readouterr().err
-    assert "pip install pyarrow" in shown and "[look]" not in shown
+    assert "needs pyarrow; install it with: pip install" in shown and "[parquet]" in shown
 
 
 def test_names_of_bad_images_are_listed_escaped(images, tmp_path, capsys):

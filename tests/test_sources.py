@@ -351,9 +351,10 @@ def test_a_phrase_that_is_wrong_makes_a_bad_sample(tmp_path, change, reason):
 
 def test_nested_lists_are_an_error_of_one_line(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 50_000)
-    with pytest.raises(UsageError, match="deep.json is not valid JSON: it is nested too deep"):
+    with pytest.raises(UsageError, match="deep.json cannot be read: it is nested too deep"):
         open_source(str(tmp_path / "deep.json"))
     deep = json.loads("[" * 500 + "]" * 500)
+    (tmp_path / "i.jpg").write_bytes(JPEG)
     (tmp_path / "odd.json").write_text(json.dumps([{"image": "i.jpg", "caption": deep}]))
-    with pytest.raises(BadSample, match=r"caption.* must be a string or a list of strings, got \[\[\["):
+    with pytest.raises(BadSample, match=r"caption.* must be a string or a list of strings, got \[None\]"):
         open_source(str(tmp_path / "odd.json")).read(0)

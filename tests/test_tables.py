@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from softmask_fast.data import tables
+from softmask_fast.data import columnar
 from softmask_fast.data.tables import read_table
 from softmask_fast.errors import UsageError
 
@@ -17,7 +17,7 @@ def read(tmp_path):
     def written(name, content):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return [(entry.image, entry.captions) for entry in read_table(path, "image", "caption")]
+        return [(entry.image, entry.captions) for entry in read_table(path, "image", "caption").entries]
 
     return written
 
@@ -95,7 +95,7 @@ def test_a_table_that_is_too_large_is_refused_at_once(read, tmp_path, monkeypatc
     with pytest.raises(UsageError, match="large.csv has 5368709120 bytes, the limit is 4294967296"):
         read_table(tmp_path / "large.csv", "image", "caption")
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(tables, "_MAX_ROWS", 10)
+    monkeypatch.setattr(columnar, "MAX_ROWS", 10)
     parquet.write_table(pyarrow.table({"image": ["a"] * 11, "caption": ["x"] * 11}), tmp_path / "t.parquet")
     with pytest.raises(UsageError, match="has 11 rows, the limit is 10"):
         read_table(tmp_path / "t.parquet", "image", "caption")

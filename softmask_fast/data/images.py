@@ -1,8 +1,8 @@
 """Checks images before they are decoded in batches: one file that DALI cannot decode would cost its whole batch.
 
-Files that all decoders read alike (RGB and gray JPEG, PNG, WebP) pass through untouched. The others (CMYK, palettes,
-alpha, 16 bits, a rotation that is not one plain EXIF entry of a JPEG) are converted by PIL, so that every device sees
-the same pixels.
+Files that all decoders read alike (RGB and gray JPEG, PNG, WebP) pass through untouched. The others (TIFF, CMYK,
+palettes, alpha, 16 bits, a rotation that is not one plain EXIF entry of a JPEG) are converted by PIL, so that every
+device sees the same pixels.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from softmask_fast.data.types import BadSample
 
@@ -23,8 +24,10 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # normalization of CLIP and ALBEF, f
 STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_IMAGE_BYTES = 1 << 30  # of an encoded file; 89 million pixels of 16-bit RGBA, not compressed, are 0.7e9
 MAX_PIXELS = 89_478_485  # PIL's own limit against decompression bombs
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: a JPEG followed by further pictures, as phones write it
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF")  # MPO: a JPEG followed by further pictures, as phones write it
 _ORIENTATION = 0x0112  # EXIF tag
+_TIFF = "8 bits and gray, RGB, RGB with alpha, CMYK or a palette"
+_TIFF_PAGES = 16  # that are looked at
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -70,19 +73,25 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
             width, height = picture.size
             _check_size(width, height, max_pixels)
             if picture.format not in FORMATS:
-                raise BadSample(f"image format {picture.format} is not supported (only JPEG, PNG and WebP)")
+                raise BadSample(f"image format {picture.format} is not supported (only JPEG, PNG, WebP and TIFF)")
             is_jpeg = picture.format in ("JPEG", "MPO")
-            if not is_jpeg and getattr(picture, "is_animated", False):
+            if picture.format == "TIFF":
+                _check_tiff(picture)
+            elif not is_jpeg and getattr(picture, "is_animated", False):
                 raise BadSample(f"image is an animated {picture.format}")
             orientation = picture.getexif().get(_ORIENTATION, 1)
             picture.load()
-            plain = picture.mode in ("RGB", "L") and "transparency" not in picture.info
+            if picture.format == "TIFF":  # some versions of PIL turn it when it is loaded
+                (width, height), orientation = ImageOps.exif_transpose(picture).size, 1
+            plain = picture.format != "TIFF" and picture.mode in ("RGB", "L") and "transparency" not in picture.info
             plain = plain and _plain_orientation(picture) == orientation
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(f"image is too large: {error}") from error
     except UnidentifiedImageError as error:  # whose message holds an address
+        if image[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            raise BadSample(f"TIFF of a kind that PIL cannot read: expected {_TIFF}") from error
         raise BadSample("image cannot be decoded: no image file, or of no known format") from error
     # on damaged bytes PIL's decoders raise nearly anything (OSError, SyntaxError, struct.error, zlib.error, ...)
     except Exception as error:
@@ -90,6 +99,26 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
     if orientation in _TRANSPOSED:
         width, height = height, width
     return ImageFacts(width, height, convert=not plain)
+
+
+def _check_tiff(picture: TiffImageFile) -> None:
+    """Raises BadSample for a TIFF that is no picture to look at: a sensor's numbers, whose range nobody knows, bands
+    beside the colors, several pictures. Smaller copies of a picture and its mask, as geographic files have, are none.
+    """
+    bits, kinds = picture.tag_v2.get(258, (1,)), picture.tag_v2.get(339, (1,))  # BitsPerSample, SampleFormat
+    if max(bits) > 8 or set(kinds) != {1}:
+        kind = "floating point" if 3 in kinds else "signed" if 2 in kinds else "unsigned"
+        raise BadSample(f"TIFF of {len(bits)} bands of {max(bits)} bits, {kind}: expected {_TIFF}; scale it to 8 bits")
+    if 0 in picture.tag_v2.get(338, ()):  # ExtraSamples: not alpha
+        raise BadSample(f"TIFF of {len(bits)} bands: expected {_TIFF}; choose three bands")
+    for page in range(1, _TIFF_PAGES + 1):
+        try:
+            picture.seek(page)
+        except EOFError:
+            break
+        if page == _TIFF_PAGES or not picture.tag_v2.get(254, 0) & 5:  # NewSubfileType: a smaller copy, a mask
+            raise BadSample(f"TIFF of several pages: page {page + 1} is no smaller copy of the first")
+    picture.seek(0)
 
 
 def _plain_orientation(picture: Image.Image) -> int | None:

@@ -1,4 +1,4 @@
-"""Turns a folder of images and a table of captions into checked WebDataset shards; indexes existing shards."""
+"""Turns tables of captions and their images into checked WebDataset shards; indexes existing shards."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,27 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from softmask_fast.data.columnar import read_stored
+from softmask_fast.data.folders import check_existence
 from softmask_fast.data.images import check_image, convert_image, read_image
 from softmask_fast.data.parsing import parse_phrases, usable_captions
 from softmask_fast.data.shards import INDEX_SUFFIX, write_index
-from softmask_fast.data.sources import expand_names, expand_paths
+from softmask_fast.data.sources import expand_files, expand_names, expand_paths
 from softmask_fast.data.tables import TableEntry, read_table
 from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError, printable
 from softmask_fast.utils import file_sha256, flush, move, naming, read_json, write_json, write_text
 
 JPEG_QUALITY = 95  # of downsized images; the others keep their bytes
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF": "tif"}
 
 
 @dataclass(frozen=True)
 class Plan:
     """What determines the shards; an interrupted run can only be continued with the same plan."""
 
-    pairs_sha256: str
+    pairs_sha256: str  # of several tables one of all
+    split: str | None
     images: str  # absolute folder
     shard_size: int  # listed images per shard; bad ones make a shard smaller
     short_side: int | None  # pixels
@@ -59,8 +63,9 @@ class ShardsReport:
 
 
 def make_shards(
-    pairs: Path, images: Path, out: Path, *, shard_size: int = 5000, short_side: int | None = None,
-    image_column: str = "image", caption_column: str = "caption", workers: int | None = None, progress: bool = False,
+    pairs: str | Path, images: Path | None, out: Path, *, shard_size: int = 5000, short_side: int | None = None,
+    image_column: str | None = None, caption_column: str | None = None, workers: int | None = None,
+    progress: bool = False,
 ) -> ShardsReport:  # fmt: skip
     """Decodes every listed image and writes the good ones to out/shard-000000.tar, ..., each with an index.
 
@@ -69,12 +74,13 @@ def make_shards(
     interrupted run.
 
     Args:
-        pairs: The table, in one of `tables.TABLE_FORMATS`.
-        images: Folder of the image paths in the table.
+        pairs: The table, in one of `tables.TABLE_FORMATS`, a folder of Hugging Face's `datasets`, or a pattern of
+            tables; each also with a split, as in "dataset_coco.json:val".
+        images: Folder of the image paths in the table; default: that of the table.
         out: Folder of the shards, new or empty.
         shard_size: Listed images per shard.
         short_side: Images with a longer short side, in pixels, become JPEGs of that size.
-        image_column, caption_column: Names in the table.
+        image_column, caption_column: Names in the table; default: guessed, see `read_table`.
         workers: Number of processes; default: all cores.
 
     Raises:
@@ -83,12 +89,20 @@ def make_shards(
     for name, value, least in (("shard_size", shard_size, 1), ("short_side", short_side, 16), ("workers", workers, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name}: expected at least {least}, got {value}")
-    if not images.is_dir():
+    if images is not None and not images.is_dir():
         raise UsageError(f"images: expected a folder, got {images}")
-    if image_column == caption_column:
-        raise UsageError(f"caption_column: expected another column than image_column, got {caption_column!r}")
-    entries = read_table(pairs, image_column, caption_column)
-    plan = Plan(file_sha256(pairs), os.path.abspath(images), shard_size, short_side, image_column, caption_column)
+    files = expand_files([str(pairs)])
+    tables = [read_table(path, image_column, caption_column, split=split) for path, split in files]
+    columns = {(table.image_column, table.caption_column) for table in tables}
+    if len(columns) > 1:
+        raise UsageError(f"pairs: expected tables with the same columns, got {' and '.join(map(str, sorted(columns)))}")
+    root = os.path.abspath(images or files[0][0].parent)
+    entries = [entry for table in tables for entry in table.entries]
+    listed = [os.path.join(root, entry.image) if entry.image else "" for entry in entries if entry.stored is None]
+    check_existence(listed, 1.0, "--images")
+    digests = [file_sha256(path) for path, _ in files]
+    digest = digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
+    plan = Plan(digest, files[0][1], root, shard_size, short_side, *columns.pop())
     work = _start(out, plan)
     try:
         with FileLock(work / "lock").acquire(blocking=False):
@@ -196,12 +210,7 @@ def _sample(entry: TableEntry, plan: Plan) -> tuple[str, bytes, bytes, int]:
         raise BadSample(f"no image in column {plan.image_column!r}")
     captions, skipped = usable_captions(entry.captions, f"column {plan.caption_column!r}")
     parse_phrases(entry.phrases)
-    path = os.path.normpath(os.path.join(plan.images, entry.image))
-    if not path.startswith(os.path.join(plan.images, "")):  # the table is not trusted
-        raise BadSample(f"image lies outside of {plan.images}")
-    if not os.path.isfile(path):
-        raise BadSample("image does not exist")
-    image = read_image(path)
+    image = _inner_image(entry.image, plan.images) if entry.stored is None else read_stored(entry.stored)
     facts = check_image(image)
     if plan.short_side is not None and min(facts.width, facts.height) > plan.short_side:
         extension, image = "jpg", _downsize(convert_image(image) if facts.convert else image, plan.short_side)
@@ -210,6 +219,15 @@ def _sample(entry: TableEntry, plan: Plan) -> tuple[str, bytes, bytes, int]:
             extension = _EXTENSIONS[picture.format]
     text = {"captions": captions, "image": entry.image} | ({"phrases": entry.phrases} if entry.phrases else {})
     return extension, image, json.dumps(text).encode("ascii"), skipped
+
+
+def _inner_image(name: str, folder: str) -> bytes:
+    path = os.path.normpath(os.path.join(folder, name))
+    if not path.startswith(os.path.join(folder, "")):  # the table is not trusted
+        raise BadSample(f"image lies outside of {folder}")
+    if not os.path.isfile(path):
+        raise BadSample("image does not exist")
+    return read_image(path)
 
 
 def _downsize(image: bytes, short_side: int) -> bytes:

@@ -22,10 +22,10 @@ from softmask_fast.utils import file_sha256, parse_json, write_text
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff")
 CAPTION_EXTENSIONS = ("json", "txt")
 # recognized only to report the sample as bad, with this as the reason
-UNSUPPORTED_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "heic", "jp2", "svg")
+UNSUPPORTED_EXTENSIONS = ("gif", "bmp", "avif", "heic", "jp2", "svg")
 
 INDEX_FORMAT = "softmask_fast shard index, version 1"
 INDEX_SUFFIX = ".index.jsonl"
@@ -55,7 +55,7 @@ class IndexHeader:
 
 
 class ShardSource:
-    """Samples of tar files: `name.jpg` (.jpeg, .png, .webp) next to `name.json` or `name.txt`.
+    """Samples of tar files: `name.jpg` (.jpeg, .png, .webp, .tif, .tiff) next to `name.json` or `name.txt`.
 
     JSON: {"captions": [...]} or {"caption": "..."}, optionally "phrases"; text: one caption per line. Keys are
     "shard/name", with the shard's path relative to the common folder of all shards; repeated keys get "#2", "#3", ...
@@ -104,7 +104,7 @@ def read_sample(key: str, members: Members, shard: FileIO) -> Sample:
     """Reads one sample of an open shard. Raises BadSample if it cannot be used."""
     image = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
     if image is None:
-        raise BadSample(f"no .jpg, .jpeg, .png or .webp file, only {', '.join(members)}")
+        raise BadSample(f"no .jpg, .jpeg, .png, .webp, .tif or .tiff file, only {', '.join(members)}")
     captions, skipped, phrases = _read_captions(members, shard)
     return Sample(key, _read_member(members, image, shard), captions, phrases, skipped)
 

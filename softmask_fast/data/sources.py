@@ -1,42 +1,51 @@
-"""Opens data: shards, JSON lists and `shapes` as sources of samples."""
+"""Opens data: shards, tables and `shapes` as sources of samples."""
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from softmask_fast.config import DataConfig
+from softmask_fast.data.columnar import CACHE_BYTES, read_stored
+from softmask_fast.data.folders import check_existence, folder_files
 from softmask_fast.data.images import read_image
-from softmask_fast.data.parsing import check_captions, distinct_keys, relative_names, usable_captions
+from softmask_fast.data.parsing import distinct_keys, parse_phrases, relative_names, usable_captions
 from softmask_fast.data.remote.options import RemoteOptions
+from softmask_fast.data.sampler import WindowedSampler
 from softmask_fast.data.seeding import image_ids
 from softmask_fast.data.shards import ShardSource
 from softmask_fast.data.synthetic import ShapesSource
+from softmask_fast.data.tables import TABLE_FORMATS, TableEntry, read_table
 from softmask_fast.data.types import BadSample, CaptionSource, Sample
-from softmask_fast.errors import UsageError, short
-from softmask_fast.utils import read_json
+from softmask_fast.errors import UsageError
 
 
 def open_source(
     data: str | Sequence[str], *, split: str = "train", seed: int = 0, image_size: int = 64,
-    remote: RemoteOptions | None = None, image_root: str | None = None,
+    remote: RemoteOptions | None = None, image_root: str | None = None, image_column: str | None = None,
+    caption_column: str | None = None, max_missing: float = 1.0,
 ) -> CaptionSource:  # fmt: skip
     """Opens `data` and lists its samples.
 
     Args:
         data: `"shapes"` or `"shapes:num=4096,objects=3"`, drawn on the fly; WebDataset shards, as a tar file, a brace
-            pattern (`"cc3m-{000..331}.tar"`), a glob pattern or a folder; ALBEF's JSON lists,
-            `[{"image": path, "caption": str or list}]`; several of these as a list or separated by commas; or shards by
-            URL (`https://`, `s3://`, `gs://`, ...), also as patterns, but not mixed with local paths.
+            pattern (`"cc3m-{000..331}.tar"`), a glob pattern or a folder; tables (`tables.TABLE_FORMATS`; a split of
+            one as `"dataset_coco.json:val"`) and folders of Hugging Face's `datasets`; several of these as a list or
+            separated by commas; or shards by URL (`https://`, `s3://`, `gs://`, ...), also as patterns, but not mixed
+            with local paths.
         split: `"train"` or `"val"`; for shapes only, like `seed` and `image_size` (pixels).
         remote: How shards by URL are cached and mixed.
-        image_root: Folder of relative image paths in JSON lists; default: the folder of the list.
+        image_root: Folder of relative image paths in tables; default: the folder of the table.
+        image_column, caption_column: Of tables, see `read_table`.
+        max_missing: Fraction of the images of tables that may not exist; all must not.
 
     Raises:
         UsageError: If data are missing, damaged or unreachable; the message names them.
@@ -51,25 +60,29 @@ def open_source(
         from softmask_fast.data.remote.source import RemoteShardSource, expand_urls  # imports fsspec
 
         return RemoteShardSource(expand_urls(urls), remote)
-    paths = expand_paths(names)
-    shards = [path for path in paths if path.suffix == ".tar"]
-    lists = [path for path in paths if path.suffix == ".json"]
-    if unknown := sorted(set(paths) - set(shards) - set(lists)):
-        raise UsageError(f"data: expected .tar shards, .json lists or folders of shards, got {unknown[0]}")
-    sources: list[ShardSource | JsonListSource] = []
+    files = expand_files(names)
+    shards = [path for path, _ in files if path.suffix == ".tar"]
+    tables = [(path, part) for path, part in files if path.suffix in TABLE_FORMATS]
+    if unknown := sorted({path for path, _ in files} - {*shards, *(path for path, _ in tables)}):
+        raise UsageError(
+            f"data: expected .tar shards, tables ({', '.join(TABLE_FORMATS)}) or folders, got {unknown[0]}"
+        )
+    sources: list[ShardSource | TableSource] = []
     if shards:
         sources.append(ShardSource(shards))
-    if lists:
-        sources.append(JsonListSource(lists, image_root))
+    if tables:
+        columns = {"image_column": image_column, "caption_column": caption_column}
+        sources.append(TableSource(tables, image_root, max_missing, **columns))
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
 
 def open_as_configured(data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> CaptionSource:
     """`open_source` with the other options of a run's configuration."""
-    remote = RemoteOptions.of(options)
     return open_source(
-        data, split=split, seed=seed, image_size=image_size, remote=remote, image_root=options.image_root
-    )
+        data, split=split, seed=seed, image_size=image_size, remote=RemoteOptions.of(options),
+        image_root=options.image_root, image_column=options.image_column, caption_column=options.caption_column,
+        max_missing=options.max_bad_fraction if split == "train" else 1.0,
+    )  # fmt: skip
 
 
 def shared_files(first: str, second: str) -> list[str]:
@@ -79,7 +92,8 @@ def shared_files(first: str, second: str) -> list[str]:
     files = []
     for names in map(expand_names, (first, second)):
         urls = {name for name in names if "://" in name}
-        files.append(urls | {str(path.resolve()) for path in expand_paths([n for n in names if n not in urls])})
+        local = expand_files([name for name in names if name not in urls])
+        files.append(urls | {f"{path.resolve()}{f':{split}' if split else ''}" for path, split in local})
     return sorted(files[0] & files[1])
 
 
@@ -97,68 +111,92 @@ def expand_names(data: str | Sequence[str]) -> list[str]:
         except UnbalancedBracesError as error:
             raise UsageError(f"data: {item}: {error}") from error
         if "" in expanded:
-            raise UsageError(f"data: expected 'shapes', shards or .json lists, got an empty name in {item!r}")
+            raise UsageError(f"data: expected 'shapes', shards or tables, got an empty name in {item!r}")
         names += expanded
     if not names:
-        raise UsageError("data: expected 'shapes', shards or .json lists, got no names")
+        raise UsageError("data: expected 'shapes', shards or tables, got no names")
     return names
 
 
 def expand_paths(names: Sequence[str]) -> list[Path]:
-    """The local files that `names` (files, folders of shards, glob patterns) stand for, in a fixed order."""
-    paths: list[Path] = []
+    """The files of `expand_files`, where splits are of no use."""
+    return [path for path, _ in expand_files(names)]
+
+
+def expand_files(names: Sequence[str]) -> list[tuple[Path, str | None]]:
+    """The local files that `names` (files, folders, glob patterns, each maybe with ":split") stand for, in a fixed
+    order, and the split to be read of each."""
+    files: list[tuple[Path, str | None]] = []
     for name in names:
+        split = None
+        if not os.path.exists(os.path.expanduser(name)) and (part := _SPLIT.fullmatch(name)):
+            name, split = part[1], part[2]
         path = Path(name).expanduser()
         if path.is_dir():
-            if not (found := sorted(path.glob("*.tar"))):
-                raise UsageError(f"data: no .tar files in {name}")
+            files += [(file, None) for file in folder_files(path, split)]
         elif any(letter in name for letter in "*?["):
             if not (found := sorted(map(Path, glob.glob(str(path))))):
                 raise UsageError(f"data: nothing matches {name}")
+            files += [(file, split) for file in found]
         else:
-            found = [path]
-        paths += found
-    if missing := [str(path) for path in paths if not path.exists()]:
-        raise UsageError(f"data: {len(missing)} of {len(paths)} files do not exist: {', '.join(missing[:10])}")
-    if other := [path for path in paths if not path.is_file()]:
+            files.append((path, split))
+    if missing := [str(path) for path, _ in files if not path.exists()]:
+        raise UsageError(f"data: {len(missing)} of {len(files)} files do not exist: {', '.join(missing[:10])}")
+    if other := [path for path, _ in files if not path.is_file()]:
         raise UsageError(f"data: expected files, {other[0]} is none")
-    return paths
+    return files
 
 
-class JsonListSource:
-    """ALBEF's pretraining lists: JSON files of [{"image": path, "caption": str or list of str}].
+_SPLIT = re.compile(r"(.+):([\w+-]+)")
 
-    Entries with the same image share one image id.
+
+class TableSource:
+    """The images of tables, each with all its captions. Of a .json list each entry is a sample, as ALBEF counts them.
+
+    Equal images share one image id.
     """
 
     encoded = True
 
-    def __init__(self, paths: Sequence[Path], image_root: str | None = None):
-        """image_root: folder of relative image paths; default: the folder of the JSON file."""
-        self._images: list[str] = []
-        self._captions: list[str | list[str] | BadSample] = []
-        for path in paths:
-            entries = read_json(path, "data")
-            if not isinstance(entries, list):
-                raise UsageError(f"data: {path} must be a JSON list of objects, got {type(entries).__name__}")
-            for number, entry in enumerate(entries):
-                if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-                    raise UsageError(f'data: {path}: entry {number} has no "image" path: {short(entry)}')
-                self._images.append(os.path.abspath(os.path.join(image_root or path.parent, entry["image"])))
-                captions = entry.get("caption")
-                try:
-                    check_captions(captions, '"caption"')
-                except BadSample as error:  # raised when the sample is read
-                    captions = BadSample(str(error))
-                self._captions.append(captions)
-        if not self._images:
-            raise UsageError(f"data: no samples in {', '.join(map(str, paths))}")
-        names = relative_names(self._images)
+    def __init__(
+        self, tables: Sequence[tuple[Path, str | None]], image_root: str | None = None, max_missing: float = 1.0,
+        **columns: str | None,
+    ):  # fmt: skip
+        """tables: files and splits; image_root: folder of relative image paths, default: that of the table; columns:
+        as in `read_table`; max_missing: see `check_existence`."""
+        self._entries: list[TableEntry] = []
+        self._columns: list[str] = []  # of the captions
+        names = []
+        for path, split in tables:
+            table = read_table(path, split=split, join=path.suffix != ".json", option="data", **columns)
+            root = os.path.abspath(image_root or path.parent)
+            for entry in table.entries:
+                if entry.stored is None and entry.image:
+                    entry.image = os.path.abspath(os.path.join(root, entry.image))
+                # an image of a table has no name that is sure to be its own
+                own = f"{os.path.abspath(path)}/{entry.row:09d}"
+                names.append(entry.image if entry.stored is None and entry.image else own)
+            self._entries += table.entries
+            self._columns += [table.caption_column] * len(table.entries)
+        check_existence([entry.image for entry in self._entries if entry.stored is None], max_missing, "--image_root")
+        names = relative_names(names)
         self.keys = distinct_keys(names)
         self.image_ids = image_ids(names)
+        if any(entry.stored and entry.stored.bytes for entry in self._entries):
+            self.sampler = self._by_groups()
+
+    def _by_groups(self) -> WindowedSampler:
+        """An order in which few row groups at a time are in memory."""
+        names, counts, most = [], [], 1
+        for place, group in groupby(self._entries, lambda entry: entry.stored and entry.stored[:3]):
+            group = list(group)
+            names.append(f"{len(names)} {place and (os.path.basename(place[0]), *place[1:])}")
+            counts.append(len(group))
+            most = max(most, group[0].stored.bytes if place else 0)
+        return WindowedSampler(names, counts, max(1, CACHE_BYTES // 2 // most))
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._entries)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -166,15 +204,16 @@ class JsonListSource:
     def read(self, index: int) -> Sample:
         return self.load(self.locate(index))
 
-    def locate(self, index: int) -> tuple[str, str, Any]:
-        return self.keys[index], self._images[index], self._captions[index]
+    def locate(self, index: int) -> tuple[str, TableEntry, str]:
+        return self.keys[index], self._entries[index], self._columns[index]
 
-    def load(self, located: tuple[str, str, Any]) -> Sample:
-        key, image, raw = located
-        if isinstance(raw, BadSample):
-            raise BadSample(str(raw))
-        captions, skipped = usable_captions(raw, '"caption"')
-        return Sample(key, read_image(image), captions, skipped_captions=skipped)
+    def load(self, located: tuple[str, TableEntry, str]) -> Sample:
+        key, entry, column = located
+        if not entry.image:
+            raise BadSample(f"no image in row {entry.row}")
+        captions, skipped = usable_captions(entry.captions, f"column {column!r}")
+        image = read_image(entry.image) if entry.stored is None else read_stored(entry.stored)
+        return Sample(key, image, captions, parse_phrases(entry.phrases), skipped)
 
 
 class JoinedSource:
@@ -182,7 +221,12 @@ class JoinedSource:
 
     encoded = True
 
-    def __init__(self, sources: Sequence[ShardSource | JsonListSource]):
+    def __init__(self, sources: Sequence[ShardSource | TableSource]):
+        if any(hasattr(source, "sampler") for source in sources):
+            raise UsageError(
+                "data: images in parquet files are read by row groups, which do not mix with shards; "
+                "softmask-fast prepare makes shards of them"
+            )
         self._sources = sources
         self._starts = np.cumsum([0] + [len(source) for source in sources])
         self.keys = distinct_keys([key for source in sources for key in source.keys])

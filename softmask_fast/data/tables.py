@@ -1,24 +1,36 @@
-"""Tables of images and captions: .csv, .tsv, .json, .jsonl and .parquet. Nothing is left out in silence."""
+"""Tables of images and captions: text, JSON, Parquet and Arrow. Nothing is left out in silence."""
 
 from __future__ import annotations
 
 import csv
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from softmask_fast.data.columnar import COLUMNAR, Choose, Stored, columnar_rows, read_stored
+from softmask_fast.data.layouts import layout_rows
 from softmask_fast.data.parsing import limited
 from softmask_fast.data.shards import IMAGE_EXTENSIONS
+from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError, printable, short
 from softmask_fast.utils import check_size, parse_json
 
 logger = logging.getLogger(__name__)
 
-TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", *COLUMNAR)
 QUOTES = "texts in quotes, which are letters in a .tsv; quotes around texts need a .csv"
-_MAX_ROWS = 100_000_000  # of a parquet file, a few bytes of which can be any number of rows
+# the first of each wins; of the others one is taken if it is the only one
+IMAGE_NAMES = """image file_name filename filepath file_path image_path image_name image_file img img_path path file
+                 picture""".split()
+CAPTION_NAMES = "caption captions text title sentence sentences description comment prompt raw alt_text".split()
+_NUMBERED = re.compile(r"(caption|sentence|text|raw)_?\d+")
+_PEEKED = 1000  # rows of JSON whose names are the columns
+_COMPARED = 20  # images that are read to learn whether equal names are equal images
 
 
 @dataclass
@@ -26,59 +38,179 @@ class TableEntry:
     """An image of the table with the captions of all its rows, unchecked."""
 
     row: int  # of its first mention, counted from 1 without the header
-    image: str
+    image: str  # its path; of a stored one its name, or where it is
     captions: list[Any] = field(default_factory=list)
     phrases: list[Any] = field(default_factory=list)
+    stored: Stored | None = None
 
 
-def read_table(path: Path, image_column: str, caption_column: str) -> list[TableEntry]:
-    """The images in the order of their first mention. A caption may be a string or a list of strings.
+@dataclass
+class Table:
+    """The images in the order of their first mention, and the columns that they and their captions came from."""
+
+    entries: list[TableEntry]
+    image_column: str
+    caption_column: str  # several are separated by commas
+
+
+def read_table(
+    path: Path, image_column: str | None = None, caption_column: str | None = None, *, split: str | None = None,
+    join: bool = True, option: str = "pairs",
+) -> Table:  # fmt: skip
+    """Reads a table. A caption may be a string or a list of strings.
+
+    Args:
+        image_column, caption_column: Names of columns, of captions also several, separated by commas; None: guessed
+            from `IMAGE_NAMES` and `CAPTION_NAMES`, and logged.
+        split: Rows whose "split" is this or, separated by +, one of these; a table of several splits needs it.
+        join: Rows of the same image become one entry; False: each is an entry.
+        option: What the path came from, for messages.
 
     Raises:
-        UsageError: If the table cannot be read or lacks one of the columns.
-        ModuleNotFoundError: For parquet without pyarrow.
+        UsageError: If the table cannot be read, or lacks a column or a split.
     """
     if path.suffix not in TABLE_FORMATS:
-        raise UsageError(f"pairs: expected a table ({', '.join(TABLE_FORMATS)}), got {path}")
-    check_size(path, "pairs")
-    entries: dict[str, TableEntry] = {}
-    for number, row in enumerate(_rows(path, (image_column, caption_column)), 1):
-        if not isinstance(row, dict):
-            raise UsageError(f"pairs: {path}: row {number} must be an object, got {short(row)}")
-        # JSON has no header: a row without an image is reported as bad later
-        image = row.get(image_column)
-        name = image if isinstance(image, str) else "" if image is None else short(image)
-        entry = entries.setdefault(name or f"\0{number}", TableEntry(number, name))
-        captions = row.get(caption_column)
-        if captions is not None:
+        raise UsageError(f"{option}: expected a table ({', '.join(TABLE_FORMATS)}), got {path}")
+    if path.suffix not in COLUMNAR:  # of these only a part is read into memory
+        check_size(path, option)
+    columns = _Columns(path, image_column, caption_column)
+    wanted, splits, found = split.split("+") if split else [], Counter(), {}
+    try:
+        for number, row in enumerate(_rows(path, columns.choose), 1):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {number} must be an object, got {short(row)}")
+            own_split = row.get("split")
+            if isinstance(own_split, str | int):
+                splits[str(own_split)] += 1
+            if not wanted or str(own_split) in wanted:
+                _add_row(found, number, row, columns, join)
+    except (ValueError, csv.Error) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{option}: {path} cannot be read: {error}") from error
+    _check_splits(splits, wanted, f"{option}: {path}")
+    if not found:
+        raise UsageError(f"{option}: {path} lists no images")
+    entries = _joined_images(list(found.values())) if join else list(found.values())
+    return Table(entries, columns.image, ",".join(columns.captions))
+
+
+def _add_row(found: dict[str, TableEntry], number: int, row: dict[str, Any], columns: _Columns, join: bool) -> None:
+    # JSON has no header: a row without an image is reported as bad later
+    image, stored = row.get(columns.image), None
+    if isinstance(image, Stored):
+        stored, image = image, image.name or f"row {number}"
+    name = image if isinstance(image, str) else "" if image is None else short(image)
+    alone = f"\0{number}"
+    entry = found.setdefault(name if name and join and not stored else alone, TableEntry(number, name, stored=stored))
+    for column in columns.captions:
+        if (captions := row.get(column)) is not None:
             entry.captions += limited(captions if isinstance(captions, list) else [captions], 1)
-        phrases = row.get("phrases") or []
-        entry.phrases += limited(phrases if isinstance(phrases, list) else [phrases], 4)
-    if not entries:
-        raise UsageError(f"pairs: {path} lists no images")
-    return list(entries.values())
+    phrases = row.get("phrases") or []
+    entry.phrases += limited(phrases if isinstance(phrases, list) else [phrases], 4)
 
 
-def _rows(path: Path, columns: tuple[str, str]) -> Iterator[Any]:
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path, columns)
+def _check_splits(splits: Counter[str], wanted: list[str], where: str) -> None:
+    listed = ", ".join(f"{name} ({count:,} rows)" for name, count in splits.most_common(10))
+    if unknown := [name for name in wanted if name not in splits]:
+        raise UsageError(f"{where}: no split {unknown[0]!r}; " + (f"it has {listed}" if splits else "it has no splits"))
+    if len(splits) > 1 and not wanted:
+        name = next(iter(splits))
+        raise UsageError(f"{where} has the splits {listed}: name one behind a colon, as in {Path(where).name}:{name}")
+
+
+def _joined_images(entries: list[TableEntry]) -> list[TableEntry]:
+    """The entries, those of stored images of one name joined, if a look at some says that they are one image."""
+    named: dict[str, list[TableEntry]] = {}
+    for entry in entries:
+        if entry.stored is not None and entry.stored.name:
+            named.setdefault(entry.stored.name, []).append(entry)
+    several = [same for same in named.values() if len(same) > 1]
+    try:
+        for first, second, *_ in several[:: -(-len(several) // _COMPARED) or 1]:
+            if read_stored(first.stored) != read_stored(second.stored):
+                return entries
+    except BadSample:
+        return entries
+    dropped = set()
+    for first, *others in several:
+        for other in others:
+            first.captions += other.captions
+            first.phrases += other.phrases
+            dropped.add(id(other))
+    return [entry for entry in entries if id(entry) not in dropped]
+
+
+class _Columns:
+    """The columns of a table: those that were named, or those that their names give away."""
+
+    def __init__(self, path: Path, image: str | None, caption: str | None):
+        self.path, self.image, self.captions = path, image or "", caption.split(",") if caption else []
+        self.named = bool(image), bool(caption)
+
+    def choose(self, names: Sequence[str], holding: Sequence[str] = ()) -> tuple[str, list[str]]:
+        """The image's and the captions', of all columns and of those that hold image files. Raises ValueError."""
+        if not self.named[0]:
+            self.image = holding[0] if len(holding) == 1 else self._guess(names, IMAGE_NAMES, "image")[0]
+        if not self.named[1]:
+            self.captions = self._guess(names, CAPTION_NAMES, "caption")
+        wanted = self.image, *self.captions
+        twice = [name for name in (*wanted, "phrases", "split") if list(names).count(name) > 1]
+        if twice:
+            raise ValueError(f"two columns are named {twice[0]!r}")
+        if missing := [name for name in wanted if name not in names]:
+            raise ValueError(f"no column {missing[0]!r}; the columns are {_listed(names)}")
+        if self.image in self.captions:
+            raise ValueError(f"caption_column: expected another column than image_column, got {self.image!r}")
+        if (self.image, self.captions) != ("image", ["caption"]) and not all(self.named):
+            what = f"images from column {self.image!r}, captions from {_listed(self.captions)}"
+            logger.info("%s", printable(f"{self.path}: {what}"))
+        return self.image, self.captions
+
+    def _guess(self, names: Sequence[str], known: Sequence[str], kind: str) -> list[str]:
+        if known[0] in names:
+            return [known[0]]
+        found = list(dict.fromkeys(name for name in names if name.strip().lower() in known))
+        if kind == "caption" and not found:
+            found = [name for name in names if _NUMBERED.fullmatch(name.strip().lower())]
+        elif len(found) > 1:
+            raise ValueError(f"columns {_listed(found)} may all hold the {kind}: name one, see --{kind}_column")
+        if not found:
+            raise ValueError(f"no column {known[0]!r}; the columns are {_listed(names)}: see --{kind}_column")
+        return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _rows(path: Path, choose: Choose) -> Iterator[Any]:
+    if path.suffix in COLUMNAR:
+        yield from columnar_rows(path, choose)
         return
     read = {".json": _json_rows, ".jsonl": _jsonl_rows}.get(path.suffix, _separated_rows)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from read(file, columns)
-    except (ValueError, csv.Error) as error:
-        raise UsageError(f"pairs: {path} cannot be read: {error}") from error
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        yield from read(file, choose)
 
 
-def _json_rows(file: TextIO, columns: tuple[str, str]) -> Iterator[Any]:
-    rows = parse_json(file.read())
-    if not isinstance(rows, list):
-        raise ValueError(f"expected a list of objects, got {type(rows).__name__}")
-    yield from rows
+def _json_rows(file: TextIO, choose: Choose) -> Iterator[Any]:
+    content = parse_json(file.read())
+    return _object_rows(iter(content if isinstance(content, list) else layout_rows(content)), choose)
 
 
-def _jsonl_rows(file: TextIO, columns: tuple[str, str]) -> Iterator[Any]:
+def _jsonl_rows(file: TextIO, choose: Choose) -> Iterator[Any]:
+    return _object_rows(_lines_of_json(file), choose)
+
+
+def _object_rows(rows: Iterator[Any], choose: Choose) -> Iterator[Any]:
+    """The rows, after the names of the first ones were taken for columns."""
+    first = list(islice(rows, _PEEKED))
+    if objects := [row for row in first if isinstance(row, dict)]:
+        choose(list(dict.fromkeys(name for row in objects for name in row)), ())
+    return chain(first, rows)
+
+
+def _lines_of_json(file: TextIO) -> Iterator[Any]:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
@@ -87,7 +219,7 @@ def _jsonl_rows(file: TextIO, columns: tuple[str, str]) -> Iterator[Any]:
                 raise ValueError(f"line {number}: {error}") from error
 
 
-def _separated_rows(file: TextIO, columns: tuple[str, str]) -> Iterator[dict[str, str]]:
+def _separated_rows(file: TextIO, choose: Choose) -> Iterator[dict[str, str]]:
     """Every row has the fields of the header. In a .tsv a quote is a letter like any other."""
     tabs = file.name.endswith(".tsv")
     format = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
@@ -108,20 +240,20 @@ def _separated_rows(file: TextIO, columns: tuple[str, str]) -> Iterator[dict[str
             continue
         if header is None:
             header = row
-            _check_columns(header, columns)
+            image, _ = choose(header, ())
             continue
         if len(row) != len(header):
             quote = "" if tabs else "; quote texts that hold a comma"
             raise ValueError(f"{where} has {len(row)} fields, the header has {len(header)}{quote}")
         if lines.line_num > first:
             several.append(first)
-            _check_quotes(row, header.index(columns[0]), len(header), f"{where} to {lines.line_num}")
+            _check_quotes(row, header.index(image), len(header), f"{where} to {lines.line_num}")
         if tabs and any(value[:1] == value[-1:] == '"' for value in row):
             quoted.append(first)
         yield dict(zip(header, row, strict=True))
         rows += 1
     if header is None:
-        _check_columns([], columns)
+        choose([], ())
     for found, what in ((several, "quoted line breaks; is a quote not closed?"), (quoted, QUOTES)):
         if found:
             name = printable(file.name)
@@ -134,32 +266,3 @@ def _check_quotes(row: list[str], image: int, fields: int, where: str) -> None:
     for one in csv.reader(inner):
         if len(one) == fields and one[image].lower().rpartition(".")[2] in IMAGE_EXTENSIONS:
             raise ValueError(f"{where}: a quoted text holds the row {','.join(one)!r}: a quote is not closed")
-
-
-def _parquet_rows(path: Path, columns: tuple[str, str]) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"pairs: {path}: reading parquet needs pyarrow (pip install pyarrow); or use a CSV or JSON table",
-            name="pyarrow",
-        ) from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(file.schema_arrow.names, columns)
-            if file.metadata.num_rows > _MAX_ROWS:
-                raise ValueError(f"it has {file.metadata.num_rows} rows, the limit is {_MAX_ROWS}")
-            wanted = [name for name in dict.fromkeys((*columns, "phrases")) if name in file.schema_arrow.names]
-            for batch in file.iter_batches(columns=wanted):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise UsageError(f"pairs: {path} cannot be read: {error}") from error
-
-
-def _check_columns(columns: Sequence[str], wanted: Iterable[str]) -> None:
-    twice = [name for name in (*wanted, "phrases") if list(columns).count(name) > 1]
-    if twice:
-        raise ValueError(f"two columns are named {twice[0]!r}")
-    if missing := [name for name in wanted if name not in columns]:
-        raise ValueError(f"no column {missing[0]!r}; the columns are {', '.join(map(repr, columns))}")

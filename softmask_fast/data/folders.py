@@ -1,0 +1,90 @@
+"""What folders hold: shards, or what Hugging Face's `datasets` reads; and whether images are where they should be."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from softmask_fast.errors import UsageError, printable, short
+from softmask_fast.utils import read_json
+
+logger = logging.getLogger(__name__)
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
+LOOKED_FOR = 10_000  # images of a list, evenly spread; on a local disk 0.05 s, over NFS seconds
+_PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?")  # of a split: train-00000-of-00002.parquet
+
+
+def folder_files(folder: Path, split: str | None = None) -> list[Path]:
+    """The files of a folder in a fixed order: its shards; the table of an imagefolder; what `save_to_disk` wrote; or
+    parquet files, there or in its folder data. Raises UsageError if there is nothing, or several splits and no `split`.
+    """
+    if split is not None and (folder / split).is_dir():
+        return folder_files(folder / split)
+    if split is None and (shards := sorted(folder.glob("*.tar"))):
+        return shards
+    if (folder / "dataset_dict.json").is_file():
+        listed = read_json(folder / "dataset_dict.json", "data")
+        splits = listed.get("splits") if isinstance(listed, dict) else None
+        raise _several(folder, splits if isinstance(splits, list) else [], split)
+    if split is None and (folder / "state.json").is_file():
+        return _saved_files(folder)
+    if tables := [folder / name for name in METADATA if (folder / name).is_file()]:
+        if len(tables) == 1 and split is None:
+            return tables
+        given = f"split {split!r}" if split else "one table"
+        raise UsageError(f"data: {folder}: expected {given}, got {', '.join(table.name for table in tables)}")
+    if inner := [path.name for path in sorted(folder.iterdir()) if any((path / name).is_file() for name in METADATA)]:
+        raise _several(folder, inner, split)
+    parts: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet")):
+        named = _PART.fullmatch(file.stem)
+        parts.setdefault(named[1] if named else file.stem if split else "", []).append(file)
+    if not parts:
+        expected = f"{', '.join(METADATA)}, a dataset of save_to_disk, or parquet files"
+        raise UsageError(f"data: no .tar files in {folder}, nor {expected}" + (f", of split {split}" if split else ""))
+    if split in parts:
+        return parts[split]
+    if split is None and len(parts) == 1:
+        return next(iter(parts.values()))
+    raise _several(folder, list(parts), split)
+
+
+def _several(folder: Path, splits: list[str], split: str | None) -> UsageError:
+    if split is None:
+        named = ", ".join(map(str, splits[:10]))
+        example = f"{folder}:{splits[0]}" if splits else f"{folder}:train"
+        return UsageError(f"data: {folder} has the splits {named}: name one behind a colon, as in {example}")
+    return UsageError(f"data: {folder} has no split {split!r}; it has {', '.join(map(str, splits[:10]))}")
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a dataset that `save_to_disk` wrote."""
+    state = read_json(folder / "state.json", "data")
+    files = state.get("_data_files") if isinstance(state, dict) else None
+    names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
+        raise UsageError(f'data: {folder}/state.json: "_data_files": expected names of files, got {short(files)}')
+    return [folder / name for name in names]
+
+
+def check_existence(images: Sequence[str], most: float, option: str) -> None:
+    """Looks whether images exist, up to `LOOKED_FOR` of them. Logs how many do not.
+
+    Raises UsageError, which names the option that their folder came from, if none does, or more than the fraction
+    `most` do not.
+    """
+    looked = images[:: -(-len(images) // LOOKED_FOR) or 1]
+    missing = [image for image in looked if not os.path.exists(image)]
+    if not missing:
+        return
+    some = "images" if len(looked) == len(images) else f"images that were looked for, of {len(images):,},"
+    first = missing[0] or "a row without one"
+    hint = "; images by URL are not downloaded: img2dataset makes shards of them" if "http" in first else ""
+    message = f"data: {len(missing):,} of {len(looked):,} {some} do not exist, first: {first}, see {option}{hint}"
+    if len(missing) == len(looked) or len(missing) > int(most * len(looked) + 1e-9):
+        raise UsageError(message)
+    logger.warning("%s", printable(message))
