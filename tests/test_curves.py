@@ -68,6 +68,16 @@ def test_few_panels_that_say_something(draw):
     assert not any(ax.texts for ax in system.values())
 
 
+def test_a_legend_is_as_wide_as_its_panel(draw):
+    """Of 7 inches, whatever the names are: one long one takes the panel no width."""
+    names = ("mean recall of all captions, ITC + ITM", "recall at 1 by contrast", "recall at 1 re-ranked")
+    records = [dict.fromkeys((*names, "pointing game", "box accuracy"), 0.5) | {"step": step} for step in (1, 2)]
+    (ax,) = draw([{"step": 1, "learning_rate": 2.0}], records)["curves.png"].values()
+    figure = ax.figure
+    assert ax.get_legend().get_window_extent().width < 7 * figure.dpi
+    assert ax.get_window_extent().width > 6 * figure.dpi
+
+
 def test_one_evaluation_is_bars_and_one_point_is_drawn(draw):
     figures = draw([{"step": 1, "loss": 2.0}], [{"step": 1600, "mean recall": 0.75}], {"queue enters": 1})
     assert list(figures) == ["curves.png"]  # nothing of the machine

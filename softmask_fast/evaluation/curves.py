@@ -212,12 +212,17 @@ def _legend(ax: Axes, width: float) -> int:
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) < 2:
         return 0
-    lines = math.ceil(sum(len(label) + 5 for label in labels) / (12 * width))
+    lines = next((n for n in range(1, len(labels)) if _characters(labels, n) <= 12 * width), len(labels))
     ax.legend(
         handles, labels, ncols=math.ceil(len(labels) / lines), fontsize=9, frameon=False, handlelength=1.4,
         columnspacing=1.2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2,
     )  # fmt: skip
     return lines
+
+
+def _characters(labels: Sequence[str], lines: int) -> int:
+    """How wide a legend of so many lines is, its handles included."""
+    return sum(5 + max(map(len, labels[i : i + lines])) for i in range(0, len(labels), lines))
 
 
 def _mark(ax: Axes, events: Mapping[str, int]) -> None:
