@@ -275,7 +275,8 @@ def test_retrieval_without_reranking_and_in_training_mode(model_and_tokenizer, s
 
 
 def test_every_seed_is_measured_on_the_same_scenes():
-    first, second = (PretrainingEvaluation(make_config("tiny", seed=seed), "shapes:objects=3").source for seed in (0, 1))
+    configs = (make_config("tiny", seed=seed) for seed in (0, 1))
+    first, second = (PretrainingEvaluation(config, "shapes:objects=3").source for config in configs)
     assert first.keys == second.keys and first.scene(0) == second.scene(0)
 
 
