@@ -68,14 +68,16 @@ def _saved_files(folder: Path) -> list[Path]:
     names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
     if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
         raise UsageError(f'data: {folder}/state.json: "_data_files": expected names of files, got {short(files)}')
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UsageError(f"data: {folder}/state.json names {missing[0]}, which is no file")
     return [folder / name for name in names]
 
 
-def check_existence(images: Sequence[str], most: float, option: str) -> None:
-    """Looks whether images exist, up to `LOOKED_FOR` of them. Logs how many do not.
+def check_existence(images: Sequence[str], most: float, table: str, option: str) -> None:
+    """Looks whether the images of a table exist, up to `LOOKED_FOR` of them. Logs how many do not.
 
-    Raises UsageError, which names the option that their folder came from, if none does, or more than the fraction
-    `most` do not.
+    Raises UsageError, which names the table and the option that their folder came from, if none does, or more than the
+    fraction `most` do not.
     """
     looked = images[:: -(-len(images) // LOOKED_FOR) or 1]
     missing = [image for image in looked if not os.path.exists(image)]
@@ -84,7 +86,7 @@ def check_existence(images: Sequence[str], most: float, option: str) -> None:
     some = "images" if len(looked) == len(images) else f"images that were looked for, of {len(images):,},"
     first = missing[0] or "a row without one"
     hint = "; images by URL are not downloaded: img2dataset makes shards of them" if "http" in first else ""
-    message = f"data: {len(missing):,} of {len(looked):,} {some} do not exist, first: {first}, see {option}{hint}"
+    message = f"{table}: {len(missing):,} of {len(looked):,} {some} do not exist, first: {first}, see {option}{hint}"
     if len(missing) == len(looked) or len(missing) > int(most * len(looked) + 1e-9):
         raise UsageError(message)
     logger.warning("%s", printable(message))

@@ -98,8 +98,9 @@ def make_shards(
         raise UsageError(f"pairs: expected tables with the same columns, got {' and '.join(map(str, sorted(columns)))}")
     root = os.path.abspath(images or files[0][0].parent)
     entries = [entry for table in tables for entry in table.entries]
-    listed = [os.path.join(root, entry.image) if entry.image else "" for entry in entries if entry.stored is None]
-    check_existence(listed, 1.0, "--images")
+    for (path, _), table in zip(files, tables, strict=True):
+        listed = [os.path.join(root, one.image) if one.image else "" for one in table.entries if one.stored is None]
+        check_existence(listed, 1.0, f"pairs: {path}", "--images")
     digests = [file_sha256(path) for path, _ in files]
     digest = digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest()
     plan = Plan(digest, files[0][1], root, shard_size, short_side, *columns.pop())

@@ -176,9 +176,10 @@ class TableSource:
                 # an image of a table has no name that is sure to be its own
                 own = f"{os.path.abspath(path)}/{entry.row:09d}"
                 names.append(entry.image if entry.stored is None and entry.image else own)
+            listed = [entry.image for entry in table.entries if entry.stored is None]
+            check_existence(listed, max_missing, f"data: {path}", "--image_root")
             self._entries += table.entries
             self._columns += [table.caption_column] * len(table.entries)
-        check_existence([entry.image for entry in self._entries if entry.stored is None], max_missing, "--image_root")
         names = relative_names(names)
         self.keys = distinct_keys(names)
         self.image_ids = image_ids(names)

@@ -88,7 +88,7 @@ def read_table(
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{option}: {path} cannot be read: {error}") from error
-    _check_splits(splits, wanted, f"{option}: {path}")
+    _check_splits(splits, wanted, option, path)
     if not found:
         raise UsageError(f"{option}: {path} lists no images")
     entries = _joined_images(list(found.values())) if join else list(found.values())
@@ -110,13 +110,14 @@ def _add_row(found: dict[str, TableEntry], number: int, row: dict[str, Any], col
     entry.phrases += limited(phrases if isinstance(phrases, list) else [phrases], 4)
 
 
-def _check_splits(splits: Counter[str], wanted: list[str], where: str) -> None:
+def _check_splits(splits: Counter[str], wanted: list[str], option: str, path: Path) -> None:
+    where = f"{option}: {path}"
     listed = ", ".join(f"{name} ({count:,} rows)" for name, count in splits.most_common(10))
     if unknown := [name for name in wanted if name not in splits]:
         raise UsageError(f"{where}: no split {unknown[0]!r}; " + (f"it has {listed}" if splits else "it has no splits"))
     if len(splits) > 1 and not wanted:
         name = next(iter(splits))
-        raise UsageError(f"{where} has the splits {listed}: name one behind a colon, as in {Path(where).name}:{name}")
+        raise UsageError(f"{where} has the splits {listed}: name one behind a colon, as in {path}:{name}")
 
 
 def _joined_images(entries: list[TableEntry]) -> list[TableEntry]:

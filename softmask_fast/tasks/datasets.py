@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from softmask_fast.data.folders import check_existence
 from softmask_fast.data.images import image_size, read_image
 from softmask_fast.data.parsing import distinct_keys, is_box, is_numbers, limited, relative_names
 from softmask_fast.data.preparing import Column, Preparer, Ragged
@@ -131,12 +132,13 @@ class JsonExamples(ExampleSource):
 
     def __init__(self, paths: Sequence[Path], form: EntryFormat, image_root: str | None = None, training: bool = True):
         """Relative image paths start at `image_root`, by default at their JSON file. In training every entry needs its
-        label; otherwise all may lack it. Raises UsageError that names the wrong file, entry and field."""
+        label; otherwise all may lack it. Raises UsageError that names the wrong file, entry and field, and a file none
+        of whose images exists."""
         self._parsed: list[tuple[str, Any, list[str]]] = []
         self._entries: list[dict[str, Any]] = []
         names = []
         for path in paths:
-            root = Path(image_root) if image_root else path.parent
+            root, before = Path(image_root) if image_root else path.parent, len(self._parsed)
             for number, entry in enumerate(_entries(path)):
                 if not names and not training:
                     self.labeled = not form.lacks_label(entry)
@@ -147,6 +149,8 @@ class JsonExamples(ExampleSource):
                 self._parsed.append((text, target, [os.path.abspath(root / image) for image in images]))
                 self._entries.append(limited(entry, _DEPTH))
                 names.append(f"{path.stem}-{number:06d}")
+            listed = [image for _, _, images in self._parsed[before:] for image in images]
+            check_existence(listed, 1.0, f"data: {path}", "--image_root")
         self.keys = distinct_keys(names)
         self.image_ids = image_ids(relative_names([images[0] for _, _, images in self._parsed]))
 
