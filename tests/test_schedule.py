@@ -30,7 +30,7 @@ def test_a_run_says_which_warm_ups_it_does_not_get_through():
     assert schedule(10).unfinished() is None is schedule(1000).unfinished()
     steps = dict(warmup_steps=100, queue_warmup_steps=101, distill_ramp_steps=None)
     assert schedule(100, **steps).unfinished() == (
-        "the run ends after 100 steps, inside a warm-up: warmup_steps is 100, queue_warmup_steps is 101 "
+        "the run ends at step 100, inside a warm-up: warmup_steps is 100, queue_warmup_steps is 101 "
         "(0.1: a tenth of the run)"
     )
     assert "distill_ramp_steps is 50" in schedule(40, **steps).unfinished()

@@ -64,7 +64,7 @@ class Schedule:
             options["distill_ramp_steps"] = self.ramp
         if not (longer := [f"{name} is {length}" for name, length in options.items() if length >= self.steps]):
             return None
-        return f"the run ends after {self.steps} steps, inside a warm-up: {', '.join(longer)} (0.1: a tenth of the run)"
+        return f"the run ends at step {self.steps}, inside a warm-up: {', '.join(longer)} (0.1: a tenth of the run)"
 
 
 def steps_of(length: float, steps: int) -> int:
