@@ -215,7 +215,10 @@ class DataConfig(Section):
         "by path or by URL (https://, s3://, gs://), tables (.csv, .tsv, .json of ALBEF, COCO or Karpathy, .jsonl, "
         ".parquet) or folders of Hugging Face's datasets, each also with a split ('dataset_coco.json:val').",
     )
-    image_root: str | None = option(None, "Folder of relative image paths in tables; default: the table's folder.")
+    image_root: str | None = option(
+        None, "Folder of relative image paths in tables; of several, 'train2017,val2017', the one that fits. Default: "
+        "the table's folder.",
+    )  # fmt: skip
     image_column: str | None = option(None, "Column of the images in tables; default: guessed from its name.")
     caption_column: str | None = option(
         None, "Column of the captions in tables, or several, separated by commas; default: guessed from its name."

@@ -102,6 +102,16 @@ def test_splits_of_karpathy(folder):
     assert content(open_source(str(folder / "out"))) == {"dog.jpg": CAPTIONS["dog.jpg"]}
 
 
+def test_a_table_takes_the_folder_that_holds_its_images(folder):
+    """COCO's training and validation images lie in folders of their own."""
+    (folder / "train2017").mkdir()
+    (folder / "captions_val2017.json").write_text(COCO)
+    for roots in ("train2017,val2014", "val2014,train2017", "val2014"):
+        rooted = ",".join(f"{folder}/{name}" for name in roots.split(","))
+        source = open_source(str(folder / "captions_val2017.json"), image_root=rooted)
+        assert content(source) == CAPTIONS and source._entries[0].image == str(folder / "val2014" / "dog.jpg")
+
+
 def test_a_list_of_albef_has_a_sample_for_each_entry(folder):
     """Its epochs are counted in entries; tables in others."""
     (folder / "coco.json").write_text(json.dumps(objects("image", "caption")))

@@ -21,6 +21,8 @@ from shard_files import write_shard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from softmask_fast import train
+from softmask_fast.data.sources import open_source
+from softmask_fast.errors import UsageError
 
 
 def ranks_and_workers(launcher: subprocess.Popen) -> tuple[list[psutil.Process], list[psutil.Process]]:
@@ -246,3 +248,10 @@ def test_a_user_error_is_one_line_of_one_rank(tmp_path):
     text = finish(launch(tmp_path / "run", ranks=2, cwd=tmp_path, momentum=2), 2)
     assert text.count("train.py: error: ") == 1 and "train.py: error: momentum: expected in [0, 1], got 2.0" in text
     assert "Traceback" not in text
+
+
+def test_samples_of_which_none_can_be_used_are_named_before_a_tokenizer_is_trained(tmp_path):
+    write_shard(tmp_path / "s.tar", {name: {"jpg": b"", "json": b"{}"} for name in "xyz"})
+    expected = 'data: none of 2 samples that were looked at can be used, the first, s/x: no "captions"'
+    with pytest.raises(UsageError, match=expected):
+        list(train.sample_captions(open_source(str(tmp_path / "s.tar")), 2))

@@ -73,6 +73,12 @@ def _saved_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def image_folder(roots: str | None, first: str) -> str | None:
+    """The folder of a table's images: of several, separated by commas, the first that holds the first image."""
+    folders = roots.split(",") if roots and not os.path.isdir(roots) else [roots]
+    return next((folder for folder in folders if os.path.exists(os.path.join(folder or "", first))), folders[0])
+
+
 def check_existence(images: Sequence[str], most: float, table: str, option: str) -> None:
     """Looks whether the images of a table exist, up to `LOOKED_FOR` of them. Logs how many do not.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from softmask_fast.config import DataConfig
 from softmask_fast.data.columnar import CACHE_BYTES, read_stored
-from softmask_fast.data.folders import check_existence, folder_files
+from softmask_fast.data.folders import check_existence, folder_files, image_folder
 from softmask_fast.data.images import read_image
 from softmask_fast.data.parsing import distinct_keys, parse_phrases, relative_names, usable_captions
 from softmask_fast.data.remote.options import RemoteOptions
@@ -43,7 +43,8 @@ def open_source(
             with local paths.
         split: `"train"` or `"val"`; for shapes only, like `seed` and `image_size` (pixels).
         remote: How shards by URL are cached and mixed.
-        image_root: Folder of relative image paths in tables; default: the folder of the table.
+        image_root: Folder of relative image paths in tables; default: the folder of the table. Of several, separated by
+            commas, a table takes the first that holds its first image.
         image_column, caption_column: Of tables, see `read_table`.
         max_missing: Fraction of the images of tables that may not exist; all must not.
 
@@ -162,14 +163,15 @@ class TableSource:
         self, tables: Sequence[tuple[Path, str | None]], image_root: str | None = None, max_missing: float = 1.0,
         **columns: str | None,
     ):  # fmt: skip
-        """tables: files and splits; image_root: folder of relative image paths, default: that of the table; columns:
-        as in `read_table`; max_missing: see `check_existence`."""
+        """tables: files and splits; image_root: see `image_folder`, default: the folder of the table; columns: as
+        in `read_table`; max_missing: see `check_existence`."""
         self._entries: list[TableEntry] = []
         self._columns: list[str] = []  # of the captions
         names = []
         for path, split in tables:
             table = read_table(path, split=split, join=path.suffix != ".json", option="data", **columns)
-            root = os.path.abspath(image_root or path.parent)
+            first = next((entry.image for entry in table.entries if entry.stored is None and entry.image), "")
+            root = image_folder(image_root, first) or path.parent
             for entry in table.entries:
                 if entry.stored is None and entry.image:
                     entry.image = os.path.abspath(os.path.join(root, entry.image))
