@@ -14,7 +14,7 @@ from softmask_fast.utils import read_json
 logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
-LOOKED_FOR = 10_000  # images of a list, evenly spread; on a local disk 0.05 s, over NFS seconds
+LOOKED_FOR = 10_000  # images of a table, evenly spread; 0.02 s on a local disk
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?")  # of a split: train-00000-of-00002.parquet
 
 
