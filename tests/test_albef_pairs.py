@@ -1,9 +1,8 @@
-"""ALBEF's checkpoints of two images, NLVR2's and those of text assignment, against the plain ALBEF of test_albef.py."""
+"""ALBEF's checkpoints of two images, NLVR2's and those of text assignment, against a plain ALBEF."""
 
 import pytest
-import test_albef
 import torch
-from test_albef import EMBED, FUSION_LAYER, GRID, PATCH, TEXT_WIDTH, VOCABULARY, Albef
+from plain_albef import EMBED, FUSION_LAYER, GRID, PATCH, TEXT_WIDTH, VOCABULARY, Albef
 
 from softmask_fast.config import DataConfig, MomentumConfig, TrainConfig
 from softmask_fast.data.tokenizer import train_tokenizer
@@ -16,11 +15,10 @@ IDS, MASK = torch.tensor([[2, 9, 8, 7], [2, 5, 6, 0]]), torch.tensor([[True] * 4
 
 
 @pytest.fixture
-def assigned(monkeypatch, tmp_path):
+def assigned(tmp_path):
     """An ALBEF with two pairs of layers, and its checkpoint."""
-    monkeypatch.setattr(test_albef, "LAYERS", FUSION_LAYER + 4)
     torch.manual_seed(2)
-    albef = Albef()
+    albef = Albef(layers=FUSION_LAYER + 4)
     layers = albef.text_encoder.bert.encoder.layer[FUSION_LAYER:]
     for left, right in zip(layers[::2], layers[1::2], strict=True):
         for name in ("key", "value"):
