@@ -132,6 +132,9 @@ def test_matching_sees_the_image_through_the_words_alone():
     relevance = model.word_relevance(pixels, ids, mask)
     for row, length in zip(relevance, mask.sum(1), strict=True):
         assert not row[0].any() and not row[length - 1 :].any() and row[1 : length - 1].flatten(1).any(1).all()
+    last = model.config.fusion_layers - 1
+    with pytest.raises(UsageError, match=f"layer: expected a fusion layer from 0 to {last - 1}, got {last}"):
+        model.word_relevance(pixels, ids, mask, last)
 
 
 def test_the_paper_has_none_of_it():

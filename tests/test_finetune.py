@@ -227,7 +227,7 @@ def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alon
     assert measured(tmp_path.parent, tmp_path.name)["score"] is None
     assert not (tmp_path / "best").exists() and not (tmp_path / "evaluations.jsonl").exists()
     (tmp_path / "a.png").unlink()
-    with pytest.raises(ValueError, match="eval_data: none of 3 examples can be used, the first, test-000000: image"):
+    with pytest.raises(ValueError, match="test.json: 3 of 3 images do not exist, first: .*a.png, see --image_root"):
         evaluator_of(tmp_path, eval_data=tmp_path / "test.json")
 
 

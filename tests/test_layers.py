@@ -60,9 +60,9 @@ def test_word_losses_are_cross_entropies():
     torch.testing.assert_close(head(hidden, function=word_probabilities), logits.softmax(-1))
 
 
-def test_a_compiled_region_has_the_bits_of_any_run(monkeypatch):
+@torch._inductor.config.patch(force_disable_caches=True)
+def test_a_compiled_region_has_the_bits_of_any_run():
     """A resumed run compiles at another batch than the first one did. One graph serves all numbers of rows."""
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     sizes = ((8, 8), (8,), (8,), (8,), (16, 8), (16,), (8, 16), (8,), (8,), (8,))
     weights = tuple(torch.randn(size, requires_grad=True) for size in sizes)
 

@@ -28,6 +28,7 @@ MASKED = -1e4  # additive masks have at most this value at hidden keys
 # Arguments of attention functions that change what a row attends to, beside its mask.
 REFUSED = (("s_aux", "attention sinks"), ("position_bias", "a position bias"), ("cu_seq_lens_q", "packed sequences"))
 _KEEPERS: dict[int, Callable] = {}  # of the modules that are observed, by their id
+_LAYERS: list[nn.Module] = []  # whose lower part has no graph
 _LOCK = threading.Lock()
 LOGITS = 1 << 22  # logits at a time, in one key head: bounds the memory of maps, whatever the number of words
 
@@ -227,11 +228,13 @@ def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[
     return bound | bound.pop("kwargs", {})
 
 
-def lower_part_without_graph(model: nn.Module, layer: nn.Module, *others: nn.Module) -> list[Any]:
-    """Hooks by which what runs before a layer has no graph, whichever method of the model or of a part of it runs.
+@contextmanager
+def lower_part_without_graph(model: nn.Module, layer: nn.Module, *others: nn.Module) -> Iterator[None]:
+    """Within the block what runs before a layer has no graph, whichever method of the model or of a part of it runs.
 
     Those are the modules that hold the layer, up to it, those beside them without an input that has a graph, as they do
-    not read the layer's output, and others. From the layer on there is one, until the next pass.
+    not read the layer's output, and others. From the layer on there is one, until the next pass. A graph that begins at
+    another layer, which another block observes, is kept.
     """
     place = next((name for name, module in model.named_modules() if module is layer), "").split(".")[:-1]
     holders = [model.get_submodule(".".join(place[:depth])) for depth in range(len(place) + 1)]
@@ -240,7 +243,8 @@ def lower_part_without_graph(model: nn.Module, layer: nn.Module, *others: nn.Mod
     def start(module: nn.Module, args: tuple, kwargs: dict) -> None:
         modes.append(torch.is_grad_enabled())
         inputs = tree_leaves((args, kwargs))
-        if module in never or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        alone = all(other is layer for other in _LAYERS)
+        if module in never and alone or not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             torch.set_grad_enabled(False)
 
     def end(*_: Any) -> None:
@@ -248,14 +252,13 @@ def lower_part_without_graph(model: nn.Module, layer: nn.Module, *others: nn.Mod
 
     watched = dict.fromkeys([*never, *(child for holder in holders for child in holder.children())])
     watched.pop(layer, None)
-    return [
-        handle
-        for module in watched
-        for handle in (
-            module.register_forward_pre_hook(start, with_kwargs=True),
-            module.register_forward_hook(end, always_call=True),
-        )
-    ]
+    with ExitStack() as stack:
+        _LAYERS.append(layer)
+        stack.callback(_LAYERS.remove, layer)
+        for module in watched:
+            stack.callback(module.register_forward_pre_hook(start, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(end, always_call=True).remove)
+        yield
 
 
 @contextmanager
@@ -283,7 +286,7 @@ def observed_model(
     with ExitStack() as stack:
         stack.callback(torch.set_grad_enabled, grad_enabled)
         stack.enter_context(observed_attention(modules, cam.keep))
-        handles = [model.register_forward_pre_hook(start, with_kwargs=True), model.register_forward_hook(end)]
-        for handle in handles + lower_part_without_graph(model, layer or modules[0], *others):
+        for handle in (model.register_forward_pre_hook(start, with_kwargs=True), model.register_forward_hook(end)):
             stack.callback(handle.remove)
+        stack.enter_context(lower_part_without_graph(model, layer or modules[0], *others))
         yield cam

@@ -133,14 +133,14 @@ def cross_attention_relevance(
 
     grad_enabled = torch.is_grad_enabled()
     handles = [
-        *lower_part_without_graph(model, attention),
         model.register_forward_hook(end),
         attention.register_forward_pre_hook(record_mask, with_kwargs=True),
         *(getattr(attention, name).register_forward_hook(record(name)) for name in ("query", "key", "value")),
         attention.register_forward_hook(cut),
     ]
     try:
-        yield cam
+        with lower_part_without_graph(model, attention):
+            yield cam
     finally:
         torch.set_grad_enabled(grad_enabled)
         for handle in handles:

@@ -159,12 +159,13 @@ def _score_caption(query: Query, maps: list[np.ndarray], spans: list[list[int]],
 def map_layer(model: VisionLanguageModel, layer: int | None, words: bool = True) -> int:
     """The fusion layer to take heat maps from: `layer`, or by default that of the soft masks.
 
-    After the last layer only [CLS] is read, so maps of words (`words`) would be zero there. Raises UsageError for a
+    After the last layer only [CLS] is read, so maps of words (`words`) would be zero there, and with
+    `match_through_words` all maps. Raises UsageError for a
     layer without maps.
     """
     layers = model.config.fusion_layers
     last, reason = layers - 1, ""
-    if words:
+    if words or model.config.match_through_words:
         last, reason = layers - 2, f"; in the last of {layers} layers no word reaches the matching score"
     layer = model.config.soft_mask_layer if layer is None else layer
     if not 0 <= layer <= last:

@@ -105,11 +105,13 @@ class FusionLayer(WeightedLayer):
         drop = self.drop if self.training and not frozen else 0.0
         return run_region(self.compiled, cross_query, weights[3:9], attended, text, self.eps, drop)
 
-    def finish(self, text: Tensor, attended: Tensor, ends: Tensor, frozen: bool = False) -> Tensor:
-        """text (T, C), the cross-attention's output (T, C), and which rows are [CLS] or [SEP] (T,) bool -> the layer's
-        output (T, C)."""
+    def finish(
+        self, text: Tensor, attended: Tensor, packing: Packing, rows: Tensor | None = None, frozen: bool = False
+    ) -> Tensor:
+        """text and the cross-attention's output, (T, C), or (R, C) of some rows (R,) -> the layer's output."""
         drop, weights = self.drop if self.training and not frozen else 0.0, self.weights(frozen)
         if self.words_alone:
+            ends = packing.ends if rows is None else packing.ends[rows]
             attended = attended.masked_fill(ends[:, None], 0)
         return run_region(self.compiled, after_attention, weights[9:], attended, text, self.eps, drop)
 
@@ -120,7 +122,7 @@ class FusionLayer(WeightedLayer):
         """text (T, C) -> the layer's output (T, C); the rest as in `CrossAttention.forward` and `query`."""
         text, query = self.query(text, packing, attention, frozen=frozen)
         attended = self.cross_attention(query.unflatten(-1, (self.cross_attention.heads, -1)), key_value, plan, keep)
-        return self.finish(text, attended.flatten(1), packing.ends, frozen)
+        return self.finish(text, attended.flatten(1), packing, frozen=frozen)
 
     def read(
         self, text: Tensor, packing: Packing, key_value: KeyValue, plan: ImagePlan, keep: Tensor | None,
@@ -133,7 +135,7 @@ class FusionLayer(WeightedLayer):
         image_index = plan.image_index[sequence]
         keep = None if keep is None else keep[sequence]
         attended = self.cross_attention(self.cross_attention.split_heads(query[:, None]), key_value, image_index, keep)
-        return self.finish(text, join_heads(attended)[:, 0], packing.ends[rows], frozen)
+        return self.finish(text, join_heads(attended)[:, 0], packing, rows, frozen)
 
     def explained(
         self, text: Tensor, packing: Packing, key_value: KeyValue, attention: str
@@ -204,7 +206,7 @@ class FusionEncoder(nn.Module):
         text, query, attended, value = parts
 
         def score_of(attended: Tensor) -> Tensor:
-            hidden = chosen(FusionLayer.finish, text, packing.pack(join_heads(attended)), packing.ends, frozen=True)
+            hidden = chosen(FusionLayer.finish, text, packing.pack(join_heads(attended)), packing, frozen=True)
             if chosen is last:
                 return score(hidden[packing.rows_of(positions)]).sum()
             for above, key_value in zip(self.layers[layer + 1 : -1], keys_values[layer + 1 :], strict=False):

@@ -148,8 +148,11 @@ class VisionLanguageModel(nn.Module):
             UsageError: for a layer out of range.
         """
         layer = self.config.soft_mask_layer if layer is None else layer
-        if not 0 <= layer < self.config.fusion_layers:
-            raise UsageError(f"layer: expected a fusion layer from 0 to {self.config.fusion_layers - 1}, got {layer}")
+        last = self.config.fusion_layers - 1
+        if self.config.match_through_words:
+            last -= 1  # behind the last layer only [CLS] is read, which has no map
+        if not 0 <= layer <= last:
+            raise UsageError(f"layer: expected a fusion layer from 0 to {last}, got {layer}")
         with torch.no_grad():
             text_tokens, _ = self.encode_text(input_ids, attention_mask)
             keys_values = self.fusion.keys_values(self.vision(pixels))
