@@ -1,6 +1,6 @@
-"""The command `softmask-fast`: prepare data, train, evaluate and explain models, examine the machine.
+"""The command `softmask-fast`: prepare data; train, evaluate and explain models; examine the machine.
 
-Each command imports what it needs, so that --help answers at once.
+Each command imports only what it needs, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SCENE = "shapes:"  # in place of an image: a scene by its number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 1 if `doctor` found a fault, and 2 after a message about a user error."""
+    """Runs one command. Returns the exit status: 1 if `doctor` found a fault, 2 after a user error."""
     parser = _parser()
     options, others = parser.parse_known_args(argv)
     if others and options.run not in (_train, _finetune, _ablate):
@@ -64,99 +64,115 @@ def _parser() -> argparse.ArgumentParser:
 
     def columns(group: argparse._ActionsContainer) -> None:
         for kind in ("image", "caption"):
-            help = f"Column of the {kind}s in a table (default: guessed from its name)."
+            help = f"{kind.capitalize()} column of a table (default: recognized by name)."
             group.add_argument(f"--{kind}_column", metavar="NAME", help=help)
 
     debug = CommandParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     model = CommandParser(add_help=False, parents=[debug])
-    own_help = "A model folder, exported by training, or 'demo'."
+    own_help = "Model folder exported by training (RUN/model), or 'demo'."
     model.add_argument("--model", required=True, type=_model, metavar="DIR", help=own_help)
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if available).")
-    layer_help = "Fusion layer of the heat maps, 0 is the first (default: the layer of the soft masks)."
+    layer_help = "Fusion layer of the word maps; 0 is the first (default: that of the soft masks)."
 
     evaluate = add_command("evaluate", _evaluate, "Evaluate a model on a task.", model)
-    data_help = "Shards (a file, a folder, 'val-{000..003}.tar', a comma list), tables, datasets' folders, or 'shapes'."
+    data_help = (
+        "Shards ('val-{000..003}.tar'), tables, folders of Hugging Face datasets, a comma-separated list of these, "
+    )
+    data_help += "JSON entries of a task, or 'shapes'."
     evaluate.add_argument("--data", required=True, metavar="DATA", help=data_help)
-    evaluate.add_argument("--task", required=True, choices=TASKS)
+    evaluate.add_argument("--task", required=True, choices=TASKS, help="What to measure.")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="Also write the metrics to this file.")
     evaluate.add_argument("--limit", type=int, metavar="N", help="Evaluate on the first N samples.")
-    page_help = "Also draw the word heat maps of the first ten samples, whatever they show."
+    page_help = "Also draw heat maps for the words of the first ten samples, good or bad."
     evaluate.add_argument("--heatmaps", type=Path, metavar="FILE.png", help=page_help)
-    evaluate.add_argument("--batch_size", type=int, default=64, metavar="N", help="Images at a time (default: 64).")
+    evaluate.add_argument("--batch_size", type=int, default=64, metavar="N", help="Images per batch (default: 64).")
     retrieval = evaluate.add_argument_group("retrieval")
-    captions_help = "Captions of each image that count (default: all, as papers report)."
+    captions_help = "Captions of each image to use (default: all, as papers do)."
     retrieval.add_argument("--captions", choices=("all", "first"), default="all", help=captions_help)
-    rerank_help = "Re-rank the best K of each query by image-text matching; 0: do not (default: 16)."
+    rerank_help = "Candidates per query that image-text matching (ITM) re-ranks; 0: none (default: 16)."
     retrieval.add_argument("--rerank", type=int, default=16, metavar="K", help=rerank_help)
-    score_help = 'What matching ranks by: log-odds (default), or the logit of "matched" alone, as ALBEF.'
+    score_help = 'Score that ITM ranks by: its log-odds (default), or the logit of "matched" alone, as in ALBEF.'
     retrieval.add_argument("--match_score", choices=("log_odds", "logit"), default="log_odds", help=score_help)
     evaluate.add_argument_group("grounding, maps").add_argument("--layer", type=int, metavar="N", help=layer_help)
     entries = evaluate.add_argument_group("tables, tasks with JSON data")
-    entries.add_argument("--image_root", metavar="DIR", help="Folder of relative image paths (default: the table's).")
+    entries.add_argument(
+        "--image_root", metavar="DIR", help="Folder that image paths are relative to (default: the table's)."
+    )
     columns(entries)
-    entries.add_argument("--answers", metavar="FILE", help="vqa: JSON list of answers (default: the model's).")
-    entries.add_argument("--predictions", type=Path, metavar="FILE", help="Write the answers to this file, as JSON.")
+    entries.add_argument("--answers", metavar="FILE", help="vqa: JSON list of answers to rank (default: the model's).")
+    entries.add_argument("--predictions", type=Path, metavar="FILE", help="Write the predicted answers here, as JSON.")
 
     maps = CommandParser(add_help=False, parents=[debug])
-    any_help = "A model folder (of this library, transformers or open_clip), a name on the Hugging Face hub, or 'demo'."
+    any_help = "Model folder (of this library, transformers or open_clip), name on the Hugging Face hub, or 'demo'."
     maps.add_argument("--model", required=True, type=_model, metavar="DIR|NAME", help=any_help)
     maps.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda if available).")
-    image_help = "JPEG, PNG or WebP images; shapes:N is the Nth unseen scene of colored shapes (default: shapes:0)."
+    image_help = "JPEG, PNG or WebP files; shapes:N is the Nth unseen scene of colored shapes (default: shapes:0)."
     images = dict(nargs="+", type=Path, default=[Path("shapes:0")])
     maps.add_argument("--image", metavar="FILE", help=image_help, **images)
-    text_help = "A caption of the image, true or not; a question, to models that answer (default: of a scene, its own)."
+    text_help = (
+        "Caption of the image, right or wrong, or a question for models that answer (default: a scene's caption)."
+    )
     maps.add_argument("--text", metavar="TEXT", help=text_help)
     maps.add_argument("--answer", metavar="TEXT", help="Explain this answer (default: the model's own).")
-    layer_of_help = "Layer of the maps, 0 is the first (default: by the model's kind, see docs/word_maps.md)."
+    layer_of_help = "Layer of the word maps; 0 is the first (default: depends on the model, see docs/word_maps.md)."
     maps.add_argument("--layer", type=int, metavar="N", help=layer_of_help)
 
-    explain = add_command("explain", _explain, "Draw heat maps of words.", maps)
-    explain.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="File to write, or a folder.")
-    explain.add_argument("--json", type=Path, metavar="FILE", help="Also write words and statistics of their maps.")
-    explain.add_argument("--npy", type=Path, metavar="FILE.npz", help="Also write the maps, by image and word.")
+    explain = add_command("explain", _explain, "Draw a heat map for each word of a text.", maps)
+    out_help = "PNG to write; for several images, a folder of PNGs."
+    explain.add_argument("--out", required=True, type=Path, metavar="FILE.png|DIR", help=out_help)
+    json_help = "Also write all words and the statistics of their maps."
+    explain.add_argument("--json", type=Path, metavar="FILE", help=json_help)
+    npy_help = "Also write the maps as arrays, by image and word."
+    explain.add_argument("--npy", type=Path, metavar="FILE.npz", help=npy_help)
 
-    features = add_command("features", _features, "Write statistics of word maps as a table.", maps)
-    features_help = "File to write: one row for each image and word."
+    features = add_command("features", _features, "Write a table of statistics of word maps.", maps)
+    features_help = "File to write, with one row per image and word."
     features.add_argument("--out", required=True, type=Path, metavar="FILE.parquet|FILE.npz", help=features_help)
 
     export = add_command("export", _export, "Copy a model folder in half precision.", debug)
-    export.add_argument("--model", required=True, type=Path, metavar="DIR", help="A folder of pretraining, RUN/model.")
-    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="The folder to write.")
+    export.add_argument(
+        "--model", required=True, type=Path, metavar="DIR", help="Model folder of a pretraining run, RUN/model."
+    )
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="Folder to write.")
 
     prepare = add_command("prepare", _prepare, "Make shards from images and a table of captions.", debug)
-    table_help = "A table (.csv, .tsv, .json, .jsonl, .parquet), a folder of datasets, or a split: coco.json:val."
+    table_help = (
+        "Table (.csv, .tsv, .json, .jsonl, .parquet), folder of a Hugging Face dataset, or a split: coco.json:val."
+    )
     prepare.add_argument("--pairs", required=True, metavar="TABLE", help=table_help)
-    images_help = "Folder of relative image paths (default: the table's)."
+    images_help = "Folder that image paths are relative to (default: the table's)."
     prepare.add_argument("--images", type=Path, metavar="DIR", help=images_help)
-    prepare.add_argument("--out", required=True, type=Path, metavar="DIR", help="A new folder for the shards.")
+    prepare.add_argument("--out", required=True, type=Path, metavar="DIR", help="New folder for the shards.")
     columns(prepare)
     prepare.add_argument("--shard_size", type=int, default=5000, metavar="N", help="Images per shard (default: 5000).")
-    side_help = "Shrink larger images to this short side (default: no limit)."
+    side_help = "Shrink images whose short side is longer to this (default: no limit)."
     prepare.add_argument("--short_side", type=int, metavar="PIXELS", help=side_help)
-    prepare.add_argument("--workers", type=int, metavar="N", help="Processes (default: all cores).")
+    prepare.add_argument("--workers", type=int, metavar="N", help="Processes that decode (default: one per core).")
 
     devices = CommandParser(add_help=False)
-    devices_help = "GPUs of this machine to train on (default: all); without a GPU processes (default: 1)."
-    devices.add_argument_group("where").add_argument("--devices", type=int, metavar="N", help=devices_help)
-    # --help is the scripts' own
+    devices_help = "GPUs of this machine to train on (default: all); without GPUs, processes (default: 1)."
+    devices.add_argument_group("devices").add_argument("--devices", type=int, metavar="N", help=devices_help)
+    # the scripts answer --help themselves
     for name, run, help in (
         ("train", _train, "Pretrain a model."),
-        ("finetune", _finetune, "Fine-tune it for a task."),
+        ("finetune", _finetune, "Fine-tune a pretrained model for a task."),
     ):
         add_command(name, run, help, devices, add_help=False).set_defaults(shown=[devices])
 
-    others = "All other options are passed to softmask_fast/train.py in every run: --data, --preset, --epochs ..."
+    others = "All other options go to every run, as in `softmask-fast train`: --data, --preset, --epochs ..."
     ablate_help = "Compare the parts of the method."
     ablate = add_command("ablate", _ablate, ablate_help, debug, epilog=others)
-    ablate.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="Folder of runs and table.")
-    ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="Runs per row (default: 3).")
-    ablate.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration (default: ZeRO stage 1).")
-    launcher_help = "Options of deepspeed, as in --launcher='--num_gpus 4'."
+    ablate.add_argument(
+        "--output_dir", required=True, type=Path, metavar="DIR", help="Folder for the runs, table and figure."
+    )
+    ablate.add_argument("--seeds", type=int, default=3, metavar="N", help="Runs per row, one per seed (default: 3).")
+    ablate.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed configuration (default: ZeRO stage 1).")
+    launcher_help = "Options of the deepspeed launcher: --launcher='--num_gpus 4'."
     ablate.add_argument("--launcher", default="", metavar="OPTIONS", help=launcher_help)
 
     index = add_command("index", _index, "Index shards before uploading them.", debug)
-    index.add_argument("shards", nargs="+", metavar="SHARDS", help="Local .tar files, patterns or folders.")
+    index.add_argument("shards", nargs="+", metavar="SHARDS", help="Local .tar files, patterns or folders of them.")
 
     doctor = add_command("doctor", _doctor, "Examine this machine and installation.", debug)
     doctor.add_argument("--json", type=Path, metavar="FILE", help="Also write the report to this file.")
@@ -164,12 +180,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    """Pretrain a model."""
+    """Pretrain a model with SoftMask++."""
     return _start("train", options)
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    """Fine-tune a model for a task."""
+    """Fine-tune a pretrained model for a task."""
     return _start("finetune", options)
 
 
@@ -181,9 +197,9 @@ def _start(script: str, options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    """Print recall@1, 5 and 10 of retrieval, how well word heat maps point at the boxes of the words (maps: beside
-    those of attention, rollout and Grad-CAM), or the accuracy of a model fine-tuned for VQA, NLVR2 or visual
-    entailment."""
+    """Evaluate a model. `retrieval` prints recall@1, 5 and 10; `grounding`, how well word maps point at the boxes of
+    the words; `maps`, the same beside maps of attention, rollout and Grad-CAM; `vqa`, `nlvr2` and `entailment`, the
+    accuracy of a model fine-tuned for that task."""
     for name in ("json", "predictions", "heatmaps"):
         if getattr(options, name) is not None:
             _check_output(getattr(options, name), f"--{name}")
@@ -208,7 +224,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) -> Report:
     if options.predictions or options.answers:
-        raise UsageError(f"--predictions, --answers: expected with a task that has answers, not with {options.task}")
+        raise UsageError(
+            f"--predictions, --answers: expected only with a task that has answers, got --task {options.task}"
+        )
     from softmask_fast.data.sources import open_source
     from softmask_fast.evaluation import evaluate_grounding, evaluate_maps, evaluate_retrieval
     from softmask_fast.model.export import read_model
@@ -234,7 +252,7 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
 
 def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Report:
     if options.heatmaps:
-        raise UsageError(f"--heatmaps: expected with a task of {', '.join(PRETRAINED)}, not with {options.task}")
+        raise UsageError(f"--heatmaps: expected only with --task {', '.join(PRETRAINED)}, got --task {options.task}")
     from softmask_fast.config import DataConfig
     from softmask_fast.data.synthetic import HELD_OUT
     from softmask_fast.tasks import recipes
@@ -245,7 +263,7 @@ def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Re
     model, tokenizer = load_task_model(options.model, options.task, _device(options.device))
     if options.answers:
         if options.task != "vqa":
-            raise UsageError(f"--answers: expected with the task vqa, not with {options.task}")
+            raise UsageError(f"--answers: expected only with --task vqa, got --task {options.task}")
         model.answers = read_answers(options.answers)
     data = DataConfig(image_root=options.image_root)
     size = model.config.image_size
@@ -254,8 +272,8 @@ def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Re
 
 
 def _explain(options: argparse.Namespace) -> None:
-    """Draw where a model looks for the words of a text that name something: one heat map per word over the image, as a
-    PNG; of several images one PNG each, in a folder. The printed table and --json have all words."""
+    """Draw where a model looks for each word of a text that names something: one heat map per word, over the image.
+    One image makes a PNG, several make a folder of them. The printed table and --json list all words."""
     several = len(options.image) > 1
     if several == (options.out.suffix.lower() == ".png"):
         expected = "a folder for several images" if several else "a name that ends in .png"
@@ -276,8 +294,8 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _features(options: argparse.Namespace) -> None:
-    """Write, for each word of each image, statistics of its map, of the colors under it, and the image's features
-    pooled under it, for classical learners: a row each, as .parquet or .npz."""
+    """Write one row for each word of each image, as .parquet or .npz, for classical learners: statistics of its map and
+    of the colors under it, and the image's features pooled under it."""
     if options.out.suffix not in (".parquet", ".npz"):
         raise UsageError(f"--out: expected a name that ends in .parquet or .npz, got {options.out}")
     explain = _open_explainer(options, {"--out": options.out})
@@ -289,7 +307,7 @@ def _features(options: argparse.Namespace) -> None:
 
 
 def _open_explainer(options: argparse.Namespace, outputs: dict[str, Path | None]) -> Callable:
-    """What can be wrong is found before the model is opened."""
+    """Checks every argument before the model is opened."""
     if options.text is not None and not options.text.split():
         raise UsageError("--text: expected at least one word, got none")
     for option, text in (("--text", options.text), ("--answer", options.answer)):
@@ -299,7 +317,7 @@ def _open_explainer(options: argparse.Namespace, outputs: dict[str, Path | None]
         if not str(image).startswith(SCENE):
             image.open("rb").close()
     if len({image.stem for image in options.image}) < len(options.image):
-        raise UsageError("--image: expected files of different names, as figures and maps are named after them")
+        raise UsageError("--image: expected files with different names, as figures and maps are named after them")
     for option, path in outputs.items():
         if path is not None:
             _check_output(path, option)
@@ -311,7 +329,7 @@ def _open_explainer(options: argparse.Namespace, outputs: dict[str, Path | None]
 
 
 def _export(options: argparse.Namespace) -> None:
-    """Copy a model folder with weights in float16, half the size; they are float32 again when it is loaded."""
+    """Copy a model folder with its weights in float16, at half the size. Loading turns them back into float32."""
     _quiet_libraries()
     from softmask_fast.model.export import own_state, read_model, save_model
 
@@ -323,7 +341,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    """Decode every image of a table, write the good ones as indexed WebDataset shards, and list the bad ones. The same
+    """Decode every image of a table, write the usable ones as indexed WebDataset shards, and list the others. The same
     command resumes an interrupted run."""
     from softmask_fast.data.prepare import make_shards
 
@@ -334,7 +352,7 @@ def _prepare(options: argparse.Namespace) -> None:
     )  # fmt: skip
     print(f"{summary.samples} of {summary.listed} images written to {summary.shards} shards in {options.out}")
     if summary.skipped_captions:
-        print(f"{summary.skipped_captions} captions without a word were dropped")
+        print(f"{summary.skipped_captions} captions without a word were skipped")
     for row, image, reason in summary.bad[:10]:
         print(printable(f"row {row}: {image}: {reason}"), file=sys.stderr)
     if summary.bad:
@@ -342,8 +360,8 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _ablate(options: argparse.Namespace) -> None:
-    """Pretrain the baseline, the baseline with each part of the method (augmentation, soft masks, focal loss), and with
-    all of them, several seeds each; write a table (JSON, Markdown) and a figure. The same command resumes."""
+    """Pretrain the baseline, the baseline plus each part of the method (augmentation, soft masks, focal loss), and the
+    whole method, with several seeds each. Write a table (JSON, Markdown) and a figure. The same command resumes."""
     _quiet_libraries()
     from softmask_fast.training.ablation import markdown, run_ablation
 
@@ -354,16 +372,16 @@ def _ablate(options: argparse.Namespace) -> None:
 
 
 def _index(options: argparse.Namespace) -> None:
-    """Write NAME.tar.index.jsonl beside each shard. Upload it with the shards: without it, training by URL has to
-    download all of them once before the first step."""
+    """Write NAME.tar.index.jsonl next to each shard. Upload it with the shards: without it, training by URL downloads
+    every shard once before the first step."""
     from softmask_fast.data.prepare import write_indexes
 
     print(f"{write_indexes(options.shards, progress=sys.stderr.isatty())} indexes written")
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """Show versions, devices, compiled libraries, and which implementation each operator chooses here and why; then
-    test every implementation that runs here for up to ten seconds. Exit status 1 if a test fails."""
+    """Show versions, devices, compiled libraries, and which implementation each operator chooses on this machine and
+    why. Then test every implementation that runs here, for up to ten seconds. Exit with status 1 if a test fails."""
     if options.json is not None:
         _check_output(options.json, "--json")
     from softmask_fast import doctor
@@ -393,7 +411,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _model(name: str) -> Path:
-    """The folder of a model, or what may be its name on the hub."""
+    """The folder of a model, or its possible name on the hub."""
     return local_folder(name) or Path(name)
 
 
@@ -403,14 +421,14 @@ def _check_model(directory: Path) -> None:
 
 
 def _check_output(path: Path, option: str) -> None:
-    """Find a wrong path, and make its folder, before the work."""
+    """Refuses a wrong path, and makes its folder, before the work starts."""
     if path.is_dir():
         raise UsageError(f"{option}: expected a file name, got the folder {path}")
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
 
 
 def _quiet_libraries() -> None:
-    """Silence the libraries' start-up notes."""
+    """Silences the libraries' start-up messages."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -30,11 +30,11 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-KINDS = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false"}
+KINDS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
 
 
 class Section:
-    """A dataclass of options, whose values are of the types that its fields name. Raises UsageError for others."""
+    """A dataclass of options. Raises UsageError for a value that is not of its field's type."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -51,7 +51,7 @@ def _is_of(value: object, kind: type) -> bool:
         return False
 
 
-# The largest sizes of a model: what is beyond is a mistake or an attack, and would take all memory before it fails.
+# The largest sizes of a model. Anything larger is a mistake or an attack, and would exhaust memory before it fails.
 MOST = {
     1 << 10: ("text_heads", "text_layers", "fusion_layers", "vision_heads", "vision_depth"),
     1 << 14: ("image_size", "vision_patch_size", "max_tokens"),
@@ -66,43 +66,45 @@ class ModelConfig(Section):
 
     image_size: int = option(256, "Side of the square input image in pixels.")
     vision_model: str = option("vit_base_patch16_224", "Name of a timm vision transformer.")
-    vision_patch_size: int | None = option(None, "Patch side in pixels; default: the model's.")
-    vision_width: int | None = option(None, "Width of the image tokens; default: the model's.")
-    vision_depth: int | None = option(None, "Number of blocks; default: the model's.")
-    vision_heads: int | None = option(None, "Number of heads; default: the model's.")
-    vision_mlp_ratio: float | None = option(None, "Hidden width of the MLPs / their width; default: the model's.")
-    vision_weights: str = option("timm", "'timm' (its pretrained weights), a .safetensors or .pth file, or 'random'.")
-    text_width: int = option(768, "Width of the text and fusion layers.")
-    text_heads: int = option(12, "Heads of the text and fusion layers.")
-    text_mlp_ratio: float = option(4.0, "Hidden width of the text and fusion MLPs / their width.")
-    text_positions: int = option(512, "Position embeddings of the text, raised to max_tokens if fewer.")
-    text_layers: int = option(6, "Number of text-only layers.")
-    fusion_layers: int = option(6, "Number of layers that attend to the image.")
+    vision_patch_size: int | None = option(None, "Side of a patch, in pixels; default: that of vision_model.")
+    vision_width: int | None = option(None, "Width of the image encoder; default: that of vision_model.")
+    vision_depth: int | None = option(None, "Blocks in the image encoder; default: as vision_model.")
+    vision_heads: int | None = option(None, "Attention heads per block; default: as vision_model.")
+    vision_mlp_ratio: float | None = option(None, "MLP width divided by vision_width; default: as vision_model.")
+    vision_weights: str = option("timm", "'timm' (its pretrained weights), 'random', or a .safetensors or .pth file.")
+    text_width: int = option(768, "Width of the text and fusion encoders.")
+    text_heads: int = option(12, "Attention heads per layer of the text and fusion encoders.")
+    text_mlp_ratio: float = option(4.0, "MLP width divided by text_width, in the text and fusion encoders.")
+    text_positions: int = option(512, "Text position embeddings; at least max_tokens are made.")
+    text_layers: int = option(6, "Layers of the text encoder.")
+    fusion_layers: int = option(6, "Layers of the fusion encoder, which attends to the image.")
     text_weights: str = option(
         "google-bert/bert-base-uncased",
-        "A BERT on the hub or in a local folder, or 'random'. Its first layers become the text encoder, the next ones "
-        "the fusion encoder. Cross-attention always starts at random.",
+        "A BERT (a name on the hub or a local folder), or 'random'. Its first layers initialize the text encoder, the "
+        "next ones the fusion encoder. Cross-attention always starts from random weights.",
     )
     model_weights: str | None = option(
         None,
-        "Start from a whole model: a folder that training exported (DIR/model) or an ALBEF checkpoint. Its sizes and "
+        "Start from a whole model: a folder exported by training (DIR/model) or an ALBEF checkpoint. Its sizes and "
         "tokenizer become the defaults.",
     )
-    vocab_size: int = option(30522, "Vocabulary size of a tokenizer trained on the captions; else the tokenizer's.")
-    max_tokens: int = option(30, "Longest caption in tokens, including [CLS] and [SEP].")
-    embed_dim: int = option(256, "Width of the contrastive projection.")
-    hidden_dropout: float = option(0.1, "Dropout on the hidden states of text and fusion.")
-    soft_mask_layer: int = option(2, "Fusion layer (0 = first) whose Grad-CAM makes the mask.")
+    vocab_size: int = option(
+        30522, "Vocabulary size of a tokenizer trained on the captions; otherwise the tokenizer's."
+    )
+    max_tokens: int = option(30, "Longest caption in tokens, including [CLS] and [SEP]; longer ones are cut.")
+    embed_dim: int = option(256, "Width of the features that ITC compares.")
+    hidden_dropout: float = option(0.1, "Dropout in the text and fusion encoders.")
+    soft_mask_layer: int = option(2, "Fusion layer whose word Grad-CAM makes the soft mask; 0 is the first.")
     match_through_words: bool = option(
-        False, "Hide the image from [CLS] and [SEP]: matching sees it through the words, which learn to look."
+        False, "Hide the image from [CLS] and [SEP], so that ITM sees it only through the words."
     )
     vision_contrast_blocks: int = option(
-        0, "Last blocks of the image encoder that serve the contrast alone; fusion reads the tokens before them."
+        0, "Last blocks of the image encoder that only ITC uses; fusion reads the tokens before them."
     )
-    text_contrast_layers: int = option(0, "Last layers of the text encoder that serve the contrast alone.")
-    contrast_pooling: str = option("cls", "What the contrast reads of an encoder: 'cls', or the 'mean' of all tokens.")
+    text_contrast_layers: int = option(0, "Last layers of the text encoder that only ITC uses.")
+    contrast_pooling: str = option("cls", "What ITC reads from an encoder: 'cls', or the 'mean' of all tokens.")
     contrast_gradient: float = option(
-        0.0, "Share of the contrast's gradient that goes on from layers of its own into those before them."
+        0.0, "Fraction of ITC's gradient that passes from the layers only ITC uses into those before them."
     )
 
     def __post_init__(self) -> None:
@@ -148,23 +150,25 @@ class MomentumConfig(Section):
     focal_gamma: float = option(2.0, "Focal exponent of the contrastive loss; 0 disables it.")
     itc_gather: str = option(
         "momentum",
-        "Contrastive keys from all ranks: 'momentum' features, or the model's own with gradient, 'with_grad' or 'ring' "
-        "(less memory).",
+        "What ITC gathers from all ranks as keys: 'momentum' (the teacher's features), 'with_grad' (the model's, with "
+        "gradient) or 'ring' (the same result in less memory).",
     )
     hard_negatives: bool = option(
         True, "Sample ITM negatives by similarity; false: uniformly, for data whose most similar pairs also match."
     )
     hard_negatives_start: float = option(
-        0.0, "Share of the run before which negatives are uniform all the same: matching learns the easy ones first."
+        0.0, "Fraction of the run that samples uniformly first, so that ITM starts with easy negatives."
     )
-    queue_size: int = option(65536, "Momentum features kept per modality as contrastive keys.")
+    queue_size: int = option(
+        65536, "Teacher features per modality that the queue keeps as extra ITC keys; 0 disables it."
+    )
     queue_warmup_steps: float = option(
-        0, "Steps before queued features are used as keys, below 1: share of the run; see docs/decisions.md."
+        0, "Steps before the queue's features serve as keys; below 1, a fraction of the run."
     )
-    momentum: float = option(0.995, "Decay of the momentum teacher.")
+    momentum: float = option(0.995, "Decay of the momentum teacher, the model's moving average.")
     distill_alpha: float = option(0.4, "Weight of the teacher's soft targets.")
     distill_ramp_steps: float | None = option(
-        None, "Steps until distill_alpha is reached, below 1: share of the run; default: one epoch."
+        None, "Steps over which distill_alpha ramps up from 0; below 1, a fraction of the run; default: one epoch."
     )
 
     def __post_init__(self) -> None:
@@ -178,19 +182,19 @@ class MomentumConfig(Section):
 
 @dataclass(frozen=True)
 class ObjectiveConfig(MomentumConfig):
-    """The objectives. `soft_mask`, `focal_gamma`, and `masked_captions` with augmentation are the paper's parts."""
+    """The objectives. The paper's parts are `soft_mask`, `focal_gamma`, and `masked_captions` with augmentation."""
 
-    soft_mask: bool = option(True, "Add a matched pair with a text-driven soft mask to ITM.")
+    soft_mask: bool = option(True, "Also train ITM on matched pairs whose image has a text-driven soft mask.")
     soft_masked_negatives: bool = option(
-        False, "Show the soft-masked image to the wrong text as well; else a mask tells that a pair matches."
+        False, "Also pair the soft-masked image with a wrong caption; otherwise a mask gives away that a pair matches."
     )
-    masked_captions: bool = option(True, "Use the masked caption in ITC and ITM as well; false: in MLM only.")
-    itc_weight: float = option(1.0, "Weight of image-text contrast; 0 disables it.")
-    itm_weight: float = option(1.0, "Weight of image-text matching; 0 disables it.")
-    mlm_weight: float = option(1.0, "Weight of masked language modeling; 0 disables it.")
+    masked_captions: bool = option(True, "Use the masked caption in ITC and ITM as well; false: only in MLM.")
+    itc_weight: float = option(1.0, "Weight of image-text contrast (ITC); 0 disables it.")
+    itm_weight: float = option(1.0, "Weight of image-text matching (ITM); 0 disables it.")
+    mlm_weight: float = option(1.0, "Weight of masked language modeling (MLM); 0 disables it.")
     mask_probability: float = option(0.15, "Fraction of word pieces that are masked.")
-    temperature: float = option(0.07, "Initial contrastive temperature of new weights; it is learned.")
-    gathered_negatives: bool = option(False, "Draw hard ITM negatives from the batches of all ranks.")
+    temperature: float = option(0.07, "Initial ITC temperature, which is learned; model_weights bring their own.")
+    gathered_negatives: bool = option(False, "Sample hard ITM negatives from the batches of all ranks.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,45 +215,48 @@ class DataConfig(Section):
 
     data: str = option(
         "shapes",
-        "'shapes' (drawn on the fly), WebDataset shards ('cc/{000..331}.tar', a folder, a comma list) "
-        "by path or by URL (https://, s3://, gs://), tables (.csv, .tsv, .json of ALBEF, COCO or Karpathy, .jsonl, "
-        ".parquet) or folders of Hugging Face's datasets, each also with a split ('dataset_coco.json:val').",
+        "'shapes' (drawn on the fly); WebDataset shards ('cc/{000..331}.tar', a folder, or a comma-separated list) by "
+        "path or URL (https://, s3://, gs://); tables (.csv, .tsv, .jsonl, .parquet, or .json of ALBEF, COCO or "
+        "Karpathy); or folders of Hugging Face datasets. Tables and folders take a split: 'dataset_coco.json:val'.",
     )
     image_root: str | None = option(
-        None, "Folder of relative image paths in tables; of several, 'train2017,val2017', the one that fits. Default: "
-        "the table's folder.",
+        None, "Folder that image paths in tables are relative to; of several ('train2017,val2017'), the one that has "
+        "the image. Default: the table's folder.",
     )  # fmt: skip
-    image_column: str | None = option(None, "Column of the images in tables; default: guessed from its name.")
+    image_column: str | None = option(None, "Image column of a table; default: recognized by name.")
     caption_column: str | None = option(
-        None, "Column of the captions in tables, or several, separated by commas; default: guessed from its name."
+        None, "Caption column of a table, or several separated by commas; default: recognized by name."
     )
-    eval_data: str | None = option(None, "Held-out data; default for shapes in pretraining: unseen shapes.")
-    eval_size: int | None = option(256, "Number of held-out samples to evaluate on; 0: all.")
+    eval_data: str | None = option(
+        None, "Held-out data, as in --data; default: none, or unseen scenes when pretraining on shapes."
+    )
+    eval_size: int | None = option(256, "Held-out samples to evaluate on; 0: all.")
     tokenizer: str | None = option(
-        None, "Tokenizer folder or hub name; default: that of text_weights, or a WordPiece trained on the captions."
+        None,
+        "Tokenizer folder or hub name; default: that of text_weights, or a WordPiece one trained on the captions.",
     )
     drop_punctuation: bool = option(
         False,
-        "Drop punctuation of texts, with spaces for - and /, as ALBEF does; part of the model's tokenizer.",
+        "Remove punctuation from texts and turn - and / into spaces, as ALBEF does; stored with the tokenizer.",
     )
     crop: bool = option(True, "Random resized crop.")
-    crop_scale: float = option(0.2, "Smallest fraction of the image's area that a crop keeps.")
+    crop_scale: float = option(0.2, "Smallest fraction of the image's area that a random crop keeps.")
     flip: bool = option(True, "Horizontal flip with probability 0.5.")
     rand_augment: bool = option(True, "RandAugment with two operations per image.")
     color: bool = option(True, "Brightness, contrast and saturation jitter.")
     blur: bool = option(True, "Gaussian blur with probability 0.5.")
-    max_bad_fraction: float = option(0.01, "Fraction of unusable samples at which training stops.")
+    max_bad_fraction: float = option(0.01, "Training stops when more than this fraction of the samples is unusable.")
     data_threads: int | None = option(
-        None, "Threads that decode and augment and, without data_workers, read; default: all cores, at most 16."
+        None, "Threads that decode and augment (and read, without data_workers); default: all cores, at most 16."
     )
     data_workers: int | None = option(
-        None, "Processes that read, check, tokenize and mask, 0: threads do. Default: where a rank has a GPU and 4 or "
-        "more cores, half of them, at most 8; else 0.",
+        None, "Processes that read, check, tokenize and mask; 0: use threads. Default: half the cores of a rank, at "
+        "most 8, if it has a GPU and at least 4 cores; else 0.",
     )  # fmt: skip
-    cache_dir: str | None = option(None, "Cache of shards by URL; default: ~/.cache/softmask_fast.")
-    cache_gigabytes: float = option(64.0, "Size limit of cache_dir, for all ranks of a machine together.")
-    shuffle_shards: int = option(8, "Shards by URL that a rank mixes at a time; part of the data order.")
-    prefetch_shards: int = option(2, "Shards by URL that a rank downloads ahead.")
+    cache_dir: str | None = option(None, "Folder that caches shards read by URL; default: ~/.cache/softmask_fast.")
+    cache_gigabytes: float = option(64.0, "Size limit of cache_dir in GB, shared by all ranks of a machine.")
+    shuffle_shards: int = option(8, "Shards read by URL that a rank mixes at a time; changes the data order.")
+    prefetch_shards: int = option(2, "Shards read by URL that a rank downloads ahead.")
     download_tries: int = option(5, "Attempts to download a shard before the run stops.")
     download_timeout: float = option(60.0, "Seconds without data after which an attempt fails.")
 
@@ -262,42 +269,43 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The run: its length, its optimizer, its outputs."""
 
-    output_dir: str | None = option(None, "Output folder; default: runs/<preset>-<n> with the next free n.")
+    output_dir: str | None = option(None, "Output folder; default: runs/<preset>-<n>, with the next free n.")
     max_steps: int | None = option(None, "Optimizer steps; overrides epochs.")
-    epochs: float = option(30.0, "Passes over the data.")
-    batch_size: int = option(64, "Pairs per device and forward pass.")
+    epochs: float = option(30.0, "Passes over the training data.")
+    batch_size: int = option(64, "Pairs per rank and forward pass.")
     gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step.")
     learning_rate: float = option(1e-4, "Peak learning rate.")
-    final_learning_rate: float = option(1e-5, "Learning rate at the end of the cosine.")
-    warmup_steps: float = option(1000, "Steps of linear warm-up; below 1: share of the run.")
-    weight_decay: float = option(0.02, "AdamW weight decay of matrices.")
+    final_learning_rate: float = option(1e-5, "Learning rate at the end of the cosine schedule.")
+    warmup_steps: float = option(1000, "Steps of linear warm-up; below 1, a fraction of the run.")
+    weight_decay: float = option(0.02, "AdamW weight decay, applied to matrices only.")
     gradient_clipping: float = option(1.0, "Largest gradient norm; 0 disables clipping.")
     bf16: bool | None = option(None, "Train in bfloat16; default: on GPUs that support it.")
     attention: str = option(
         "auto",
-        "Self-attention of the text: 'padded', packed 'varlen' or 'xformers' (GPU); 'auto': varlen where supported.",
+        "Text self-attention: 'padded', or packed on a GPU ('varlen', 'xformers'); 'auto': varlen where supported.",
     )
     activation_checkpointing: bool = option(False, "Save memory by recomputing every block in the backward pass.")
     compile: bool | None = option(
-        None, "Run the layers through torch.compile; default: on a GPU, where a C compiler is at hand. Not with ZeRO-3."
+        None, "Run the layers through torch.compile; default: on a GPU, if a C compiler is installed. Not with ZeRO-3."
     )
     cuda_graph: bool = option(
-        False, "Launch whole steps of pretraining as CUDA graphs, on one rank, without gradient accumulation."
+        False, "Launch whole pretraining steps as CUDA graphs; needs one rank and no gradient accumulation."
     )
-    profile: int = option(0, "Trace this many steps, after 3 others, to trace.json in the output folder.")
-    seed: int = option(0, "Seed of the weights, the data order and the augmentation.")
+    profile: int = option(0, "Steps to profile, after the first 3, into trace.json of the output folder.")
+    seed: int = option(0, "Seed of the weights, the data order and augmentation.")
     resume: bool | str = option(
-        False, "Continue the run of output_dir, with its options; 'auto': begin one if there is none."
+        False, "Continue the run in output_dir with its options; 'auto': start one if there is none."
     )
     checkpoint_steps: int = option(1000, "Steps between checkpoints.")
-    keep_checkpoints: int = option(2, "Number of checkpoints to keep.")
+    keep_checkpoints: int = option(2, "Newest checkpoints to keep.")
     eval_epochs: float = option(
-        0.0, "Epochs between evaluations on the held-out data; 0: only at the end. Fine-tuning: 1."
+        0.0, "Epochs between evaluations on the held-out data; 0: only at the end. Fine-tuning defaults to 1."
     )
     eval_steps: int | None = option(None, "Steps between evaluations on the held-out data; overrides eval_epochs.")
-    log_steps: int = option(10, "Steps between lines of metrics.jsonl, which go to report_to, too.")
+    log_steps: int = option(10, "Steps between lines of metrics.jsonl and reports to report_to.")
     report_to: str | None = option(
-        "tensorboard", "Where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow, several by comma, or none."
+        "tensorboard",
+        "Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, a comma-separated list, or none.",
     )
 
     def __post_init__(self) -> None:
@@ -322,7 +330,7 @@ def report_names(report_to: str | None) -> list[str]:
 
 
 class RunConfig(Protocol):
-    """What pretraining and fine-tuning configurations have in common; a dataclass, stored as config.json."""
+    """What the configurations of pretraining and fine-tuning share; a dataclass, stored as config.json."""
 
     name: str  # names the default output folder
     objectives: MomentumConfig
@@ -391,4 +399,4 @@ def _require_steps_or_share(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         fits = value is None or 0 <= value < 1 or value >= 1 and value % 1 == 0
-        _require(fits, name, "a share of the run from 0 to below 1, or a whole number of steps", value)
+        _require(fits, name, "a fraction of the run from 0 to below 1, or a whole number of steps", value)

@@ -1,4 +1,4 @@
-"""`softmask-fast train` and `finetune`: in this process, or on several devices by DeepSpeed's launcher."""
+"""`softmask-fast train` and `finetune`: in this process, or on several devices through DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -22,32 +22,37 @@ OPTIONS = {"train": "softmask_fast.training.options", "finetune": "softmask_fast
 
 
 def start(script: str, argv: list[str], devices: int | None, shown: Sequence[argparse.ArgumentParser]) -> int:
-    """Train by a script of the package; returns the exit status.
+    """Trains by a script of the package.
 
-    Where another launcher (torchrun, srun, deepspeed) has started this process, it is one rank of its run. Otherwise
-    there is a rank for each of `devices`: by default for each GPU, or one on the CPU.
+    If another launcher (torchrun, srun, deepspeed) started this process, it is one rank of that launcher's run.
+    Otherwise one rank starts per device.
 
     Args:
         script: "train" or "finetune".
-        argv: the options of the script.
-        devices: how many ranks.
-        shown: parsers of options beside these, for --help.
+        argv: the script's options.
+        devices: number of ranks; None: one per GPU, or one on the CPU.
+        shown: parsers whose options --help shows as well.
 
-    Raises UsageError for options that are wrong, and for devices that there are not, and SystemExit for --help.
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: for wrong options, or more devices than this machine has.
+        SystemExit: for --help.
     """
     name = f"softmask-fast {script}"
     if "WORLD_SIZE" in os.environ:
         if devices is not None:
-            raise UsageError(f"devices: expected none, as a launcher has started this process, got {devices}")
+            raise UsageError(f"devices: expected none, as another launcher started this process, got {devices}")
         return import_module(f"softmask_fast.{script}").main(argv, name)
-    import_module(OPTIONS[script]).parse_arguments(argv, prog=name, parents=shown)  # what is wrong is said at once
+    import_module(OPTIONS[script]).parse_arguments(argv, prog=name, parents=shown)  # reports wrong options at once
     gpus = count_gpus()
     if devices is not None and not 1 <= devices <= (gpus or devices):
-        most = f", at most {gpus}, the GPUs of this machine" if gpus else ""
+        most = f" and at most {gpus}, the GPUs of this machine" if gpus else ""
         raise UsageError(f"devices: expected at least 1{most}, got {devices}")
     ranks = devices or gpus or 1
     if ranks > 1:
-        if find_spec("deepspeed") is None:  # the launcher's own end would not say how it is installed
+        if find_spec("deepspeed") is None:  # the launcher's own error would not say how to install it
             raise ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed")
         return launch(name, Path(__file__).with_name(f"{script}.py"), argv, ranks, gpus)
     return import_module(f"softmask_fast.{script}").main(argv, name)
@@ -60,10 +65,10 @@ def count_gpus() -> int:
 
 
 def launch(name: str, script: Path, argv: Sequence[str], ranks: int, gpus: int) -> int:
-    """Run the script on `ranks` devices; returns the exit status.
+    """Runs the script on `ranks` devices; returns the exit status.
 
-    The ranks have a session of their own, so that Ctrl-C comes here alone: DeepSpeed's launcher would kill those that
-    have not saved after 30 seconds. It ends the ranks when this process is gone.
+    The ranks get their own session, so that Ctrl-C reaches this process alone: DeepSpeed's launcher would kill ranks
+    that have not saved after 30 seconds. The launcher ends the ranks if this process disappears.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",")[:ranks] if visible else list(range(ranks))
@@ -93,7 +98,7 @@ def launch(name: str, script: Path, argv: Sequence[str], ranks: int, gpus: int) 
     status = process.wait()
     if received and status:
         return 128 + received[-1]
-    if status > 128:  # a rank's signal, as the launcher gives it on
+    if status > 128:  # a rank's signal, passed on by the launcher
         killers = {256 - number: number.name for number in signal.Signals}
         ended = f"was killed by {killers[status]}" if status in killers else f"ended with status {status}"
         print(f"{name}: error: a rank {ended}", file=sys.stderr)

@@ -21,7 +21,7 @@ DEEPSPEED = {"zero_optimization": {"stage": 1}, "steps_per_print": 1_000_000_000
 ESSENTIAL = (
     "model", "data", "eval_data", "output_dir", "resume", "max_steps", "epochs", "batch_size", "learning_rate", "seed",
 )  # fmt: skip
-NOT_STORED = ("output_dir", "resume", "compile")  # what a resumed run is told, or decides anew for its machine
+NOT_STORED = ("output_dir", "resume", "compile")  # given again on resuming, or decided anew for the machine
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,10 @@ def _spell(option: re.Match) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse's parser for options with hyphens or underscores; --help shows the underscores. It takes no abbreviation
-    for an option, and suggests one for a mistyped name."""
+    """argparse's parser, with hyphens or underscores in option names; --help shows underscores.
+
+    It rejects abbreviations, and suggests the option that a mistyped name may mean.
+    """
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **settings: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **settings)
@@ -73,13 +75,13 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown name: the known one that it begins, or is most like, if there is one."""
+    """The end of a message about an unknown name: a known one that starts with it or resembles it, if any."""
     similar = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
 class _Help(argparse.HelpFormatter):
-    """Adds defaults, in brackets, to the help; where they are None the help says what that means."""
+    """Appends each default in brackets. Where the default is None, the help text itself says what that means."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
@@ -97,7 +99,7 @@ _METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT"}
 
 
 def _reader(kinds: Sequence[Any]) -> Callable[[str], Any]:
-    """Reads the text of an option as the first of the types that it fits; "none" is None."""
+    """Parses an option's text as the first type that accepts it; "none" is None."""
 
     def read(text: str) -> Any:
         for kind in kinds:
@@ -129,23 +131,25 @@ def section_parser(
     sections: dict[str, type], choice: str, table: dict[str, dict[str, Any]], default: str | None, description: str,
     prog: str | None = None, parents: Sequence[argparse.ArgumentParser] = (),
 ) -> CommandParser:  # fmt: skip
-    """A parser with a flag for every field of the sections, --`choice`, --config and what the launcher adds."""
+    """A parser with a flag for every field of the sections, --`choice`, --config and the launcher's options."""
     usage = f"%(prog)s [--{choice} {'|'.join(table)}] [options]"
-    description += f" In brackets: the default, which --{choice} decides."
+    description += f" Defaults are in brackets; --{choice} changes them."
     settings = {"description": description, "formatter_class": _Help, "add_help": False, "parents": parents}
     parser = CommandParser(prog=prog, usage=usage, **settings)
-    first = parser.add_argument_group("first of all")
-    first.add_argument("-h", "--help", action="help", help=f"Show this; with --{choice}, its defaults.")
-    about = f"Defaults of the other options; default: {default}." if default else "Task to fine-tune (required)."
+    first = parser.add_argument_group("essentials")
+    first.add_argument("-h", "--help", action="help", help=f"Show this help; with --{choice}, its defaults.")
+    about = (
+        f"Set of defaults for all other options; default: {default}." if default else "Task to fine-tune (required)."
+    )
     first.add_argument(f"--{choice}", choices=list(table), help=about)
     for name, section in sections.items():
         group, hints = parser.add_argument_group(name, section.__doc__.split("\n\n")[0]), get_type_hints(section)
         for field in fields(section):
             _add_field(first if field.name in ESSENTIAL else group, field, hints[field.name])
-    first.add_argument("--config", metavar="FILE", help="YAML or JSON file with any of the options.")
-    about = "DeepSpeed's configuration; default: ZeRO stage 1, in a resumed run that of before."
+    first.add_argument("--config", metavar="FILE", help="YAML or JSON file that sets any of these options; flags win.")
+    about = "DeepSpeed configuration; default: ZeRO stage 1, or that of the resumed run."
     first.add_argument("--deepspeed", "--deepspeed_config", metavar="FILE", help=about)
-    about = "Print all that a run decides and stores at its start, and what DeepSpeed has to say."
+    about = "At the start, print everything the run decides and stores, and DeepSpeed's own messages."
     first.add_argument("--verbose", action="store_true", help=about)
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by the launcher
     return parser
@@ -158,16 +162,16 @@ def record_path(folder: str | Path) -> Path:
 
 
 def stored_record(folder: str | Path) -> dict[str, Any] | None:
-    """What the run in a folder last said of itself, at its start or when it was resumed; None if there is no run.
+    """The record that the run in a folder last wrote, when it started or resumed; None if there is no run.
 
-    Raises UsageError if it is damaged.
+    Raises UsageError if the record is damaged.
     """
     path = record_path(folder)
     if not path.is_file():
         return None
     record = read_json(path, "resume")
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise UsageError(f"resume: {path} is not the record of a run: expected config in it")
+        raise UsageError(f"resume: expected a run's record with the key 'config', got {path}")
     return record
 
 
@@ -178,9 +182,8 @@ def parse_sections(
 ) -> tuple[str, dict[str, Any], LaunchOptions]:  # fmt: skip
     """Parse flags and an optional --config file.
 
-    A flag wins over the file, the file over what a run to resume has stored, or else over `more_defaults`, these over
-    the row of the table, and what stands there over the dataclasses' defaults. Returns the row's name, the value of
-    every option, and the launcher's options.
+    Flags win over the file. The file wins over the options stored by the run to resume or, in a new run, over
+    `more_defaults`. Then come the row of the table and, last, the dataclasses' defaults.
 
     Args:
         sections: the dataclasses whose fields are the options, by name.
@@ -189,13 +192,16 @@ def parse_sections(
         default: the row without that flag; None: the flag is required.
         description: shown by --help.
         more_defaults: further defaults, given the options parsed so far.
-        prog: name of the program in --help and in argparse's messages; None: that of the script.
+        prog: name of the program in --help and in argparse's messages; None: the script's name.
         parents: parsers whose options --help shows as well.
 
+    Returns:
+        The row's name, the value of every option, and the launcher's options.
+
     Raises:
-        SystemExit: argparse, for --help, unknown flags and values of another type.
-        UsageError: for an unknown row, another one than that of the run to resume, and for a file that cannot be read
-            or has unknown options.
+        SystemExit: by argparse, for --help, unknown flags and values of the wrong type.
+        UsageError: for an unknown row, a row other than that of the run to resume, or a file that cannot be read or has
+            unknown options.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = section_parser(sections, choice, table, default, description, prog, parents)
@@ -210,19 +216,19 @@ def parse_sections(
     record = (stored_record(asked.output_dir) if asked.resume and asked.output_dir else None) or {"config": {}}
     row, before = getattr(asked, choice), record["config"].get(choice)
     if before is not None and row not in (None, before):
-        raise UsageError(f"{choice}: was {before!r} in the run of {asked.output_dir}, got {row!r}")
+        raise UsageError(f"{choice}: expected {before!r}, as in the run in {asked.output_dir}, got {row!r}")
     row = row or before or default
     kept = [record["config"].get(section) for section in sections]  # a damaged one is refused when the run is resumed
     stored = renamed({name: value for part in kept if isinstance(part, dict) for name, value in part.items()})
     stored = {name: value for name, value in stored.items() if name in names and name not in NOT_STORED}
     incomplete = stored.keys() & renamed(dict.fromkeys(record.get("incomplete", ())))  # had passwords or signatures
     stored |= dict.fromkeys(incomplete, argparse.SUPPRESS)
-    # an option that the run did not know yet is as without a preset, which may have changed since
+    # an option that the run did not know takes the dataclass's default: the preset may have changed since
     parser.set_defaults(**(stored or table.get(row, {})) | from_file)
     options = parser.parse_args(argv)
     for name in sorted(incomplete):
         if getattr(options, name) == argparse.SUPPRESS:
-            raise UsageError(f"{name}: stored without its password or signature, give it again")
+            raise UsageError(f"{name}: pass it again: it was stored without its password or signature")
     if row not in table:
         raise UsageError(f"{choice}: expected one of {sorted(table)}, got {row!r}")
     if not stored and (more := more_defaults(vars(options))):
@@ -233,7 +239,7 @@ def parse_sections(
 
 
 def build_sections(sections: dict[str, type], options: dict[str, Any]) -> dict[str, Any]:
-    """Make each section from the options that are its fields."""
+    """Builds each section from the options that are its fields."""
     return {name: section(**{f.name: options[f.name] for f in fields(section)}) for name, section in sections.items()}
 
 

@@ -68,7 +68,10 @@ def test_base_is_the_paper():
         (dict(text_width=100), "text_width: expected a multiple of text_heads=12, got 100"),
         (dict(batch_size=1), "batch_size: expected at least 2"),
         (dict(momentum=1.5), r"momentum: expected in \[0, 1\], got 1.5"),
-        (dict(warmup_steps=1.5), "warmup_steps: expected a share of the run from 0 to below 1, or a whole .* got 1.5"),
+        (
+            dict(warmup_steps=1.5),
+            "warmup_steps: expected a fraction of the run from 0 to below 1, or a whole .* got 1.5",
+        ),
         (dict(queue_warmup_steps=float("inf")), "queue_warmup_steps: expected a finite number"),
         (dict(eval_steps=0), "eval_steps: expected at least 1, got 0"),
         (dict(resume=True), "output_dir: expected the folder of the run to resume, got None"),
@@ -184,7 +187,7 @@ def test_a_resumed_run_has_the_options_that_it_stored(tmp_path):
     del record["config"]["train"]["warmup_steps"]  # a run of before this option
     (run / "config-from-step-00000020.json").write_text(json.dumps(record))
     assert PRESETS["small"]["warmup_steps"] != parse_arguments(resume)[0].train.warmup_steps == 1000
-    with pytest.raises(UsageError, match=f"preset: was 'small' in the run of {run}, got 'tiny'"):
+    with pytest.raises(UsageError, match=f"preset: expected 'small', as in the run in {run}, got 'tiny'"):
         parse_arguments([*resume, "--preset", "tiny"])
 
 
@@ -192,7 +195,7 @@ def test_what_was_stored_without_its_secrets_is_given_again(tmp_path):
     run, path = tmp_path / "run", tmp_path / "run.yaml"
     store(run, make_config("tiny", data="https://host/a.tar", seed=3), incomplete=["data"])
     resume = ("--output_dir", str(run), "--resume", "auto")
-    with pytest.raises(UsageError, match="^data: stored without its password or signature, give it again$"):
+    with pytest.raises(UsageError, match="^data: pass it again: it was stored without its password or signature$"):
         parse_arguments(resume)
     path.write_text("data: https://host/a.tar?sig=2")
     for given in (["--data", "https://host/a.tar?sig=2"], ["--config", str(path)]):

@@ -122,7 +122,7 @@ def test_mistakes_are_named(folders, pictures, tmp_path, capsys):
     two = [*start, "--text", "a", "--image", image, str(pictures / "wide.png")]
     assert "--out: expected a folder for several images, got" in message(*two, "--out", out)
     same = [*start, "--text", "a", "--image", image, image, "--out", str(tmp_path / "two")]
-    assert "--image: expected files of different names" in message(*same)
+    assert "--image: expected files with different names" in message(*same)
     one = [*start, "--text", "a", "--image", image, "--out", out]
     assert "--npy: expected a name that ends in .npz, got x.npy" in message(*one, "--npy", "x.npy")
     assert "layer: expected a number from 0 to 1 of CLIPModel, got 7" in message(*one, "--layer", "7")

@@ -52,14 +52,14 @@ def test_the_rank_of_another_launcher_starts_no_more(started, monkeypatch, capsy
     assert main(["train", "--seed", "3"]) == 0
     assert started == [("softmask-fast train", ["--seed", "3"])]
     assert main(["train", "--devices", "2"]) == 2
-    assert "devices: expected none, as a launcher has started this process, got 2" in capsys.readouterr().err
+    assert "devices: expected none, as another launcher started this process, got 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--devices", "5"], "devices: expected at least 1, at most 4, the GPUs of this machine, got 5"),
-        (["--devices", "0"], "devices: expected at least 1, at most 4"),
+        (["--devices", "5"], "devices: expected at least 1 and at most 4, the GPUs of this machine, got 5"),
+        (["--devices", "0"], "devices: expected at least 1 and at most 4"),
         (["--momentum", "2"], "momentum: expected in [0, 1], got 2.0"),
         (["--config", "none.yaml"], "none.yaml: No such file or directory"),
     ],

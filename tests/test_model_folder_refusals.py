@@ -63,7 +63,7 @@ def changed(path, **changes) -> None:
         ("vision_mlp_ratio", float("inf"), "expected a finite number, got inf"),
         ("vision_model", "resnet18", "'resnet18' cannot have these sizes: .*img_size"),
         ("vision_model", "local-dir:/tmp", "expected the name of a model in timm, got 'local-dir:/tmp'"),
-        ("vision_model", None, "expected a text, got None"),
+        ("vision_model", None, "expected a string, got None"),
         ("text_mlp_ratio", 10**400, "expected a finite number, got 1000"),
         ("text_mlp_ratio", -1, "expected above 0, at most 1000, got -1"),
         ("hidden_dropout", float("nan"), "expected a finite number, got nan"),
@@ -182,8 +182,8 @@ def test_task_records_are_checked(folder):
     path = folder / "task.json"
     for content, expected in [
         ("[]", "expected a mapping of options, got list"),
-        ("{}", "task: expected a text, got None"),
-        ('{"task": "vqa", "answers": 3}', "answers: expected a list of texts, got 3"),
+        ("{}", "task: expected a string, got None"),
+        ('{"task": "vqa", "answers": 3}', "answers: expected a list of strings, got 3"),
         ('{"task": "vqa", "answers": ["a"], "candidates": "9"}', "candidates: expected an integer of at least 1"),
         ('{"task": "vqa", "answers": ["a"], "other": 1}', "unexpected keyword argument 'other'"),
     ]:
@@ -253,7 +253,7 @@ def test_options_of_a_run_are_checked_by_type():
         (lambda: TrainConfig(batch_size=8.5), "batch_size: expected an integer, got 8.5"),
         (lambda: TrainConfig(learning_rate="fast"), "learning_rate: expected a finite number, got 'fast'"),
         (lambda: DataConfig(flip=1), "flip: expected true or false, got 1"),
-        (lambda: DataConfig(data=["a.tar"]), "data: expected a text, got ['a.tar']"),
+        (lambda: DataConfig(data=["a.tar"]), "data: expected a string, got ['a.tar']"),
         (lambda: TaskConfig("folder", layer="last"), "layer: expected an integer, got 'last'"),
     ]:
         assert line(make) == expected

@@ -334,7 +334,7 @@ def test_what_is_too_large_for_the_memory_is_not_read(tmp_path, monkeypatch):
         ({"first_word": 1.5}, "first_word"),
         ({"n_words": 3}, r'"n_words": expected 1 to 2, got 3'),
         ({"n_words": 0}, "n_words"),
-        ({"text": None}, '"text": expected a text, got None'),
+        ({"text": None}, '"text": expected a string, got None'),
     ],
 )
 def test_a_phrase_that_is_wrong_makes_a_bad_sample(tmp_path, change, reason):

@@ -158,12 +158,12 @@ def test_json_files_give_the_batches_of_what_they_hold(tmp_path, tokenizer, task
 @pytest.mark.parametrize(
     "task, change, message",
     [
-        ("vqa", {"answer": []}, r'vqa.json: entry 2: "answer": expected a text or a list of texts, got \[\]'),
-        ("vqa", {"question": " "}, r"""entry 2: "question": expected a text, got ' '"""),
+        ("vqa", {"answer": []}, r'vqa.json: entry 2: "answer": expected a string or a list of strings, got \[\]'),
+        ("vqa", {"question": " "}, r"""entry 2: "question": expected a string, got ' '"""),
         ("nlvr2", {"label": "yes"}, r"""entry 2: "label": expected one of \['False', 'True'\], got 'yes'"""),
         ("nlvr2", {"images": ["a.png"]}, r'entry 2: "images": expected two paths'),
         ("entailment", {"label": None}, r"entry 2: \"label\": expected one of .*'entailment'\], got None"),
-        ("entailment", {"image": 4}, r'entry 2: "image": expected a text, got 4'),
+        ("entailment", {"image": 4}, r'entry 2: "image": expected a string, got 4'),
     ],
 )
 def test_a_wrong_entry_is_named_before_any_work(tmp_path, task, change, message):
@@ -222,7 +222,7 @@ def test_expressions_are_captions_with_the_box_of_what_they_name(tmp_path):
         written(box=[1, 2, 0, 4])
     with pytest.raises(UsageError, match='entry 0: "proposals": expected x, y, width and height in pixels, got'):
         written(box=[1, 2, 3, 4], proposals=[[1, 2, 3]])
-    with pytest.raises(UsageError, match='entry 0: "text": expected a text, got 7'):
+    with pytest.raises(UsageError, match='entry 0: "text": expected a string, got 7'):
         written(text=7)
     shapes = open_expressions("shapes:num=2", split="val", **SPLIT_OPTIONS).read(0)
     assert all(phrase.boxes[0] in phrase.proposals and len(phrase.proposals) == 2 for phrase in shapes.phrases)
@@ -450,7 +450,7 @@ def test_answer_lists_are_checked(tmp_path):
     path.write_text('["red", "blue", "red"]')
     assert read_answers(path) == ["red", "blue"]
     path.write_text('{"red": 1}')
-    with pytest.raises(UsageError, match="expected a JSON list of texts"):
+    with pytest.raises(UsageError, match="expected a JSON list of strings"):
         read_answers(path)
 
 

@@ -105,7 +105,7 @@ def read_model_folder(directory: str | Path, option: str = "model") -> tuple[Mod
     options |= {"vision_weights": "random", "text_weights": "random", "model_weights": None}
     task = read_record(directory / TASK, option) if (directory / TASK).exists() else None
     if task is not None and not isinstance(task.get("task"), str):
-        raise UsageError(f"{option}: {directory / TASK}: task: expected a text, got {task.get('task')!r:.100}")
+        raise UsageError(f"{option}: {directory / TASK}: task: expected a string, got {task.get('task')!r:.100}")
     try:
         config = ModelConfig(**options)
         with torch.device("meta"):  # without memory, whatever the sizes

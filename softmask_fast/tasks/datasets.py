@@ -85,7 +85,7 @@ def text_field(entry: dict[str, Any], name: str) -> str:
     """The stripped text of a field. Raises UsageError for anything else."""
     text = entry.get(name)
     if not isinstance(text, str) or not text.strip():
-        raise UsageError(f'"{name}": expected a text, got {short(text)}')
+        raise UsageError(f'"{name}": expected a string, got {short(text)}')
     return text.strip()
 
 

@@ -1,4 +1,4 @@
-"""Options of fine-tuning: one dataclass beside those of pretraining, and the defaults of each task."""
+"""Options of fine-tuning: one dataclass besides those of pretraining, and the defaults of each task."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from softmask_fast.options import LaunchOptions, build_sections, parse_sections
 
 @dataclass(frozen=True)
 class TaskConfig(Section):
-    """The model that fine-tuning starts from, and the options of single tasks."""
+    """The model to start from, and options of individual tasks."""
 
-    model: str | None = option(None, "A folder that training exported (DIR/model), or an ALBEF checkpoint.")
+    model: str | None = option(None, "Folder exported by training (DIR/model), or an ALBEF checkpoint (required).")
     image_size: int | None = option(None, "Side of the square input image in pixels; default: the model's.")
-    max_tokens: int | None = option(None, "Longest text in tokens, including special ones; default: the model's.")
-    hidden_dropout: float | None = option(None, "Dropout on the hidden states; default: the model's.")
-    answers: str | None = option(None, "vqa: JSON list of the answers to rank; default for shapes: its answers.")
-    candidates: int = option(128, "vqa: answers ranked in full; retrieval: candidates re-ranked by matching, 0: none.")
-    captions: str = option("all", "retrieval: captions of an image that are queries, 'first' or 'all'.")
-    layer: int | None = option(None, "grounding: fusion layer of the heat maps; default: the layer of the soft masks.")
+    max_tokens: int | None = option(
+        None, "Longest text in tokens, including special ones; longer ones are cut; default: the model's."
+    )
+    hidden_dropout: float | None = option(None, "Dropout in the text and fusion encoders; default: the model's.")
+    answers: str | None = option(None, "vqa: JSON list of the answers to rank (required, except on shapes).")
+    candidates: int = option(128, "vqa: answers scored in full; retrieval: candidates re-ranked by ITM, 0: none.")
+    captions: str = option("all", "retrieval: captions of each image to evaluate, 'all' or the 'first'.")
+    layer: int | None = option(None, "grounding: fusion layer of the word maps; default: that of the soft masks.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,11 +70,13 @@ ABOUT = "Fine-tune a pretrained vision-language model for a task."
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **program: Any) -> tuple[FinetuneConfig, LaunchOptions]:
-    """Parse flags and an optional --config file by `parse_sections`, which takes `program`, too. Raises UsageError for
-    values out of range."""
+    """Parses flags and an optional --config file with `parse_sections`, to which `program` is passed on.
+
+    Returns the configuration and the launcher's options. Raises UsageError for values out of range.
+    """
     task, options, launch = parse_sections(SECTIONS, "task", DEFAULTS, None, ABOUT, argv, **program)
     if options["data"] is None:
         raise UsageError(f"data: expected the training data of {task}, got none")
     if task == "text_assignment" and options["eval_data"] is not None:
-        raise UsageError("eval_data: text assignment has no evaluation; its accuracy is logged in training")
+        raise UsageError("eval_data: expected none, as text_assignment has no evaluation; training logs its accuracy")
     return FinetuneConfig(task, **build_sections(SECTIONS, options)), launch

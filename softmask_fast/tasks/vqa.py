@@ -41,7 +41,7 @@ def _weighted_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
     if isinstance(given, str) and given.strip():
         return [(given, SINGLE_ANSWER_WEIGHT)]
     if not _is_list_of_texts(given):
-        raise UsageError(f'"answer": expected a text or a list of texts, got {short(given)}')
+        raise UsageError(f'"answer": expected a string or a list of strings, got {short(given)}')
     return [(answer, count / len(given)) for answer, count in Counter(given).items()]
 
 
@@ -61,10 +61,10 @@ def _is_list_of_texts(answers: Any) -> bool:
 
 
 def read_answers(path: str | Path) -> list[str]:
-    """The distinct answers of a JSON list of texts, in order. Raises UsageError if the file holds anything else."""
+    """The distinct answers of a JSON list of strings, in order. Raises UsageError if the file holds anything else."""
     answers = read_json(path, "answers")
     if not _is_list_of_texts(answers):
-        raise UsageError(f"answers: {path}: expected a JSON list of texts, got {short(answers)}")
+        raise UsageError(f"answers: {path}: expected a JSON list of strings, got {short(answers)}")
     return list(dict.fromkeys(answers))
 
 
@@ -85,7 +85,7 @@ class VQAModel(TaskModel):
         if type(candidates) is not int or candidates < 1:
             raise UsageError(f"candidates: expected an integer of at least 1, got {candidates!r}")
         if not _is_list_of_texts(answers):
-            raise UsageError(f"answers: expected a list of texts, got {answers!r:.60}")
+            raise UsageError(f"answers: expected a list of strings, got {answers!r:.60}")
         self.answers, self.candidates = list(answers), candidates
         self._warn_about_equal_tokens()
         config = bert_config(base.config, base.config.fusion_layers)

@@ -15,8 +15,10 @@ ABOUT = "Pretrain a vision-language model with SoftMask++."
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **program: Any) -> tuple[Config, LaunchOptions]:
-    """Parse flags and an optional --config file by `parse_sections`, which takes `program`, too. Raises UsageError for
-    values out of range."""
+    """Parses flags and an optional --config file with `parse_sections`, to which `program` is passed on.
+
+    Returns the configuration and the launcher's options. Raises UsageError for values out of range.
+    """
     preset, options, launch = parse_sections(
         SECTIONS, "preset", PRESETS, "tiny", ABOUT, argv, _sizes_of_weights, **program
     )
@@ -24,7 +26,7 @@ def parse_arguments(argv: Sequence[str] | None = None, **program: Any) -> tuple[
 
 
 def make_config(preset: str = "tiny", **options: Any) -> Config:
-    """A preset with some options changed. Raises UsageError for unknown names, and for values out of range."""
+    """A preset with some options changed. Raises UsageError for unknown names and for values out of range."""
     if preset not in PRESETS:
         raise UsageError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
     values = {f.name: f.default for section in SECTIONS.values() for f in fields(section)}
@@ -35,7 +37,7 @@ def make_config(preset: str = "tiny", **options: Any) -> Config:
 
 
 def _sizes_of_weights(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of the model that `model_weights` names."""
+    """The model options of the weights that `model_weights` names."""
     if not options["model_weights"]:
         return {}
     from softmask_fast.model.initialize import weights_config  # imports torch, which --help does not wait for
