@@ -434,7 +434,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="width: expected an integer, got NoneType"):
         FocalITCLoss(queue_size=8)
     for options, arguments, message in (
-        (dict(), dict(), "teacher_image: expected the momentum features, the keys of gather='momentum', got None"),
+        (dict(), dict(), "teacher_image: expected the teacher's features, the keys of gather='momentum', got None"),
         (
             dict(gather="ring"),
             dict(teacher_text=x),

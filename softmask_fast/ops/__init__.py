@@ -1,6 +1,6 @@
 """Fused operators: word maps, soft masks, soft-masked attention, focal contrastive loss.
 
-They need nothing but torch, and triton or the compiled extension where they run.
+They need only torch, plus triton or the compiled extension where those run.
 """
 
 from softmask_fast.ops.focal_itc import FocalITCStats, focal_itc_loss

@@ -11,11 +11,11 @@ from softmask_fast.ops.registry import refuse_transforms
 
 
 def attention_output_gradient(score_function: Callable[[Tensor], Tensor], attention_output: Tensor) -> Tensor:
-    """dS/dO for `word_gradcam` and `word_soft_mask`: differentiates a score S at a detached attention output O.
+    """The gradient dS/dO that `word_gradcam` and `word_soft_mask` take: of a score S at a detached attention output O.
 
-    Only the graph between O and the score is built. Weights get no gradients, nothing is retained, and no module keeps
-    state. It stays correct under ZeRO-3, as it neither calls `.backward()` nor touches the graph of the surrounding
-    pass. It also works under `no_grad`. With any fused attention of shape (B, H, L, D), word maps take three lines:
+    It builds only the graph from O to the score. Weights get no gradients, nothing is retained, and no module keeps
+    state. It works under `no_grad`, and under ZeRO-3, because it neither calls `.backward()` nor touches the graph of
+    the surrounding pass. With any fused attention of shape (B, H, L, D), word maps take three lines:
 
     ```python
     output = F.scaled_dot_product_attention(query, key, value)
@@ -24,16 +24,16 @@ def attention_output_gradient(score_function: Callable[[Tensor], Tensor], attent
     ```
 
     Args:
-        score_function: the rest of the model, from the attention output to the score: a scalar, or one score per image,
-            whose sum is differentiated. The score of an image may only depend on its own rows.
-        attention_output: O, of any shape.
+        score_function: the rest of the model, from the attention output to the score. It returns a scalar, or one score
+            per image, of which the sum is differentiated. The score of an image may depend only on its own rows.
+        attention_output: O, of any shape and floating dtype.
 
     Returns:
-        A tensor like `attention_output`, without a graph.
+        dS/dO, with the shape, dtype and device of `attention_output`, without a graph.
 
     Raises:
         ValueError: if the score does not depend on the attention output.
-        RuntimeError: in forward mode and under transforms of `torch.func`.
+        RuntimeError: in forward-mode autograd and under `torch.func` transforms.
     """
     refuse_transforms("attention_output_gradient", attention_output)
     with torch.enable_grad():

@@ -27,8 +27,8 @@ __all__ = ["FocalITCStats", "focal_itc_loss"]
 _TRITON, _SYMMETRIC, _SIGMOID = (
     f"softmask_fast.ops.focal_itc.triton_{file}" for file in ("launch", "symmetric_launch", "sigmoid")
 )
-# The definition, with its gradients, holds about 12 matrices (B, M). Up to 32 MiB each it is twice as fast as tiles;
-# larger ones glibc takes from the system anew at every allocation, and tiles are faster, too.
+# The definition and its gradients hold about 12 matrices (B, M). Up to 32 MiB each, it is twice as fast as tiles. From
+# there on glibc requests each allocation from the system, and tiles are faster as well as smaller.
 _STREAMED_FROM = 1 << 25
 registry.register(
     "focal_itc",
@@ -68,20 +68,26 @@ registry.register(
 
 
 class FocalITCStats(NamedTuple):
-    """Detached statistics of both directions: ``image_`` for images against text keys, ``text_`` the other one.
+    """Detached statistics of both directions: `image_...` ranks the text keys of an image row, `text_...` the reverse.
 
-    The first six are scalars, averages over the rows, in the dtype of the loss; the negatives are (B,) int64.
+    Attributes:
+        image_accuracy, text_accuracy: fraction of rows whose most probable key is a positive; among equally probable
+            keys the first counts.
+        image_entropy, text_entropy: mean entropy of the softmax, in nats.
+        image_positive_probability, text_positive_probability: mean total probability of a row's positives.
+        image_hard_negative, text_hard_negative: (B,) int64, the key column of each row's hard negative, sampled from
+            its softmax over the negatives; -1 for a row without negatives.
+
+    All but the hard negatives are 0-dim, means over the rows, in the dtype of the loss.
     """
 
-    image_accuracy: Tensor  # share of rows whose most probable key is a positive (the first of equal ones counts)
+    image_accuracy: Tensor
     text_accuracy: Tensor
-    image_entropy: Tensor  # mean entropy of the softmax, in nats
+    image_entropy: Tensor
     text_entropy: Tensor
-    image_positive_probability: Tensor  # mean probability of all positives of a row together
+    image_positive_probability: Tensor
     text_positive_probability: Tensor
-    image_hard_negative: (
-        Tensor  # key column of each image row, drawn from its softmax over negatives; -1 where it has none
-    )
+    image_hard_negative: Tensor
     text_hard_negative: Tensor
 
 
@@ -108,52 +114,54 @@ def focal_itc_loss(
     seed: int | Tensor = 0,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, FocalITCStats]:
-    """Contrastive loss of B image-text pairs, its terms weighted by ``(1 - p)^gamma``, mean of the two directions.
+    """Focal contrastive loss of B image-text pairs: each term is weighted by `(1 - p)^gamma`.
 
-    Image rows are compared with ``text_keys``, text rows with ``image_keys``; ``reference.py`` has the formulas.
+    Image rows are compared with `text_keys`, text rows with `image_keys`; the loss is the mean of both directions.
+    `ops/focal_itc/reference.py` has the formulas. Focal weighting of ITC is from SoftMask++ (Park & Han, CVPR 2023).
+
+    If the product of a row, or of its teacher, with any key is not finite, the row's loss is NaN. If it is the row's
+    own product, its statistics are NaN and its hard negative is -1. Every implementation does the same.
 
     Args:
         image, text: (B, d) unit vectors, float16, bfloat16, float32 or float64. All features share one dtype and
             device; sums run in float32 (float64 for float64).
-        image_keys, text_keys: (M, d), both or neither. By default the other modality's batch (CLIP), so M = B and the
-            gradient reaches each feature as a row and as a key. With queues (ALBEF) the keys are the batch's momentum
-            features and then the queue.
-        temperature: number from 1e-12 to 1e12, or a 0-dim tensor, which gets its gradient.
+        image_keys, text_keys: (M, d), both or neither. None: the batch of the other modality (CLIP), so M = B, and each
+            feature gets its gradient as a row and as a key. With a queue (ALBEF), pass the teacher's features of the
+            batch followed by those of the queue.
+        temperature: a number from 1e-12 to 1e12, or a 0-dim tensor, which gets a gradient.
         gamma: focal exponent, from 0 to 1000; 0 is plain cross-entropy. 0, 1, 2 and 3 are the fastest.
-        teacher_image, teacher_text: (B, d) momentum features of the same rows, constants. Needed where alpha > 0.
-        alpha: weight in [0, 1] of the teacher's soft targets ``softmax(teacher @ keys.T / temperature)``. A number, or
-            a 0-dim tensor on the device of the features: then the teachers are used whatever it holds.
-        ids, key_ids: (B,) and (M,) int64; the keys whose id equals the row's are its positives, each duplicate counts.
-            A row without one raises. ``key_ids`` defaults to ``ids`` where the keys default to the batch. Without ids
-            the positive of row i is key ``row_offset + i``.
-        positives: "mean": the hard target is uniform over the positives (ALBEF, BLIP). "any": the hard term is that of
-            the probability of all of them together (EgoNCE).
-        row_offset: the key column of local row 0. It also numbers the rows for the sampler.
+        teacher_image, teacher_text: (B, d) features of the same rows by the momentum teacher, treated as constants.
+            Required for alpha > 0.
+        alpha: weight in [0, 1] of the teacher's soft targets `softmax(teacher @ keys.T / temperature)`: a number, or a
+            0-dim tensor on the device of the features. With a tensor the teachers are used whatever its value.
+        ids, key_ids: (B,) and (M,) int64. The keys with a row's id are its positives; each duplicate counts. A row
+            without a positive raises. `key_ids` defaults to `ids` if the keys default to the batch. Without ids, the
+            positive of row i is key `row_offset + i`.
+        positives: "mean": the hard target is uniform over the positives (ALBEF, BLIP). "any": the hard term uses their
+            total probability (EgoNCE).
+        row_offset: key column of local row 0. It also numbers the rows for the sampler.
         reduction: "mean" or "sum" over the rows, or "none" for the (B,) losses.
-        return_stats: also return ``FocalITCStats``.
-        negative_range: (first, last + 1) key columns from which hard negatives are drawn; all keys by default.
-        loss: "softmax": which of the keys belongs to a row. "sigmoid": whether it does, asked of each pair alone (with
-            gamma 0 SigLIP's); a row's loss is the sum over its keys, each key with its id is a positive, there are no
-            soft targets, and the statistics are those of the softmax of the same logits.
-        bias: added to the logits of "sigmoid": a number of size at most 1e12 or a 0-dim tensor, which gets its
-            gradient; None: 0.
-        seed: of the hard negatives: a number, or a 0-dim int64 tensor, as alpha. A draw depends on (seed, direction,
-            row_offset + row) and the row's softmax alone.
-        impl: implementation by name; None takes the best one that runs here: without a kernel the definition, and where
-            its (B, M) matrices have 32 MiB or more, "streamed".
+        return_stats: also return `FocalITCStats`.
+        negative_range: (first, last + 1) key columns to sample hard negatives from; default: all keys.
+        loss: "softmax" asks which key belongs to a row. "sigmoid" asks of each pair alone whether it matches (SigLIP's
+            loss if gamma is 0): a row's loss is the sum over its keys, every key with the row's id is a positive, there
+            are no soft targets, and the statistics are those of the softmax of the same logits.
+        bias: added to the logits of "sigmoid": a number of size at most 1e12, or a 0-dim tensor, which gets a gradient;
+            None: 0.
+        seed: seed of the hard negatives: a number, or a 0-dim int64 tensor on the device of the features. A sample
+            depends only on (seed, direction, row_offset + row) and the row's softmax.
+        impl: implementation by name: "triton", "cpp", "streamed" or "reference". None: the best one that runs here. If
+            no kernel runs, that is "reference", or "streamed" once a (B, M) matrix takes 32 MiB.
 
     Returns:
-        The loss, float32 (float64 for float64 inputs), or (loss, stats). Gradients flow to image, text, both key sets
-        and temperature; none to the teachers, none through the statistics.
+        The loss, float32 (float64 for float64 inputs): 0-dim, or (B,) with reduction "none". With `return_stats`,
+        (loss, stats). Gradients flow to image, text, both key sets, temperature and bias; none flow to the teachers or
+        through the statistics.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; the same for every implementation.
-            On a GPU, and under `torch.compile`, the host reads no tensor, as it would wait for the device: an id
-            without a key trips a device-side assertion there, and a 0-dim tensor out of its range enters the formulas
-            as it is.
-
-    A row has a loss of NaN where one of its products, or of its teacher's, with any key is not finite, by every
-    implementation; of its own products, it has NaN for statistics and no hard negative (-1).
+            On a GPU and under `torch.compile`, the host reads no tensor, because it would wait for the device. There an
+            id without a key trips a device-side assertion, and a 0-dim tensor out of range is used as it is.
     """
     check_tensor("image", image, ("B", "d"))
     batch, width = image.shape
@@ -200,9 +208,9 @@ def focal_itc_loss(
 
 
 def _takes_definition(problem: Problem, keys: int) -> bool:
-    """Whether `impl=None` is the definition here: no kernel runs and its (B, M) matrices are small.
+    """Whether `impl=None` means the definition here: no kernel runs and its (B, M) matrices are small.
 
-    Only where autograd sees it: the registered operator streams.
+    Only where autograd sees through it: the registered operator streams.
     """
     if torch.compiler.is_compiling():
         return False
@@ -212,7 +220,7 @@ def _takes_definition(problem: Problem, keys: int) -> bool:
 
 
 def statistics(of_rows: Tensor, hard_negative: Tensor) -> FocalITCStats:
-    """The rows' statistics of both directions (2, 3, B), averaged, and hard negatives (2, B)."""
+    """Averages the rows' statistics of both directions (2, 3, B), and adds the hard negatives (2, B)."""
     means = of_rows.mean(-1)
     return FocalITCStats(*means.T.flatten().unbind(), *hard_negative.unbind())
 
@@ -224,12 +232,12 @@ def check_loss(
     check_choice("loss", loss, ("softmax", "sigmoid"))
     if loss == "softmax":
         if bias is not None:
-            raise ValueError("bias: expected None with loss='softmax', which no bias changes, got one")
+            raise ValueError("bias: expected None with loss='softmax', which a bias does not change, got one")
         return None
     if positives != "mean":
         raise ValueError(f"positives: expected 'mean' with loss='sigmoid', got {positives!r}")
     if alpha is not None:
-        raise ValueError("alpha: expected 0 with loss='sigmoid', which has no soft targets, got another")
+        raise ValueError("alpha: expected 0 with loss='sigmoid', which has no soft targets, got another value")
     return as_scalar("bias", 0.0 if bias is None else bias, image)
 
 

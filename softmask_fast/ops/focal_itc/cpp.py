@@ -33,7 +33,7 @@ def tiles_of(
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor, tuple[Tensor, Tensor | None, Tensor | None]]]:
     """Of each tile its rows and keys, their features in float32, and its products: student, teacher, transposed.
 
-    ``both``: the last are room for the same products transposed.
+    `both`: the last are room for the same products transposed.
     """
     height, width = min(rows.shape[0], TILE_ROWS), min(keys.shape[0], TILE_KEYS)
     buffers = (
@@ -73,7 +73,7 @@ class _Sums:
         self, rows: Tensor, teacher: Tensor | None, keys: Tensor, key_offset: int, lists: PositiveLists | None,
         second_pass: bool,
     ) -> None:  # fmt: skip
-        """Adds all tiles of a block of keys, whose numbers begin with ``key_offset``."""
+        """Adds all tiles of a block of keys, whose numbers begin with `key_offset`."""
         kernels, options, lists = torch.ops.softmask_fast_cpp, self.options, lists or (None,) * 3
         for part, place, _, _, products in tiles_of(rows, teacher, keys, self.sums.shape[0] == 2):
             common = (*products, self.inverse, part.start, place.start, key_offset, *lists, options.row_offset)
@@ -102,7 +102,7 @@ def number(alpha: Tensor | None) -> float:
 
 
 class Forward(BlockwiseForward):
-    """See ``operators.BlockwiseForward``."""
+    """See `operators.BlockwiseForward`."""
 
     def __init__(self, rows: Rows):
         super().__init__(rows)
@@ -119,7 +119,7 @@ class Forward(BlockwiseForward):
 def backward(
     grad_loss: Tensor, rows: Rows, keys: Keys, state: tuple[Tensor, Tensor], wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``operators.Backward``."""
+    """See `operators.Backward`."""
     lists = None if rows.ids is None else positive_lists(rows.ids, keys)
     one_direction = (tensor[None] for tensor in (grad_loss, *state))
     return _gradients(rows, keys, lists, *one_direction, wanted)
@@ -149,7 +149,7 @@ def add_gradients(
     run: Callable[[tuple[Tensor | None, ...], int, int], None], rows: Rows, keys: Keys, both: bool,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of rows and keys; ``run``, given a tile's first row and key, turns its products into their gradient."""
+    """Gradients of rows and keys; `run`, given a tile's first row and key, turns its products into their gradient."""
     x, y = rows.features, keys.features
     totals = [torch.empty(source.shape if wants else 0) for source, wants in zip((x, y), wanted, strict=True)]
     for part, place, x_part, y_part, products in tiles_of(x, rows.teacher, y, both):

@@ -22,14 +22,14 @@ def _arguments(
 
 
 def add_losses(rows: Rows, keys: Keys, positives: PositiveLists | None, losses: Tensor) -> None:
-    """See ``sigmoid.parts``."""
+    """See `sigmoid.parts`."""
     numbers, options = _arguments(rows, keys, positives)
     for part, place, _, _, products in tiles_of(rows.features, None, keys.features):
         torch.ops.softmask_fast_cpp.focal_itc_sigmoid(products[0], *numbers, part.start, place.start, *options, losses)
 
 
 def gradients(grad_loss: Tensor, rows: Rows, keys: Keys, wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """See ``sigmoid.parts``."""
+    """See `sigmoid.parts`."""
     arguments, options = _arguments(rows, keys)
     grad_loss, temperature = grad_loss.contiguous(), rows.temperature
     totals = torch.zeros(2, grad_loss.shape[1], dtype=torch.float64)  # of the gradient times products, and alone

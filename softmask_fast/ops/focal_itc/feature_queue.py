@@ -12,7 +12,7 @@ _NO_IMAGE = torch.iinfo(torch.int64).min  # ids from here on, one per slot of th
 
 
 class Features(NamedTuple):
-    """Image and text features of M pairs, and the ids of their images if they have any."""
+    """Image and text features of M pairs, and the ids of their images, if any."""
 
     image: Tensor  # (M, d)
     text: Tensor  # (M, d)
@@ -22,11 +22,20 @@ class Features(NamedTuple):
 class FeatureQueue(nn.Module):
     """The newest image and text features of a run, with the ids of their images (MoCo, He et al., CVPR 2020).
 
-    Its buffers are the features `image_queue` and `text_queue` (size, width), their `queue_ids` (size,) int64, and
-    `queue_position`, the slot of the oldest entry. At first they are random directions of that seed, of no image.
+    At first it holds random directions that belong to no image.
+
+    Args:
+        width: d, the number of columns of a feature.
+        size: number of entries.
+        seed: seed of the initial entries.
+
+    Attributes:
+        image_queue, text_queue: (size, width) features, float32 at first.
+        queue_ids: (size,) int64 ids of their images.
+        queue_position: 0-dim int64, the slot of the oldest entry.
     """
 
-    def __init__(self, width: int, size: int, seed: int = 0):
+    def __init__(self, width: int, size: int, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         for name in ("image_queue", "text_queue"):
@@ -46,15 +55,17 @@ class FeatureQueue(nn.Module):
         return f"{self.width}, {self.size}"
 
     def keys(self, like: Tensor, copy: bool = False) -> Features:
-        """All entries, in the dtype of `like`; `copy`: keep them as they are now when the queue moves on."""
+        """All entries, in the dtype and on the device of `like`. With `copy`, later updates do not change them."""
         images, texts = (queue.to(like, copy=copy) for queue in (self.image_queue, self.text_queue))
         return Features(images, texts, self.queue_ids.to(self.queue_ids, copy=copy))
 
     @torch.no_grad()
     def enqueue(self, image: Tensor, text: Tensor, ids: Tensor | None = None) -> None:
-        """Replaces the oldest entries by features (B, d), B of any size, of images with these ids (B,), or of no image.
+        """Replaces the oldest entries. Pass the same features on every rank.
 
-        Pass the same features on every rank.
+        Args:
+            image, text: (B, d), for any B; of more than `size` only the last ones are kept.
+            ids: (B,) int64 ids of the images; None: the features belong to no image.
         """
         if self.size == 0:
             return

@@ -1,4 +1,4 @@
-"""FocalITCLoss: the loss as a module, against the batches of all ranks and a queue of earlier features."""
+"""FocalITCLoss: the loss as a module, with the batches of all ranks and a queue of earlier features as keys."""
 
 from __future__ import annotations
 
@@ -29,33 +29,36 @@ _QUEUE_BUFFERS = ("image_queue", "text_queue", "queue_ids", "queue_position")
 
 
 class FocalITCLoss(nn.Module):
-    """`focal_itc_loss` against the joined batch of all ranks and a queue of earlier features.
+    """`focal_itc_loss` with the joined batch of all ranks and a queue of earlier features as keys.
 
-    The keys are the features of the joined batch (all ranks in rank order), followed by those in the queue. `gather`
+    The keys are the features of the joined batch (all ranks, in rank order), followed by those in the queue. `gather`
     decides what travels between the ranks:
 
-    - `"momentum"`: the momentum features of all ranks, without gradient (ALBEF, MoCo).
-    - `"with_grad"`: the features of all ranks with gradient. Each rank compares its own rows with all columns, and the
+    - `"momentum"`: the teacher's features of all ranks, without gradient (ALBEF, MoCo).
+    - `"with_grad"`: the features of all ranks, with gradient. Each rank compares its own rows with all columns, and the
       gradients of the columns are reduce-scattered to their owners (CLIP; open_clip's `local_loss` and
       `gather_with_grad`).
-    - `"ring"`: the result of "with_grad", but the features travel around a ring in blocks of one rank's batch, so that
+    - `"ring"`: the same result as "with_grad". The features travel around a ring in blocks of one rank's batch, so that
       memory does not grow with the number of ranks.
 
-    Scale: a rank's loss, like the averages in `FocalITCStats`, is the sum over its rows times ranks / rows of the
-    joined batch: the mean over its rows if all ranks have equally many. So the mean over the ranks is the loss of the
-    joined batch, and gradients averaged over the ranks, as DistributedDataParallel and DeepSpeed do, are those of the
-    joined batch on one process. Each rank needs at least one row.
+    Scale: a rank's loss is the sum over its rows, times the number of ranks, divided by the rows of the joined batch.
+    If all ranks have equally many rows, this is the mean over its rows. So the mean over the ranks is the loss of the
+    joined batch. Gradients averaged over the ranks, as DistributedDataParallel and DeepSpeed do, equal those of the
+    joined batch on one process. The averages in `FocalITCStats` scale the same way. Each rank needs at least one row.
 
     The module's own queue, a `FeatureQueue`, is its attribute `queue` (None for `queue_size=0`) and part of its
-    `state_dict`. In training mode each forward pass replaces the oldest entries by the joined batch.
+    `state_dict`. In training mode each forward pass replaces the oldest entries with the joined batch.
 
     Args:
-        width: d; required with a queue.
-        queue_size: number of entries of the queue.
+        width: d, the number of columns of the features; required with a queue.
+        queue_size: number of entries in the queue; 0: no queue.
         gamma, positives, loss, impl: as in `focal_itc_loss`.
-        gather: see above.
+        gather: "momentum", "with_grad" or "ring", see above.
         group: the ranks that share a batch; None: all.
-        seed: of the queue's initial content.
+        seed: seed of the queue's initial entries.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class FocalITCLoss(nn.Module):
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
         impl: str | None = None,
-    ):
+    ) -> None:
         super().__init__()
         check_integer("queue_size", queue_size, 0, None)
         if width is not None or queue_size:
@@ -102,32 +105,33 @@ class FocalITCLoss(nn.Module):
         negatives: str = "keys",
         seed: int | Tensor = 0,
     ) -> Tensor | tuple[Any, ...]:
-        """The loss of this rank's rows; a collective if there are several ranks.
+        """Computes the loss of this rank's rows. A collective if there are several ranks.
 
         Args:
-            image, text: (B, d) unit vectors of this rank's pairs.
+            image, text: (B, d) unit vectors of this rank's pairs, dtypes as in `focal_itc_loss`.
             temperature, bias: as in `focal_itc_loss`.
-            teacher_image, teacher_text: (B, d) momentum features of the same pairs, constants. Required for
-                `gather="momentum"`, whose keys they are, and for alpha > 0. They are what enters the queue; without
-                them the features themselves do.
+            teacher_image, teacher_text: (B, d) features of the same pairs by the momentum teacher, treated as
+                constants. Required for `gather="momentum"`, which uses them as keys, and for alpha > 0. They enter the
+                queue; without them, `image` and `text` do.
             alpha: weight in [0, 1] of the teacher's soft targets, a number or a tensor as in `focal_itc_loss`.
-            ids: (B,) int64 identities of the images; all keys with a row's id are its positives. Without ids the only
-                positive is the row's own pair. Queued features keep their ids; those without ids match no image.
-            queue: use this queue in place of the module's own, and leave it to the caller to update it.
-            use_queue: whether the queued features are keys. The queue is updated in any case.
+            ids: (B,) int64 ids of the images; all keys with a row's id are its positives. Without ids, the only
+                positive is the row's own pair. Features in the queue keep their ids; those without one match no image.
+            queue: use this queue instead of the module's own; the caller then updates it.
+            use_queue: whether the features in the queue are keys. The queue is updated either way.
             return_stats: also return `FocalITCStats`. Its hard negatives are key numbers: a row of the joined batch, or
-                the number of its rows + a slot of the queue.
+                the number of its rows plus a slot of the queue.
             negatives: where hard negatives come from: "keys" (all), "batch" (the joined batch), "rank" (this rank's).
-            seed: of the hard negatives, a number or a tensor. With the same seed on all ranks they are those of the
-                joined batch.
+            seed: seed of the hard negatives, a number or a tensor. The same seed on all ranks gives those of the joined
+                batch.
 
         Returns:
-            The loss, a scalar; with `return_stats` (loss, stats). If `queue` is given, one more element follows: the
-            `Features` of the joined batch for the caller to enqueue, or None in eval mode or for a queue of size 0.
+            The loss, 0-dim, float32 (float64 for float64 inputs). With `return_stats`, (loss, stats). If `queue` is
+            given, one more element follows: the `Features` of the joined batch for the caller to enqueue, or None in
+            eval mode or for a queue of size 0.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came. If the ranks disagree on sizes
-                or options, or one has no rows: on every rank.
+                or options, or one has no rows, every rank raises.
         """
         own_queue = queue is None
         queue = self.queue if own_queue else queue
@@ -183,7 +187,7 @@ class FocalITCLoss(nn.Module):
     def _gather_keys(
         self, joined: JoinedBatch, rows: Features, newest: Features | None, queued: Features | None
     ) -> Features | tuple[None, None, None]:
-        """Image keys, text keys and their ids; nothing if this rank's batch is all there is and so its own keys."""
+        """Image keys, text keys and their ids; None of each if the keys are just this rank's batch."""
         if self.gather == "momentum":
             batch = newest
         elif joined.world == 1 and queued is None:
@@ -201,7 +205,7 @@ class FocalITCLoss(nn.Module):
         temperature: Tensor, bias: Tensor | None, *, alpha: Tensor | None, negative_range: tuple[int, int],
         return_stats: bool, seed: int | Tensor,
     ) -> tuple[Tensor, FocalITCStats | None]:  # fmt: skip
-        """`focal_itc_loss` with keys that travel around the ranks."""
+        """`focal_itc_loss` with keys that travel from rank to rank."""
         teachers = (None, None) if alpha is None else (teacher.image.detach(), teacher.text.detach())
         problem = Problem(
             rows.image, rows.text, None, None, temperature, bias, *teachers, rows.ids, None, alpha,
@@ -215,7 +219,7 @@ class FocalITCLoss(nn.Module):
         self, rows: Features, teacher_image: Tensor | None, teacher_text: Tensor | None, alpha: float | Tensor,
         queue: FeatureQueue | None,
     ) -> Tensor | None:  # fmt: skip
-        """All that one rank can check by itself, before anything travels; alpha as `check_teachers` returns it."""
+        """Checks what one rank can check by itself, before anything travels. Returns alpha as `check_teachers` does."""
         image, text, ids = rows
         check_tensor("image", image, ("B", "d" if queue is None else queue.width))
         check_tensor("text", text, tuple(image.shape), like=("image", image), same_dtype=True)
@@ -224,15 +228,15 @@ class FocalITCLoss(nn.Module):
             missing, other = ("image", "text") if teacher_image is None else ("text", "image")
             raise ValueError(f"teacher_{missing}: expected a tensor along with teacher_{other}, got None")
         if teacher_image is None and self.gather == "momentum":
-            raise ValueError("teacher_image: expected the momentum features, the keys of gather='momentum', got None")
+            raise ValueError("teacher_image: expected the teacher's features, the keys of gather='momentum', got None")
         if ids is not None:
             check_tensor("ids", ids, (len(image),), dtypes=(torch.int64,), like=("image", image))
         if queue is not None and queue.queue_ids.device != image.device:
-            raise ValueError(f"image: expected device {queue.queue_ids.device} as the queue, got {image.device}")
+            raise ValueError(f"image: expected device {queue.queue_ids.device}, as the queue, got {image.device}")
         return alpha
 
     def _join(self, rows: Features, teacher: Features | None, queue: FeatureQueue | None) -> JoinedBatch:
-        """The sizes of all ranks. Raises ValueError on all of them if they do not fit together."""
+        """Exchanges the sizes of all ranks. If they do not fit together, every rank raises ValueError."""
         image, text, ids = rows
         if world_size(self.group) == 1:
             return JoinedBatch([len(image)])
@@ -257,7 +261,7 @@ class FocalITCLoss(nn.Module):
         return JoinedBatch(sizes, self.group)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Also loads state dicts from before the queue was a module, which lack the "queue." in the names."""
+        """Also loads older state dicts, from before the queue was a module, whose names lack "queue."."""
         for name in _QUEUE_BUFFERS:
             buffer = state_dict.pop(prefix + name, None)
             if buffer is not None and self.queue is not None:

@@ -1,7 +1,7 @@
 """Both directions of the loss as one operator: the forward stores row sums, the backward recomputes tiles.
 
-Every streaming implementation has two parts for each loss: "forward", a class derived from ``BlockwiseForward``, and
-"backward", a function with the arguments of ``Backward``. One that can compute each product <x_i, y_j> of a batch that
+Every streaming implementation has two parts for each loss: "forward", a class derived from `BlockwiseForward`, and
+"backward", a function with the arguments of `Backward`. One that can compute each product <x_i, y_j> of a batch that
 is its own keys once for both directions has two more, "symmetric_forward" and "symmetric_backward", and
 "symmetric_covers", which says for what, unless it is for everything. Those of the sigmoid's loss are "sigmoid_forward"
 and so on.
@@ -67,7 +67,7 @@ def focal_itc(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 class BlockwiseForward:
     """The forward of one direction, to which the keys come in blocks, from one tensor or from other processes.
 
-    ``add`` every block of keys once per pass, in any order, then ``finish``. Nothing of size (B, M) is held in between.
+    `add` every block of keys once per pass, in any order, then `finish`. Nothing of size (B, M) is held in between.
     """
 
     passes = 2
@@ -101,7 +101,7 @@ class BlockwiseForward:
 def streaming(
     name: str, softmax: dict[str, Callable], sigmoid: dict[str, Callable], **keywords
 ) -> registry.Implementation:
-    """An ``Implementation`` of the parts that stream, of both losses."""
+    """An `Implementation` of the parts that stream, of both losses."""
     return registry.Implementation(
         name, softmax | {f"sigmoid_{part}": run for part, run in sigmoid.items()}, **keywords
     )
@@ -197,7 +197,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(run, ctx, wanted, grad_loss):
-    """The gradients that are wanted, by ``run``: the backward or its operator."""
+    """The gradients that are wanted, by `run`: the backward or its operator."""
     if grad_loss is None or not any(wanted):
         return [None] * DIFFERENTIABLE
     row_state, dominant, *inputs = ctx.saved_tensors

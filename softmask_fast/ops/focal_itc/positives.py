@@ -11,7 +11,7 @@ from softmask_fast.ops.focal_itc.state import Keys
 
 
 class PositiveLists(NamedTuple):
-    """Row i's positives among a block of keys are ``columns[first[i] : first[i] + count[i]]``, ascending.
+    """Row i's positives among a block of keys are `columns[first[i] : first[i] + count[i]]`, ascending.
 
     The columns are global numbers of keys. O(B + M) memory, however many positives there are.
     """
@@ -29,7 +29,7 @@ def positive_lists(ids: Tensor, keys: Keys) -> PositiveLists:
 
 
 def positive_tile(part: slice, column: Tensor, ids: Tensor | None, key_ids: Tensor | None, row_offset: int) -> Tensor:
-    """One tile of the positive mask: rows ``part``, keys of the numbers ``column``, which have the ids ``key_ids``."""
+    """One tile of the positive mask: rows `part`, keys of the numbers `column`, which have the ids `key_ids`."""
     if ids is not None:
         return ids[part, None] == key_ids[None]
     row = torch.arange(part.start + row_offset, part.stop + row_offset, device=column.device)

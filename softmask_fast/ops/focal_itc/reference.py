@@ -83,7 +83,7 @@ def focal_cross_entropy(log_p: Tensor, gamma: float) -> Tensor:
 def positive_mask(
     rows: int, keys: int, ids: Tensor | None, key_ids: Tensor | None, row_offset: int, device: torch.device
 ) -> Tensor:
-    """(rows, keys) bool: the positives, by ids where given, else key ``row_offset + i`` for row i.
+    """(rows, keys) bool: the positives, by ids where given, else key `row_offset + i` for row i.
 
     Raises ValueError for a row whose id no key has (on a GPU: a device-side assertion, which waits for nothing).
     """
@@ -106,7 +106,7 @@ def poison(products: Tensor) -> Tensor:
 def focal_itc_direction(rows: Rows, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of the loss; gradients to rows, keys and temperature.
 
-    Returns loss, statistics and hard negatives, see ``Outputs``.
+    Returns loss, statistics and hard negatives, see `Outputs`.
     """
     x, teacher, ids, temperature, options = rows
     dtype = temperature.dtype

@@ -23,7 +23,7 @@ from softmask_fast.ops.registry import refuse_transforms
 def ring_rows(problem: Problem, queued: Features | None, joined: JoinedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Both directions, per row of this rank, against the joined batch and the queued features, without gradient.
 
-    The problem has no keys. Returns loss (2, B), statistics and hard negatives, see ``Outputs``. Image, text (as rows
+    The problem has no keys. Returns loss (2, B), statistics and hard negatives, see `Outputs`. Image, text (as rows
     and as keys), temperature and bias get gradients.
     """
     refuse_transforms("FocalITCLoss", *problem[:DIFFERENTIABLE])

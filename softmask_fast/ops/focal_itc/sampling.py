@@ -1,11 +1,11 @@
 """The random numbers of the hard-negative sampler: a hash of (seed, direction, row, column), the same everywhere.
 
-A hard negative is drawn with the Gumbel-max trick: ``argmax_j(s_j - log(E_j))`` over the candidate columns, with
-``E_j`` unit exponential, follows ``softmax(s)`` restricted to them. ``E_j`` comes from 32 hashed bits, so no
+A hard negative is drawn with the Gumbel-max trick: `argmax_j(s_j - log(E_j))` over the candidate columns, with
+`E_j` unit exponential, follows `softmax(s)` restricted to them. `E_j` comes from 32 hashed bits, so no
 implementation has to store noise, tiles may be visited in any order, and a row draws the same key on one process and
 on many.
 
-The mixer is Chris Wellons' public-domain ``lowbias32`` (https://nullprogram.com/blog/2018/07/31/).
+The mixer is Chris Wellons' public-domain `lowbias32` (https://nullprogram.com/blog/2018/07/31/).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def row_keys(first_row: int, rows: int, seed: Tensor, direction: int) -> tuple[Tensor, Tensor]:
-    """Two 32-bit hash keys for each of the rows ``first_row ... first_row + rows - 1``, as int64 tensors (rows,).
+    """Two 32-bit hash keys for each of the rows `first_row ... first_row + rows - 1`, as int64 tensors (rows,).
 
-    ``seed``: () int64, never read by the host.
+    `seed`: () int64, never read by the host.
     """
     low, high = seed & _MASK, seed >> 32 & _MASK
     stream = _mix(low ^ (0x9E3779B9 * direction))
@@ -40,7 +40,7 @@ def row_keys(first_row: int, rows: int, seed: Tensor, direction: int) -> tuple[T
 def negative_log_exponential(
     keys: tuple[Tensor, Tensor], first_column: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """Gumbel noise ``-log(E)`` of ``columns`` columns from ``first_column`` on -> (rows, columns) of ``dtype``."""
+    """Gumbel noise `-log(E)` of `columns` columns from `first_column` on -> (rows, columns) of `dtype`."""
     first, second = keys
     column = torch.arange(first_column, first_column + columns, device=first.device)
     bits = _mix((_mix(column[None] ^ first[:, None]) + second[:, None]) & _MASK)

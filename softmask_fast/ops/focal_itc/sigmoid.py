@@ -22,7 +22,7 @@ from softmask_fast.ops.focal_itc.state import Keys, Outputs, Rows
 
 
 class Forward(BlockwiseForward):
-    """See ``operators.BlockwiseForward`` and ``parts``."""
+    """See `operators.BlockwiseForward` and `parts`."""
 
     passes = 1
 
@@ -45,9 +45,9 @@ def _no_losses(directions: int, rows: Rows) -> Tensor:
 def parts(add_losses: Callable, gradients: Callable) -> dict[str, Callable]:
     """The parts of an implementation, see operators.py, from two functions.
 
-    ``add_losses(rows, keys, positives, losses)`` adds to the losses, float64, of one direction, (1, B), or of both,
-    (2, B), where a batch is its own keys; ``positives`` only saves the making of them. ``gradients(grad_loss, rows,
-    keys, wanted)``, ``grad_loss`` of either size, returns the gradients of rows, keys, temperature and bias, those of
+    `add_losses(rows, keys, positives, losses)` adds to the losses, float64, of one direction, (1, B), or of both,
+    (2, B), where a batch is its own keys; `positives` only saves the making of them. `gradients(grad_loss, rows,
+    keys, wanted)`, `grad_loss` of either size, returns the gradients of rows, keys, temperature and bias, those of
     rows and keys empty where not wanted.
     """
 
@@ -84,7 +84,7 @@ def _tiles(rows: Rows, keys: Keys) -> Iterator[tuple[slice, slice, Tensor, Tenso
 
 
 def add_losses(rows: Rows, keys: Keys, positives: PositiveLists | None, losses: Tensor) -> None:
-    """See ``sigmoid.parts``."""
+    """See `sigmoid.parts`."""
     for part, place, *_, log_p in _tiles(rows, keys):
         terms = focal_cross_entropy(log_p, rows.options.gamma) if rows.options.gamma else -log_p
         losses[0, part] += terms.sum(1)
@@ -93,7 +93,7 @@ def add_losses(rows: Rows, keys: Keys, positives: PositiveLists | None, losses: 
 
 
 def gradients(grad_loss: Tensor, rows: Rows, keys: Keys, wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """See ``sigmoid.parts``."""
+    """See `sigmoid.parts`."""
     temperature, options = rows.temperature, rows.options
     sources = rows.features, keys.features, temperature, options.bias
     totals = [

@@ -61,7 +61,7 @@ class Rows(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """A block of keys, numbered from ``first`` on."""
+    """A block of keys, numbered from `first` on."""
 
     features: Tensor  # (M, d)
     ids: Tensor | None  # (M,) int64
@@ -147,7 +147,7 @@ TENSORS, DIFFERENTIABLE = 12, 6  # of the fields of `Problem`, the first so many
 
 
 def check_every_row_has_positive(has_positive: Tensor, ids: Tensor) -> None:
-    """Raises ValueError unless ``has_positive`` (B,) is all True; on a GPU a device-side assertion."""
+    """Raises ValueError unless `has_positive` (B,) is all True; on a GPU a device-side assertion."""
     if has_positive.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(has_positive.all()):
             row = int((~has_positive).nonzero()[0])

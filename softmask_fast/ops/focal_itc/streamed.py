@@ -24,13 +24,13 @@ TILE_KEYS = 1024
 
 
 def spans(size: int, tile: int) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of the tiles of ``size`` elements."""
+    """(first, last + 1) of the tiles of `size` elements."""
     for first in range(0, size, tile):
         yield first, min(first + tile, size)
 
 
 class _RunningSum:
-    """Row maximum of the products and sum of ``exp((product - maximum) / temperature)``, over tiles of products.
+    """Row maximum of the products and sum of `exp((product - maximum) / temperature)`, over tiles of products.
 
     The term of the maximum itself, 1, is kept out of the sum, which may be small beside it.
     """
@@ -43,7 +43,7 @@ class _RunningSum:
         self.argmax = temperature.new_zeros(rows, dtype=torch.int64)
 
     def add(self, part: slice, products: Tensor, first_key: int) -> None:
-        """Adds products of the rows ``part`` with the keys numbered from ``first_key``."""
+        """Adds products of the rows `part` with the keys numbered from `first_key`."""
         old_max, old_others = self.max[part], self.others[part]
         tile_max, tile_argmax = products.max(dim=1)
         # Tiles may come in any order: of equal ones the key of the lowest number is the most probable.
@@ -132,7 +132,7 @@ def _tiles(
 
 
 class Forward(operators.BlockwiseForward):
-    """See ``operators.BlockwiseForward``."""
+    """See `operators.BlockwiseForward`."""
 
     def __init__(self, rows: Rows):
         super().__init__(rows)
@@ -203,7 +203,7 @@ class Forward(operators.BlockwiseForward):
 def backward(
     grad_loss: Tensor, rows: Rows, keys: Keys, state: tuple[Tensor, Tensor], wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``operators.Backward``."""
+    """See `operators.Backward`."""
     x, teacher, ids, temperature, options = rows
     dtype = temperature.dtype
     wants_rows, wants_keys, wants_temperature = wanted

@@ -53,7 +53,7 @@ def load_state(p_state, row, m_rows, B, HAS_TEACHER: tl.constexpr):
 
 @triton.jit
 def focal_weight(log2_p, p, gamma, ORDER: tl.constexpr):
-    """w(p) of ``reference.py`` for p < 1."""
+    """w(p) of `reference.py` for p < 1."""
     q = 1.0 - p
     rest = q - (gamma * LN_2) * (p * log2_p)
     if ORDER == 0:
@@ -71,7 +71,7 @@ def focal_weight(log2_p, p, gamma, ORDER: tl.constexpr):
 
 @triton.jit
 def logit_gradient(products, momentum, state, gamma, alpha, scales, ORDER: tl.constexpr, HAS_TEACHER: tl.constexpr):
-    """dloss_i / ds_ij of a tile as if it had no positive and no dominant key, and x; formulas in ``reference.py``."""
+    """dloss_i / ds_ij of a tile as if it had no positive and no dominant key, and x; formulas in `reference.py`."""
     x = relative(products, state[0], scales)
     log2_p = x - state[1]
     p = tl.exp2(log2_p)
@@ -87,7 +87,7 @@ def with_few(
     gradient, x, products, p_state, row, m_rows, B, log_sum, is_dominant, is_positive, gamma, scales,
     ORDER: tl.constexpr, ANY: tl.constexpr,
 ):  # fmt: skip
-    """``logit_gradient`` completed at positives and at dominant keys."""
+    """`logit_gradient` completed at positives and at dominant keys."""
     p_state += row
     if ANY:
         reference = tl.expand_dims(tl.load(p_state + ROW_POSITIVE_MAX * B, mask=m_rows, other=0.0), 1)
@@ -194,7 +194,7 @@ def grad_keys(
 ):  # fmt: skip
     """Grid (cdiv(M, BLOCK_K), cdiv(D, BLOCK_C)): BLOCK_C columns of the gradient of a tile of keys, grad_keys (M, D).
 
-    ``p_largest`` has the largest size of grad: rows are weighted relative to it, so that float16 keeps small gradients.
+    `p_largest` has the largest size of grad: rows are weighted relative to it, so that float16 keeps small gradients.
     """
     first = tl.program_id(0) * BLOCK_K
     key = first + tl.arange(0, BLOCK_K)

@@ -163,7 +163,7 @@ def finish(
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_B),): loss, row state (see state.py) and statistics from the merged sums.
 
-    ``p_terms`` (TERM_SUMS, B) holds the merged sums of ``row_terms`` where ORDER is -1.
+    `p_terms` (TERM_SUMS, B) holds the merged sums of `row_terms` where ORDER is -1.
     """
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_rows = row < B

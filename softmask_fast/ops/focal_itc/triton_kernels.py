@@ -1,8 +1,8 @@
-"""Forward kernels of the focal contrastive loss in Triton. Formulas: ``reference.py``, launches: ``triton_launch.py``.
+"""Forward kernels of the focal contrastive loss in Triton. Formulas: `reference.py`, launches: `triton_launch.py`.
 
 Student and teacher rows share each tile of keys. One key of each row, its "dominant" key, is kept out of the sums: no
 other one is more than twice as probable, so every other p is at most 2/3, powers of 1 - p expand without cancellation,
-and 1 - p of the dominant key is the sum of all others over the total. Its share is added by ``finish``. With STATS the
+and 1 - p of the dominant key is the sum of all others over the total. Its share is added by `finish`. With STATS the
 dominant key is the most probable one, the first of equals.
 
 Logarithms are to base 2, which is what the hardware has. Sums over keys are relative to a reference, the product of the
@@ -49,7 +49,7 @@ DOMINANT = tl.constexpr(0)
 DOMINANT_POSITIVE = tl.constexpr(1)  # 1 where it is a positive
 CHOICE = tl.constexpr(2)  # the hard negative, -1 for none
 PLACES = tl.constexpr(3)
-TERM_SUMS = tl.constexpr(4)  # rows of `terms` (splits, TERM_SUMS, B), see ``row_terms``
+TERM_SUMS = tl.constexpr(4)  # rows of `terms` (splits, TERM_SUMS, B), see `row_terms`
 BLANK = tl.constexpr(-1e30)  # product of a key that does not exist
 NO_SCORE = tl.constexpr(-1e15)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -83,7 +83,7 @@ def load_scales(p_temperature, dtype: tl.constexpr):
 
 @triton.jit
 def add_products(total, left, right, first, PRECISION: tl.constexpr):
-    """total + left right^T, for the columns from ``first`` on.
+    """total + left right^T, for the columns from `first` on.
 
     In float32 the sum over these columns begins at 0, which Triton must not see, or it makes one chain of all columns
     with the rounding errors of a single long sum.
@@ -193,9 +193,9 @@ def may_have_positives(
     p_spans, key, m_keys, M, first_number, first_row, row_offset,
     HAS_IDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """False where no row from ``first_row`` on has a positive in this tile of keys.
+    """False where no row from `first_row` on has a positive in this tile of keys.
 
-    ``p_spans`` (2, M) int32 has the first and the last row that have the id of each key.
+    `p_spans` (2, M) int32 has the first and the last row that have the id of each key.
     """
     if HAS_IDS:
         first = tl.load(p_spans + key, mask=m_keys, other=2147483647)
@@ -212,7 +212,7 @@ def raise_maximum(
     sums, t, h, maximum, new_maximum, teacher_max, new_teacher_max, teacher_dominant, dominant_positive, replaced,
     scale, HAS_TEACHER: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Makes the sums relative to new maxima; where ``replaced``, the old dominant key becomes one of the others."""
+    """Makes the sums relative to new maxima; where `replaced`, the old dominant key becomes one of the others."""
     others, positive, entropy, best = sums
     delta = tl.where(maximum > BLANK, (new_maximum - maximum) * scale, 0.0)
     one = tl.where(replaced, 1.0, 0.0)
@@ -270,8 +270,8 @@ def row_sums(
 ):  # fmt: skip
     """Grid (cdiv(B, BLOCK_B), splits): the sums of a block of rows over KEYS_PER_SPLIT keys, powers 0 ... TERMS - 1.
 
-    ``first_key`` is the number of the first key; positives and the results count in these numbers. Hard negatives are
-    left to ``row_negatives``.
+    `first_key` is the number of the first key; positives and the results count in these numbers. Hard negatives are
+    left to `row_negatives`.
     """
     first_row = tl.program_id(0) * BLOCK_B
     row = first_row + tl.arange(0, BLOCK_B)
@@ -407,7 +407,7 @@ def store_sums(
 
 @triton.jit
 def focal(log_p, one_minus_p, gamma, ORDER: tl.constexpr):
-    """f(p) and w(p) of ``reference.py``; ORDER = gamma where it is 0, 1, 2 or 3, else -1."""
+    """f(p) and w(p) of `reference.py`; ORDER = gamma where it is 0, 1, 2 or 3, else -1."""
     if ORDER == 0:
         power = tl.full(log_p.shape, 1.0, tl.float32)
     elif ORDER == 1:
@@ -430,7 +430,7 @@ def row_terms(
     HAS_TEACHER: tl.constexpr, HAS_IDS: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Second pass for gammas that do not expand, same grid as ``row_sums``, after ``merge``.
+    """Second pass for gammas that do not expand, same grid as `row_sums`, after `merge`.
 
     terms (splits, TERM_SUMS, B): loss and weight under the teacher's 2^u, loss and weight over the positives; the
     dominant key is left out.

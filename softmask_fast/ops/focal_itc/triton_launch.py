@@ -23,7 +23,7 @@ MERGE_ROWS = 128  # rows per program of the kernels without products
 
 
 def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine, crowded: bool) -> dict[str, int | bool]:
-    """Tile sizes, warps and pipeline stages of a kernel; ``crowded``: see ``_is_crowded``.
+    """Tile sizes, warps and pipeline stages of a kernel; `crowded`: see `_is_crowded`.
 
     Chosen by sizes alone, not timed at run time: another tile is another order of summation, and results must be the
     same bit for bit in every run. That none of them spills registers is what tests/test_aot.py is for.
@@ -95,7 +95,7 @@ def _strides(rows: Tensor, teacher_rows: Tensor | None, keys: Tensor) -> tuple[i
 
 
 class Forward(BlockwiseForward):
-    """See ``operators.BlockwiseForward``. Between two blocks of keys it holds the sums over all keys so far."""
+    """See `operators.BlockwiseForward`. Between two blocks of keys it holds the sums over all keys so far."""
 
     def __init__(self, rows: Rows):
         super().__init__(_aligned(rows))
@@ -165,7 +165,7 @@ def _aligned(rows: Rows) -> Rows:
 
 
 def _after(kept: Tensor, splits: int) -> Tensor:
-    """``kept``, sums over earlier blocks of keys if any, followed by room for those of ``splits`` splits."""
+    """`kept`, sums over earlier blocks of keys if any, followed by room for those of `splits` splits."""
     room = kept.new_empty(kept.shape[0] + splits, *kept.shape[1:])
     room[: kept.shape[0]] = kept
     return room
@@ -174,7 +174,7 @@ def _after(kept: Tensor, splits: int) -> Tensor:
 def backward(
     grad_loss: Tensor, rows: Rows, keys: Keys, state: tuple[Tensor, Tensor], wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``operators.Backward``."""
+    """See `operators.Backward`."""
     grad_loss, unpadded = grad_loss.contiguous(), rows.features.shape[1]
     (wants_rows, wants_keys, wants_temperature), (keys, key_ids, first_key) = wanted, keys
     rows, teacher_rows, ids, temperature, options = _aligned(rows)

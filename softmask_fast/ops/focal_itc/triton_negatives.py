@@ -1,7 +1,7 @@
 """Hard negatives of the focal contrastive loss in Triton: one draw per row from the softmax, positives excluded.
 
 A pass of its own, over the keys that may be drawn, which are few where there is a queue: the noise of a tile takes
-more registers than the sums of ``row_sums`` leave.
+more registers than the sums of `row_sums` leave.
 """
 
 import triton
@@ -52,7 +52,7 @@ def row_negatives(
     HAS_IDS: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(B, BLOCK_B), splits), after ``row_sums`` and before ``merge``: BEST and CHOICE of each split."""
+    """Grid (cdiv(B, BLOCK_B), splits), after `row_sums` and before `merge`: BEST and CHOICE of each split."""
     first_row = tl.program_id(0) * BLOCK_B
     row = first_row + tl.arange(0, BLOCK_B)
     m_rows = row < B

@@ -1,6 +1,6 @@
 """loss="sigmoid" in Triton: kernels with a program per tile of products, and their launches.
 
-As in ``triton_symmetric.py`` a tile serves both directions of a batch that is its own keys, and the backward writes the
+As in `triton_symmetric.py` a tile serves both directions of a batch that is its own keys, and the backward writes the
 gradient of the logits chunk by chunk and leaves the products with it to the library.
 """
 
@@ -159,7 +159,7 @@ class _Launch:
 
 
 def add_losses(rows: Rows, keys: Keys, positives: PositiveLists | None, losses: Tensor) -> None:
-    """See ``sigmoid.parts``."""
+    """See `sigmoid.parts`."""
     both = len(losses) == 2
     launch = _Launch(rows, keys, both)
     batch, total, block = launch.batch, launch.keys, launch.sizes["BLOCK_B"]
@@ -181,7 +181,7 @@ def add_losses(rows: Rows, keys: Keys, positives: PositiveLists | None, losses: 
 
 
 def gradients(grad_loss: Tensor, rows: Rows, keys: Keys, wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """See ``sigmoid.parts``."""
+    """See `sigmoid.parts`."""
     temperature, grad_loss = rows.temperature, grad_loss.contiguous()
     largest = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     scale, totals = largest / MAGNIFY, []

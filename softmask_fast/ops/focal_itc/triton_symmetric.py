@@ -1,5 +1,5 @@
 """Kernels of a batch that is its own keys: each product <x_i, y_j> of image row i and text row j, made once, serves
-both directions. Launches: ``triton_symmetric_launch.py``, operator: ``operators.py``, formulas: ``reference.py``.
+both directions. Launches: `triton_symmetric_launch.py`, operator: `operators.py`, formulas: `reference.py`.
 
 The positive of row i is key i and nothing else, so it is left out of all sums and 1 - p of it is exact: the sum over
 the others divided by the total. Logarithms are to base 2.
@@ -7,7 +7,7 @@ the others divided by the total. Logarithms are to base 2.
 Forward: one exponential 2^x for both directions, x = (product - reference) log2(e) / tau + offset, with one reference
 and offset for all of the batch that keep unit vectors from overflowing: (0, 0) down to a temperature of 0.0144, then
 (1, 100). Where a sum is not between 2^-80 and 2^126 (vectors that are not unit vectors, low temperatures, NaN)
-``symmetric_finish`` makes the sums of its rows again, relative to their own maxima. Below 2^-80 terms that underflow to
+`symmetric_finish` makes the sums of its rows again, relative to their own maxima. Below 2^-80 terms that underflow to
 0 could be seen in a sum of 2^22.
 
 Backward: G_ij = dloss / ds_ij of both directions = 2^x_ij (a_i + b_j), again one exponential and the same one, so that

@@ -1,4 +1,4 @@
-"""Launches the kernels of ``triton_symmetric.py``: what they cover, sizes, tiles and chunks."""
+"""Launches the kernels of `triton_symmetric.py`: what they cover, sizes, tiles and chunks."""
 
 from __future__ import annotations
 

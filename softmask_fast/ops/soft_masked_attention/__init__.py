@@ -1,6 +1,6 @@
-"""soft_masked_attention: cross-attention to image tokens that each sequence sees through its own soft mask.
+"""soft_masked_attention: cross-attention to image tokens, each sequence seeing them through its own soft mask.
 
-The operators live in ``torch.ops.softmask_fast``; the public function checks its arguments and calls them.
+The operators live in `torch.ops.softmask_fast`; the public function checks its arguments and calls them.
 """
 
 from __future__ import annotations
@@ -50,39 +50,40 @@ def soft_masked_attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Attention of S sequences to soft-masked tokens of B images: ``softmax_n(keep_n q.K_n scale) keep_n V_n + b_v``.
+    """Attention of S sequences to soft-masked tokens of B images: `softmax_n(keep_n q.K_n scale) keep_n V_n + b_v`.
 
-    It equals attention over the features ``keep_n x_n`` with keys and values projected from them, but neither the
-    masked features nor their projections exist: K and V are computed once per image, *without bias*, and shared by its
-    sequences.
+    It equals attention over the masked features `keep_n x_n`, with keys and values projected from them. But it computes
+    neither these features nor their projections: K and V are projected once per image, *without bias*, and all
+    sequences of the image share them. `ops/soft_masked_attention/reference.py` has the derivation.
 
     Args:
-        query: (S, H, L, D), any strides, like all arguments; or, with ``boundaries``, packed rows (T, H, D).
-        key, value: (B, H, N, D) projections of the unmasked image tokens without bias, dtype and device of ``query``.
-        keep: (S, N), 1 = token seen in full, 0 = token masked out (its key and value are then zero vectors, which still
-            take part in the softmax). Any floating dtype. None: all ones.
-        image_index: (S,) int64, the image of each sequence, in any order and number. None: S == B, sequence i sees
-            image i. A plan of it, made once by ``plan_image_index``, saves that work in every call that shares it.
+        query: (S, H, L, D); or, with `boundaries`, packed rows (T, H, D). float16, bfloat16, float32 or float64. All
+            arguments may have any strides.
+        key, value: (B, H, N, D) projections of the unmasked image tokens, without bias; dtype and device of `query`.
+        keep: (S, N), any floating dtype: 1 shows a token in full, 0 masks it out. The key and value of a masked token
+            are zero vectors, which still take part in the softmax. None: all ones.
+        image_index: (S,) int64, the image of each sequence; images may repeat, in any order. None: S == B, and sequence
+            i sees image i. Or an `ImagePlan` by `plan_image_index`, which does the preparation once for all calls that
+            share it.
         boundaries: (S + 1,) int32, ascending from 0: sequence i is the packed rows boundaries[i] to
-            boundaries[i + 1] - 1. Rows behind the last are nobody's and attend to nothing. A plan has its own.
+            boundaries[i + 1] - 1. Rows after the last sequence attend to nothing. A plan brings its own.
         value_bias: (H, D) bias of the value projection, any floating dtype. A key bias has no effect on attention.
-        key_mask: (B, N) bool, True where a token takes part at all. Where a row attends to nothing, the output is
-            ``value_bias`` (or zero).
-        scale: factor of the logits, by default D ** -0.5.
-        impl: "reference", "triton" or "cpp"; None picks the best one that can run here.
+        key_mask: (B, N) bool, False for tokens to ignore. A row with nothing to attend to gives `value_bias` (or zero).
+        scale: factor of the logits; default: D ** -0.5.
+        impl: "triton", "cpp" or "reference"; None: the best one that runs here.
 
     Returns:
-        A tensor of the size and dtype of ``query``. Gradients flow to query, key, value, keep and value_bias, once;
-        results are bitwise reproducible.
+        A tensor of the size and dtype of `query`. Results are bitwise reproducible. query, key, value, keep and
+        value_bias get gradients, which cannot be differentiated again.
 
     Raises:
-        TypeError, ValueError: naming the argument. On a GPU the values of ``image_index`` are not read on the host: a
-        sequence with an index out of range gives NaN there.
+        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU, `image_index` is not read
+            on the host: a sequence with an index out of range gives NaN.
     """
     plan = image_index if isinstance(image_index, ImagePlan) else None
     if plan is not None:
         if boundaries is not None:
-            raise ValueError("boundaries: expected None beside a plan, which has its own")
+            raise ValueError("boundaries: expected None with a plan, which brings its own")
         image_index, boundaries = plan.image_index, plan.boundaries
     check_tensor("query", query, ("S", "H", "L", "D") if boundaries is None else ("T", "H", "D"))
     query, key, value = cast_for_autocast(query, key, value)
@@ -121,8 +122,8 @@ def soft_masked_attention(
     return torch.ops.softmask_fast.soft_masked_attention(*tensors, scale, impl)[0]
 
 
-# The operators behind the public function. `impl` travels as an argument, so a compiled graph holds one opaque call and
-# the choice of the implementation happens when it runs, on the device of the tensors.
+# The operators behind the public function. `impl` is an argument, so a compiled graph holds one opaque call, and the
+# implementation is chosen when it runs, for the device of the tensors.
 
 torch.library.define(
     "softmask_fast::soft_masked_attention",
@@ -150,7 +151,7 @@ def _forward(query, key, value, keep, image_index, boundaries, table, value_bias
 
 
 def _as_one_sequence(rows: Tensor) -> Tensor:
-    """The form in which implementations take packed rows: (T, H, D) -> (1, H, T, D)."""
+    """Packed rows as the implementations take them: (T, H, D) -> (1, H, T, D)."""
     return rows.transpose(0, 1)[None]
 
 

@@ -12,11 +12,11 @@ from softmask_fast.ops.checks import check_index_range, check_integer, check_ten
 
 
 class ImagePlan(NamedTuple):
-    """What `plan_image_index` makes and `soft_masked_attention` takes as its `image_index`."""
+    """The result of `plan_image_index`; `soft_masked_attention` takes it as `image_index`."""
 
     image_index: Tensor  # (S,) int64
     images: int
-    boundaries: Tensor | None  # (S + 1,) int32 of packed rows
+    boundaries: Tensor | None  # (S + 1,) int32, for packed rows
     rows: int  # T packed rows, or S
     table: Tensor  # int32: the sequences or rows by image, for kernels
 
@@ -28,13 +28,16 @@ def plan_image_index(
 
     Args:
         image_index: (S,) int64, the image of each sequence.
-        images: the number B of images.
-        boundaries: (S + 1,) int32 for packed rows: sequence i is rows boundaries[i] to boundaries[i + 1] - 1.
-        rows: the number T of packed rows, of which those from boundaries[S] on belong to no sequence.
+        images: B, the number of images.
+        boundaries: (S + 1,) int32, for packed rows: sequence i is rows boundaries[i] to boundaries[i + 1] - 1.
+        rows: T, the number of packed rows; those from boundaries[S] on belong to no sequence.
+
+    Returns:
+        An `ImagePlan`, on the device of `image_index`.
 
     Raises:
-        TypeError, ValueError: naming the argument. Values are read on the CPU alone; on a GPU a sequence with an image
-            out of range gives NaN.
+        TypeError, ValueError: naming the argument, what was expected and what came. Values are checked only on the CPU;
+            on a GPU, a sequence with an image out of range gives NaN.
     """
     check_tensor("image_index", image_index, ("S",), dtypes=(torch.int64,))
     check_integer("images", images, 0, None)

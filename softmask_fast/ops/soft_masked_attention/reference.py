@@ -1,12 +1,12 @@
 """Attention over soft-masked image features in plain PyTorch: the definition of the operator and of its gradients.
 
-Soft-masked features ``keep_n x_n`` have the keys ``keep_n K_n`` and values ``keep_n V_n`` (K, V without bias: a key
+Soft-masked features `keep_n x_n` have the keys `keep_n K_n` and values `keep_n V_n` (K, V without bias: a key
 bias adds the same to every logit of a query, and the value bias passes through because the weights sum to one). So with
-``s_ln = scale <q_l, K_n>`` and ``z_ln = keep_n s_ln``:
+`s_ln = scale <q_l, K_n>` and `z_ln = keep_n s_ln`:
 
     A = softmax_n(z),   O_l = sum_n A_ln keep_n V_n + b_v
 
-and, with ``P_ln = <dO_l, V_n>`` and ``delta_l = <dO_l, O_l - b_v> = sum_n A_ln keep_n P_ln``:
+and, with `P_ln = <dO_l, V_n>` and `delta_l = <dO_l, O_l - b_v> = sum_n A_ln keep_n P_ln`:
 
     dz_ln = A_ln (keep_n P_ln - delta_l)
     dq_l = scale sum_n dz_ln keep_n K_n        dK_n = scale sum_l dz_ln keep_n q_l
@@ -20,7 +20,7 @@ Of every row the forward pass saves the maximum of z and the inverse of sum_n ex
 without the rounding of a log-sum-exp, which costs digits where logits are large. Rows without any attended key have
 maximum 0 and inverse sum 0, hence A = 0: their output is b_v alone and no gradient flows.
 
-Packed rows (1, H, T, D), where rows ``boundaries[s]`` to ``boundaries[s + 1] - 1`` are sequence s, are the same as
+Packed rows (1, H, T, D), where rows `boundaries[s]` to `boundaries[s + 1] - 1` are sequence s, are the same as
 sequences padded to one length, whose padding is dropped. Rows of no sequence attend to nothing.
 """
 
@@ -38,9 +38,9 @@ from softmask_fast.ops.checks import compute_dtype, without_autocast
 
 @dataclass(frozen=True)
 class _Block:
-    """A run of images and their sequences, stacked: ``sequences[i]`` is in slot ``slots[i]`` of image ``owners[i]``.
+    """A run of images and their sequences, stacked: `sequences[i]` is in slot `slots[i]` of image `owners[i]`.
 
-    The images count from the start of the run. ``sequences`` is None when sequence i is simply the only one of image i.
+    The images count from the start of the run. `sequences` is None when sequence i is simply the only one of image i.
     """
 
     images: slice
@@ -69,7 +69,7 @@ class _Block:
         return stacked[:, None, :, None]
 
     def unstack(self, stacked: Tensor, rows: Tensor) -> None:
-        """Writes (b, H, n_slots, L, D), or (b, n_slots, N), into its sequences' places of ``rows``."""
+        """Writes (b, H, n_slots, L, D), or (b, n_slots, N), into its sequences' places of `rows`."""
         if self.sequences is None:
             rows.copy_(stacked.squeeze(-3 if stacked.dim() == 5 else 1))
             return
@@ -124,13 +124,13 @@ class _Packing:
         return padded.view(self.sequences, self.length, heads, width).transpose(1, 2)
 
     def pack(self, padded: Tensor, rows: Tensor) -> Tensor:
-        """(S, H, L, D) written into the places of ``rows`` (1, H, T, D), which it returns."""
+        """(S, H, L, D) written into the places of `rows` (1, H, T, D), which it returns."""
         rows[0].transpose(0, 1)[: len(self.places)] = padded.transpose(1, 2).flatten(0, 1)[self.places]
         return rows
 
 
 def plan(image_index: Tensor, images: int, boundaries: Tensor | None, rows: int) -> Tensor:
-    """The table of an `ImagePlan`: (B + 2 + S,) packed (B + 2 + 2 T,), int32, see ``triton_plan.plan``."""
+    """The table of an `ImagePlan`: (B + 2 + S,) packed (B + 2 + 2 T,), int32, see `triton_plan.plan`."""
     owner = torch.where((image_index < 0) | (image_index >= images), images, image_index)
     if boundaries is not None:
         row = torch.arange(rows, dtype=torch.int32, device=boundaries.device)
@@ -219,7 +219,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query, key, value and keep; a gradient that is not asked for is an empty tensor.
 
-    delta is summed from the maps here; kernels that hold no row of them take it from ``output``.
+    delta is summed from the maps here; kernels that hold no row of them take it from `output`.
     """
     if boundaries is not None:
         packing = _Packing.of(boundaries)

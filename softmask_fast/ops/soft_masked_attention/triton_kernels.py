@@ -1,8 +1,8 @@
-"""Kernels of soft_masked_attention in Triton; formulas in ``reference.py``, launches in ``triton_launch.py``.
+"""Kernels of soft_masked_attention in Triton; formulas in `reference.py`, launches in `triton_launch.py`.
 
 A caption has too few rows for a tile of a tensor core, so the rows of all sequences of an image are stacked: row r of
-an image is token ``r % L`` of its sequence ``r // L``, and every row brings the keep of its own sequence. The plan
-lists the sequences by image and says where each image's begin; with PACKED it lists rows (see ``triton_plan.py``).
+an image is token `r % L` of its sequence `r // L`, and every row brings the keep of its own sequence. The plan
+lists the sequences by image and says where each image's begin; with PACKED it lists rows (see `triton_plan.py`).
 
 EXACT is for float32 inputs. Half precision takes the faster way wherever its rounding is not felt there.
 
@@ -28,7 +28,7 @@ def logit_factor(scale, EXACT: tl.constexpr):
 
 @triton.jit
 def exponential(logits, EXACT: tl.constexpr):
-    """exp of logits in the unit of ``logit_factor``.
+    """exp of logits in the unit of `logit_factor`.
 
     A power of 2 is one instruction; around a power of e the compiler sets four. EXACT keeps the latter: it scales
     differences of logits, which rounds less than scaling logits does.
@@ -38,7 +38,7 @@ def exponential(logits, EXACT: tl.constexpr):
 
 @triton.jit
 def load_statistics(p_statistics, o_rows, m_rows, EXACT: tl.constexpr):
-    """What ``attention`` takes: maximum and inverse sum of rows; without EXACT the first holds both."""
+    """What `attention` takes: maximum and inverse sum of rows; without EXACT the first holds both."""
     shift = tl.load(p_statistics + 2 * o_rows, mask=m_rows, other=0.0)
     inverse = tl.load(p_statistics + 2 * o_rows + 1, mask=m_rows, other=0.0)
     if not EXACT:
@@ -59,14 +59,14 @@ def attention(logits, shift, inverse, EXACT: tl.constexpr):
 def load_keep(p_keep, o_sequences, o_keys, m_keys):
     """Rows beyond the last one read the keep of some other sequence: they are never stored, and need no mask.
 
-    ``m_keys`` allows the columns that exist, padding included: a multiple of 16, so that they come 16 bytes at a time.
+    `m_keys` allows the columns that exist, padding included: a multiple of 16, so that they come 16 bytes at a time.
     """
     return tl.load(p_keep + (o_sequences + o_keys), mask=m_keys, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def masked_logits(scores, keep, p_mask, o_mask, m_keys, HAS_KEEP: tl.constexpr, HAS_MASK: tl.constexpr):
-    """z = keep s; -inf at padding. ``scores``, ``keep`` have the keys in columns; ``o_mask`` are offsets per key."""
+    """z = keep s; -inf at padding. `scores`, `keep` have the keys in columns; `o_mask` are offsets per key."""
     if HAS_KEEP:
         scores = scores * keep
     attended = m_keys
@@ -87,10 +87,10 @@ def forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (SPLIT * H * (B + 1),): program ``split`` takes row tiles split, split + SPLIT, ... of a head of an image.
+    """Grid (SPLIT * H * (B + 1),): program `split` takes row tiles split, split + SPLIT, ... of a head of an image.
 
     Where all rows of an image fit one tile, which is usual, its keys and values are read once. Image B stands for the
-    sequences whose image does not exist: they get NaN. The maximum that is saved has the unit of ``logit_factor``.
+    sequences whose image does not exist: they get NaN. The maximum that is saved has the unit of `logit_factor`.
     """
     i_program = tl.program_id(0)
     split, head, image = i_program % SPLIT, (i_program // SPLIT) % H, i_program // (SPLIT * H)
@@ -176,10 +176,10 @@ def backward_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Same grid as ``forward``. Writes dq, and delta, which the other backward kernels read.
+    """Same grid as `forward`. Writes dq, and delta, which the other backward kernels read.
 
     With OWNS_KEYS a program whose image has no more rows than a tile writes dK and dV, too: nobody else adds to them.
-    Images with more rows leave them to ``backward_key_value``.
+    Images with more rows leave them to `backward_key_value`.
 
     delta is <dO, O - b_v>; with EXACT it is summed from the maps in a pass of its own, because the rounding of O is
     felt where the gradients of the logits nearly cancel.
@@ -315,7 +315,7 @@ def backward_key_value(
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N), H, cdiv(B, CHUNK)): one program owns dK and dV of a key tile of CHUNK images.
 
-    It passes over all rows of each image that has more than ``fitting``; for the others ``backward_rows`` has done it.
+    It passes over all rows of each image that has more than `fitting`; for the others `backward_rows` has done it.
     """
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)

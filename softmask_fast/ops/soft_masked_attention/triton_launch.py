@@ -1,4 +1,4 @@
-"""Launches the kernels of ``triton_kernels.py``: sizes, tiles and grids."""
+"""Launches the kernels of `triton_kernels.py`: sizes, tiles and grids."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from softmask_fast.ops.triton_support import (
 )
 
 ONE_TILE = 128  # the most rows of a tile
-IMAGES_PER_PROGRAM = 8  # of ``backward_key_value`` where most images leave it nothing to do
+IMAGES_PER_PROGRAM = 8  # of `backward_key_value` where most images leave it nothing to do
 
 
 def tiles(
     kernel: str, dtype: torch.dtype, width: int, rows: int, machine: Machine, own_keys: bool = False
 ) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages of a kernel for heads of ``width`` and ``rows`` stacked rows per image.
+    """Tile sizes, warps and pipeline stages of a kernel for heads of `width` and `rows` stacked rows per image.
 
     Chosen by sizes alone, not timed at run time: another tile is another order of summation, and results must be the
-    same bit for bit in every run. That none of them spills registers is what tests/test_aot.py is for. ``own_keys`` is
-    asked for where ``backward_rows`` can write dK and dV, see ``can_own_keys``.
+    same bit for bit in every run. That none of them spills registers is what tests/test_aot.py is for. `own_keys` is
+    asked for where `backward_rows` can write dK and dV, see `can_own_keys`.
     """
     block_d = max(16, next_power_of_2(width))
     half, wide = dtype != torch.float32, block_d > 64
     block_c = block_d if half else max(16, min(block_d // 2, 32))
-    block_m = min(max(next_power_of_2(rows + rows // 3), 32), ONE_TILE)  # ``rows`` is an average: most images fit
+    block_m = min(max(next_power_of_2(rows + rows // 3), 32), ONE_TILE)  # `rows` is an average: most images fit
     if INTERPRETED:
         sizes = (16, 32, 1, 4)
     elif not half:  # the largest that do not spill; not timed
@@ -68,7 +68,7 @@ def tiles(
 def can_own_keys(
     dtype: torch.dtype, width: int, rows: int, indexed: bool, masked: bool, machine: Machine, packed: bool = False
 ) -> bool:
-    """Whether ``backward_rows`` is to write dK and dV of the images whose rows fit one tile.
+    """Whether `backward_rows` is to write dK and dV of the images whose rows fit one tile.
 
     It spills registers with a key mask, for wide heads, on sm_100, and packed on sm_80; it is not measured on AMD, and
     a float32 tile has too few rows for it. Without an index a tile of 128 rows spills one register in float16, so it is
@@ -212,7 +212,7 @@ def backward(
 
 
 def _room_for(result: Tensor, zeroed: bool) -> Tensor:
-    """What the kernels write in place of ``result``: itself, or wider rows, see ``with_aligned_rows``. Zeroed where
+    """What the kernels write in place of `result`: itself, or wider rows, see `with_aligned_rows`. Zeroed where
     packed rows may belong to no sequence, whom no kernel visits.
     """
     missing = -result.shape[-1] % 16
@@ -238,5 +238,5 @@ def _common_options(
 
 
 def _columns(keep: Tensor | None) -> int:
-    """Columns of keep, with the padding of ``with_aligned_rows``."""
+    """Columns of keep, with the padding of `with_aligned_rows`."""
     return 0 if keep is None else keep.shape[1]

@@ -36,7 +36,7 @@ def plan(p_index, p_boundaries, p_plan, S, B, R, PACKED: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def rows_of_sequences(sequence, p_index, p_boundaries, S, B, R, PACKED: tl.constexpr):
-    """Image, first row and number of rows of sequences; of the padded form each is one row here. What ``boundaries``
+    """Image, first row and number of rows of sequences; of the padded form each is one row here. What `boundaries`
     say is held to the R rows that exist.
     """
     exists = sequence < S
@@ -52,7 +52,7 @@ def rows_of_sequences(sequence, p_index, p_boundaries, S, B, R, PACKED: tl.const
 
 @triton.jit
 def group_of(image, p_plan, L, HAS_INDEX: tl.constexpr, PACKED: tl.constexpr):
-    """First place in ``order`` and number of rows of an image; without an index sequence i belongs to image i."""
+    """First place in `order` and number of rows of an image; without an index sequence i belongs to image i."""
     if HAS_INDEX:
         start = tl.load(p_plan + image)
         rows = tl.load(p_plan + image + 1) - start
@@ -66,7 +66,7 @@ def group_of(image, p_plan, L, HAS_INDEX: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def stacked_rows(places, start, rows, p_plan, B, L, HAS_INDEX: tl.constexpr, PACKED: tl.constexpr):
-    """Of the stacked rows ``places`` of an image: sequence (int64) and token, by which they are found; the sequence
+    """Of the stacked rows `places` of an image: sequence (int64) and token, by which they are found; the sequence
     whose keep they have; validity. Packed rows are found as the tokens of one sequence of all L rows.
     """
     valid = places < rows

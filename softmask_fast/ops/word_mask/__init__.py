@@ -1,6 +1,6 @@
-"""word_gradcam and word_soft_mask: the relevance of every image token for a word, and the soft mask made of it.
+"""word_gradcam and word_soft_mask: the relevance of every image token for a word, and the soft mask made from it.
 
-The operators live in ``torch.ops.softmask_fast``; the public functions check their arguments and call them.
+The operators live in `torch.ops.softmask_fast`; the public functions check their arguments and call them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ registry.register(
         "reference",
         {"word_gradcam": reference.word_gradcam, "word_soft_mask": reference.word_soft_mask},
     ),
-    # Behind the reference, which runs everywhere, so only impl="cuda" chooses it: no GPU has run its three kernels yet.
-    # Once benchmarks/bench_word_mask.py shows it no slower than "triton" at N = 257, 577 and 1,025, it belongs in front
-    # of "triton", as its one call takes a fraction of the host's time.
+    # After the reference, which runs everywhere, so only impl="cuda" chooses it: no GPU has run its three kernels yet.
+    # Once benchmarks/bench_word_mask.py shows it no slower than "triton" at N = 257, 577 and 1,025, move it before
+    # "triton", as its one call takes a fraction of the host's time.
     registry.Implementation("cuda", _COMPILED, cuda_unavailable_reason, automatic_on=("cuda",)),
 )
 
@@ -55,29 +55,34 @@ def word_gradcam(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Word-conditional Grad-CAM of an attention layer: mean over heads of ``A * relu(dS/dA)``, without attention maps.
+    """Grad-CAM of an attention layer for each word: the mean over heads of `A * relu(dS/dA)`, without storing A.
+
+    A are the attention probabilities, S is the score to explain. `ops/word_mask/reference.py` has the derivation.
+    Source: SoftMask++ (Park & Han, CVPR 2023), after Grad-CAM (Selvaraju et al., ICCV 2017).
 
     Args:
-        query: (B, H, L, D) queries of the text tokens, any strides, like all arguments.
-        key, value: (B, Hk, N, D) keys and values of the image tokens, of the same dtype and device as ``query``. Hk
-            divides H: each head of them serves H / Hk successive heads of the queries (GQA).
-        grad_output: (B, H, L, D) gradient of the score with respect to the attention output, see
-            ``attention_output_gradient``.
-        word_index: (B,) int64, the token of each caption whose map is wanted; None for all tokens.
-        key_mask: (B, N) bool, True where an image token takes part. A row without any gives a map of zeros.
-        log_sum_exp: (B, H, L) float32 (float64 with float64 inputs), of each row's logits over all keys that the model
-            saw, where key and value are a part of them: A = exp(logit - log_sum_exp). Infinite: a map of zeros.
-        soft_cap: logits are soft_cap * tanh(logit / soft_cap), as Gemma 2 has them.
-        scale: factor of the logits, by default D ** -0.5.
-        impl: "reference", "triton", "cpp" or "cuda"; None picks the best one that can run here.
+        query: (B, H, L, D) queries of the text tokens, float16, bfloat16, float32 or float64. All arguments may have
+            any strides.
+        key, value: (B, Hk, N, D) keys and values of the image tokens; dtype and device of `query`. Hk divides H: each
+            of these heads serves H / Hk consecutive query heads (GQA).
+        grad_output: (B, H, L, D) gradient of the score with respect to the attention output, as
+            `attention_output_gradient` returns it.
+        word_index: (B,) int64, the token of each caption to map; None: all tokens.
+        key_mask: (B, N) bool, False for image tokens to ignore. If all are ignored, the map is zero.
+        log_sum_exp: (B, H, L) float32 (float64 for float64 inputs), the log-sum-exp of each row's logits over all keys
+            that the model saw. Needed if `key` and `value` are only some of them: A = exp(logit - log_sum_exp). A row
+            whose value is infinite gets a map of zeros.
+        soft_cap: turns logits into soft_cap * tanh(logit / soft_cap), as in Gemma 2.
+        scale: factor of the logits; default: D ** -0.5.
+        impl: "triton", "cpp", "cuda" or "reference"; None: the best one that runs here.
 
     Returns:
-        float32 (float64 for float64 inputs) map, never negative: (B, N), or (B, L, N) without ``word_index``. It has no
-        gradient.
+        The map, float32 (float64 for float64 inputs), at least 0, without gradient: (B, N), or (B, L, N) without
+        `word_index`.
 
     Raises:
-        TypeError, ValueError: naming the argument. On a GPU the values of ``word_index`` are not read on the host: a
-            word out of range gives a map of NaN there.
+        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU, `word_index` is not read
+            on the host: a word out of range gives a map of NaN.
     """
     query, key, value, grad_output = _checked("word_gradcam", query, key, value, grad_output, word_index, key_mask)
     scale = query.shape[3] ** -0.5 if scale is None else check_number("scale", scale)
@@ -106,22 +111,26 @@ def word_soft_mask(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Soft mask of one word per image: ``keep = 1 - m``, m its Grad-CAM, min-max normalised over the patches.
+    """Soft mask of one word per image: `keep = 1 - m`, where m is its Grad-CAM, min-max normalized over the patches.
+
+    Multiplying the image features by `keep` hides what the word refers to (SoftMask++, Park & Han, CVPR 2023). If the
+    map is constant (up to rounding, see `reference.CONSTANT_SPREAD`), keep is 1 everywhere.
 
     Args:
-        query, key, value, grad_output, key_mask, scale, impl: as for ``word_gradcam``.
-        word_index: (B,) int64, the token of each caption that is masked out of the image.
-        features: (B, N, C) image features to mask, any floating dtype (float64 with a float64 ``query`` only); None
-            when ``keep`` is all that is needed.
-        prefix_tokens: leading tokens that are no patches (the image [CLS]); they and padding keep 1. A map that is
-            constant (up to rounding, see ``reference.CONSTANT_SPREAD``) keeps 1 everywhere.
+        query, key, value, grad_output, key_mask, scale, impl: as for `word_gradcam`.
+        word_index: (B,) int64, the token of each caption to mask out of the image.
+        features: (B, N, C) image features to mask, any floating dtype (float64 only with a float64 `query`); None:
+            return `keep` alone.
+        prefix_tokens: number of leading tokens that are not patches (the image's [CLS]). For them and for padding, keep
+            is 1.
 
     Returns:
-        (masked features (B, N, C) of the dtype of ``features``, keep (B, N)), or keep alone without ``features``. keep
-        is float32 (float64 for float64 inputs) and a constant; the gradient flows to ``features`` alone.
+        (masked features, keep), or keep alone without `features`. The masked features are (B, N, C) in the dtype of
+        `features`. keep is (B, N), float32 (float64 for float64 inputs), a constant: gradients flow only to `features`.
 
     Raises:
-        TypeError, ValueError: naming the argument. On a GPU a word out of range gives NaN.
+        TypeError, ValueError: naming the argument, what was expected and what came. On a GPU, a word out of range gives
+            NaN.
     """
     query, key, value, grad_output = _checked("word_soft_mask", query, key, value, grad_output, word_index, key_mask)
     if word_index is None:

@@ -4,7 +4,7 @@ For one word i of an image, with attention probabilities A over the image tokens
 
     dS/dA_hin = <dS/dO_hi, V_hn>
 
-so the Grad-CAM ``cam_in = mean_h A_hin relu(dS/dA_hin)`` needs the row q_i, K, V and dS/dO_i, and no attention map.
+so the Grad-CAM `cam_in = mean_h A_hin relu(dS/dA_hin)` needs the row q_i, K, V and dS/dO_i, and no attention map.
 Where K and V are a part of the keys that the model saw, A comes from the log-sum-exp of the row over all of them.
 Source: Park & Han, SoftMask++ (CVPR 2023), word-conditional Grad-CAM, after Selvaraju et al., Grad-CAM (ICCV 2017).
 """
@@ -33,7 +33,7 @@ def word_gradcam(
     soft_cap: float | None,
     scale: float,
 ) -> Tensor:
-    """(B, N) for the chosen words, (B, L, N) without ``word_index``."""
+    """(B, N) for the chosen words, (B, L, N) without `word_index`."""
     batch, heads, _, width = query.shape
     dtype = compute_dtype(query.dtype)
     if word_index is not None:

@@ -1,8 +1,8 @@
-"""Kernels of word_gradcam and word_soft_mask in Triton. The formulas stand in ``reference.py``, launches in
-``triton_launch.py``.
+"""Kernels of word_gradcam and word_soft_mask in Triton. The formulas stand in `reference.py`, launches in
+`triton_launch.py`.
 
-One word, three launches: ``word_products`` streams K and V once, many programs per image, and leaves two numbers per
-head and token; ``word_map`` makes the map or the mask of an image of them, in one program; ``mask_features`` streams
+One word, three launches: `word_products` streams K and V once, many programs per image, and leaves two numbers per
+head and token; `word_map` makes the map or the mask of an image of them, in one program; `mask_features` streams
 the features once. All words: two matrix passes, whose softmax statistics are all that is kept between them.
 """
 
@@ -45,7 +45,7 @@ def word_products(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N), H, B). logits (B, H, N): <q_i, K_n> scale, capped, less the row's log-sum-exp if there is
-    one, -inf at padding; gradients: <dO_i, V_n>. ``group`` heads of queries share a head of keys.
+    one, -inf at padding; gradients: <dO_i, V_n>. `group` heads of queries share a head of keys.
     """
     head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     key_head = head // group

@@ -1,4 +1,4 @@
-"""Launches the kernels of ``triton_kernels.py``: sizes, tiles and grids."""
+"""Launches the kernels of `triton_kernels.py`: sizes, tiles and grids."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _one_word(
     scale: float,
     prefix_tokens: int | None,
 ) -> Tensor:
-    """(B, N): the map of one word per image, or keep where ``prefix_tokens`` is given."""
+    """(B, N): the map of one word per image, or keep where `prefix_tokens` is given."""
     batch, heads, length, width = query.shape
     tokens = key.shape[2]
     result = query.new_empty((batch, tokens), dtype=torch.float32)
