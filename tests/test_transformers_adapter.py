@@ -181,7 +181,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="eval mode"):
         word_relevance(model.train(), 0).__enter__()
     model.eval()
-    with torch.inference_mode(), pytest.raises(ValueError, match="no_grad instead of inference_mode"):
+    with torch.inference_mode(), pytest.raises(ValueError, match="expected torch.no_grad, got torch.inference_mode"):
         word_relevance(model, 0).__enter__()
     with word_relevance(model, 0) as cam:
         with pytest.raises(ValueError, match="has not run yet"):

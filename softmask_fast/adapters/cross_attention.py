@@ -1,8 +1,8 @@
-"""Word maps of cross-attention with projections `query`, `key` and `value`, as BERT's: BLIP, BridgeTower, ALBEF,
+"""Word maps of cross-attention with BERT's projections `query`, `key` and `value`: BLIP, BridgeTower, ALBEF, and the
 captioners of transformers' VisionEncoderDecoder.
 
-Hooks record the projections of one layer and cut the graph at its output, which is all that the Grad-CAM needs. No
-attention map is needed, whatever computes it.
+Hooks record the projections of one layer and cut the graph at its output. Grad-CAM needs no more: the attention map is
+never stored, and any attention backend works.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ from softmask_fast.ops import word_gradcam, word_soft_mask
 
 
 class WordRelevance:
-    """What one cross-attention layer computed in the model's last forward pass, and the maps of its words."""
+    """Word maps of one cross-attention layer, from what it computed in the model's last forward pass.
 
-    def __init__(self, attention: nn.Module, score: Callable[[Any], Tensor] | None = None):
+    Attributes:
+        notes: after `maps`, one line for each reason why some words have no map.
+    """
+
+    def __init__(self, attention: nn.Module, score: Callable[[Any], Tensor] | None = None) -> None:
         self.score = score
         self.outputs: Any = None  # of the model
         self.zero: list[tuple[Tensor, str]] = []  # (B, L) bool, and why these words have no map
@@ -40,11 +44,12 @@ class WordRelevance:
         """Grad-CAM of a score of the last forward pass.
 
         Args:
-            score: (B,) or a scalar; None: the `score` of `word_relevance`, else the model's logit of "matched".
-            word_index: (B,) int64, one word per text; None: all words.
+            score: (B,) or a scalar, computed inside the `with` block; None: the `score` passed to `word_relevance`, or
+                else the model's logit of "matched".
+            word_index: (B,) int64, the token of one word per text; None: all tokens.
 
         Returns:
-            The relevance of each image token, float32: (B, L, N) for all words, (B, N) with `word_index`.
+            The relevance of each of N image tokens, float32, at least 0: (B, L, N), or (B, N) with `word_index`.
 
         Raises:
             UsageError: if there was no forward pass, or the score does not depend on the layer.
@@ -61,22 +66,26 @@ class WordRelevance:
         """The soft mask of one word per text; see `softmask_fast.ops.word_soft_mask`.
 
         Args:
-            score, word_index: as for `maps`, which also says what is raised.
-            features: (B, N, C), to be masked.
+            score, word_index: as for `maps`.
+            features: (B, N, C) image features to mask; None: return keep alone.
             prefix_tokens: number of image tokens before the patches.
 
         Returns:
-            keep (B, N), how much of each image token is kept; with features (masked features (B, N, C), keep).
+            keep (B, N) float32, the fraction of each image token that stays; with `features`, (masked features
+            (B, N, C), keep).
+
+        Raises:
+            UsageError: as for `maps`.
         """
         inputs = self._inputs(score)
         return word_soft_mask(*inputs, word_index, features, prefix_tokens=prefix_tokens, key_mask=self._key_mask())
 
     def image_features(self) -> Tensor:
-        """What the words could read of each image token in this layer: its values, (B, N, C) like `maps`."""
+        """What words can read from each image token in this layer: its values (B, N, C), in the order of `maps`."""
         return self.projected["value"]
 
     def pictures(self, maps: Tensor) -> list[Tensor]:
-        """Maps (B, ..., N) on the patches' square grid, without a [CLS]: for each image (..., rows, columns)."""
+        """Lays maps (B, ..., N) on the square grid of patches, without [CLS]: one (..., rows, columns) per image."""
         return square_grid(maps)
 
     def _inputs(self, score: Tensor | None) -> list[Tensor]:
@@ -109,7 +118,9 @@ def cross_attention_relevance(
     """`word_relevance` of one attention module with `query`, `key`, `value` and `num_attention_heads`."""
     missing = [name for name in ("query", "key", "value", "num_attention_heads") if not hasattr(attention, name)]
     if missing:
-        raise UsageError(f"layer: expected an attention with query, key and value projections, {missing} missing")
+        raise UsageError(
+            f"layer: expected an attention module with query, key and value projections, got one without {missing}"
+        )
     signature = inspect.signature(attention.forward)
     mask_name = "encoder_attention_mask" if "encoder_attention_mask" in signature.parameters else "attention_mask"
     cam = WordRelevance(attention, score)

@@ -1,4 +1,4 @@
-"""Word maps of decoders that read an image as tokens: LLaVA, Qwen-VL, InternVL, PaliGemma, Idefics, Gemma and alike."""
+"""Word maps of decoders that read an image as tokens: LLaVA, Qwen-VL, InternVL, PaliGemma, Idefics, Gemma, ..."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ Score = Callable[[Any], Tensor]
 
 
 class DecoderRelevance:
-    """What one layer of a decoder computed in the model's last forward pass, and the maps of its words.
+    """Word maps of one layer of a decoder, from what it computed in the model's last forward pass.
 
-    Attributes, after a forward pass: `image_tokens` (B, L) bool, the image's places among the tokens; `answer` (B,)
-    the position of each answer's first token, or None; `notes`, what `maps` found to be zero by construction.
+    Attributes, after a forward pass:
+        image_tokens: (B, L) bool, True where a token stands for the image.
+        answer: (B,) int64, the position of each answer's first token; None without answers.
+        notes: after `maps`, one line for each reason why some words have no map.
     """
 
-    def __init__(self, model: nn.Module, score: Score | None, image_tokens: Tensor | None, answer: int | Tensor | None):
+    def __init__(
+        self, model: nn.Module, score: Score | None, image_tokens: Tensor | None, answer: int | Tensor | None
+    ) -> None:
         self.model, self.score = model, score
         self._given_tokens, self._given_answer = image_tokens, answer
         self.inputs: dict[str, Any] = {}
@@ -74,21 +78,23 @@ class DecoderRelevance:
     def maps(self, score: Tensor | None = None, word_index: Tensor | None = None) -> Tensor:
         """Grad-CAM of a score of the last forward pass, for words of the prompt or of the answer.
 
-        A word of the prompt is its own row of the attention. A word of the answer is the row that predicts it, one
-        before. Words see the image tokens before them alone: others have maps of zeros, which `notes` says.
+        The map of a prompt word comes from its own row of the attention. That of an answer word comes from the row
+        before it, which predicts it. A word sees only the image tokens before it; without any, its map is zero and
+        `notes` says so.
 
         Args:
-            score: (B,) or a scalar; None: the `score` of `word_relevance`, else the log-probability of the answer
-                (where it begins is known from `answer` or from labels), else that of the likeliest next token.
+            score: (B,) or a scalar, computed inside the `with` block. None: the `score` passed to `word_relevance`;
+                else the log-probability of the answer, if `answer` or labels say where it begins; else that of the most
+                likely next token.
             word_index: (B, W) or (B,) int64, positions among the tokens of this pass; None: all.
 
         Returns:
-            float32 (B, W, N), or (B, N) for (B,): the relevance of each image token in order, N the largest number of
-            image tokens of a sample, 0 where a sample has fewer.
+            The relevance of each image token, in order, float32, at least 0: (B, W, N), or (B, N) for a `word_index` of
+            (B,). N is the largest number of image tokens in a sample; samples with fewer are padded with 0.
 
         Raises:
-            UsageError: if there was no forward pass, or more than one in pieces as `generate()` makes them; for a score
-                that does not depend on the layer, or a word out of range.
+            UsageError: if there was no forward pass, or several pieces of one, as in `generate()`; if the score does
+                not depend on the layer, or a word is out of range.
         """
         self._check_pass()
         record = self.record
@@ -113,23 +119,27 @@ class DecoderRelevance:
         return maps if word_index is None or word_index.ndim == 2 else maps[:, 0]
 
     def image_features(self) -> Tensor:
-        """What the words could read of each image token in this layer: its values, (B, N, C) like `maps`."""
+        """What words can read from each image token in this layer: its values (B, N, C), in the order of `maps`."""
         values = take(self.record.value, self._columns()[0])
         return values.transpose(1, 2).flatten(2)
 
     def layouts(self, picture_sizes: Sequence[tuple[int, int]] | None = None) -> list[list[Layout]]:
-        """How the image tokens lie on the images: a list of images for each sample.
+        """Where the image tokens lie on the images: for each sample, a list with one layout per image.
 
-        picture_sizes: (height, width) of every image of the batch in order, for models whose inputs do not say how an
-        image was cut into tiles (InternVL); without it their overview alone is mapped.
+        Args:
+            picture_sizes: (height, width) of every image of the batch, in order, in pixels. Needed by models whose
+                inputs do not say how an image was cut into tiles (InternVL); without it, only their overview is mapped.
+
+        Raises:
+            UsageError: for a model whose image grid is unknown here, or image tokens that do not fit the images.
         """
         return find_layouts(self.model, self.inputs, self.image_tokens, picture_sizes)
 
     def pictures(self, maps: Tensor, picture_sizes: Sequence[tuple[int, int]] | None = None) -> list[list[Tensor]]:
-        """The maps (B, W, N) of `maps` on the images: for each sample a list of (W, rows, columns), one for each image.
+        """Lays maps (B, W, N) on the images: for each sample, a list with one (W, rows, columns) per image.
 
-        The relevance of a token is spread evenly over the part of the image that it covers, and what several tiles say
-        of a place is added; tokens without a place (ends of rows) are left out.
+        The relevance of a token is spread evenly over the part of the image that it covers. Where tiles overlap, it
+        adds up. Tokens that cover no part (ends of rows) are left out. `picture_sizes` and errors are as in `layouts`.
         """
         placed = []
         for sample, layouts in zip(maps, self.layouts(picture_sizes), strict=True):

@@ -1,7 +1,7 @@
 """Maps of a whole text over an image by dual encoders: CLIP, SigLIP and SigLIP 2 of transformers, open_clip's models.
 
-No text token meets an image token in them. What is explained is the similarity of a pair, at the row of the image
-encoder that is read: its [CLS] token in CLIP, the probe of the pooling head in SigLIP.
+In these models no text token attends to an image token. A map therefore explains the similarity of a pair, at the one
+row of the image encoder that enters it: the [CLS] token in CLIP, the probe of the pooling head in SigLIP.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Score = Callable[[Any], Tensor]
 
 
 class DualEncoderRelevance:
-    """What the row that is read saw in one layer of the image encoder, in the model's last forward pass."""
+    """Text maps of one layer of the image encoder, from what it computed in the model's last forward pass."""
 
-    def __init__(self, score: Score | None, prefix: int, grid: tuple[int, int] | None):
+    def __init__(self, score: Score | None, prefix: int, grid: tuple[int, int] | None) -> None:
         self.score, self.prefix, self.grid = score, prefix, grid
         self.record: AttentionRecord | None = None
         self.inputs: dict[str, Any] = {}
@@ -35,16 +35,16 @@ class DualEncoderRelevance:
         self.record = record
 
     def maps(self, score: Tensor | None = None) -> Tensor:
-        """Grad-CAM of the similarity of each image to each text, over the patches.
+        """Grad-CAM of the similarity of each of I images to each of T texts, over the N patches.
 
-        For a word, take as score what it adds: the similarity to the text less that to the text without the word.
+        To map a word, pass what it adds as the score: the similarity to the text, minus that to the text without it.
 
         Args:
-            score: (I, T), (I,) or a scalar; each image's scores may depend on that image alone. None: the `score` of
-                `word_relevance`, else the similarities of all images and texts of the last forward pass.
+            score: (I, T), (I,) or a scalar, computed inside the `with` block; an image's scores may depend only on that
+                image. None: the `score` passed to `word_relevance`, or else the similarities of all images and texts.
 
         Returns:
-            float32 (I, T, N), or (I, N) for a score (I,) or a scalar; 0 at padding.
+            float32, at least 0: (I, T, N), or (I, N) for a score of (I,) or a scalar; 0 at padding.
 
         Raises:
             UsageError: if there was no forward pass, or the score does not depend on the layer.
@@ -63,11 +63,11 @@ class DualEncoderRelevance:
         return torch.cat(maps, 1) if score.ndim == 2 else maps[0][:, 0]
 
     def image_features(self) -> Tensor:
-        """What the row could read of each patch in this layer: its values, (I, N, C) like `maps`."""
+        """What the row can read from each patch in this layer: its values (I, N, C), in the order of `maps`."""
         return self.record.value[:, :, self.prefix :].transpose(1, 2).flatten(2)
 
     def pictures(self, maps: Tensor) -> list[Tensor]:
-        """Maps (I, ..., N) on the patches' grids: for each image (..., rows, columns)."""
+        """Lays maps (I, ..., N) on the grids of patches: one (..., rows, columns) per image."""
         shapes = self.inputs.get("spatial_shapes")
         if shapes is not None:
             return [one[..., : h * w].unflatten(-1, (h, w)) for one, (h, w) in zip(maps, shapes.tolist(), strict=True)]
@@ -75,7 +75,7 @@ class DualEncoderRelevance:
 
 
 def similarities(outputs: Any) -> Tensor:
-    """(I, T): the model's own logits, of transformers or of open_clip."""
+    """The model's own logits (I, T), from the outputs of transformers or open_clip."""
     if getattr(outputs, "logits_per_image", None) is not None:
         return outputs.logits_per_image
     if isinstance(outputs, dict):
@@ -94,7 +94,7 @@ def _is_open_clip(model: nn.Module) -> bool:
 
 @contextmanager
 def dual_encoder_relevance(model: nn.Module, layer: int | None, score: Score | None) -> Iterator[DualEncoderRelevance]:
-    """`word_relevance` of a dual encoder: `layer` is a block of the image encoder, None the last that is read."""
+    """`word_relevance` of a dual encoder. `layer` is a block of the image encoder; None: the last one that counts."""
     name = type(model).__name__
     visual = model.visual if _is_open_clip(model) else model.vision_model
     text = next(getattr(model, part) for part in ("text_model", "text", "transformer") if hasattr(model, part))

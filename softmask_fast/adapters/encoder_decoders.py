@@ -1,5 +1,5 @@
-"""Word maps of decoders that read an image by cross-attention, through the attention interface of transformers: GPT-2,
-BART and alike as captioners, and Mllama."""
+"""Word maps of decoders that read an image by cross-attention, through the attention interface of transformers:
+captioners such as GPT-2 and BART, and Mllama."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from softmask_fast.errors import UsageError
 
 
 class EncoderDecoderRelevance(DecoderRelevance):
-    """As `DecoderRelevance`, of a cross-attention layer: image tokens are among the encoder's, or all of them.
+    """`DecoderRelevance` for a cross-attention layer. The image tokens are some or all of the encoder's tokens.
 
-    Words are the decoder's tokens. Called with `decoder_input_ids`, a word is the row that predicts it, one before;
-    called with `labels` alone, words are the labels, each at its own row.
+    Words are the decoder's tokens. If the model is called with `decoder_input_ids`, a word's map comes from the row
+    before it, which predicts it. If it is called with `labels` alone, the words are the labels, each at its own row.
     """
 
     @property
@@ -39,18 +39,18 @@ class EncoderDecoderRelevance(DecoderRelevance):
 
     @property
     def answer(self) -> Tensor | None:
-        """As given, by default 1, after the decoder's first token; None with labels alone, where words are labels."""
+        """As passed; default: 1, after the decoder's first token. None with labels alone: the words are the labels."""
         ids = self._decoder_ids()
         if ids is None:
             return None
         return torch.as_tensor(1 if self._given_answer is None else self._given_answer).expand(len(ids))
 
     def pictures(self, maps: Tensor, picture_sizes: Any = None) -> list[list[Tensor]]:
-        """Maps (B, W, N) on the patches' square grid, without a [CLS]: for each sample a list of its one image."""
+        """Lays maps (B, W, N) on the square grid of patches, without [CLS]: for each sample, a list of one picture."""
         return [[picture] for picture in square_grid(maps)]
 
     def _decoder_ids(self) -> Tensor | None:
-        """Of the decoder: those of all tokens, where the encoder reads the image alone (Mllama)."""
+        """The decoder's ids: all input_ids if the encoder reads only the image (Mllama)."""
         ids = self.inputs.get("decoder_input_ids")
         return self.inputs.get("input_ids") if ids is None and not self.model.config.is_encoder_decoder else ids
 

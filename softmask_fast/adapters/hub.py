@@ -1,4 +1,4 @@
-"""One image and one text through any model that has word maps: from a name on the hub or a folder to words and maps."""
+"""Word maps of one image and one text, by any supported model: from a folder or a name on the hub to words and maps."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SAFELY = {"trust_remote_code": False, "local_files_only": True}  # a folder is d
 
 @dataclass(frozen=True)
 class WordMap:
-    """A word's relevance over the whole picture."""
+    """The map of one word over the whole image."""
 
     text: str
     part: str  # "text", "prompt" or "answer"
     heat: np.ndarray  # (rows, columns) float32
-    features: np.ndarray  # (C,) float32: the image's features, weighted by the map; NaN for a map of zeros
+    features: np.ndarray  # (C,) float32: the mean of the image's features, weighted by the map; NaN for a map of zeros
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,28 @@ class Explanation:
     """The maps of the words of a text over one image."""
 
     text: str
-    answer: str | None  # what a decoder or captioner said, or was given
-    score: str  # what the maps explain
-    value: float
+    answer: str | None  # what a decoder or captioner wrote, or was given
+    score: str  # name of the score that the maps explain
+    value: float  # of the score
     words: list[WordMap]
-    notes: list[str]  # maps that are zero by construction
+    notes: list[str]  # why some words have no map
 
 
 def open_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
-    """A model of transformers or open_clip in eval mode, and its processor, by a folder or a name on the hub.
+    """Opens a model of transformers or open_clip, from a folder or by its name on the hub.
 
-    No code that it brings runs; weights are read as tensors alone.
+    None of its code runs, and weights are read as tensors only.
+
+    Args:
+        name: a folder, or "owner/name" on the hub.
+        device: device of the model.
+
+    Returns:
+        The model in eval mode, and its processor.
 
     Raises:
-        UsageError: within 10 seconds, if it is not on this machine and the hub cannot be reached; or for a model that
-            cannot be opened.
+        UsageError: if the model cannot be opened; or, within 10 seconds, if it is not on this machine and the hub
+            cannot be reached.
     """
     folder = model_folder(name)
     family = _open_clip if (folder / "open_clip_config.json").is_file() else _transformers
@@ -74,7 +81,7 @@ def _open_clip(folder: Path, device: torch.device | str) -> tuple[nn.Module, Any
     try:
         import open_clip
     except ModuleNotFoundError as error:
-        raise UsageError(f"--model: {folder} is open_clip's: pip install open_clip_torch") from error
+        raise UsageError(f"--model: {folder} needs open_clip; install it with: pip install open_clip_torch") from error
     source, given = f"local-dir:{folder}", {}
     if read_json(folder / "open_clip_config.json", "--model")["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
         given = SAFELY  # the file could ask for code
@@ -105,16 +112,19 @@ def explain_image(
     """The word maps of one image and one text.
 
     Args:
-        model, processor: of `open_model`.
-        image: RGB.
-        text: a caption for models that compare or match; a question for decoders, by default "Describe the image.";
-            for captioners the caption to explain, None: their own.
+        model, processor: as returned by `open_model`.
+        image: an RGB image.
+        text: for models that compare or match, a caption; for decoders, a question (default: "Describe the image.");
+            for captioners, the caption to explain (default: the one they write).
         layer: as for `word_relevance`.
-        answer: of decoders, the answer to explain; None: the model's own, greedy.
-        max_new_tokens: of an own answer or caption.
+        answer: for decoders, the answer to explain; None: the one they write, by greedy decoding.
+        max_new_tokens: most tokens of an answer or caption that the model writes.
+
+    Returns:
+        The text, the answer, the score and one `WordMap` per word.
 
     Raises:
-        UsageError: for a model that has no maps, a missing text, or one without a word.
+        UsageError: for a model without maps, or a text that is missing or has no word.
     """
     if is_dual_encoder(model):
         return _dual(model, processor, image, _required(text), layer)
@@ -212,7 +222,7 @@ def _captioner(
         start = [token for token in (_start(model, tokenizer),) if token is not None]
         ids = torch.tensor([start + tokenizer(text, add_special_tokens=False).input_ids], device=model.device)
     if ids.shape[1] < 2:
-        raise UsageError("--text: expected a caption with a word, got none, and the model says nothing")
+        raise UsageError("--text: expected a caption with a word, got none, and the model writes an empty one")
     first, attended = torch.ones(1, dtype=torch.int64), torch.ones_like(ids, dtype=torch.bool)
 
     def log_probability(outputs: Any) -> Tensor:

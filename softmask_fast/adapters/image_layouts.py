@@ -1,4 +1,4 @@
-"""Where the image tokens of a decoder lie on the images: grids, tiles and overviews, and the way back to a picture."""
+"""Where the image tokens of a decoder lie on the images: grids, tiles and overviews, and how to lay maps on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Box = tuple[float, float, float, float]  # top, left, bottom, right as fractions
 
 @dataclass(frozen=True)
 class Part:
-    """A grid of tokens over a box of the picture; between two rows may be tokens that end a row."""
+    """A grid of tokens over a box of the picture. Each row may be followed by tokens that only mark its end."""
 
     first: int  # among the image's tokens
     rows: int
@@ -36,10 +36,10 @@ class Layout:
 
 
 def on_picture(maps: Tensor, layout: Layout, size: tuple[int, int] | None = None) -> Tensor:
-    """Maps (W, tokens) over one image -> (W, rows, columns).
+    """Lays maps (W, tokens) of one image on it: (W, rows, columns).
 
-    Each token's relevance is spread evenly over what it covers, so sums stay; where parts overlap they are added. The
-    default size is the finest part's grid, over the whole picture.
+    Each token's relevance is spread evenly over the part that it covers, so sums are kept; where parts overlap, it adds
+    up. `size` is (rows, columns); default: the grid of the finest part, extended over the whole picture.
     """
     rows, columns = size or (
         max((round(part.rows / (part.box[2] - part.box[0])) for part in layout.parts), default=1),
@@ -66,7 +66,7 @@ def _overlap(cells: int, low: float, high: float, pixels: int) -> Tensor:
 
 
 def on_grid(maps: Tensor, grid: tuple[int, int] | None = None) -> list[Tensor]:
-    """Maps (I, ..., N) on a grid of patches, by default a square one: for each image (..., rows, columns)."""
+    """Lays maps (I, ..., N) on a grid of patches, by default a square one: one (..., rows, columns) per image."""
     rows, columns = grid or (math.isqrt(maps.shape[-1]),) * 2
     if rows * columns != maps.shape[-1]:
         raise UsageError(f"maps: expected {rows} x {columns} patches, got {maps.shape[-1]}")
@@ -74,13 +74,13 @@ def on_grid(maps: Tensor, grid: tuple[int, int] | None = None) -> list[Tensor]:
 
 
 def square_grid(maps: Tensor) -> list[Tensor]:
-    """`on_grid` of a square grid that may follow one token, [CLS], which is left out."""
+    """`on_grid` for a square grid. If one token, [CLS], comes before it, that token is left out."""
     tokens = maps.shape[-1]
     return on_grid(maps[..., int(math.isqrt(tokens) ** 2 != tokens) :])
 
 
 def square(tokens: int, prefix: int = 0) -> Layout:
-    """One grid as many rows as columns, after `prefix` tokens that are no patches."""
+    """A layout of one square grid, after `prefix` tokens that are not patches."""
     side = math.isqrt(tokens - prefix)
     if side * side != tokens - prefix:
         raise UsageError(f"image_tokens: expected a square number for a grid of patches, got {tokens - prefix}")
@@ -93,7 +93,7 @@ def find_layouts(
     """The layouts of all images of a batch, for each sample; see `DecoderRelevance.layouts`.
 
     Raises:
-        UsageError: for a model whose images are not known here, or tokens that are not those of its images.
+        UsageError: for a model whose image grid is unknown here, or image tokens that do not fit the images.
     """
     kind = model.config.model_type
     if kind not in FAMILIES:

@@ -1,7 +1,7 @@
-"""The loss of open_clip's training code, focal and without the matrix of logits.
+"""The loss of open_clip's training code, with focal weights and without the matrix of logits.
 
-`FocalClipLoss` replaces `open_clip.loss.ClipLoss`: same constructor, same call, and for gamma = 0 the same loss and
-gradients, on one or several processes. open_clip is not imported.
+`FocalClipLoss` replaces `open_clip.loss.ClipLoss`: the constructor and the call are the same, and for gamma = 0 the
+loss and gradients too, on one or several processes. open_clip is not imported.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from softmask_fast.ops.collectives import world_size as ranks_here
 
 
 class FocalClipLoss(nn.Module):
-    """Drop-in replacement of open_clip's `ClipLoss`, its terms weighted by `(1 - p)^gamma`.
+    """Drop-in replacement for open_clip's `ClipLoss`, with each term weighted by `(1 - p)^gamma`.
 
-    With any options each rank computes its own rows against the features of all ranks. As in `ClipLoss`, the options
+    Whatever the options, each rank compares its own rows with the features of all ranks. As in `ClipLoss`, the options
     decide what is returned and which gradients flow:
 
-    - `local_loss`: a rank's loss is that of its own rows; else that of all rows, the same number on every rank.
-    - `gather_with_grad`: the gradient of a feature includes its effect on the rows of all ranks. Otherwise the features
-      of other ranks are constants for a rank. With `local_loss` its own features then get gradients as rows only;
-      without it they get those of the loss of all rows, which the averaging of DistributedDataParallel turns into
+    - `local_loss`: a rank returns the loss of its own rows. Otherwise it returns that of all rows, the same number on
+      every rank.
+    - `gather_with_grad`: the gradient of a feature includes its effect on the rows of all ranks. Otherwise a rank
+      treats the features of other ranks as constants. Then, with `local_loss`, its own features get gradients as rows
+      only. Without it, they get those of the loss of all rows, which DistributedDataParallel averages to
       1 / world_size of the whole gradient.
 
-    Without `local_loss`, all ranks must scale the loss equally before backward (a gradient scaler does).
+    Without `local_loss`, all ranks must scale the loss equally before the backward pass, as a gradient scaler does.
 
     Args:
         local_loss, gather_with_grad: see above; no effect on one process.
-        cache_labels: accepted for compatibility, no effect: there are no labels.
-        rank, world_size: of the default process group, which must be initialized for `world_size > 1`. As in `ClipLoss`
-            a `world_size` below that is one process, whatever the rank.
+        cache_labels: accepted for compatibility; it has no effect, as there are no labels.
+        rank, world_size: those of the default process group, which must be initialized for `world_size > 1`. As in
+            `ClipLoss`, a `world_size` of at most 1 means one process, whatever the rank.
         use_horovod: not supported on several processes.
-        gamma: focal exponent, >= 0; 0 is `ClipLoss`.
+        gamma: focal exponent, from 0 to 1000; 0 gives `ClipLoss`.
         impl: implementation of `focal_itc_loss`; None: the best one that runs here.
 
     Raises:
-        ValueError: for `use_horovod`, or a rank out of range.
+        TypeError, ValueError: for `use_horovod`, or a rank or gamma out of range.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class FocalClipLoss(nn.Module):
         *,
         gamma: float = 2.0,
         impl: str | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if use_horovod and world_size > 1:
             raise ValueError("use_horovod: expected False, as FocalClipLoss only uses torch.distributed; got True")
@@ -65,7 +66,7 @@ class FocalClipLoss(nn.Module):
         self.local_loss, self.gather_with_grad = local_loss, gather_with_grad
         self.rank, self.world_size = rank, world_size
         self.gamma, self.impl = check_gamma(gamma), impl
-        # FocalITCLoss calls features that are constant keys, with gradients as rows only, momentum features
+        # constant keys, with gradients as rows only, are what FocalITCLoss gathers as "momentum"
         self.constant_keys = local_loss and not gather_with_grad
         gather = "momentum" if self.constant_keys else "with_grad"
         self.joined_loss = FocalITCLoss(gamma=gamma, gather=gather, impl=impl) if world_size > 1 else None
@@ -81,17 +82,17 @@ class FocalClipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """The contrastive loss of B pairs.
+        """The contrastive loss of this rank's B pairs. A collective if there are several ranks.
 
         Args:
             image_features, text_features: (B, d) unit vectors of one dtype.
             logit_scale: 1 / temperature, a positive number or a tensor with one element.
-            logit_bias: a number, or a tensor with one element, added to every logit. Softmax ignores it: the loss does
-                not depend on it, and its gradient is exactly 0 (in `ClipLoss` it is rounding noise).
-            output_dict: return `{"contrastive_loss": loss}`.
+            logit_bias: a number, or a tensor with one element, added to every logit. The softmax does not depend on it,
+                so its gradient is exactly 0 (in `ClipLoss`, rounding noise).
+            output_dict: return `{"contrastive_loss": loss}` instead of the loss.
 
         Returns:
-            A scalar, float32 (float64 for float64 features), also under autocast.
+            The loss, 0-dim, float32 (float64 for float64 features), also under autocast.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.

@@ -1,4 +1,4 @@
-"""Word maps of this library's own models, which know how to make them: `VisionLanguageModel.word_relevance`."""
+"""Word maps of this library's own models, which compute them themselves: `VisionLanguageModel.word_relevance`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from softmask_fast.model.vision_language import VisionLanguageModel
 
 
 class OwnRelevance:
-    """The pair that `match_logits` last saw, and the maps of its words."""
+    """Word maps of the pairs that `match_logits` saw last."""
 
-    def __init__(self, model: VisionLanguageModel, layer: int | None):
+    def __init__(self, model: VisionLanguageModel, layer: int | None) -> None:
         self.model, self.layer = model, layer
         self.inputs: tuple[Tensor, Tensor, Tensor] | None = None
 
     def maps(self, word_index: Tensor | None = None) -> Tensor:
-        """Grad-CAM of "matched", the one score of these maps, over the patches.
+        """Grad-CAM of the logit of "matched", the only score of these maps, over the patches.
 
-        word_index: (B,) or (B, W) int64; None: all tokens. Returns float32 (B, N), (B, W, N) or (B, L, N).
+        Args:
+            word_index: (B,) or (B, W) int64, tokens of the texts; None: all L tokens.
+
+        Returns:
+            float32, at least 0: (B, N), (B, W, N) or (B, L, N).
+
+        Raises:
+            UsageError: if `match_logits` was not called inside the `with` block.
         """
         if self.inputs is None:
             raise UsageError("maps: expected a call of `model.match_logits` inside the `with` block first, got none")
@@ -35,17 +42,17 @@ class OwnRelevance:
 
     @torch.no_grad()
     def image_features(self) -> Tensor:
-        """The image encoder's patches, (B, N, C) like `maps`."""
+        """The image encoder's patches (B, N, C), in the order of `maps`."""
         return self.model.vision(self.inputs[0])[:, self.model.prefix_tokens :]
 
     def pictures(self, maps: Tensor) -> list[Tensor]:
-        """Maps (B, ..., N) on the patches' grid: for each image (..., rows, columns)."""
+        """Lays maps (B, ..., N) on the grid of patches: one (..., rows, columns) per image."""
         return list(maps.unflatten(-1, self.model.grid_size))
 
 
 @contextmanager
 def own_relevance(model: VisionLanguageModel, layer: int | None) -> Iterator[OwnRelevance]:
-    """`word_relevance` of an own model: `layer` is a fusion layer, None that of the soft masks."""
+    """`word_relevance` of this library's models. `layer` is a fusion layer; None: that of the soft masks."""
     cam, match = OwnRelevance(model, layer), model.match_logits
 
     def match_logits(pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

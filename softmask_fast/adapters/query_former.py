@@ -15,9 +15,11 @@ from softmask_fast.adapters.image_layouts import square_grid
 
 
 class QueryFormerRelevance(DecoderRelevance):
-    """As `DecoderRelevance`, with the maps carried on to the image: map(word) = sum over query tokens of
-    rel(word, query token) * rel(query token, image token), each the Grad-CAM of the same score, the second in a
-    cross-attention layer of the Q-Former. The language model then runs with a graph from its first layer on."""
+    """`DecoderRelevance` with the maps carried through the Q-Former to the image.
+
+    map(word, image token) is the sum over query tokens of rel(word, query token) * rel(query token, image token). Both
+    factors are Grad-CAMs of the same score, the second in a cross-attention layer of the Q-Former. The language model
+    has a graph from its first layer on."""
 
     def __init__(self, model: nn.Module, score: Callable | None, image_tokens: Any, answer: Any, former: nn.Module):
         super().__init__(model, score, image_tokens, answer)
@@ -30,7 +32,7 @@ class QueryFormerRelevance(DecoderRelevance):
             self.record = record
 
     def maps(self, score: Tensor | None = None, word_index: Tensor | None = None) -> Tensor:
-        """As `DecoderRelevance.maps`, over the image encoder's tokens: the first is its [CLS]."""
+        """`DecoderRelevance.maps` over the image encoder's tokens, of which the first is [CLS]."""
         self._check_pass()
         score = self._score() if score is None else score
         words = super().maps(score, word_index)
@@ -45,7 +47,7 @@ class QueryFormerRelevance(DecoderRelevance):
         return self.image_record.value.transpose(1, 2).flatten(2)
 
     def pictures(self, maps: Tensor, picture_sizes: Any = None) -> list[list[Tensor]]:
-        """Maps (B, W, N) on the patches' square grid, without the [CLS]: for each sample a list of its one image."""
+        """Lays maps (B, W, N) on the square grid of patches, without [CLS]: for each sample, a list of one picture."""
         return [[picture] for picture in square_grid(maps)]
 
 

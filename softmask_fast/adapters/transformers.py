@@ -1,7 +1,7 @@
-"""Word heat maps for vision-language models that others trained: one context manager for all of them.
+"""Word maps for vision-language models that others trained: one context manager for all of them.
 
-Models of transformers (decoders that read image tokens, encoder-decoders, fusion models, dual encoders), open_clip's,
-and this library's own, with any attention backend. docs/word_maps.md says which, how, and what the maps mean.
+It serves models of transformers (decoders that read image tokens, encoder-decoders, fusion models, dual encoders), of
+open_clip and of this library, with any attention backend. docs/word_maps.md says which, how, and what the maps mean.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def word_relevance(
     image_tokens: Tensor | None = None,
     answer: int | Tensor | None = None,
 ) -> Iterator[Relevance]:
-    """Context manager for word heat maps of a model in eval mode:
+    """Context manager for word maps of a model in eval mode:
 
     ```python
     with torch.no_grad(), word_relevance(model, layer=8) as cam:
@@ -45,29 +45,35 @@ def word_relevance(
     maps = cam.maps()
     ```
 
-    Inside the block the model runs without a graph up to that layer and with one from there on, even under no_grad:
+    Inside the block, the model runs without a graph up to the layer and with one from there on, even under no_grad, so
     gradients do not reach its lower part. Afterwards the model is as before.
 
     Args:
-        model: a model of transformers, of open_clip, or one of this library's.
-        layer: number of the layer, 0 is the first: of the cross-attention to the image if the model has one, of the
-            image encoder in a dual encoder, else of the decoder that reads the image as tokens. None: two thirds up
-            the cross-attention, the middle of a decoder, the last that is read of a dual encoder. Or the attention
-            module itself, if it is cross-attention with `query`, `key` and `value`.
-        score: what the maps explain, a function of the model's outputs that returns (B,) or a scalar; the `maps` of
-            each family say what the default is.
-        image_tokens: of decoders, (B, L) bool, the image's places among the tokens; None: by the configuration.
-        answer: of decoders, the position of the answer's first token, a number or (B,) int64; None: that of the first
+        model: a model of transformers, of open_clip, or of this library.
+        layer: number of the layer to map; 0 is the first. Layers are counted in the cross-attention to the image, if
+            the model has one; in a dual encoder, in the image encoder; otherwise in the decoder that reads the image as
+            tokens. None: two thirds up the cross-attention, the middle of a decoder, or the last layer of a dual
+            encoder whose output counts. Or pass the attention module itself, if it is cross-attention with `query`,
+            `key` and `value`.
+        score: a function from the model's outputs to the score that the maps explain, (B,) or a scalar; None: the
+            default that the `maps` of the family names.
+        image_tokens: for decoders, (B, L) bool, True where a token stands for the image; None: found by the id in the
+            model's configuration.
+        answer: for decoders, the position of the answer's first token, a number or (B,) int64; None: that of the first
             label, if the model is called with `labels`.
 
+    Yields:
+        An object with `maps()`, `image_features()` and `pictures()`: `WordRelevance`, `DecoderRelevance`,
+        `DualEncoderRelevance` or another of this package, by the kind of model.
+
     Raises:
-        UsageError: if there is no such layer, or the model cannot be served: in training mode, where dropout would
-            affect the maps, compiled, or of a kind that has no maps here.
+        UsageError: if there is no such layer, if the model is compiled or in training mode (dropout would change the
+            maps), or if no maps exist for its kind.
     """
     if model.training:
         raise UsageError("model: expected eval mode, got training mode")
     if torch.is_inference_mode_enabled():
-        raise UsageError("word_relevance: expected no_grad instead of inference_mode, which allows no gradients")
+        raise UsageError("word_relevance: expected torch.no_grad, got torch.inference_mode, which allows no gradients")
     name = type(model).__name__
     if hasattr(model, "_orig_mod") or any(module._compiled_call_impl is not None for module in model.modules()):
         raise UsageError(f"model: expected {name} before torch.compile, whose graphs hide the layer, got it compiled")

@@ -1,4 +1,4 @@
-"""Words of a decoder's tokens, and the second pass over an answer that `generate()` made."""
+"""Words of a decoder's tokens, and the second pass over an answer that `generate()` wrote."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Word:
     """A word of the prompt or of the answer."""
 
     text: str
-    tokens: tuple[int, ...]  # its places among the tokens
+    tokens: tuple[int, ...]  # positions of its tokens
 
 
 def with_answer(model: nn.Module, inputs: Mapping[str, Any], generated: Tensor) -> tuple[dict[str, Any], int]:
-    """The inputs of one pass over prompt and answer, for the maps of what `generate` said.
+    """The inputs of one forward pass over prompt and answer, to map what `generate` wrote.
 
     Args:
-        model: the one that generated.
-        inputs: the processor's, as given to `generate`, with input_ids (B, L), padded on the left.
-        generated: (B, L + T) as `generate` returns them, or (B, T) of the answer alone.
+        model: the model that generated.
+        inputs: the processor's output, as passed to `generate`, with input_ids (B, L), padded on the left.
+        generated: (B, L + T) int64 as `generate` returns them, or (B, T) of the answer alone.
 
     Returns:
-        The inputs with input_ids (B, L + T), in which what follows the end of an answer is padding; and L, where the
-        answers begin, for `word_relevance(answer=...)`.
+        The inputs with input_ids (B, L + T), padded after the end of each answer; and L, where the answers begin, for
+        `word_relevance(answer=...)`.
 
     Raises:
         UsageError: if nothing was generated.
@@ -67,13 +67,16 @@ def with_answer(model: nn.Module, inputs: Mapping[str, Any], generated: Tensor) 
 def words_of(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], left_out: Collection[int] = (), starts: Collection[int] = ()
 ) -> list[Word]:
-    """The words of a text, as white space parts it.
+    """The words of a text, separated by whitespace.
 
     Args:
-        tokenizer: any of transformers.
-        ids: the tokens; special ones part words and are in none.
-        left_out: places of others to leave out: padding, the image.
-        starts: places where a word begins in any case, as the answer's first token.
+        tokenizer: any tokenizer of transformers.
+        ids: the tokens of the text. Special ones separate words and belong to none.
+        left_out: positions of other tokens to leave out, such as padding and the image.
+        starts: positions where a word always begins, such as the answer's first token.
+
+    Returns:
+        The words in order, with the positions of their tokens.
     """
     special = set(tokenizer.all_special_ids)
     special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -97,5 +100,5 @@ def words_of(
 
 
 def maps_of_words(maps: Tensor, words: Sequence[Word]) -> Tensor:
-    """The mean over each word's tokens: maps (L, ...) of all tokens -> (words, ...)."""
+    """Averages the maps (L, ...) of all tokens over the tokens of each word: (words, ...)."""
     return torch.stack([maps[list(word.tokens)].mean(0) for word in words]) if words else maps[:0]
