@@ -378,7 +378,7 @@ def test_unusable_phrases_are_errors(model_and_tokenizer, shapes):
     model, tokenizer = model_and_tokenizer
     image = shapes.read(0).image
     without = ListSource([Sample("bare", image, ["a circle"]), None])
-    with pytest.raises(UsageError, match="grounding needs phrases with boxes; .*; skipped sample 1: damaged$"):
+    with pytest.raises(UsageError, match="source: expected phrases with boxes, .*; skipped sample 1: damaged$"):
         evaluate_grounding(model, tokenizer, without)
     outside = [Phrase("a circle", "circle", 1, 2, [(0.0, 0.0, 1.0, 1.0)])]
     with pytest.raises(UsageError, match="key 5: phrase 'circle'"):

@@ -1,8 +1,8 @@
 """Zero-shot evaluation of a pretrained model: retrieval and grounding, without fine-tuning.
 
 Retrieval measures recall@k in both directions, by image-text contrast (ITC) alone and after image-text matching (ITM)
-has re-ranked the best candidates of every query. Grounding measures how well the heat maps of words fall into the
-boxes of what they name, next to the scores of a random and an even map; maps compares ways to make them.
+has re-ranked the best candidates of each query. Grounding measures how well word maps fall into the boxes of what the
+words name, next to the scores of a random and an even map. Maps compares several ways to make such maps.
 """
 
 from softmask_fast.evaluation.grounding import GroundingReport, evaluate_grounding

@@ -1,4 +1,4 @@
-"""Scores of one heat map against boxes."""
+"""Scores of one word map against boxes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Box = tuple[float, float, float, float]  # x1 y1 x2 y2 as fractions of width and
 
 @dataclass(frozen=True)
 class GroundingScore:
-    """One heat map against the boxes of its phrase; all numbers are fractions in [0, 1]."""
+    """One map against the boxes of its phrase; all numbers are fractions in [0, 1]."""
 
     hit: float  # 1 if the center of the largest patch is inside a box, else 0; averaged over equally large patches
     hit_random: float  # the expected hit of a random patch
@@ -29,10 +29,10 @@ class GroundingScore:
 
 
 def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
-    """Scores a heat map (rows, cols), finite and at least 0, against the union of boxes.
+    """Scores a map (rows, columns), finite and at least 0, against the union of boxes.
 
-    A flat map scores what a random one is expected to score, and its mask is 0 (nothing is masked). Raises UsageError
-    for no boxes, or a box without area inside the image.
+    A flat map scores what a random one is expected to score, and its mask is 0: nothing is masked. Raises UsageError
+    without boxes, or for a box without area inside the image.
     """
     rows, cols = heat.shape
     coverage = box_coverage(boxes, rows, cols)
@@ -54,10 +54,11 @@ def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
 
 
 def region_score(heat: np.ndarray, coverage: np.ndarray) -> float:
-    """Intersection over union of what lies above half of the map's range with boxes or a mask.
+    """Intersection over union of the patches above half of the map's range with boxes or a mask.
 
-    heat and coverage, the part of each patch that is covered (of `box_coverage`, or a mask's), are (rows, cols). A flat
-    map counts as all of the image.
+    Args:
+        heat: (rows, columns), the map. A flat one counts as the whole image.
+        coverage: (rows, columns), the fraction of each patch that is covered, by `box_coverage` or by a mask.
     """
     low, high = float(heat.min()), float(heat.max())
     region = heat >= (low + high) / 2
@@ -68,7 +69,7 @@ def region_score(heat: np.ndarray, coverage: np.ndarray) -> float:
 def proposal_score(
     heat: np.ndarray, boxes: Sequence[Box], proposals: Sequence[Box], size: tuple[int, int]
 ) -> tuple[bool, float]:
-    """Lets a heat map (rows, cols) float32 choose among proposals, as in weakly supervised grounding on RefCOCO+.
+    """Lets a map (rows, columns) float32 choose among proposals, as in weakly supervised grounding on RefCOCO+.
 
     As in ALBEF, the map is enlarged (bicubic) to the image's size (width, height). It chooses the proposal with the
     largest sum of the map over the square root of the proposal's area (on RefCOCO+, proposals are MAttNet's
@@ -101,7 +102,7 @@ def intersection_over_union(first: Box, second: Box) -> float:
 def box_coverage(boxes: Sequence[Box], rows: int, cols: int) -> np.ndarray:
     """The exact fraction of each patch that the union of the boxes covers: (rows, cols) float64.
 
-    Raises UsageError for no boxes, or a box without area inside the image.
+    Raises UsageError without boxes, or for a box without area inside the image.
     """
     if not boxes:
         raise UsageError("boxes: expected at least one (x1, y1, x2, y2), got none")

@@ -1,4 +1,4 @@
-"""Grounding without box supervision: do the heat maps of words fall into the boxes of what they name?"""
+"""Grounding without box supervision: do word maps fall into the boxes of what the words name?"""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ Query = tuple[Sample, str, list[Phrase]]  # a sample, one of its captions, and p
 
 @dataclass(frozen=True)
 class GroundingReport:
-    """Means over phrases, as fractions in [0, 1]."""
+    """Means over phrases, as fractions in [0, 1]; the keys of each dict are in quotes."""
 
     images: int
     phrases: int
     skipped: dict[str, str]  # samples that could not be used: key -> reason
     skipped_phrases: int  # without a token among the first max_tokens
-    flat_maps: int  # phrases whose heat map is the same everywhere; they score like a random patch
+    flat_maps: int  # phrases whose map is the same everywhere; they score like a random patch
     layer: int  # fusion layer of the maps, 0 = first
     pointing_game: dict[str, float]  # hits of the "model", of a "random" patch, and of the image's "center"
-    mass_inside: dict[str, float]  # fraction of the relevance inside the boxes: "model", and "even" of a flat map
-    mean_mask: dict[str, float]  # mean of the min-max normalized map: "inside" the boxes, and of the whole "image"
-    box_accuracy: dict[str, float] | None = None  # right proposals: "model", and a "random" one; None without proposals
+    mass_inside: dict[str, float]  # fraction of the relevance inside the boxes: of the "model", and of an "even" map
+    mean_mask: dict[str, float]  # mean of the min-max normalized map: "inside" the boxes, and over the whole "image"
+    box_accuracy: dict[str, float] | None = None  # right choices: "model", and "random" proposals; None without any
 
     def as_dict(self) -> dict[str, Any]:
         return {"task": "grounding"} | asdict(self)
@@ -72,7 +72,7 @@ class GroundingReport:
 
 @dataclass
 class _Scores:
-    """What one rank has measured."""
+    """What one rank measured."""
 
     phrases: list[GroundingScore] = field(default_factory=list)
     choices: list[tuple[bool, float]] = field(default_factory=list)  # of `proposal_score`
@@ -85,21 +85,26 @@ def evaluate_grounding(
     model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, *, layer: int | None = None,
     batch_size: int = 32, limit: int | None = None, progress: bool = False,
 ) -> GroundingReport:  # fmt: skip
-    """Scores the heat map of every phrase that has boxes: pointing game, and relevance inside the boxes.
+    """Scores the word map of every phrase that has boxes: pointing game, and relevance inside the boxes.
 
-    The heat map of a phrase is the mean of its tokens' maps; for a phrase that is the whole caption, [CLS] and [SEP]
-    are included, as in ALBEF on RefCOCO+. The map hits if the center of its largest patch is in one of the phrase's
-    boxes. Each phrase counts once. Phrases with proposals also get a box accuracy, by the protocol of weakly
-    supervised RefCOCO+ (`boxes.proposal_score`).
+    The map of a phrase is the mean of its tokens' maps. If the phrase is the whole caption, [CLS] and [SEP] count too,
+    as in ALBEF on RefCOCO+. The map hits if the center of its largest patch lies in one of the phrase's boxes. Each
+    phrase counts once. Phrases with proposals also get a box accuracy, by the protocol of weakly supervised RefCOCO+
+    (`boxes.proposal_score`).
 
     Samples that cannot be read are skipped and reported. In a process group this is a collective: each rank evaluates
-    a part of the samples, and all return the report of all samples.
+    some of the samples, and all return the report of all samples.
 
     Args:
-        source: images with phrases and boxes.
-        layer: fusion layer of the maps, 0 = first; default: the layer of the soft masks.
-        batch_size: number of captions at a time.
-        limit: evaluate only the first `limit` samples.
+        model, tokenizer: as `load_model` returns them.
+        source: images with phrases and boxes, as `open_source` returns them.
+        layer: fusion layer of the maps, 0 is the first; None: that of the soft masks.
+        batch_size: captions to evaluate at a time.
+        limit: evaluate only the first `limit` samples; None: all.
+        progress: show a progress bar.
+
+    Returns:
+        A `GroundingReport`.
 
     Raises:
         UsageError: if no sample has phrases with boxes, or an option is out of range.
@@ -117,9 +122,7 @@ def evaluate_grounding(
     choices = [choice for rank in ranks for choice in rank.choices]
     if not scores:
         skipped = "".join(f"; skipped {key}: {reason}" for rank in ranks for key, reason in rank.skipped.items())
-        raise UsageError(
-            f"source: grounding needs phrases with boxes; none of the first {count} samples has one{skipped}"
-        )
+        raise UsageError(f"source: expected phrases with boxes, none of the first {count} samples has one{skipped}")
 
     def mean(field: str) -> float:
         return float(np.mean([getattr(score, field) for score in scores]))
@@ -150,18 +153,17 @@ def _score_caption(query: Query, maps: list[np.ndarray], spans: list[list[int]],
             scores.skipped_phrases += 1
             continue
         if not np.isfinite(heat).all():
-            raise UsageError(f"model: its heat map of {phrase.text!r} in {sample.key} is not finite")
+            raise UsageError(f"model: its word map of {phrase.text!r} in {sample.key} is not finite")
         scores.phrases.append(grounding_score(heat, phrase.boxes))
         if phrase.proposals:
             scores.choices.append(proposal_score(heat, phrase.boxes, phrase.proposals, image_size(sample.image)))
 
 
 def map_layer(model: VisionLanguageModel, layer: int | None, words: bool = True) -> int:
-    """The fusion layer to take heat maps from: `layer`, or by default that of the soft masks.
+    """The fusion layer to take maps from: `layer`, or by default that of the soft masks.
 
-    After the last layer only [CLS] is read, so maps of words (`words`) would be zero there, and with
-    `match_through_words` all maps. Raises UsageError for a
-    layer without maps.
+    After the last layer only [CLS] is read, so that layer is refused for maps of single words (`words`) and, with
+    `match_through_words`, for all: its maps would be zero. Raises UsageError for a layer without maps.
     """
     layers = model.config.fusion_layers
     last, reason = layers - 1, ""
@@ -176,11 +178,18 @@ def map_layer(model: VisionLanguageModel, layer: int | None, words: bool = True)
 def phrase_maps(
     model: VisionLanguageModel, tokenizer: Tokenizer, queries: Sequence[Query], *, layer: int | None = None
 ) -> tuple[list[list[np.ndarray]], list[list[list[int]]]]:
-    """Computes the heat maps of phrases; `layer` is that of `map_layer`.
+    """Computes the word maps of phrases.
 
-    Returns for each phrase of each query its map over the patches, (rows, cols) float32, and the token positions that
-    the map averages. A phrase beyond max_tokens has no positions and a map of zeros. Raises UsageError for a layer
-    without maps, or a phrase outside its caption.
+    Args:
+        queries: samples, each with a caption and phrases of it.
+        layer: as for `map_layer`.
+
+    Returns:
+        For each phrase of each query, its map over the patches, (rows, columns) float32; and the positions of the
+        tokens that the map averages. A phrase beyond max_tokens has no positions and a map of zeros.
+
+    Raises:
+        UsageError: for a layer without maps, or a phrase outside its caption.
     """
     text, pixels = query_inputs(model, tokenizer, queries)
     layer = map_layer(model, layer, words=not all(phrase.whole for _, _, phrases in queries for phrase in phrases))
@@ -199,7 +208,7 @@ def query_inputs(model: VisionLanguageModel, tokenizer: Tokenizer, queries: Sequ
 def mean_maps(
     model: VisionLanguageModel, queries: Sequence[Query], text: Tokens, tokens: Tensor
 ) -> tuple[list[list[np.ndarray]], list[list[list[int]]]]:
-    """What `phrase_maps` returns, and raises of phrases, for maps of the tokens (B, L, N)."""
+    """Averages maps of tokens (B, L, N) into those of phrases; returns and raises as `phrase_maps`."""
     tokens = tokens[:, :, model.prefix_tokens :].float().cpu().numpy()
     maps, spans = [], []
     for row, (sample, caption, phrases) in enumerate(queries):
@@ -219,9 +228,11 @@ def mean_maps(
 
 
 def word_tokens(caption: str, offsets: Sequence[tuple[int, int]], words: Sequence[int]) -> list[int]:
-    """The positions of the tokens inside some of a caption's whitespace-separated words, given by number.
+    """The positions of the tokens of some words of a caption.
 
-    offsets are [start, end) of each token in characters, as fast tokenizers return; special tokens are empty.
+    Args:
+        offsets: [start, end) of each token in characters, as fast tokenizers return; empty for special tokens.
+        words: numbers of whitespace-separated words, from 0.
     """
     inside, end = [], 0
     for number, word in enumerate(caption.split()):

@@ -1,4 +1,4 @@
-"""Pictures of what a model looks at: the heat maps of words, drawn over the image."""
+"""Pictures of what a model looks at: heat maps, that is, word maps drawn over the image."""
 
 from __future__ import annotations
 
@@ -46,19 +46,21 @@ def explain(
     model: VisionLanguageModel, tokenizer: Tokenizer, image: bytes | np.ndarray, text: str, out: str | Path, *,
     layer: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Draws heat maps of the words of a text over an image, and returns what the figure shows as numbers.
+    """Draws a heat map of each word of a text over an image, and returns the figure's numbers.
 
-    Words that name nothing ("with") have numbers, too, but no picture. The maps of a pair that does not match are gray.
+    Words that name nothing ("with") get numbers but no picture. The maps of a pair that does not match are gray.
 
     Args:
-        image: an encoded file, or (H, W, 3) uint8.
+        model, tokenizer: as `load_model` returns them.
+        image: the bytes of an image file, or (H, W, 3) uint8.
+        text: a caption, right or wrong.
         out: the PNG to write.
-        layer: fusion layer of the maps, 0 = first; default: the layer of the soft masks.
+        layer: fusion layer of the maps, 0 is the first; None: that of the soft masks.
 
     Returns:
-        "text"; "matched", the probability that image and text match; "words", a list of {"word", "strength", "peak"};
-        "left_out", the words without a map. The strength is the word's largest relevance as a fraction of the strongest
-        word's, the peak is the center (x, y) of its largest patch as fractions of the image.
+        A dict with the keys "text"; "matched", the probability that image and text match; "words", a list of {"word",
+        "strength", "peak"}; and "left_out", the words without a map. The strength is the word's largest relevance as a
+        fraction of the strongest word's. The peak is the center (x, y) of its largest patch, as fractions of the image.
 
     Raises:
         UsageError: for a text without words, an unreadable image, or a layer without maps.
@@ -75,7 +77,7 @@ def explain(
 
 
 def left_out_notes(model: VisionLanguageModel, left_out: Sequence[str]) -> list[str]:
-    """What a figure says of the words without a map."""
+    """What a figure says about the words without a map."""
     if not left_out:
         return []
     return [f"no map, beyond {model.config.max_tokens} tokens or without a token: {' '.join(left_out)}"]
@@ -84,7 +86,7 @@ def left_out_notes(model: VisionLanguageModel, left_out: Sequence[str]) -> list[
 def explained_words(
     model: VisionLanguageModel, tokenizer: Tokenizer, image: bytes | np.ndarray, text: str, *, layer: int | None = None
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """What `explain` returns, and the map (rows, cols) of each of its words; raises as it does."""
+    """What `explain` returns, and the map (rows, columns) of each word; raises as `explain` does."""
     words = text.split()
     if not words:
         raise UsageError("text: expected at least one word, got none")
@@ -132,20 +134,21 @@ def draw(
     title: str = "", note: str = "", footnotes: Sequence[str] = (), shown: Sequence[int] | None = None,
     gray: bool = False,
 ) -> None:  # fmt: skip
-    """Draws heat maps of words over an image, each with its strength: its largest value / that of the strongest word.
+    """Draws word maps over an image, each with its strength: its largest value / that of the strongest word.
 
     Args:
-        image: a file's name or its content, (H, W, 3) uint8, or a PIL image.
-        words: their names.
-        maps: as many, each (rows, cols) over the whole image: arrays or tensors, at least 0.
-        out: the PNG to write; its folder is made.
+        image: the path of a file or its bytes, (H, W, 3) uint8, or a PIL image.
+        words: the words.
+        maps: one per word, (rows, columns) over the whole image: arrays or tensors, at least 0.
+        out: the PNG to write; its folder is created.
         title, note, footnotes: lines above the figure, under the image, and under the figure; long ones are cut.
-        shown: numbers of the words to draw, others are named below; default: all. Of more than `MOST_WORDS` the
-            strongest are drawn.
-        gray: without color, as for a text that does not match.
+        shown: numbers of the words to draw, from 0; the others are named below. None: all. If there are more than
+            `MOST_WORDS`, the strongest are drawn.
+        gray: draw without color, as for a text that does not match.
 
     Raises:
-        UsageError: for no words, another number of maps, or maps of another shape; BadSample for an unreadable image.
+        UsageError: without words, or for maps of a wrong number or shape.
+        BadSample: for an unreadable image.
     """
     heats = [np.asarray(heat.detach().float().cpu() if hasattr(heat, "detach") else heat, np.float32) for heat in maps]
     if not words or len(heats) != len(words) or any(heat.ndim != 2 for heat in heats):
@@ -189,15 +192,17 @@ def heatmap_page(
     model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, out: str | Path, *, images: int = 10,
     words: int = 4, layer: int | None = None,
 ) -> None:  # fmt: skip
-    """Draws a page of the first `images` usable images of a source, whatever they show: each with its caption and the
-    heat maps of up to `words` of its phrases.
+    """Draws a page of the first `images` usable images of a source, good or bad.
 
-    Each map says how sure the model is that image and caption match, and its strength: its largest value / that of the
+    Each comes with its caption and the heat maps of up to `words` of its phrases.
+
+    Each map shows how sure the model is that image and caption match, and its strength: its largest value / that of the
     page's strongest. Maps of a pair that does not match are gray. Boxes are drawn, and a cross marks the largest patch:
-    green inside a box, red outside. Without phrases the longest words of the caption that name something are drawn,
-    without boxes. What lies beyond the token limit is not drawn.
+    green inside a box, red outside. If a caption has no phrases, its longest words that name something are drawn,
+    without boxes. Words beyond the token limit are not drawn.
 
-    Raises UsageError for a source without a usable sample, or an option out of range.
+    Raises:
+        UsageError: for a source without a usable sample, or an option out of range.
     """
     for name, value, most in (("images", images, MOST_IMAGES), ("words", words, MOST_PHRASES)):
         if not 1 <= value <= most:
@@ -246,10 +251,11 @@ def shown_picture(image: bytes | np.ndarray) -> np.ndarray:
 
 
 def overlay(picture: np.ndarray, heat: np.ndarray, opacity: float = 1.0, colors: str = COLORS) -> np.ndarray:
-    """Lays a heat map (rows, cols) over a picture (H, W, 3) uint8: (H, W, 3) float in [0, 1].
+    """Lays a map (rows, columns) over a picture (H, W, 3) uint8: (H, W, 3) float in [0, 1].
 
-    The map is enlarged (bicubic) and scaled from its smallest to its largest patch, as training scales the soft masks.
-    The picture is colored where the word looks, with at most `opacity`, and dimmed elsewhere. colors: a colormap.
+    The map is enlarged (bicubic) and scaled from its smallest to its largest patch, as training scales soft masks. The
+    picture is colored where the map is large, with at most `opacity`, and dimmed elsewhere. `colors` is a colormap of
+    matplotlib.
     """
     height, width = picture.shape[:2]
     values = torch.from_numpy(np.ascontiguousarray(heat, dtype=np.float32))[None, None]
@@ -264,7 +270,7 @@ def overlay(picture: np.ndarray, heat: np.ndarray, opacity: float = 1.0, colors:
 
 
 def peak(heat: np.ndarray) -> tuple[float, float]:
-    """The center (x, y) of the largest patch, the first of equal ones, as fractions of the image."""
+    """The center (x, y) of the largest patch, as fractions of the image; of equally large ones, the first."""
     row, column = np.unravel_index(int(heat.argmax()), heat.shape)
     return (float(column) + 0.5) / heat.shape[1], (float(row) + 0.5) / heat.shape[0]
 

@@ -33,7 +33,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class MapsReport:
-    """Means over phrases, as fractions in [0, 1], by the key of `METHODS`."""
+    """Means over phrases, as fractions in [0, 1]; the keys of each dict are those of `METHODS`."""
 
     images: int
     phrases: int
@@ -58,8 +58,10 @@ def evaluate_maps(
     model: VisionLanguageModel, tokenizer: Tokenizer, source: CaptionSource, *, layer: int | None = None,
     batch_size: int = 32, limit: int | None = None, progress: bool = False,
 ) -> MapsReport:  # fmt: skip
-    """Scores the maps that each method makes of every phrase with boxes, as `evaluate_grounding` scores one; its
-    arguments, errors and ranks are as there."""
+    """Scores the maps of every phrase with boxes, by each of `METHODS`.
+
+    Arguments, errors and the work of several ranks are as in `evaluate_grounding`. Returns a `MapsReport`.
+    """
     count = sample_count(source, batch_size, limit)
     layer = map_layer(model, layer)
     skipped: dict[str, str] = {}
@@ -79,7 +81,9 @@ def evaluate_maps(
                     for key, (heats, _) in found.items():
                         heat = heats[row][number]
                         if not np.isfinite(heat).all():
-                            raise UsageError(f"model: its {key} map of {phrase.text!r} in {sample.key} is not finite")
+                            raise UsageError(
+                                f"model: expected finite maps, {key} of {phrase.text!r} in {sample.key} is not"
+                            )
                         score = grounding_score(heat, phrase.boxes)
                         iou = region_score(heat, box_coverage(phrase.boxes, *heat.shape))
                         scores[key].append((score.hit, iou, score.mass_inside))
@@ -87,7 +91,7 @@ def evaluate_maps(
     ranks = gather_objects((scores, images, skipped))
     joined = {key: [score for rank in ranks for score in rank[0][key]] for key in METHODS}
     if not joined["random"]:
-        raise UsageError(f"source: maps need phrases with boxes; none of the first {count} samples has one")
+        raise UsageError(f"source: expected phrases with boxes, none of the first {count} samples has one")
     means = {key: np.mean(values, axis=0) for key, values in joined.items()}
     pointing_game, iou, mass_inside = ({key: float(mean[i]) for key, mean in means.items()} for i in range(3))
     return MapsReport(
@@ -106,11 +110,12 @@ def method_maps(
 ) -> dict[str, Tensor]:
     """The maps (B, L, N) of every token over the image's tokens, by method; arguments as for `word_relevance`.
 
+    - word_gradcam: the method of this library.
     - attention: the mean over heads of the layer's probabilities.
-    - rollout (Abnar & Zuidema, 2020): that, carried down through the image encoder: times the product over its blocks
-      of (mean attention + identity) / 2.
-    - gradcam (Selvaraju et al., 2017): relu of the image encoder's tokens times the mean over patches of the matching
-      logit's gradient; the same for all words.
+    - rollout (Abnar & Zuidema, 2020): attention carried down through the image encoder, that is, times the product over
+      its blocks of (mean attention + identity) / 2.
+    - gradcam (Selvaraju et al., 2017): relu of the image encoder's tokens times the mean over patches of the gradient
+      of the "matched" logit; the same for all words.
     """
     with torch.no_grad():
         image, rollout = _rollout(model, pixels)
@@ -133,7 +138,7 @@ def method_maps(
 
 
 def _rollout(model: VisionLanguageModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The image encoder's tokens (B, N, C), and how much of each input token is in each of them, (B, N, N)."""
+    """The image encoder's tokens (B, N, C), and how much each of them holds of each input token, (B, N, N)."""
     mixed: list[Tensor] = []
 
     def mix(block: torch.nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -38,8 +38,8 @@ MATCH_SCORES = {"log_odds": "ITM", "logit": "ITM's logit"}  # what ITM ranks by 
 class RetrievalReport:
     """Recalls, as fractions of the queries in [0, 1].
 
-    `itc`, `itm`, `both` and `chance` are {"text_to_image": {"recall@1": 0.5, "recall@5": ..., "recall@10": ...},
-    "image_to_text": {...}}.
+    `itc`, `itm`, `both` and `chance` have the keys {"text_to_image": {"recall@1": 0.5, "recall@5": ...,
+    "recall@10": ...}, "image_to_text": {...}}.
     """
 
     images: int  # in the gallery
@@ -56,9 +56,10 @@ class RetrievalReport:
 
     @property
     def headline(self) -> tuple[str, float]:
-        """The criterion for the best model: recall @1, @5 and @10 both ways, averaged, by both logits if re-ranked.
+        """Name and value of the metric that picks the best model.
 
-        The name says by what, so that it is not compared with that of another criterion.
+        It is the mean of all six recalls, by the sum of both logits if ITM re-ranked. The name says how it was
+        measured, so that it is never compared with another metric.
         """
         name = "mean recall" + " of all captions" * (self.captions > self.images) + ", ITC + ITM" * bool(self.both)
         return name, fmean(recall for way in (self.both or self.itc).values() for recall in way.values())
@@ -92,17 +93,23 @@ def evaluate_retrieval(
 
     Samples that cannot be read are skipped and reported. The tokens of all images and captions stay on the model's
     device: (images + captions) * tokens * width numbers. In a process group this is a collective: each rank re-ranks
-    a part of the pairs, and all return the same report.
+    some of the pairs, and all return the same report.
 
     Args:
-        captions: "all" uses every caption: each is a query, and an image's query succeeds if any of its captions is
-            among the first k, as papers report COCO and Flickr30k. "first" uses the first caption of each image.
-        rerank: number of candidates of each query that are re-ranked, at least 10, by ITM, and by its sum with ITC's
-            logit; 0 skips ITM.
-        match_score: what ITM ranks by: the log-odds of "matched", the difference of its two logits, which orders as the
-            probability does; or the logit of "matched" alone, as ALBEF's code does.
-        batch_size: number of images, or of captions, encoded at a time.
-        limit: evaluate only the first `limit` samples.
+        model, tokenizer: as `load_model` returns them.
+        source: images with captions, as `open_source` returns them.
+        captions: "all" uses every caption. Each is a query, and an image's query succeeds if any of its captions is
+            among the first k, as papers report for COCO and Flickr30k. "first" uses the first caption of each image.
+        rerank: number of candidates per query to re-rank, at least 10; once by ITM alone and once by the sum of the ITM
+            and ITC logits. 0 skips ITM.
+        match_score: the score that ITM ranks by. "log_odds" is the difference of its two logits, which orders pairs as
+            the probability of "matched" does. "logit" is the logit of "matched" alone, as in ALBEF's code.
+        batch_size: images, or captions, to encode at a time.
+        limit: evaluate only the first `limit` samples; None: all.
+        progress: show a progress bar.
+
+    Returns:
+        A `RetrievalReport`.
 
     Raises:
         UsageError: for a source without a usable sample, or an option out of range.
@@ -149,7 +156,7 @@ def evaluate_retrieval(
 
 
 def ranks_of_best(scores: Tensor, correct: Tensor) -> Tensor:
-    """The number of wrong items ranked before the best correct one: (Q,) int64, 0 = found first.
+    """The number of wrong items ranked before the best correct one: (Q,) int64, 0 if a correct one is first.
 
     scores are (Q, G), of Q queries over G gallery items; correct is (Q, G) bool, with at least one True per row. A
     wrong item with the score of the correct one counts as ranked before it, so that constant scores earn nothing.
