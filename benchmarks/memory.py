@@ -32,12 +32,12 @@ EXPLANATION = """\
 GiB per GPU of the `{preset}` preset ({parameters:.0f} M parameters) with {ranks} ranks, bf16 by autocast.
 **Counted, not measured**: made by `python benchmarks/memory.py --preset {preset} --ranks {ranks}`.
 
-- Activations: forward and backward pass on tensors without data, every storage counted from its making to its end
-  (which operators run in bf16 is the CPU's list of autocast, close to the GPU's).
+- Activations: the forward and backward pass runs on tensors without data, and every storage counts from its allocation
+  to its release. Autocast's list for the CPU says which operators run in bf16; it is close to the GPU's.
 - ZeRO 3 casts weights at each use and keeps residual streams in float32: its activations are up to a quarter larger.
-- Weights, gradients, AdamW's moments: by formula, 4, 4 and 8 bytes a parameter, and 4 for the copy of the weights that
-  ZeRO's optimiser holds from stage 1 on; ZeRO 1 shares moments and copy among the ranks, 2 gradients too, 3 weights
-  too; offload moves moments and copy to the host.
+- Weights, gradients and AdamW's moments: by formula, 4, 4 and 8 bytes a parameter, and 4 for the copy of the weights
+  that ZeRO's optimizer holds from stage 1 on. ZeRO 1 divides moments and copy among the ranks, ZeRO 2 also the
+  gradients, ZeRO 3 also the weights. Offload moves moments and copy to the host.
 - Momentum copy and queues: whole on every rank, at every stage.
 - Not counted: the CUDA context, the allocator's gaps, workspaces, buffers of collectives, ZeRO-3's gathered block.
 """

@@ -49,9 +49,9 @@ CARD = "one H200, 2026-11-27, commit 107101d, torch 2.11.0+cu130"
 EXPLANATION = """\
 # From one GPU to a thousand
 
-Where time, memory and network go by a stated model of the `base` preset (the paper's), and what breaks first. **How
-fast a GPU does the step was {source};
-all else about GPUs follows by the model, from assumed networks. No run has had more than one GPU.** Made by
+A model of the `base` preset (the paper's): where time, memory and network go, and what breaks first. **How fast a GPU
+runs the step was {source}.
+Everything else about GPUs follows from the model and from assumed networks. No run has had more than one GPU.** Made by
 `{command}` on {machine}, which measured what it could and
 counted the rest.
 
@@ -61,68 +61,70 @@ counted the rest.
 
 {steps}
 
-- *compute*: pairs / the measured pairs a second of a step without loader and DeepSpeed, at 128 pairs; larger batches
-  were faster (1,023 at 256), smaller ones slower, and the job around the step took 2.4 times as long, as its host kept
-  the GPU waiting (370 pairs/s there; 324 to 332 on an H100). The step has been rebuilt since and not been measured
-  again ([decisions.md](decisions.md#on-a-gpu)). *contrast*: five products (student and teacher, both
-  once more in the backward pass, one gradient) in two directions against ranks x pairs + queue keys.
-- *gradients* and *weights*: ZeRO 1 reduces 4 bytes a parameter to their owners and gathers as many back. The
-  reduction runs behind the backward pass, so the longer of the two counts; gathering the weights and features is
-  waited for.
-- *features*: what the contrast gathers from all ranks, one float32 row of image and of text a pair.
+- *compute*: pairs / the measured pairs per second of a step without loader and DeepSpeed, at 128 pairs. Larger batches
+  were faster (1,023 at 256), smaller ones slower. The job around the step took 2.4 times as long, because its host kept
+  the GPU waiting (370 pairs/s there; 324 to 332 on an H100). The step has been rebuilt since and has not been measured
+  again ([decisions.md](decisions.md#on-a-gpu)).
+- *contrast*: five products (student and teacher, both once more in the backward pass, one gradient) in two directions
+  against ranks x pairs + queue keys.
+- *gradients* and *weights*: ZeRO 1 reduces 4 bytes a parameter to their owners and gathers as many back. The reduction
+  overlaps with the backward pass, so the longer of the two counts. The step waits while weights and features are
+  gathered.
+- *features*: what the contrast gathers from all ranks, one float32 row each of image and text per pair.
 - *ZeRO-3 instead*: weights gathered for the forward pass, for the backward pass and for the momentum copy,
   parameter by parameter, in place of *weights*.
-- *held*: weights, gradients, optimiser, momentum copy and queues under ZeRO 1; activations come on top
-  ([memory.md](memory.md)). The momentum copy stands whole on every GPU.
+- *held*: weights, gradients, optimizer, momentum copy and queues under ZeRO 1; activations come on top
+  ([memory.md](memory.md)). Every GPU holds the whole momentum copy.
 - *storage* and *CPU cores*: what the images need at that speed.
 
 ## The data
 
 {data}
 
-The index of shards on a local disk is kept by every rank: one entry a sample. Shards by URL keep one number a
+Every rank keeps the index of shards on a local disk, one entry per sample. For shards by URL it keeps one number per
 shard, and their order is drawn shard by shard ([data.md](data.md)).
 
 ## What breaks first
 
-1. **Decoding on the host**, on the first GPU: a GPU that trains at the measured speed takes as many CPU cores as
-   the last column of the first table says. DALI decodes and distorts on the GPU where there is one.
-2. **The index of a local source**, beyond 10 M pairs: hundreds of bytes a sample in every rank, and minutes to read
-   the headers of the shards at each start. From there on use shards by URL (`file://` does for a shared disk).
-3. **The batch**, near 64 GPUs: 128 pairs each are 8,192 together, where the paper has 512. Lower `--batch_size`
-   first; the step then has less to hide its communication behind, and the efficiency is that of the table no more.
-4. **The weights' way back**, from 8 GPUs on, is the largest part that nothing hides: half of ZeRO 1's traffic.
-   Stage 0 reduces gradients only, behind the backward pass, at {replicated:.1f} GiB more on each GPU;
+1. **Decoding on the host**, on the first GPU. A GPU that trains at the measured speed needs as many CPU cores as the
+   last column of the table of steps says. Where there is a GPU, DALI decodes and distorts on it.
+2. **The index of a local source**, beyond 10 M pairs. It takes hundreds of bytes per sample in every rank, and each
+   start spends minutes reading the headers of the shards. Beyond that use shards by URL (`file://` works for a shared
+   disk).
+3. **The batch**, near 64 GPUs: 128 pairs each are 8,192 together, where the paper has 512. Lower `--batch_size` first.
+   The step then has less time to hide its communication in, and its efficiency falls below the table's.
+4. **Gathering the weights**, from 8 GPUs on. It is half of ZeRO 1's traffic, and the largest part that nothing hides.
+   Stage 0 only reduces gradients, during the backward pass, but needs {replicated:.1f} GiB more on each GPU;
    `--gradient_accumulation_steps` divides the rest.
-5. **ZeRO-3** costs more time than it saves memory for at this model size: two collectives for each of {tensors}
-   tensors.
-6. **The contrast** stays a small part even at 1,000 GPUs. Gathered features need {features:.0f} MB on each GPU
-   there; with `--itc_gather ring` one neighbour's rows at a time.
-7. **Checkpoints**: {checkpoint:.1f} GB, whoever has how many GPUs; written by all ranks, the momentum copy by the
-   first.
+5. **ZeRO-3** costs more time than its savings in memory are worth at this model size: two collectives for each of
+   {tensors} tensors.
+6. **The contrast** stays a small part even at 1,000 GPUs. Gathered features need {features:.0f} MB on each GPU there;
+   with `--itc_gather ring` a GPU holds one neighbor's rows at a time.
+7. **Checkpoints**: {checkpoint:.1f} GB for any number of GPUs. All ranks write them; the first one writes the momentum
+   copy.
 
 ## Several machines
 
-With a `hostfile` (`host slots=8` a line) and ssh between them:
+With a `hostfile` (one line `host slots=8` per machine) and ssh between the machines:
 
 ```
 deepspeed --hostfile hostfile \\
     softmask_fast/train.py --deepspeed ds.json --preset base --data ... --output_dir /shared/run
 ```
 
-Without ssh, once on each machine, with its number:
+Without ssh, run this once on each machine, with that machine's number:
 
 ```
 deepspeed --hostfile hostfile --no_ssh --node_rank 0 --master_addr HOST0 --master_port 29500 \\
     softmask_fast/train.py --deepspeed ds.json --preset base --data ... --output_dir /shared/run
 ```
 
-`--output_dir` has to be on a disk that all machines see. A rank that is lost ends the job: its own launcher within
-seconds, the others when their connection to it breaks, with a message that says how to go on. `--resume true` goes
-on with the same number of ranks to the last bit, with another number from the same step, optimiser state, momentum
-copy, queues and place in the data (`--batch_size` is pairs per rank: change it too to keep the batch). Both are
-tested: two machines as network namespaces without ssh, a rank killed; 2, then 1, then 2 ranks under ZeRO 0, 1 and
-3 (`pytest tests/test_train.py tests/test_zero.py -k "hosts or number_of_ranks"`).
+`--output_dir` must be on a disk that all machines see. A lost rank ends the job: its own launcher stops within seconds,
+the others when their connection to it breaks, with a message that says how to continue. With the same number of ranks,
+`--resume true` continues to the last bit. With another number it continues from the same step, optimizer state,
+momentum copy, queues and place in the data; `--batch_size` is pairs per rank, so change it as well to keep the batch.
+Both are tested: two machines as network namespaces without ssh, a rank killed; 2, then 1, then 2 ranks under ZeRO 0, 1
+and 3 (`pytest tests/test_train.py tests/test_zero.py -k "hosts or number_of_ranks"`).
 """
 
 
