@@ -14,8 +14,8 @@ from softmask_fast.training.options import make_config
 @pytest.fixture
 def model():
     torch.manual_seed(1)
-    config = make_config("tiny", vocab_size=50, image_size=32, fusion_layers=3, soft_mask_layer=1, match_through_words=False).model
-    model = VisionLanguageModel(config).double().eval()
+    options = dict(vocab_size=50, image_size=32, fusion_layers=3, soft_mask_layer=1, match_through_words=False)
+    model = VisionLanguageModel(make_config("tiny", **options).model).double().eval()
     for layer in model.fusion.layers:  # zero in a new model, which would hide whether the Grad-CAM sees it
         torch.nn.init.normal_(layer.cross_attention.value_bias, std=0.5)
     return model
