@@ -38,7 +38,7 @@ GiB per GPU of the `{preset}` preset ({parameters:.0f} M parameters) with {ranks
 - Weights, gradients and AdamW's moments: by formula, 4, 4 and 8 bytes a parameter, and 4 for the copy of the weights
   that ZeRO's optimizer holds from stage 1 on. ZeRO 1 divides moments and copy among the ranks, ZeRO 2 also the
   gradients, ZeRO 3 also the weights. Offload moves moments and copy to the host.
-- Momentum copy and queues: whole on every rank, at every stage.
+- Teacher and queues: whole on every rank, at every stage.
 - Not counted: the CUDA context, the allocator's gaps, workspaces, buffers of collectives, ZeRO-3's gathered block.
 """
 

@@ -71,10 +71,10 @@ counted the rest.
   overlaps with the backward pass, so the longer of the two counts. The step waits while weights and features are
   gathered.
 - *features*: what the contrast gathers from all ranks, one float32 row each of image and text per pair.
-- *ZeRO-3 instead*: weights gathered for the forward pass, for the backward pass and for the momentum copy,
+- *ZeRO-3 instead*: weights gathered for the forward pass, for the backward pass and for the teacher,
   parameter by parameter, in place of *weights*.
-- *held*: weights, gradients, optimizer, momentum copy and queues under ZeRO 1; activations come on top
-  ([memory.md](memory.md)). Every GPU holds the whole momentum copy.
+- *held*: weights, gradients, optimizer, teacher and queues under ZeRO 1; activations come on top
+  ([memory.md](memory.md)). Every GPU holds the whole teacher.
 - *storage* and *CPU cores*: what the images need at that speed.
 
 ## The data
@@ -100,8 +100,7 @@ shard, and their order is drawn shard by shard ([data.md](data.md)).
    {tensors} tensors.
 6. **The contrast** stays a small part even at 1,000 GPUs. Gathered features need {features:.0f} MB on each GPU there;
    with `--itc_gather ring` a GPU holds one neighbor's rows at a time.
-7. **Checkpoints**: {checkpoint:.1f} GB for any number of GPUs. All ranks write them; the first one writes the momentum
-   copy.
+7. **Checkpoints**: {checkpoint:.1f} GB for any number of GPUs. All ranks write them; the first one writes the teacher.
 
 ## Several machines
 
@@ -122,7 +121,7 @@ deepspeed --hostfile hostfile --no_ssh --node_rank 0 --master_addr HOST0 --maste
 `--output_dir` must be on a disk that all machines see. A lost rank ends the job: its own launcher stops within seconds,
 the others when their connection to it breaks, with a message that says how to continue. With the same number of ranks,
 `--resume true` continues to the last bit. With another number it continues from the same step, optimizer state,
-momentum copy, queues and place in the data; `--batch_size` is pairs per rank, so change it as well to keep the batch.
+teacher, queues and place in the data; `--batch_size` is pairs per rank, so change it as well to keep the batch.
 Both are tested: two machines as network namespaces without ssh, a rank killed; 2, then 1, then 2 ranks under ZeRO 0, 1
 and 3 (`pytest tests/test_train.py tests/test_zero.py -k "hosts or number_of_ranks"`).
 """
