@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None, name: str = "finetune.py") -> int:
 
 
 def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
-    """Fine-tune and, at the end, show what the model has reached."""
+    """Fine-tunes and, at the end, shows how good the model is."""
     trainer = build_trainer(config, deepspeed_config, output, stop)
     if trainer.train():
         stop.end()
@@ -45,7 +45,7 @@ def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path,
 
 
 def build_trainer(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
-    """All that a fine-tuning run needs. A collective. Raises AgreedUsageError for what the task lacks."""
+    """Builds all that a fine-tuning run needs. A collective. Raises AgreedUsageError for what the task lacks."""
     step, teacher, loader, evaluator = run_on_all_ranks(lambda: build_step(config, output))
     return Trainer(step, teacher, loader, config, deepspeed_config, output, stop, evaluator)
 
@@ -70,7 +70,7 @@ def build_step(config: FinetuneConfig, output: Path) -> tuple[nn.Module, Momentu
 
 
 def report(evaluator: Evaluator | None, output: Path, events: dict[str, int]) -> None:
-    """Show what output/model has reached: print the table, write predictions.json and draw curves.png."""
+    """Shows how good output/model is: prints the table, writes predictions.json and draws curves.png."""
     curves = output / "curves.png"
     plot_curves(output / "metrics.jsonl", curves, evaluator.curves() if evaluator else (), events)
     if evaluator is None:

@@ -69,7 +69,7 @@ def model_folder(
         pass
     instead = f"with a network, `hf download {name} --local-dir DIR`, then {option} DIR"
     if where.get("local_files_only"):
-        raise UsageError(f"{option}: {name} is no folder and not in the cache; {instead}")
+        raise UsageError(f"{option}: {name} is neither a folder nor in the cache; {instead}")
     answer = ask_hub(name, option, instead, where.get("token"), where.get("revision"))
     if parts:
         chosen = {"allow_patterns": [pattern for part in (*parts, *also) for pattern in (part, f"{part}/*")]}
@@ -129,9 +129,9 @@ def ask_hub(
     elif isinstance(answer, RepositoryNotFoundError):
         reason = f"no folder and no public model on the hub is called {name}"
     elif isinstance(answer, OfflineModeIsEnabled):
-        reason = f"{name} is no folder and not in the cache, and HF_HUB_OFFLINE is set"
+        reason = f"{name} is neither a folder nor in the cache, and HF_HUB_OFFLINE is set"
     else:
-        reason = f"{name} is no folder and not in the cache, and the hub cannot be reached ({type(answer).__name__})"
+        reason = f"{name} is neither a folder nor in the cache, and the hub cannot be reached ({type(answer).__name__})"
     raise UsageError(f"{option}: {reason}; {instead}") from answer
 
 

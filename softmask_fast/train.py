@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None, name: str = "train.py") -> int:
 
 
 def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
-    """Pretrain and, at the end, show what the model has reached."""
+    """Pretrains and, at the end, shows how good the model is."""
     trainer = build_trainer(config, deepspeed_config, output, stop)
     finished, rank = trainer.train(), dist.get_rank()
     dist.destroy_process_group()
@@ -60,7 +60,7 @@ def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: S
 
 
 def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
-    """All that a pretraining run needs. A collective. Raises AgreedUsageError for what is missing or does not fit."""
+    """Builds all that a pretraining run needs. A collective. Raises AgreedUsageError for what is missing or misfits."""
     torch.manual_seed(config.train.seed)
     source, evaluator = run_on_all_ranks(lambda: open_sources(config, output))
     tokenizer = build_tokenizer(config, source, output)
@@ -123,7 +123,7 @@ def sample_captions(source: CaptionSource, images: int) -> Iterator[str]:
         except BadSample as error:  # the loader will count and name it
             first = first or f"{source.keys[index]}: {error}"
     if not used:
-        raise UsageError(f"data: none of {len(indices)} samples that were looked at can be used, the first, {first}")
+        raise UsageError(f"data: none of {len(indices)} samples that were tried can be used; the first, {first}")
 
 
 def build_step(

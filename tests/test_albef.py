@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_named(albef, tmp_path):
         ({}, {}, "expected visual_encoder.pos_embed of 3 dimensions, got no such tensor"),
         (changed(albef, r"blocks\.1\.norm2\.bias"), {}, r"missing \['visual_encoder.blocks.1.norm2.bias'\]"),
         (changed(albef, r"itm_head\.bias"), {}, r"missing \['itm_head.bias'\]"),
-        (changed(albef, r"layer\.3\.crossattention"), {}, r"upper layers.*found it in \[2, 4\] of 5"),
+        (changed(albef, r"layer\.3\.crossattention"), {}, r"upper layers.*got it in \[2, 4\] of 5"),
         (changed(albef, itm_head__bias=torch.zeros(3)), {}, r"itm_head.bias has size \(3,\), expected \(2,\)"),
         (changed(albef, temp=torch.tensor(0.0)), {}, "temp above 0, got 0.0"),
         (changed(albef, visual_encoder__pos_embed=torch.zeros(1, 13, IMAGE_WIDTH)), {}, "got 13 of them"),

@@ -66,5 +66,7 @@ def test_other_tasks_refuse_it(assigned, tmp_path):
         UsageError, match="does not fit the model's options: .*fusion.layers.2.attention.* is unexpected"
     ):
         TASKS["entailment"].model(config)
-    with pytest.raises(UsageError, match="model: expected one whose captions have one image, got one of pairs"):
+    with pytest.raises(
+        UsageError, match="model: expected one that reads one image per caption, got one that reads two"
+    ):
         save_albef(load_albef(path), tmp_path / "back.pth")

@@ -217,4 +217,4 @@ def test_a_device_that_runs_nothing_is_refused(name, tmp_path, capsys):
 def test_what_is_no_url_is_refused(capsys):
     model = str(Path(__file__).parent / "stored" / "run" / "model")
     assert main(["evaluate", "--model", model, "--task", "retrieval", "--data", "https://[::1/val.tar"]) == 2
-    assert "data: https://[::1/val.tar is no URL: " in capsys.readouterr().err
+    assert "data: https://[::1/val.tar is not a URL: " in capsys.readouterr().err

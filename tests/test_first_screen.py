@@ -127,6 +127,6 @@ def test_captions_that_say_nothing_are_named_once():
 @pytest.mark.parametrize("size, nearest", [(100, "96 or 104"), (12, "8 or 16")])
 def test_an_image_size_that_the_patch_does_not_divide_is_refused(size, nearest):
     config = make_config("tiny", image_size=size)
-    message = rf"image_size: expected a multiple of the patch, 8 pixels \({nearest}\), got {size}"
+    message = rf"image_size: expected a multiple of the patch side, 8 pixels \({nearest}\), got {size}"
     with pytest.raises(UsageError, match=message):
         VisionEncoder(config.model)

@@ -171,7 +171,7 @@ def test_images_inside_of_tables(tmp_path, kind):
     if kind == "hub":
         visited = list(source.sampler.indices(0, 0, 0, 1))
         assert sorted(visited) == [0, 1]
-        with pytest.raises(UsageError, match="do not mix with shards"):
+        with pytest.raises(UsageError, match="cannot be mixed with shards"):
             open_source([data, str(tmp_path / "out")])
 
 
@@ -260,7 +260,7 @@ def test_tiff_of_pictures(folder):
     turned = check_image(tiff(PIXELS, tiffinfo={274: 6}))
     assert (turned.width, turned.height) == (12, 18) == decode_image(tiff(PIXELS, tiffinfo={274: 6})).size
     several = tiff(PIXELS, PIXELS[::2, ::2])
-    with pytest.raises(BadSample, match="TIFF of several pages: page 2 is no smaller copy"):
+    with pytest.raises(BadSample, match="TIFF with several pages: page 2 is not a smaller copy"):
         check_image(several)
     gray, alpha = tiff(PIXELS[..., 0]), tiff(np.dstack([PIXELS, PIXELS[..., 0]]))
     assert check_image(gray) == check_image(alpha) and decode_image(gray).mode == "RGB"
@@ -277,11 +277,11 @@ ALPHA = bytes.fromhex("520103000100000002")  # ExtraSamples: one, alpha
 @pytest.mark.parametrize(
     "image, message",
     [
-        (tiff(PIXELS[..., 0].astype(np.uint16)), "TIFF of 1 bands of 16 bits, unsigned: .*; scale it to 8 bits"),
+        (tiff(PIXELS[..., 0].astype(np.uint16)), "TIFF with 1 bands of 16 bits, unsigned: .*; scale it to 8 bits"),
         (tiff(PIXELS[..., 0].astype(np.float32)), "1 bands of 32 bits, floating point"),
         (
             tiff(np.dstack([PIXELS, PIXELS[..., 0]])).replace(ALPHA, ALPHA[:8] + b"\0"),
-            "TIFF of 4 bands: .*; choose three bands",
+            "TIFF with 4 bands: .*; choose three bands",
         ),
         (b"II*\0\x08\0\0\0" + bytes(50), "TIFF of a kind that PIL cannot read: expected 8 bits"),
     ],

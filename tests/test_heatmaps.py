@@ -103,7 +103,7 @@ def test_draw_takes_any_picture_and_any_map(tmp_path):
         assert min(size_of(tmp_path / "out.png")) > 100
         (tmp_path / "out.png").unlink()
     for words, given in ((["one"], maps), ([], []), (["one"], [np.zeros(9)])):
-        with pytest.raises(UsageError, match="maps: expected one .rows, cols. for each word"):
+        with pytest.raises(UsageError, match="maps: expected one of size .rows, columns. for each word"):
             draw(pixels, words, given, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 

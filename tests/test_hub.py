@@ -152,6 +152,6 @@ def test_without_a_network_one_line_says_what_to_do(hub, pictures, tmp_path):
         started = time.monotonic()
         done = run_without_a_hub(f"http://127.0.0.1:{port}", pictures, tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "someone/model is no folder and not in the cache, and the hub cannot be reached" in done.stderr
+    assert "someone/model is neither a folder nor in the cache, and the hub cannot be reached" in done.stderr
     assert "hf download someone/model --local-dir DIR" in done.stderr
     assert time.monotonic() - started < 20  # 4 on a machine that does nothing else, 3 of them waiting

@@ -137,7 +137,7 @@ def test_two_ranks_stop_by_ctrl_c_and_torchrun_resumes_them(tmp_path):
 
 def test_there_must_be_a_run_to_resume_unless_it_is_automatic(tmp_path, one_rank):
     folder = tmp_path / "run"
-    with pytest.raises(ValueError, match=f"resume: expected the folder of a run, found none in {folder}"):
+    with pytest.raises(ValueError, match=f"resume: expected the folder of a run, got {folder}"):
         output_directory(make_config(output_dir=str(folder), resume=True))
     assert not folder.exists()
     assert output_directory(make_config(output_dir=str(folder), resume="auto")) == folder

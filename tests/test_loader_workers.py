@@ -181,7 +181,7 @@ def test_what_fails_in_a_worker_is_shown_with_its_traceback():
 def test_a_source_that_cannot_be_sent_is_refused():
     source = open_source("shapes:num=40")
     source.read = lambda index: None
-    with pytest.raises(UsageError, match="data_workers: expected 0, as these data cannot be sent to workers"):
+    with pytest.raises(UsageError, match="data_workers: expected 0, as this data source cannot be sent to workers"):
         loader(source, workers=1)
     with pytest.raises(UsageError, match="data_workers: expected at least 0, got -1"):
         loader(workers=-1)

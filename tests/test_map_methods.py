@@ -123,7 +123,7 @@ def test_coco_masks(tmp_path):
     with pytest.raises(UsageError, match="annotation 1 has no readable mask: .*3 x 4 pixels, got 5"):
         list(read_coco_masks(path))
     path.write_text("{}")
-    with pytest.raises(UsageError, match="is no COCO annotation file: KeyError 'categories'"):
+    with pytest.raises(UsageError, match="is not a COCO annotation file: KeyError 'categories'"):
         list(read_coco_masks(path))
 
 

@@ -133,7 +133,9 @@ def test_without_the_hub_one_request_and_the_ways_out(tokenizer, monkeypatch, tm
     weights = {"text_weights": name} if option == "text_weights" else {"vision_weights": "timm"}
     with pytest.raises(UsageError) as caught:
         load_pretrained(make_model(tokenizer, **weights))
-    expected = f"{option}: {name} is no folder and not in the cache, and the hub cannot be reached (ConnectionError); "
+    expected = (
+        f"{option}: {name} is neither a folder nor in the cache, and the hub cannot be reached (ConnectionError); "
+    )
     assert str(caught.value).startswith(expected) and asked == [name]
     assert f"--{option} " in str(caught.value) and f"--{option} random" in str(caught.value)
     assert f"hf download {name}" in str(caught.value) and "\n" not in str(caught.value)

@@ -134,7 +134,7 @@ def test_larger_images_are_made_smaller_upright_and_opaque(images, tmp_path):
 def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypatch):
     table = write_table(tmp_path / "pairs.csv")
     make_shards(table, images, tmp_path / "whole", shard_size=2, workers=2)
-    with pytest.raises(UsageError, match="whole is prepared already"):
+    with pytest.raises(UsageError, match="whole is already complete"):
         make_shards(table, images, tmp_path / "whole", shard_size=2)
     made, sample = [], prepare_module._sample
 
@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         make_shards(table, images, tmp_path / "out", shard_size=2, workers=1)
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
-    with pytest.raises(UsageError, match="begun with shard_size 2, now it is 3"):
+    with pytest.raises(UsageError, match="started with shard_size 2, got 3"):
         make_shards(table, images, tmp_path / "out", shard_size=3, workers=1)
     make_shards(table, images, tmp_path / "out", shard_size=2, workers=1)
     assert made[6:] == made[4:5] + [entry.image for entry in read_table(table).entries][5:]

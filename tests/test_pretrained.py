@@ -157,6 +157,8 @@ def test_a_silent_hub_is_asked_once_and_not_for_long(monkeypatch):
     with pytest.raises(UsageError) as caught:
         load_model("me/no-such-model")
     assert asked == ["me/no-such-model"] and "\n" not in str(caught.value)
-    assert str(caught.value).startswith("model: me/no-such-model is no folder and not in the cache, and the hub cannot")
+    assert str(caught.value).startswith(
+        "model: me/no-such-model is neither a folder nor in the cache, and the hub cannot"
+    )
     with pytest.raises(UsageError, match="model: expected a folder or a name on the hub, got runs/photos/model"):
         load_model("runs/photos/model")

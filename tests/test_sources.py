@@ -306,7 +306,7 @@ def test_what_is_too_large_for_the_memory_is_not_read(tmp_path, monkeypatch):
     source = open_source(str(tmp_path / "l.json"))
     with pytest.raises(BadSample, match="image has 1073741825 bytes, the limit is 1073741824"):
         source.read(0)
-    with pytest.raises(BadSample, match="image is no file: /dev/zero"):
+    with pytest.raises(BadSample, match="image is not a file: /dev/zero"):
         source.read(1)
     monkeypatch.setattr("softmask_fast.utils.MAX_LIST_BYTES", 20)
     with pytest.raises(UsageError, match=f"l.json has {len(content)} bytes, the limit is 20"):
@@ -316,7 +316,7 @@ def test_what_is_too_large_for_the_memory_is_not_read(tmp_path, monkeypatch):
     with pytest.raises(BadSample, match="its .txt file has 21 bytes, the limit is 20"):
         source.read(0)
     (tmp_path / "folder.tar").mkdir()
-    with pytest.raises(UsageError, match="expected files, .*folder.tar is none"):
+    with pytest.raises(UsageError, match="expected files, got .*folder.tar"):
         open_source(f"{tmp_path}/*.tar")
 
 

@@ -76,7 +76,7 @@ def test_a_stored_run_is_resumed(tmp_path):
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=TOLERANCE["rel"], atol=TOLERANCE["abs"])
     changed = launch(run, cwd=tmp_path, common=options | {"resume": True, "colour": True})
-    assert "resume: color was False in" in finish(changed, 2)
+    assert "resume: expected color False, as in" in finish(changed, 2)
 
 
 def test_a_stored_run_is_not_resumed_with_what_the_preset_changed_since(tmp_path):
@@ -84,7 +84,7 @@ def test_a_stored_run_is_not_resumed_with_what_the_preset_changed_since(tmp_path
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     check_same_run(run, parse_arguments(["--deepspeed", "ds.json", *flags])[0])
     for name, was, today in (("contrast_pooling", "cls", "mean"), ("soft_masked_negatives", False, True)):
-        with pytest.raises(UsageError, match=f"^resume: {name} was {was!r} in {run}, got {today!r}$"):
+        with pytest.raises(UsageError, match=f"^resume: expected {name} {was!r}, as in {run}, got {today!r}$"):
             check_same_run(run, parse_arguments(["--deepspeed", "ds.json", *flags, f"--{name}", str(today)])[0])
 
 

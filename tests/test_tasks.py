@@ -311,7 +311,7 @@ def test_too_few_annotators_are_named_before_any_work(tmp_path):
     listed[1]["answer"] = ["red", "blue"]
     path.write_text(json.dumps(listed))
     assert len(TASKS["vqa"].open(str(path), DataConfig(), split="train", **SPLIT_OPTIONS)) == 3
-    with pytest.raises(UsageError, match='entry 1: "answer": expected one text, or those of at least 4 people'):
+    with pytest.raises(UsageError, match='entry 1: "answer": expected one answer, or those of at least 4 people'):
         TASKS["vqa"].open(str(path), DataConfig(), split="val", **SPLIT_OPTIONS)
 
 

@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
         ),
         1,
     )
-    assert "the loss is not finite (" in text and "Samples: " in text and "The last checkpoint is that of step" in text
+    assert "the loss is not finite (" in text and "Samples: " in text and "The last checkpoint is from step" in text
     assert not (tmp_path / "run" / "model").exists()
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
@@ -235,7 +235,9 @@ def test_user_errors_are_named_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 7}')
-    assert "train_micro_batch_size_per_gpu is 7, but --batch_size is 32" in error_of_a_process("ds.json")
+    assert 'train_micro_batch_size_per_gpu: expected "auto" or 32, as --batch_size, got 7' in error_of_a_process(
+        "ds.json"
+    )
     assert "expected a JSON file, got 'none.json'" in error_of_a_process("none.json")
     assert "temperature: expected in [0.001, 0.5], got 3.0" in error_of("--temperature", "3")
     (tmp_path / "run.yaml").write_text("epochs: [1")
@@ -252,6 +254,6 @@ def test_a_user_error_is_one_line_of_one_rank(tmp_path):
 
 def test_samples_of_which_none_can_be_used_are_named_before_a_tokenizer_is_trained(tmp_path):
     write_shard(tmp_path / "s.tar", {name: {"jpg": b"", "json": b"{}"} for name in "xyz"})
-    expected = 'data: none of 2 samples that were looked at can be used, the first, s/x: no "captions"'
+    expected = 'data: none of 2 samples that were tried can be used; the first, s/x: no "captions"'
     with pytest.raises(UsageError, match=expected):
         list(train.sample_captions(open_source(str(tmp_path / "s.tar")), 2))

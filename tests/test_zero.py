@@ -46,7 +46,7 @@ def test_another_number_of_ranks_resumes(folder):
     that of two ranks throughout, for each ZeRO stage."""
     for ranks, steps in ((1, 6), (2, 9)):
         text = run_cases(CUT, folder, ranks=ranks, batch_size=8 // ranks, max_steps=steps, resume=True)
-        assert "continuing in epoch 0, where about 0 of 256 samples will be visited twice" in text
+        assert "continuing in epoch 0, repeating about 0 of 256 samples" in text
     whole = metrics(folder / "whole")
     last = "checkpoints/step-00000009/teacher.safetensors"
     teacher = load_file(folder / "whole" / last)

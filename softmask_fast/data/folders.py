@@ -69,7 +69,7 @@ def _saved_files(folder: Path) -> list[Path]:
     if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
         raise UsageError(f'data: {folder}/state.json: "_data_files": expected names of files, got {short(files)}')
     if missing := [name for name in names if not os.path.isfile(folder / name)]:
-        raise UsageError(f"data: {folder}/state.json names {short(missing[0])}, which is no file")
+        raise UsageError(f"data: {folder}/state.json names {short(missing[0])}, which is not a file")
     return [folder / name for name in names]
 
 

@@ -44,7 +44,7 @@ def read_image(path: str | Path) -> bytes:
     """The content of an image file. Raises BadSample if it cannot be read, or has more than MAX_IMAGE_BYTES."""
     try:
         if not os.path.isfile(path) and os.path.exists(path):  # a pipe would wait, a device may not end
-            raise BadSample(f"image is no file: {path}")
+            raise BadSample(f"image is not a file: {path}")
         if (size := os.path.getsize(path)) > MAX_IMAGE_BYTES:
             raise BadSample(f"image has {size} bytes, the limit is {MAX_IMAGE_BYTES}: {path}")
         return Path(path).read_bytes()
@@ -92,7 +92,7 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
     except UnidentifiedImageError as error:  # whose message holds an address
         if image[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             raise BadSample(f"TIFF of a kind that PIL cannot read: expected {_TIFF}") from error
-        raise BadSample("image cannot be decoded: no image file, or of no known format") from error
+        raise BadSample("image cannot be decoded: not an image file, or of an unknown format") from error
     # on damaged bytes PIL's decoders raise nearly anything (OSError, SyntaxError, struct.error, zlib.error, ...)
     except Exception as error:
         raise BadSample(f"image cannot be decoded: {error}") from error
@@ -108,16 +108,18 @@ def _check_tiff(picture: TiffImageFile) -> None:
     bits, kinds = picture.tag_v2.get(258, (1,)), picture.tag_v2.get(339, (1,))  # BitsPerSample, SampleFormat
     if max(bits) > 8 or set(kinds) != {1}:
         kind = "floating point" if 3 in kinds else "signed" if 2 in kinds else "unsigned"
-        raise BadSample(f"TIFF of {len(bits)} bands of {max(bits)} bits, {kind}: expected {_TIFF}; scale it to 8 bits")
+        raise BadSample(
+            f"TIFF with {len(bits)} bands of {max(bits)} bits, {kind}: expected {_TIFF}; scale it to 8 bits"
+        )
     if 0 in picture.tag_v2.get(338, ()):  # ExtraSamples: not alpha
-        raise BadSample(f"TIFF of {len(bits)} bands: expected {_TIFF}; choose three bands")
+        raise BadSample(f"TIFF with {len(bits)} bands: expected {_TIFF}; choose three bands")
     for page in range(1, _TIFF_PAGES + 1):
         try:
             picture.seek(page)
         except EOFError:
             break
         if page == _TIFF_PAGES or not picture.tag_v2.get(254, 0) & 5:  # NewSubfileType: a smaller copy, a mask
-            raise BadSample(f"TIFF of several pages: page {page + 1} is no smaller copy of the first")
+            raise BadSample(f"TIFF with several pages: page {page + 1} is not a smaller copy of the first")
     picture.seek(0)
 
 

@@ -181,7 +181,7 @@ class SampleLoader(Generic[BatchType]):
         for name in ("source", "seed", "world_size"):
             if state[name] != own[name]:
                 raise UsageError(
-                    f"state: was taken with another {name} ({state[name]}, now {own[name]}); "
+                    f"state: expected {name} {own[name]}, got a state saved with {state[name]}; "
                     f"continue with the same data and seed, or start a new run"
                 )
         progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
@@ -205,8 +205,8 @@ class SampleLoader(Generic[BatchType]):
         if self.rank == 0:
             counts = {name: sum(state[name] for state in states) for name in counts}
             logger.warning(
-                "the data position is of %d ranks, now there are %d: continuing in epoch %d, where about %d of %d "
-                "samples will be visited twice", len(states), self.world_size, epoch, repeated, len(self.source),
+                "the checkpoint's data position is for %d ranks, this run has %d: continuing in epoch %d, repeating "
+                "about %d of %d samples", len(states), self.world_size, epoch, repeated, len(self.source),
             )  # fmt: skip
         own = {"epoch": epoch, "position": position, "bad": own_bad, "world_size": self.world_size}
         return {**states[0], **counts, **own}

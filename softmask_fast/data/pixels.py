@@ -79,7 +79,7 @@ def _default_impl() -> Literal["dali", "pil"]:
     try:
         import nvidia.dali  # noqa: F401
     except ModuleNotFoundError:
-        logger.info("DALI is not installed: PIL decodes the images to evaluate")
+        logger.info("DALI is not installed: evaluation decodes its images with PIL")
         return "pil"
     return "dali"
 

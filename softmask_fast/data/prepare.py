@@ -139,12 +139,12 @@ def _start(out: Path, plan: Plan) -> Path:
     """The folder of unfinished work: a new one, or that of the run to continue."""
     work = out / "unfinished"
     if (out / "prepared.json").exists():
-        raise UsageError(f"out: {out} is prepared already; choose another folder, or remove this one")
+        raise UsageError(f"out: {out} is already complete; choose another folder, or remove this one")
     if (work / "plan.json").exists():
         begun = read_json(work / "plan.json", "out")
         for name, value in asdict(plan).items():
             if begun[name] != value:
-                raise UsageError(f"out: {out} was begun with {name} {begun[name]!r}, now it is {value!r}")
+                raise UsageError(f"out: {out} was started with {name} {begun[name]!r}, got {value!r}")
         return work
     if out.exists() and any(path != work for path in out.iterdir()):
         raise UsageError(f"out: expected a new or empty folder, {out} holds files")

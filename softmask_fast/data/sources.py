@@ -144,7 +144,7 @@ def expand_files(names: Sequence[str]) -> list[tuple[Path, str | None]]:
     if missing := [str(path) for path, _ in files if not path.exists()]:
         raise UsageError(f"data: {len(missing)} of {len(files)} files do not exist: {', '.join(missing[:10])}")
     if other := [path for path, _ in files if not path.is_file()]:
-        raise UsageError(f"data: expected files, {other[0]} is none")
+        raise UsageError(f"data: expected files, got {other[0]}")
     return files
 
 
@@ -227,8 +227,8 @@ class JoinedSource:
     def __init__(self, sources: Sequence[ShardSource | TableSource]):
         if any(hasattr(source, "sampler") for source in sources):
             raise UsageError(
-                "data: images in parquet files are read by row groups, which do not mix with shards; "
-                "softmask-fast prepare makes shards of them"
+                "data: images in parquet files are read by row group and cannot be mixed with shards; "
+                "turn them into shards with softmask-fast prepare"
             )
         self._sources = sources
         self._starts = np.cumsum([0] + [len(source) for source in sources])

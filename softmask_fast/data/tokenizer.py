@@ -44,7 +44,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     known = set(tokenizer.get_vocab()).intersection(tokenizer.all_special_tokens)
     missing = [token for token in SPECIAL_TOKENS if token not in known]
     if missing or not tokenizer.is_fast:
-        raise UsageError(f"tokenizer: {name_or_path!r} is no fast BERT WordPiece tokenizer (it lacks {missing})")
+        raise UsageError(f"tokenizer: {name_or_path!r} is not a fast BERT WordPiece tokenizer (it lacks {missing})")
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # the arguments of `encode_text`
     return tokenizer
 
@@ -68,7 +68,9 @@ def _check_files(folder: Path) -> None:
             raise UsageError(f"tokenizer: {path}: expected a mapping, got {type(content).__name__}")
         code = content.get("auto_map")
         if code and not (isinstance(code, dict) and "AutoTokenizer" not in code):
-            raise UsageError(f"tokenizer: {path}: auto_map: expected no code of the tokenizer's own, got {code!r:.100}")
+            raise UsageError(
+                f"tokenizer: {path}: auto_map: expected a tokenizer without its own code, got {code!r:.100}"
+            )
         if path.name == "tokenizer.json":
             try:
                 Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -86,7 +88,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> PreTrai
     texts = [normalizer.normalize_str(caption) for caption in captions]
     counts = Counter("".join(char for text in texts for char in text if not char.isspace()))
     if not counts:
-        raise UsageError("captions: contain no word to train a tokenizer on")
+        raise UsageError("captions: expected at least one word to train a tokenizer on, got none")
     letters = sorted(sorted(counts, key=lambda char: (-counts[char], char))[:MAX_LETTERS])
     # the trainer would number "##x" in the order of a hash map and break ties by number; listing them fixes their ids
     fixed = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]

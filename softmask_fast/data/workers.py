@@ -96,7 +96,9 @@ class WorkerPool:
         try:
             content = pickle.dumps(preparer, _PROTOCOL)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise UsageError(f"data_workers: expected 0, as these data cannot be sent to workers: {error}") from error
+            raise UsageError(
+                f"data_workers: expected 0, as this data source cannot be sent to workers: {error}"
+            ) from error
         with open(os.memfd_create("softmask-preparer"), "wb") as file:
             file.write(content)
             file.flush()

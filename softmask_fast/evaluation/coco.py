@@ -40,7 +40,7 @@ def read_coco_masks(path: str | Path) -> Iterator[ImageMasks]:
             by_image.setdefault(annotation["image_id"], []).append(annotation)
         images = [(one["id"], one["file_name"], one["height"], one["width"]) for one in content["images"]]
     except (KeyError, TypeError) as error:
-        raise UsageError(f"masks: {path} is no COCO annotation file: {type(error).__name__} {error}") from error
+        raise UsageError(f"masks: {path} is not a COCO annotation file: {type(error).__name__} {error}") from error
     for number, file_name, height, width in images:
         if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS):
             size = f"{short(height)} x {short(width)}"

@@ -153,7 +153,9 @@ def draw(
     heats = [np.asarray(heat.detach().float().cpu() if hasattr(heat, "detach") else heat, np.float32) for heat in maps]
     if not words or len(heats) != len(words) or any(heat.ndim != 2 for heat in heats):
         shapes = [heat.shape for heat in heats]
-        raise UsageError(f"maps: expected one (rows, cols) for each word, got {shapes} for {len(words)} words")
+        raise UsageError(
+            f"maps: expected one of size (rows, columns) for each word, got {shapes} for {len(words)} words"
+        )
     if isinstance(image, str | Path):
         image = Path(image).read_bytes()
     elif isinstance(image, Image.Image):

@@ -81,9 +81,7 @@ def evaluate_maps(
                     for key, (heats, _) in found.items():
                         heat = heats[row][number]
                         if not np.isfinite(heat).all():
-                            raise UsageError(
-                                f"model: expected finite maps, {key} of {phrase.text!r} in {sample.key} is not"
-                            )
+                            raise UsageError(f"model: its {key} map of {phrase.text!r} in {sample.key} is not finite")
                         score = grounding_score(heat, phrase.boxes)
                         iou = region_score(heat, box_coverage(phrase.boxes, *heat.shape))
                         scores[key].append((score.hit, iou, score.mass_inside))

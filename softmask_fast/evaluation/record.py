@@ -41,5 +41,5 @@ def parse_record(text: str, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(record, dict) or "reports" not in record:
-        raise UsageError(f'{path}: expected records with "reports", got one of an older version; evaluate again')
+        raise UsageError(f'{path}: expected records with "reports", got one by an older version; evaluate again')
     return record

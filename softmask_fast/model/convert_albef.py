@@ -128,7 +128,7 @@ def load_albef(
         raise UsageError(f"{option}: {path}: {error}") from error
     if complete and report.absent:
         raise UsageError(
-            f"{option}: expected a checkpoint with all heads, {str(path)!r} lacks {', '.join(report.absent)}"
+            f"{option}: expected a checkpoint with all heads, got {str(path)!r}, which lacks {', '.join(report.absent)}"
         )
     if report.unplaced or report.absent:
         logger.warning("%s: %s", path, report)
@@ -180,7 +180,7 @@ def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = No
     Raises UsageError for an image encoder that ALBEF's code does not have, and for a model of pairs of images.
     """
     if isinstance(model.fusion, PairFusion):
-        raise UsageError("model: expected one whose captions have one image, got one of pairs of images")
+        raise UsageError("model: expected one that reads one image per caption, got one that reads two")
     state = _own_part(model)
     momentum = state if teacher is None else _own_part(teacher.model)
     for name, tensor in list(momentum.items()):
@@ -251,7 +251,7 @@ def _infer_config(state: Mapping[str, Tensor], bert: str, image_size: int | None
     fused = _layers(state, bert + CROSS_LAYERS)
     if not fused or not 0 < min(fused) or fused != set(range(min(fused), max(layers) + 1)):
         raise UsageError(
-            f"state: expected cross-attention in the upper layers of {bert}encoder and not below, found it in "
+            f"state: expected cross-attention in the upper layers of {bert}encoder only, got it in "
             f"{sorted(fused)} of {len(layers)}"
         )
     positions = size(bert + "embeddings.position_embeddings.weight", 2)[0]
@@ -314,7 +314,7 @@ def _check_absent(absent: list[str], left: Mapping[str, Tensor], state: Mapping[
     absent_heads = tuple(head for head in HEADS if not any(name.startswith(head) for name in state))
     missing = [name for name in absent if not name.startswith(absent_heads)]
     if missing:
-        raise UsageError(f"state: missing {missing}; unused are {sorted(left)}")
+        raise UsageError(f"state: missing {missing}; unexpected {sorted(left)}")
 
 
 def _positive(temperature: Tensor, name: str) -> Tensor:

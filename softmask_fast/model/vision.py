@@ -98,7 +98,9 @@ class VisionEncoder(nn.Module):
         if size % patch:  # timm would cut the rest off
             below, above = size - size % patch, size - size % patch + patch
             nearest = f"{below} or {above}" if below else f"{above}"
-            raise UsageError(f"image_size: expected a multiple of the patch, {patch} pixels ({nearest}), got {size}")
+            raise UsageError(
+                f"image_size: expected a multiple of the patch side, {patch} pixels ({nearest}), got {size}"
+            )
         if self.vit.embed_dim % 4:
             raise UsageError(f"vision_width: expected a multiple of 4, got {self.vit.embed_dim}")
         depth, self.contrast_blocks = len(self.vit.blocks), config.vision_contrast_blocks

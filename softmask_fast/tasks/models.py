@@ -68,7 +68,7 @@ def load_task_model(
     config, record = read_model_folder(directory)
     if record is None or record.get("task") != task:
         found = f"fine-tuned for {record['task']}" if record else "not fine-tuned for a task with labels"
-        raise UsageError(f"model: expected a model fine-tuned for {task}, {directory} is {found}")
+        raise UsageError(f"model: expected a model fine-tuned for {task}, got {directory}, which is {found}")
     tokenizer = folder_tokenizer(directory, config)
     arguments = {name: value for name, value in record.items() if name != "task"}
     try:

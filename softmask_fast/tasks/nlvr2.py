@@ -99,7 +99,7 @@ def assign(features: Tensor, ids: Tensor, temperature: Tensor) -> tuple[Tensor, 
     weights = (features.float() @ features.float().T / temperature).softmax(1)
     weights = weights.clamp(min=torch.finfo(weights.dtype).tiny).masked_fill(ids[:, None] == ids, 0)
     if len(ids.unique()) < 3:
-        raise UsageError("batch: expected at least three different images, to draw two others for a caption")
+        raise UsageError("batch: expected at least three different images, as a caption needs two others")
     first = weights.multinomial(1)[:, 0]
     second = weights.masked_fill(ids[first][:, None] == ids, 0).multinomial(1)[:, 0]
     draw = torch.rand(len(ids), device=ids.device)

@@ -50,7 +50,7 @@ def _annotated_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
     answers = _weighted_answers(entry)
     if isinstance(entry["answer"], list) and len(entry["answer"]) < FEWEST_ANNOTATORS:
         raise UsageError(
-            f'"answer": expected one text, or those of at least {FEWEST_ANNOTATORS} people (VQA v2 has ten), got '
+            f'"answer": expected one answer, or those of at least {FEWEST_ANNOTATORS} people (VQA v2 has ten), got '
             f"{short(entry['answer'])}"
         )
     return answers
@@ -104,7 +104,7 @@ class VQAModel(TaskModel):
         seen: dict[tuple[int, ...], str] = {}
         for answer, ids in zip(self.answers, self.tokenizer(self.answers)["input_ids"], strict=True):
             if (first := seen.setdefault(tuple(ids), answer)) != answer:
-                logger.warning("answers: the tokenizer cannot tell %r from %r", answer, first)
+                logger.warning("answers: the tokenizer turns %r and %r into the same tokens", answer, first)
 
     @torch.no_grad()
     def _start_decoder(self) -> None:

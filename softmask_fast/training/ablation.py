@@ -136,12 +136,12 @@ def check_options(options: Sequence[str], seeds: int, deepspeed: str | None) -> 
         raise UsageError(f"seeds: expected at least 1, got {seeds}")
     given = [option.split("=")[0].removeprefix("--") for option in options if option.startswith("--")]
     if own := [name for name in given if name in OWN]:
-        raise UsageError(f"{own[0]}: the ablation sets this option for each run, leave it out")
+        raise UsageError(f"{own[0]}: expected no such option, as the ablation sets it for each run")
     config, _ = parse_arguments(_with(deepspeed, options))
     values = vars(config.objectives) | vars(config.data)
     for part, off in OFF.items():
         if all(values[name] == value for name, value in off.items()):
-            raise UsageError(f"{', '.join(off)}: expected {part} switched on, to be compared with off")
+            raise UsageError(f"{', '.join(off)}: expected {part} on, as the ablation compares it with off")
     held_out = held_out_pairs(config)
     if held_out is None:
         raise UsageError(f"eval_data: expected held-out pairs to compare the runs on, got none for {config.data.data}")
@@ -156,12 +156,12 @@ def check_folder(output: Path, config: Config) -> None:
         stored, before = read_json(path, "output_dir"), {}
         for name, options in current.items():
             if not isinstance(stored, dict) or not isinstance(stored.get(name), type(options)):
-                raise UsageError(f"output_dir: {path} does not hold the options of an ablation: expected {name} in it")
+                raise UsageError(f"output_dir: {path} lacks {name}, expected the options of an ablation")
             is_section = isinstance(options, dict)
             before |= with_defaults(getattr(config, name), stored[name]) if is_section else {name: stored[name]}
         for name, value in flat(current).items():
             if before[name] != value:
-                raise UsageError(f"{name}: was {before[name]!r} in the runs of {output}, got {value!r}")
+                raise UsageError(f"{name}: expected {before[name]!r}, as in the runs in {output}, got {value!r}")
     output.mkdir(parents=True, exist_ok=True)
     write_json(path, current)
 

@@ -173,7 +173,7 @@ def newest_whole_checkpoint(directory: Path) -> Path | None:
 
         run_on_all_ranks(put_aside)
         if dist.get_rank() == 0:
-            logger.warning("%s; it is now %s, and the checkpoint before it is taken", damages[0], aside.name)
+            logger.warning("%s; renamed it to %s, resuming from the checkpoint before it", damages[0], aside.name)
     return None
 
 

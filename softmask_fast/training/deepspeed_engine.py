@@ -47,7 +47,7 @@ def read_deepspeed_config(given: str | dict[str, Any], train: TrainConfig) -> di
     }
     for name, (option, value) in ours.items():
         if isinstance(given, str) and config.get(name, "auto") not in ("auto", value):
-            raise UsageError(f'{given}: {name} is {config[name]}, but --{option} is {value}; write "auto" in the file')
+            raise UsageError(f'{given}: {name}: expected "auto" or {value}, as --{option}, got {config[name]}')
         config[name] = value
     if config.get("bf16", {}).get("enabled") and not train.bf16:
         raise UsageError(

@@ -179,7 +179,9 @@ def output_directory(config: RunConfig) -> Path:
         if (output / "config.json").exists() and not config.train.resume:
             raise UsageError(f"output_dir: {output} holds a run; resume it with --resume true or choose another folder")
         if not (output / "config.json").exists() and config.train.resume is True:
-            raise UsageError(f"resume: expected the folder of a run, found none in {output}; --resume auto begins one")
+            raise UsageError(
+                f"resume: expected the folder of a run, got {output}, which has none; --resume auto starts one"
+            )
 
     def make() -> None:
         if first:

@@ -81,7 +81,7 @@ class Evaluator:
         skipped: dict[str, str] = {}
         if next(usable_samples(evaluation.source, range(self.count), skipped), None) is None:
             key, reason = next(iter(skipped.items()))
-            raise UsageError(f"eval_data: none of {self.count} examples can be used, the first, {key}: {reason}")
+            raise UsageError(f"eval_data: none of {self.count} examples can be used; the first, {key}: {reason}")
         self.reports: list[Report] = []  # of the last evaluation
         self.page: Path | None = None  # of heat maps, of the last evaluation
         self._every_steps = self._last_step = 0

@@ -71,11 +71,11 @@ def check_same_run(output: Path, config: RunConfig) -> None:
             continue
         if not isinstance(stored.get(section), dict):
             path = record_path(output)
-            raise UsageError(f"resume: {path} is not the record of a run: expected config.{section} in it")
+            raise UsageError(f"resume: expected a run's record with the key 'config.{section}', got {path}")
         before = with_defaults(getattr(config, section), stored[section])
         for name, value in options.items():
             if before[name] != value and name not in MAY_CHANGE:
-                raise UsageError(f"resume: {name} was {before[name]!r} in {output}, got {value!r}")
+                raise UsageError(f"resume: expected {name} {before[name]!r}, as in {output}, got {value!r}")
 
 
 def with_defaults(section: Any, stored: dict[str, Any]) -> dict[str, Any]:

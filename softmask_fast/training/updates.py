@@ -59,7 +59,7 @@ class FiniteWatch:
                 values = ", ".join(f"{name} {x.item():.6g}" for name, x in one.metrics.items() if x.ndim == 0)
                 raise FloatingPointError(
                     f"step {one.step}: the {one.name} is not finite ({values}). Samples: {', '.join(one.keys)}. "
-                    f"The last checkpoint is that of step {self.saved_step}."
+                    f"The last checkpoint is from step {self.saved_step}."
                 )
 
 

@@ -122,9 +122,7 @@ class RemoteShardSource:
         except (UsageError, FileNotFoundError) as error:  # its header was whole when the source was opened
             self._drop_index(path, error)
             if self._header(url) != self._headers[shard]:
-                raise UsageError(
-                    f"data: {public_part(url)} is not the shard that it was when this run began"
-                ) from error
+                raise UsageError(f"data: {public_part(url)} has changed since this run began") from error
             entries = read_index(path)
         keys = distinct_keys([f"{self._names[shard]}/{name}" for name, _ in entries])
         return keys, [members for _, members in entries]
@@ -243,7 +241,7 @@ def expand_urls(urls: Sequence[str]) -> list[str]:
         try:
             protocol = urlsplit(url).scheme
         except ValueError as error:
-            raise UsageError(f"data: {url} is no URL: {error}") from error
+            raise UsageError(f"data: {url} is not a URL: {error}") from error
         if "::" in url:
             raise UsageError(f"data: {url}: expected a plain URL, not a chain of file systems")
         if protocol in ("http", "https") or not ("*" in url or url.endswith("/")):
