@@ -192,6 +192,15 @@ def test_paths_in_tables_of_datasets(folder):
         assert content(open_source(str(folder / name))) == CAPTIONS
 
 
+def test_files_called_as_splits_are_not_one_dataset(folder):
+    (folder / "hub").mkdir()
+    for name in ("train", "test"):
+        stored_table(folder / "hub" / f"{name}.parquet", (DOG,), ["0.jpg"], [f"a dog of {name}"])
+    with pytest.raises(UsageError, match="hub has the splits test, train: name one behind a colon"):
+        open_source(str(folder / "hub"))
+    assert open_source(f"{folder}/hub:test").read(0).captions == ["a dog of test"]
+
+
 def test_row_groups_have_a_bound_and_few_are_kept(tmp_path, monkeypatch):
     path = stored_table(tmp_path / "t.parquet", (DOG, SURF) * 4, [f"{i}.jpg" for i in range(8)], ["a dog"] * 8,
                         row_group_size=1)  # fmt: skip

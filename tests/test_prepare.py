@@ -150,9 +150,32 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["shard-000000.tar", "shard-000001.tar"]
     with pytest.raises(UsageError, match="started with shard_size 2, got 3"):
         make_shards(table, images, tmp_path / "out", shard_size=3, workers=1)
+    plan = tmp_path / "out" / "unfinished" / "plan.json"
+    begun = json.loads(plan.read_text())
+    plan.write_text(json.dumps({name: value for name, value in begun.items() if name != "split"} | {"short_side": 9}))
+    with pytest.raises(UsageError, match="started with short_side 9, got None"):  # split is of later versions
+        make_shards(table, images, tmp_path / "out", shard_size=2, workers=1)
+    plan.write_text(json.dumps(begun))
     make_shards(table, images, tmp_path / "out", shard_size=2, workers=1)
     assert made[6:] == made[4:5] + [entry.image for entry in read_table(table).entries][5:]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_each_of_several_tables_has_its_own_images(tmp_path):
+    for folder, other, color in (("a", "b", "red"), ("b", "a", "blue")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8), color).save(tmp_path / folder / "0.png")
+        (tmp_path / folder / "metadata.csv").write_text(
+            f"file_name,text\n0.png,a {color} square\n../{other}/0.png,of another\n"
+        )
+    report = make_shards(tmp_path / "*" / "metadata.csv", None, tmp_path / "out", workers=1)
+    assert report.samples == 2
+    assert [(row, reason.split(" of ")[0]) for row, _, reason in report.bad] == [(2, "image lies outside")] * 2
+    source = open_source(str(tmp_path / "out"))
+    for sample in map(source.read, range(2)):
+        with Image.open(io.BytesIO(sample.image)) as picture:
+            color = {(255, 0, 0): "red", (0, 0, 255): "blue"}[picture.getpixel((0, 0))]
+        assert sample.captions == [f"a {color} square"]
 
 
 def test_phrases_and_other_columns(images, tmp_path):

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
 LOOKED_FOR = 10_000  # images of a table, evenly spread; 0.02 s on a local disk
+_SPLIT = re.compile(r"train(ing)?|val(id|idation)?|dev|test(ing)?|eval", re.IGNORECASE)  # usual names of files
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?")  # of a split: train-00000-of-00002.parquet
 
 
@@ -42,7 +43,8 @@ def folder_files(folder: Path, split: str | None = None) -> list[Path]:
     parts: dict[str, list[Path]] = {}
     for file in sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet")):
         named = _PART.fullmatch(file.stem)
-        parts.setdefault(named[1] if named else file.stem if split else "", []).append(file)
+        alone = file.stem if split or _SPLIT.fullmatch(file.stem) else ""
+        parts.setdefault(named[1] if named else alone, []).append(file)
     if not parts:
         expected = f"{', '.join(METADATA)}, a dataset of save_to_disk, or parquet files"
         raise UsageError(f"data: no .tar files in {folder}, nor {expected}" + (f", of split {split}" if split else ""))

@@ -96,7 +96,12 @@ def make_shards(
     columns = {(table.image_column, table.caption_column) for table in tables}
     if len(columns) > 1:
         raise UsageError(f"pairs: expected tables with the same columns, got {' and '.join(map(str, sorted(columns)))}")
-    root = os.path.abspath(images or files[0][0].parent)
+    parents = [os.path.abspath(images or path.parent) for path, _ in files]
+    root = os.path.commonpath(parents)
+    for parent, table in zip(parents, tables, strict=True):
+        for one in table.entries if parent != root else ():
+            if one.stored is None and one.image:
+                one.image = _below(root, parent, one.image)
     entries = [entry for table in tables for entry in table.entries]
     for (path, _), table in zip(files, tables, strict=True):
         listed = [os.path.join(root, one.image) if one.image else "" for one in table.entries if one.stored is None]
@@ -143,8 +148,9 @@ def _start(out: Path, plan: Plan) -> Path:
     if (work / "plan.json").exists():
         begun = read_json(work / "plan.json", "out")
         for name, value in asdict(plan).items():
-            if begun[name] != value:
-                raise UsageError(f"out: {out} was started with {name} {begun[name]!r}, got {value!r}")
+            started = begun.get(name) if isinstance(begun, dict) else None
+            if started != value:
+                raise UsageError(f"out: {out} was started with {name} {started!r}, got {value!r}")
         return work
     if out.exists() and any(path != work for path in out.iterdir()):
         raise UsageError(f"out: expected a new or empty folder, {out} holds files")
@@ -220,6 +226,12 @@ def _sample(entry: TableEntry, plan: Plan) -> tuple[str, bytes, bytes, int]:
             extension = _EXTENSIONS[picture.format]
     text = {"captions": captions, "image": entry.image} | ({"phrases": entry.phrases} if entry.phrases else {})
     return extension, image, json.dumps(text).encode("ascii"), skipped
+
+
+def _below(root: str, parent: str, image: str) -> str:
+    """The path of an image in the folder of its table, from the root of all tables; outside of both if it leaves it."""
+    path = os.path.normpath(os.path.join(parent, image))
+    return os.path.relpath(path, root) if path.startswith(os.path.join(parent, "")) else os.path.join(os.pardir, image)
 
 
 def _inner_image(name: str, folder: str) -> bytes:

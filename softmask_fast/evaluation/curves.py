@@ -118,7 +118,8 @@ def _is_kind(name: str) -> bool:
 
 
 def _points(records: Sequence[Record], name: str) -> tuple[np.ndarray, np.ndarray]:
-    steps, values = np.array([(r["step"], r[name]) for r in records if r.get(name) is not None], dtype=float).T
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     return steps, values
 
 
@@ -165,6 +166,8 @@ def _line_painter(records: Sequence[Record], members: Mapping[str, str]) -> Pain
 
 def _line(ax: Axes, records: Sequence[Record], name: str, label: str, color: str) -> None:
     steps, values = _points(records, name)
+    if not len(values):
+        return
     window = max(1, len(values) // WINDOWS)
     marker = "o" if len(values) <= FEW_POINTS else ""
     ax.plot(steps, smooth(values, window), marker=marker, markersize=4, linewidth=1.8, color=color, label=label)
