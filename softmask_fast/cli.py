@@ -228,17 +228,19 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
             f"--predictions, --answers: expected only with a task that has answers, got --task {options.task}"
         )
     from softmask_fast.data.sources import open_source
+    from softmask_fast.data.synthetic import HELD_OUT
     from softmask_fast.evaluation import evaluate_grounding, evaluate_maps, evaluate_retrieval
     from softmask_fast.model.export import read_model
     from softmask_fast.tasks.datasets import open_expressions
 
     model, tokenizer = read_model(options.model, _device(options.device))
-    split = {"split": "val", "seed": 0, "image_size": model.config.image_size, "image_root": options.image_root}
+    opened = HELD_OUT | {"image_size": model.config.image_size, "image_root": options.image_root}
+    named = {"image_column": options.image_column, "caption_column": options.caption_column}
     if options.task != "retrieval" and options.data.endswith(".json"):
-        source = open_expressions(options.data, **split)
+        _refuse_columns(options)
+        source = open_expressions(options.data, **opened)
     else:
-        named = {"image_column": options.image_column, "caption_column": options.caption_column}
-        source = open_source(options.data, **split, **named)
+        source = open_source(options.data, **opened, **named)
     if options.heatmaps is not None:
         from softmask_fast.evaluation.heatmaps import heatmap_page
 
@@ -250,7 +252,14 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
     return evaluate(model, tokenizer, source, layer=options.layer, **common)
 
 
+def _refuse_columns(options: argparse.Namespace) -> None:
+    for name in ("image_column", "caption_column"):
+        if value := getattr(options, name):
+            raise UsageError(f"--{name}: expected only for tables, got {value!r} for {options.task} on {options.data}")
+
+
 def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Report:
+    _refuse_columns(options)
     if options.heatmaps:
         raise UsageError(f"--heatmaps: expected only with --task {', '.join(PRETRAINED)}, got --task {options.task}")
     from softmask_fast.config import DataConfig

@@ -107,6 +107,8 @@ def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreT
         expected, size = config.model.vocab_size, len(tokenizer)
         if config.model.model_weights and size != expected:
             raise UsageError(f"tokenizer: expected the {expected} entries of the model in model_weights, got {size}")
+        if config.model.match_through_words and tokenizer("a").input_ids[-1] != tokenizer.sep_token_id:
+            raise UsageError("match_through_words: expected a tokenizer that adds [SEP], got one without (ALBEF's)")
         return tokenizer
 
     run_on_all_ranks(make)

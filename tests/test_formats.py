@@ -97,7 +97,8 @@ def test_splits_of_karpathy(folder):
     assert [train.read(i).captions for i in range(2)] == [["A man surfs ."], ["A wave ."]]
     assert train.image_ids[0] == train.image_ids[1]
     assert shared_files(f"{path}:train", f"{path}:test") == []
-    assert shared_files(f"{path}:test", f"{path}:test") == [f"{path}:test"]
+    for some in (f"{path}:train+test", str(path), f"{path}:test"):
+        assert shared_files(some, f"{path}:test") == [str(path)]
     make_shards(f"{path}:test", folder, folder / "out", workers=1)
     assert content(open_source(str(folder / "out"))) == {"dog.jpg": CAPTIONS["dog.jpg"]}
 
@@ -199,6 +200,21 @@ def test_files_called_as_splits_are_not_one_dataset(folder):
     with pytest.raises(UsageError, match="hub has the splits test, train: name one behind a colon"):
         open_source(str(folder / "hub"))
     assert open_source(f"{folder}/hub:test").read(0).captions == ["a dog of test"]
+
+
+def test_a_digest_beside_paths_is_no_image(folder):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    digests = pyarrow.array([b"abc", b"def"], pyarrow.binary())
+    columns = {"file_name": list(CAPTIONS), "caption": list(CAPTIONS.values()), "md5": digests}
+    parquet.write_table(pyarrow.table(columns), folder / "t.parquet")
+    assert content(open_source(str(folder / "t.parquet"))) == CAPTIONS
+
+
+def test_only_tables_have_splits(folder):
+    (folder / "pairs.csv").write_text(TEXTS["open_clip.csv"])
+    make_shards(folder / "pairs.csv", folder, folder / "out", workers=1)
+    with pytest.raises(UsageError, match="data: expected a split only of a table with splits, got .*000000.tar:val"):
+        open_source(f"{folder}/out/shard-000000.tar:val")
 
 
 def test_row_groups_have_a_bound_and_few_are_kept(tmp_path, monkeypatch):

@@ -85,7 +85,11 @@ def test_a_folder_is_saved_as_the_hub_has_it(run, tmp_path):
     sent = card + (tmp_path / "sent" / "evaluation.json").read_text()
     assert "someone" not in sent and str(run) not in sent  # paths of a machine
     shutil.copytree(run / "model", tmp_path / "model")
+    for stale in ("evaluation.json", "task.json"):
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        (tmp_path / "bare" / stale).write_text('{"task": "vqa"}')
     load_model(tmp_path / "model").save_pretrained(tmp_path / "bare")
+    load_model(tmp_path / "bare")
     assert "Evaluation" not in (tmp_path / "bare" / "README.md").read_text()
     assert not (tmp_path / "bare" / "evaluation.json").exists()
 

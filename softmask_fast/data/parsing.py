@@ -89,7 +89,7 @@ def _phrase(number: int, raw: Any) -> Phrase:
     if not isinstance(raw, dict):
         raise BadSample(f'"phrases", entry {number}: expected an object, got {short(raw)}')
     for name in ("caption", "text"):
-        require(isinstance(raw.get(name), str), name, "a text")
+        require(isinstance(raw.get(name), str), name, "a string")
     caption, first, count, boxes = _clean(raw["caption"]), raw.get("first_word"), raw.get("n_words"), raw.get("boxes")
     words = len(caption.split())
     require(type(first) is int and 0 <= first < words, "first_word", f"a word of the caption's, 0 to {words - 1}")

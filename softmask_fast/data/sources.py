@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -64,6 +64,7 @@ def open_source(
     files = expand_files(names)
     shards = [path for path, _ in files if path.suffix == ".tar"]
     tables = [(path, part) for path, part in files if path.suffix in TABLE_FORMATS]
+    _refuse_splits((path, part) for path, part in files if path.suffix == ".tar")
     if unknown := sorted({path for path, _ in files} - {*shards, *(path for path, _ in tables)}):
         raise UsageError(
             f"data: expected .tar shards, tables ({', '.join(TABLE_FORMATS)}) or folders, got {unknown[0]}"
@@ -90,12 +91,15 @@ def shared_files(first: str, second: str) -> list[str]:
     """The files and URLs that are part of both data; none of drawn ones, whose held-out scenes are others."""
     if "shapes" in (first.split(":")[0], second.split(":")[0]):
         return []
-    files = []
+    files: list[dict[str, set[str]]] = []  # the splits of each that are read; "" for all
     for names in map(expand_names, (first, second)):
-        urls = {name for name in names if "://" in name}
-        local = expand_files([name for name in names if name not in urls])
-        files.append(urls | {f"{path.resolve()}{f':{split}' if split else ''}" for path, split in local})
-    return sorted(files[0] & files[1])
+        urls = [name for name in names if "://" in name]
+        read: dict[str, set[str]] = {url: {""} for url in urls}
+        for path, split in expand_files([name for name in names if name not in urls]):
+            read.setdefault(str(path.resolve()), set()).update(split.split("+") if split else [""])
+        files.append(read)
+    common = sorted(files[0].keys() & files[1].keys())
+    return [name for name in common if "" in files[0][name] | files[1][name] or files[0][name] & files[1][name]]
 
 
 def expand_names(data: str | Sequence[str]) -> list[str]:
@@ -120,8 +124,15 @@ def expand_names(data: str | Sequence[str]) -> list[str]:
 
 
 def expand_paths(names: Sequence[str]) -> list[Path]:
-    """The files of `expand_files`, where splits are of no use."""
-    return [path for path, _ in expand_files(names)]
+    """The files of `expand_files`. Raises UsageError if one has a split."""
+    files = expand_files(names)
+    _refuse_splits(files)
+    return [path for path, _ in files]
+
+
+def _refuse_splits(files: Iterable[tuple[Path, str | None]]) -> None:
+    if named := next((f"{path}:{split}" for path, split in files if split), None):
+        raise UsageError(f"data: expected a split only of a table with splits, got {named}")
 
 
 def expand_files(names: Sequence[str]) -> list[tuple[Path, str | None]]:
@@ -154,7 +165,7 @@ _SPLIT = re.compile(r"(.+):([\w+-]+)")
 class TableSource:
     """The images of tables, each with all its captions. Of a .json list each entry is a sample, as ALBEF counts them.
 
-    Equal images share one image id.
+    Images of one path share one image id, as do equal ones inside a table if they have one name there.
     """
 
     encoded = True

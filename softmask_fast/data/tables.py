@@ -152,7 +152,9 @@ class _Columns:
     def choose(self, names: Sequence[str], holding: Sequence[str] = ()) -> tuple[str, list[str]]:
         """The image's and the captions', of all columns and of those that hold image files. Raises ValueError."""
         if not self.named[0]:
-            self.image = holding[0] if len(holding) == 1 else self._guess(names, IMAGE_NAMES, "image")[0]
+            known = any(name.strip().lower() in IMAGE_NAMES for name in names if name not in holding)
+            alone = len(holding) == 1 and not known  # not a digest beside the images' paths
+            self.image = holding[0] if alone else self._guess(names, IMAGE_NAMES, "image")[0]
         if not self.named[1]:
             self.captions = self._guess(names, CAPTION_NAMES, "caption")
         wanted = self.image, *self.captions

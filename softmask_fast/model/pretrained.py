@@ -14,7 +14,16 @@ from transformers import PreTrainedTokenizerFast
 from softmask_fast.data.pixels import Preprocess
 from softmask_fast.errors import printable
 from softmask_fast.hub import model_folder
-from softmask_fast.model.export import CONFIG, EVALUATION, TOKENIZER, WEIGHTS, read_model, read_record, write_model
+from softmask_fast.model.export import (
+    CONFIG,
+    EVALUATION,
+    TASK,
+    TOKENIZER,
+    WEIGHTS,
+    read_model,
+    read_record,
+    write_model,
+)
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.utils import write_json
 
@@ -82,6 +91,8 @@ class Pretrained(ModelHubMixin):
         return cls(model, tokenizer, Preprocess(model.config.image_size), path and _figures(read_record(path, "model")))
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        for stale in (EVALUATION, TASK):  # of the model that was there before
+            (save_directory / stale).unlink(missing_ok=True)
         write_model(self.model, self.tokenizer, save_directory)
         if self.evaluation:
             write_json(save_directory / EVALUATION, self.evaluation)
