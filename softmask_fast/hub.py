@@ -107,7 +107,13 @@ def ask_hub(
     or does not answer.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     answers: SimpleQueue[ModelInfo | Exception] = SimpleQueue()
 
@@ -126,6 +132,10 @@ def ask_hub(
         return answer
     if isinstance(answer, HFValidationError):
         reason = f"{name} is no folder, and cannot be a name on the hub"
+    elif isinstance(answer, RevisionNotFoundError):
+        reason = f"{name} has no revision {revision!r} on the hub"
+    elif isinstance(answer, GatedRepoError):
+        reason = f"{name} is gated: accept its terms on the hub, then `hf auth login`"
     elif isinstance(answer, RepositoryNotFoundError):
         reason = f"no folder and no public model on the hub is called {name}"
     elif isinstance(answer, OfflineModeIsEnabled):

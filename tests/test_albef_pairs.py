@@ -8,6 +8,7 @@ from softmask_fast.config import DataConfig, MomentumConfig, TrainConfig
 from softmask_fast.data.tokenizer import train_tokenizer
 from softmask_fast.errors import UsageError
 from softmask_fast.model.convert_albef import load_albef, save_albef
+from softmask_fast.model.export import save_model
 from softmask_fast.tasks.options import FinetuneConfig, TaskConfig
 from softmask_fast.tasks.recipes import TASKS
 
@@ -70,3 +71,8 @@ def test_other_tasks_refuse_it(assigned, tmp_path):
         UsageError, match="model: expected one that reads one image per caption, got one that reads two"
     ):
         save_albef(load_albef(path), tmp_path / "back.pth")
+    with pytest.raises(
+        UsageError, match="model: expected one that reads one image per caption, got one that reads two"
+    ):
+        save_model(load_albef(path), train_tokenizer(["ab cd ef"], VOCABULARY), tmp_path / "model")
+    assert not (tmp_path / "model").exists()

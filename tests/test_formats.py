@@ -113,6 +113,35 @@ def test_a_table_takes_the_folder_that_holds_its_images(folder):
         assert content(source) == CAPTIONS and source._entries[0].image == str(folder / "val2014" / "dog.jpg")
 
 
+def test_a_dead_first_image_chooses_no_folder(folder, caplog):
+    (folder / "empty").mkdir()
+    (folder / "pairs.csv").write_text("image,caption\ngone.jpg,A cat .\n" + TEXTS["open_clip.csv"].split("\n", 1)[1])
+    source = open_source(str(folder / "pairs.csv"), image_root=f"{folder}/empty,{folder}/val2014", max_missing=0.5)
+    assert source.read(1).image == DOG and "1 of 3 images do not exist, first" in caplog.text
+
+
+def test_arrow_has_the_bounds_of_parquet(folder, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table(
+        {"image": pyarrow.nulls(1 << 20, pyarrow.string()), "caption": pyarrow.nulls(1 << 20, pyarrow.string())}
+    )
+    with pyarrow.OSFile(str(folder / "t.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    monkeypatch.setattr(columnar, "MAX_ROWS", 1 << 19)
+    with pytest.raises(UsageError, match="it has more than 524288 rows"):
+        open_source(str(folder / "t.arrow"))
+    stored_table(folder / "u.arrow", (b"0" * (1 << 20),) * 2, captions=["a dog"] * 2)
+    monkeypatch.setattr(columnar, "MAX_GROUP_BYTES", 1 << 20)
+    assert len(open_source(str(folder / "u.arrow"))) == 2  # mapped
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    source = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "u.arrow"))).read_all()
+    with pyarrow.OSFile(str(folder / "v.arrow"), "wb") as file:
+        with pyarrow.ipc.new_stream(file, source.schema, options=options) as writer:
+            writer.write_table(source)
+    with pytest.raises(UsageError, match="it is compressed, and has more than 1048576 bytes"):
+        open_source(str(folder / "v.arrow"))
+
+
 def test_a_list_of_albef_has_a_sample_for_each_entry(folder):
     """Its epochs are counted in entries; tables in others."""
     (folder / "coco.json").write_text(json.dumps(objects("image", "caption")))

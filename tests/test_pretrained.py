@@ -4,11 +4,13 @@ import io
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import errors
 from PIL import Image
 from safetensors.torch import load_file
 from small_models import small_pair
@@ -147,6 +149,23 @@ def test_the_demo_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     with pytest.raises(UsageError, match="demo lacks"):
         load_model("demo")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (errors.RevisionNotFoundError, "me/shapes has no revision 'v9' on the hub"),
+        (errors.GatedRepoError, "me/shapes is gated: accept its terms on the hub"),
+        (errors.RepositoryNotFoundError, "no folder and no public model on the hub is called me/shapes"),
+    ],
+)
+def test_the_hub_says_why_not(kind, reason, monkeypatch, tmp_path):
+    def refuse(self, name, **options):
+        raise kind("refused", response=MagicMock())
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    with pytest.raises(UsageError, match=f"model: {reason}"):
+        Pretrained.from_pretrained("me/shapes", revision="v9", cache_dir=tmp_path)
 
 
 def test_a_silent_hub_is_asked_once_and_not_for_long(monkeypatch):

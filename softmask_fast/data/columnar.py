@@ -203,15 +203,21 @@ def _arrow_batches(path: str, *version: int) -> list[Any]:
     """The record batches of a mapped file, whose offsets were checked to lie inside it."""
     import pyarrow
 
-    source = pyarrow.memory_map(path)
+    source, before = pyarrow.memory_map(path), pyarrow.total_allocated_bytes()
     if source.read(6) == b"ARROW1":
         reader = pyarrow.ipc.open_file(source)
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        found = (reader.get_batch(number) for number in range(reader.num_record_batches))
     else:
         source.seek(0)
-        batches = list(pyarrow.ipc.open_stream(source))
-    for batch in batches:
+        found = iter(pyarrow.ipc.open_stream(source))
+    batches, rows = [], 0
+    for batch in found:
+        if (rows := rows + batch.num_rows) > MAX_ROWS:  # a column of nulls has rows without bytes
+            raise ValueError(f"it has more than {MAX_ROWS} rows")
+        if pyarrow.total_allocated_bytes() - before > MAX_GROUP_BYTES:  # mapped buffers do not count
+            raise ValueError(f"it is compressed, and has more than {MAX_GROUP_BYTES} bytes; write it uncompressed")
         batch.validate(full=True)
+        batches.append(batch)
     return batches
 
 

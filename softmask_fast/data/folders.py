@@ -14,6 +14,7 @@ from softmask_fast.utils import read_json
 logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
+TRIED = 32  # images of a table, evenly spread, that choose one of several folders
 LOOKED_FOR = 10_000  # images of a table, evenly spread; 0.02 s on a local disk
 _SPLIT = re.compile(r"train(ing)?|val(id|idation)?|dev|test(ing)?|eval", re.IGNORECASE)  # usual names of files
 _PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?")  # of a split: train-00000-of-00002.parquet
@@ -75,10 +76,11 @@ def _saved_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def image_folder(roots: str | None, first: str) -> str | None:
-    """The folder of a table's images: of several, separated by commas, the first that holds the first image."""
+def image_folder(roots: str | None, images: Sequence[str]) -> str | None:
+    """The folder of a table's images: of several, separated by commas, the first that holds most of a few of them."""
     folders = roots.split(",") if roots and not os.path.isdir(roots) else [roots]
-    return next((folder for folder in folders if os.path.exists(os.path.join(folder or "", first))), folders[0])
+    some = images[:: -(-len(images) // TRIED) or 1]
+    return max(folders, key=lambda folder: sum(os.path.exists(os.path.join(folder or "", image)) for image in some))
 
 
 def check_existence(images: Sequence[str], most: float, table: str, option: str) -> None:

@@ -44,7 +44,7 @@ def open_source(
         split: `"train"` or `"val"`; for shapes only, like `seed` and `image_size` (pixels).
         remote: How shards by URL are cached and mixed.
         image_root: Folder of relative image paths in tables; default: the folder of the table. Of several, separated by
-            commas, a table takes the first that holds its first image.
+            commas, a table takes the one that holds its images.
         image_column, caption_column: Of tables, see `read_table`.
         max_missing: Fraction of the images of tables that may not exist; all must not.
 
@@ -181,8 +181,7 @@ class TableSource:
         names = []
         for path, split in tables:
             table = read_table(path, split=split, join=path.suffix != ".json", option="data", **columns)
-            first = next((entry.image for entry in table.entries if entry.stored is None and entry.image), "")
-            root = image_folder(image_root, first) or path.parent
+            root = image_folder(image_root, [one.image for one in table.entries if one.stored is None]) or path.parent
             for entry in table.entries:
                 if entry.stored is None and entry.image:
                     entry.image = os.path.abspath(os.path.join(root, entry.image))

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from softmask_fast.config import ModelConfig
 from softmask_fast.errors import UsageError
 from softmask_fast.model.momentum import MomentumTeacher
-from softmask_fast.model.pair_fusion import PairFusion
+from softmask_fast.model.pair_fusion import PairFusion, refuse_pairs
 from softmask_fast.model.state import read_checkpoint
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.utils import replacing
@@ -179,8 +179,7 @@ def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = No
     model itself, as ALBEF initializes it, and there are no queues. Key biases of the cross-attention are zero.
     Raises UsageError for an image encoder that ALBEF's code does not have, and for a model of pairs of images.
     """
-    if isinstance(model.fusion, PairFusion):
-        raise UsageError("model: expected one that reads one image per caption, got one that reads two")
+    refuse_pairs(model)
     state = _own_part(model)
     momentum = state if teacher is None else _own_part(teacher.model)
     for name, tensor in list(momentum.items()):

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from softmask_fast.config import ModelConfig
 from softmask_fast.data.tokenizer import load_tokenizer
 from softmask_fast.errors import UsageError
+from softmask_fast.model.pair_fusion import refuse_pairs
 from softmask_fast.model.state import load_own_state, own_state, save_state
 from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.utils import read_json, replacing, write_json
@@ -42,6 +43,7 @@ def write_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
     """The arguments of `save_model`; the files go into an existing folder, beside what is there."""
+    refuse_pairs(model)
     save_state(own_state(model) if state is None else state, folder / WEIGHTS)
     write_json(folder / CONFIG, asdict(model.config))
     if not isinstance(model, VisionLanguageModel):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from softmask_fast.config import ModelConfig
+from softmask_fast.errors import UsageError
 from softmask_fast.model.fusion import FusionEncoder, FusionLayer, KeyValue
 
 
@@ -27,3 +28,9 @@ class PairFusion(FusionEncoder):
         """The keys and values of each layer, from the tokens of the left and the right images, each (B, N, Cv)."""
         sides = (image_tokens[number % 2] for number in range(len(self.layers)))
         return [layer(FusionLayer.keys_values, side) for layer, side in zip(self.layers, sides, strict=True)]
+
+
+def refuse_pairs(model: nn.Module) -> None:
+    """Raises UsageError for a pretrained model whose fusion encoder reads two images: only its tasks can be stored."""
+    if isinstance(getattr(model, "fusion", None), PairFusion):
+        raise UsageError("model: expected one that reads one image per caption, got one that reads two")
