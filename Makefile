@@ -1,5 +1,5 @@
 # make pretrain   set up .venv, then pretrain the demo and write its tables, curves and heat maps to a folder in runs/
-# make test       set up .venv, then run every test
+# make test       set up .venv, then run all tests but those marked learning
 # make aot        set up .venv, compile everything that the Triton kernels can be for four GPUs, without one
 # make docs       the documentation as a site, in build/site, without a network
 # make lint, make clean; make setup prepares .venv alone

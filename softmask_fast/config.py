@@ -269,7 +269,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The run: its length, its optimizer, its outputs."""
 
-    output_dir: str | None = option(None, "Output folder; default: runs/<preset>-<n>, with the next free n.")
+    output_dir: str | None = option(None, "Output folder; default: runs/<preset or task>-<n>, with the next free n.")
     max_steps: int | None = option(None, "Optimizer steps; overrides epochs.")
     epochs: float = option(30.0, "Passes over the training data.")
     batch_size: int = option(64, "Pairs per rank and forward pass.")
@@ -289,7 +289,9 @@ class TrainConfig(Section):
         None, "Run the layers through torch.compile; default: on a GPU, if a C compiler is installed. Not with ZeRO-3."
     )
     cuda_graph: bool = option(
-        False, "Launch whole pretraining steps as CUDA graphs; needs one rank and no gradient accumulation."
+        False,
+        "Launch whole pretraining steps as CUDA graphs; needs one GPU, ZeRO 0 to 2, hard negatives from the first step "
+        "and no gradient accumulation.",
     )
     profile: int = option(0, "Steps to profile, after the first 3, into trace.json of the output folder.")
     seed: int = option(0, "Seed of the weights, the data order and augmentation.")

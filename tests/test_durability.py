@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(stopped, t
         caplog.clear()
         assert newest_whole_checkpoint(folder) == folder / "step-00000001", name
         (record,) = caplog.records
-        assert str(path) in record.message and "it is now damaged-step-00000002" in record.message, name
+        assert str(path) in record.message and "renamed it to damaged-step-00000002" in record.message, name
         assert {p.name for p in folder.iterdir()} == {"step-00000001", "damaged-step-00000002"}
     (folder / "step-00000001/teacher.safetensors").write_bytes(b"")
     with pytest.raises(AgreedUsageError, match=r"teacher.safetensors is damaged: 0 bytes instead of \d+, and .* no "):
@@ -146,7 +146,7 @@ def test_a_resumed_run_repeats_what_a_damaged_checkpoint_had(stopped, tmp_path, 
 def test_a_damaged_record_of_the_run_is_named(tmp_path, content):
     config, _ = parse_arguments(["--deepspeed", "ds.json"])
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UsageError, match=f"^resume: {tmp_path}/config.json is not [^\n]*$"):
+    with pytest.raises(UsageError, match=f"^resume: [^\n]*{tmp_path}/config.json[^\n]*$"):
         check_same_run(tmp_path, config)
 
 

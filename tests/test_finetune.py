@@ -274,7 +274,7 @@ def test_a_user_error_is_one_line_of_one_rank(tuned, tmp_path):
         ({"task": "vqa", "model": "m"}, "data: expected the training data of vqa, got none"),
         (
             {"task": "text_assignment", "model": "m", "data": "a.tar", "eval_data": "b.tar"},
-            "eval_data: text assign",
+            "eval_data: expected none, as text_assign",
         ),
         ({"task": "vqa", "model": "m", "data": "a.json", "eval_epochs": -1}, "eval_epochs: expected at least 0, got -"),
         ({"task": "vqa", "model": "m", "data": "a.json", "eval_size": -1}, "eval_size: expected at least 0, got -1"),

@@ -182,7 +182,7 @@ def test_passwords_and_signatures_are_never_shown(site, tmp_path, caplog):
     )  # fmt: skip
     assert "hunter2" not in (tmp_path / "config.json").read_text()
     check_same_run(tmp_path, make_config("tiny", data=url.replace("hunter2", "renewed"), eval_data=url))
-    with pytest.raises(UsageError, match="data was"):
+    with pytest.raises(UsageError, match="resume: expected data .*, got"):
         check_same_run(tmp_path, make_config("tiny", data=url.replace("{a,b}", "c"), eval_data=url))
 
 

@@ -143,7 +143,10 @@ def test_resume_in_the_middle_gives_the_same_continuation(remote, server, tmp_pa
             got = next(batches)
             assert got.keys == batch.keys and (got.pixels == batch.pixels).all()
             assert (got.masked_ids == batch.masked_ids).all()
-    with loader(remote(shuffle_shards=1), **options) as batches, pytest.raises(UsageError, match="another source"):
+    with (
+        loader(remote(shuffle_shards=1), **options) as batches,
+        pytest.raises(UsageError, match="state: expected source .*, got a state saved with"),
+    ):
         batches.load_state_dict(state)
 
 
