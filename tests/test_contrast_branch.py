@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from small_models import TWO_HEADS, small_model, small_tokenizer
 
 from softmask_fast.config import ModelConfig, ObjectiveConfig
 from softmask_fast.errors import UsageError
+from softmask_fast.model.convert_albef import albef_tokenizer
 from softmask_fast.model.packing import Packing
 from softmask_fast.model.vision_language import VisionLanguageModel
+from softmask_fast.train import build_tokenizer
 from softmask_fast.training.options import make_config
 from softmask_fast.training.schedule import Schedule
 
@@ -135,6 +138,21 @@ def test_matching_sees_the_image_through_the_words_alone():
     last = model.config.fusion_layers - 1
     with pytest.raises(UsageError, match=f"layer: expected a fusion layer from 0 to {last - 1}, got {last}"):
         model.word_relevance(pixels, ids, mask, last)
+
+
+def test_matching_through_words_needs_sep_behind_the_last(tmp_path):
+    """ALBEF's tokenizer has none: its last word would not see the image."""
+    config = make_config("tiny")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        tokenizer = small_tokenizer()
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        assert len(build_tokenizer(config, None, tmp_path)) == len(tokenizer)
+        albef_tokenizer(tokenizer).save_pretrained(tmp_path / "tokenizer")
+        with pytest.raises(ValueError, match="match_through_words: expected a tokenizer that adds"):
+            build_tokenizer(config, None, tmp_path)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_paper_has_none_of_it():

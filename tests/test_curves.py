@@ -50,6 +50,7 @@ def record(step):
 def test_few_panels_that_say_something(draw):
     records = [record(step) | ({"grad_norm": 1.0} if step % 2 else {}) for step in range(1, 51)]
     held_out = [{"step": step, "mean recall": step / 400, "pointing game": 0.5} for step in (200, 300)]
+    held_out[0]["re-ranked"] = held_out[1]["re-ranked"] = None  # was not measured
     figures = draw(records, held_out, {"queue enters": 10}, {"itm": 2.0, "mlm": 3.0})
     learned = figures["curves.png"]
     assert list(learned) == [LOSS, RIGHT, PAIRS, "held-out data, with the last figure"]

@@ -229,6 +229,11 @@ def test_files_called_as_splits_are_not_one_dataset(folder):
     with pytest.raises(UsageError, match="hub has the splits test, train: name one behind a colon"):
         open_source(str(folder / "hub"))
     assert open_source(f"{folder}/hub:test").read(0).captions == ["a dog of test"]
+    (folder / "hub" / "train.parquet").rename(folder / "hub" / "train-00000-of-00003.parquet")
+    with pytest.raises(UsageError, match="data: .*hub: expected 3 parts of train, got 1"):
+        open_source(f"{folder}/hub:train")
+    with pytest.raises(UsageError, match="pairs: 1 of 1 files do not exist"):
+        make_shards(folder / "nope.csv", None, folder / "out")
 
 
 def test_a_digest_beside_paths_is_no_image(folder):

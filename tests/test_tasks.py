@@ -155,6 +155,16 @@ def test_json_files_give_the_batches_of_what_they_hold(tmp_path, tokenizer, task
         assert not torch.equal(ours.pixels[0], ours.pixels[1])
 
 
+def test_a_file_takes_the_folder_that_holds_its_images(tmp_path):
+    for name in ("empty", "images"):
+        (tmp_path / name).mkdir()
+    path, _ = write_task(tmp_path / "images", "vqa")
+    path = path.rename(tmp_path / "vqa.json")
+    roots = f"{tmp_path}/empty,{tmp_path}/images"
+    examples = open_examples(str(path), "vqa", MODELS["vqa"].form, split="train", image_root=roots, **SPLIT_OPTIONS)
+    assert examples.read(0).images == [(tmp_path / "images" / "0-0.png").read_bytes()]
+
+
 @pytest.mark.parametrize(
     "task, change, message",
     [

@@ -17,30 +17,31 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an image
 TRIED = 32  # images of a table, evenly spread, that choose one of several folders
 LOOKED_FOR = 10_000  # images of a table, evenly spread; 0.02 s on a local disk
 _SPLIT = re.compile(r"train(ing)?|val(id|idation)?|dev|test(ing)?|eval", re.IGNORECASE)  # usual names of files
-_PART = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?")  # of a split: train-00000-of-00002.parquet
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})(-\w+)?")  # of a split: train-00000-of-00002.parquet
 
 
-def folder_files(folder: Path, split: str | None = None) -> list[Path]:
+def folder_files(folder: Path, split: str | None = None, option: str = "data") -> list[Path]:
     """The files of a folder in a fixed order: its shards; the table of an imagefolder; what `save_to_disk` wrote; or
-    parquet files, there or in its folder data. Raises UsageError if there is nothing, or several splits and no `split`.
+    parquet files, there or in its folder data. Raises UsageError, naming the option that the folder came from, if there
+    is nothing, or several splits and no `split`.
     """
     if split is not None and (folder / split).is_dir():
-        return folder_files(folder / split)
+        return folder_files(folder / split, option=option)
     if split is None and (shards := sorted(folder.glob("*.tar"))):
         return shards
     if (folder / "dataset_dict.json").is_file():
-        listed = read_json(folder / "dataset_dict.json", "data")
+        listed = read_json(folder / "dataset_dict.json", option)
         splits = listed.get("splits") if isinstance(listed, dict) else None
-        raise _several(folder, splits if isinstance(splits, list) else [], split)
+        raise _several(folder, splits if isinstance(splits, list) else [], split, option)
     if split is None and (folder / "state.json").is_file():
-        return _saved_files(folder)
+        return _saved_files(folder, option)
     if tables := [folder / name for name in METADATA if (folder / name).is_file()]:
         if len(tables) == 1 and split is None:
             return tables
         given = f"split {split!r}" if split else "one table"
-        raise UsageError(f"data: {folder}: expected {given}, got {', '.join(table.name for table in tables)}")
+        raise UsageError(f"{option}: {folder}: expected {given}, got {', '.join(table.name for table in tables)}")
     if inner := [path.name for path in sorted(folder.iterdir()) if any((path / name).is_file() for name in METADATA)]:
-        raise _several(folder, inner, split)
+        raise _several(folder, inner, split, option)
     parts: dict[str, list[Path]] = {}
     for file in sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet")):
         named = _PART.fullmatch(file.stem)
@@ -48,31 +49,36 @@ def folder_files(folder: Path, split: str | None = None) -> list[Path]:
         parts.setdefault(named[1] if named else alone, []).append(file)
     if not parts:
         expected = f"{', '.join(METADATA)}, a dataset of save_to_disk, or parquet files"
-        raise UsageError(f"data: no .tar files in {folder}, nor {expected}" + (f", of split {split}" if split else ""))
-    if split in parts:
-        return parts[split]
+        raise UsageError(
+            f"{option}: no .tar files in {folder}, nor {expected}" + (f", of split {split}" if split else "")
+        )
     if split is None and len(parts) == 1:
-        return next(iter(parts.values()))
-    raise _several(folder, list(parts), split)
+        split = next(iter(parts))
+    if split in parts:
+        named = _PART.fullmatch(parts[split][0].stem)
+        if named and len(parts[split]) != int(named[2]):
+            raise UsageError(f"{option}: {folder}: expected {int(named[2])} parts of {split}, got {len(parts[split])}")
+        return parts[split]
+    raise _several(folder, list(parts), split, option)
 
 
-def _several(folder: Path, splits: list[str], split: str | None) -> UsageError:
+def _several(folder: Path, splits: list[str], split: str | None, option: str) -> UsageError:
     if split is None:
         named = ", ".join(map(str, splits[:10]))
         example = f"{folder}:{splits[0]}" if splits else f"{folder}:train"
-        return UsageError(f"data: {folder} has the splits {named}: name one behind a colon, as in {example}")
-    return UsageError(f"data: {folder} has no split {split!r}; it has {', '.join(map(str, splits[:10]))}")
+        return UsageError(f"{option}: {folder} has the splits {named}: name one behind a colon, as in {example}")
+    return UsageError(f"{option}: {folder} has no split {split!r}; it has {', '.join(map(str, splits[:10]))}")
 
 
-def _saved_files(folder: Path) -> list[Path]:
+def _saved_files(folder: Path, option: str) -> list[Path]:
     """The Arrow files of a dataset that `save_to_disk` wrote."""
-    state = read_json(folder / "state.json", "data")
+    state = read_json(folder / "state.json", option)
     files = state.get("_data_files") if isinstance(state, dict) else None
     names = [file.get("filename") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
     if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
-        raise UsageError(f'data: {folder}/state.json: "_data_files": expected names of files, got {short(files)}')
+        raise UsageError(f'{option}: {folder}/state.json: "_data_files": expected names of files, got {short(files)}')
     if missing := [name for name in names if not os.path.isfile(folder / name)]:
-        raise UsageError(f"data: {folder}/state.json names {short(missing[0])}, which is not a file")
+        raise UsageError(f"{option}: {folder}/state.json names {short(missing[0])}, which is not a file")
     return [folder / name for name in names]
 
 

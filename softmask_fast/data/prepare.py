@@ -91,7 +91,7 @@ def make_shards(
             raise UsageError(f"{name}: expected at least {least}, got {value}")
     if images is not None and not images.is_dir():
         raise UsageError(f"images: expected a folder, got {images}")
-    files = expand_files([str(pairs)])
+    files = expand_files([str(pairs)], "pairs")
     tables = [read_table(path, image_column, caption_column, split=split) for path, split in files]
     columns = {(table.image_column, table.caption_column) for table in tables}
     if len(columns) > 1:

@@ -135,9 +135,9 @@ def _refuse_splits(files: Iterable[tuple[Path, str | None]]) -> None:
         raise UsageError(f"data: expected a split only of a table with splits, got {named}")
 
 
-def expand_files(names: Sequence[str]) -> list[tuple[Path, str | None]]:
+def expand_files(names: Sequence[str], option: str = "data") -> list[tuple[Path, str | None]]:
     """The local files that `names` (files, folders, glob patterns, each maybe with ":split") stand for, in a fixed
-    order, and the split to be read of each."""
+    order, and the split to be read of each. Raises UsageError, naming the option that they came from."""
     files: list[tuple[Path, str | None]] = []
     for name in names:
         split = None
@@ -145,17 +145,17 @@ def expand_files(names: Sequence[str]) -> list[tuple[Path, str | None]]:
             name, split = part[1], part[2]
         path = Path(name).expanduser()
         if path.is_dir():
-            files += [(file, None) for file in folder_files(path, split)]
+            files += [(file, None) for file in folder_files(path, split, option)]
         elif any(letter in name for letter in "*?["):
             if not (found := sorted(map(Path, glob.glob(str(path))))):
-                raise UsageError(f"data: nothing matches {name}")
+                raise UsageError(f"{option}: nothing matches {name}")
             files += [(file, split) for file in found]
         else:
             files.append((path, split))
     if missing := [str(path) for path, _ in files if not path.exists()]:
-        raise UsageError(f"data: {len(missing)} of {len(files)} files do not exist: {', '.join(missing[:10])}")
+        raise UsageError(f"{option}: {len(missing)} of {len(files)} files do not exist: {', '.join(missing[:10])}")
     if other := [path for path, _ in files if not path.is_file()]:
-        raise UsageError(f"data: expected files, got {other[0]}")
+        raise UsageError(f"{option}: expected files, got {other[0]}")
     return files
 
 

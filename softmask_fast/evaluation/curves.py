@@ -110,7 +110,9 @@ def shortcut_accuracy(kinds: Sequence[str]) -> float:
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(name for record in records for name in record if name != "step"))
+    """The metrics that have a value somewhere, in the order of their first mention."""
+    found = (name for record in records for name, value in record.items() if name != "step" and value is not None)
+    return list(dict.fromkeys(found))
 
 
 def _is_kind(name: str) -> bool:
@@ -176,7 +178,7 @@ def _line(ax: Axes, records: Sequence[Record], name: str, label: str, color: str
 
 
 def _bars(ax: Axes, record: Record) -> None:
-    names = [name for name in record if name != "step"]
+    names = _names([record])
     bars = ax.barh(names, [record[name] for name in names], color=MANY[0], height=0.6)
     ax.bar_label(bars, [f"{record[name]:.1%}" for name in names], padding=4, fontsize=10, color=INK)
     ax.invert_yaxis()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from softmask_fast.data.folders import check_existence
+from softmask_fast.data.folders import check_existence, image_folder
 from softmask_fast.data.images import image_size, read_image
 from softmask_fast.data.parsing import distinct_keys, is_box, is_numbers, limited, relative_names
 from softmask_fast.data.preparing import Column, Preparer, Ragged
@@ -131,14 +131,14 @@ class JsonExamples(ExampleSource):
     encoded = True
 
     def __init__(self, paths: Sequence[Path], form: EntryFormat, image_root: str | None = None, training: bool = True):
-        """Relative image paths start at `image_root`, by default at their JSON file. In training every entry needs its
-        label; otherwise all may lack it. Raises UsageError that names the wrong file, entry and field, and a file none
-        of whose images exists."""
+        """Relative image paths start at `image_root` (see `image_folder`), by default at their JSON file. In training
+        every entry needs its label; otherwise all may lack it. Raises UsageError that names the wrong file, entry and
+        field, and a file none of whose images exists."""
         self._parsed: list[tuple[str, Any, list[str]]] = []
         self._entries: list[dict[str, Any]] = []
         names = []
         for path in paths:
-            root, before = Path(image_root) if image_root else path.parent, len(self._parsed)
+            parsed, before = [], len(self._parsed)
             for number, entry in enumerate(_entries(path)):
                 if not names and not training:
                     self.labeled = not form.lacks_label(entry)
@@ -146,9 +146,12 @@ class JsonExamples(ExampleSource):
                     text, target, images = form.parse(entry, self.labeled)
                 except UsageError as error:
                     raise UsageError(f"data: {path}: entry {number}: {error}") from error
-                self._parsed.append((text, target, [os.path.abspath(root / image) for image in images]))
+                parsed.append((text, target, images))
                 self._entries.append(limited(entry, _DEPTH))
                 names.append(f"{path.stem}-{number:06d}")
+            root = image_folder(image_root, [image for _, _, images in parsed for image in images]) or path.parent
+            for text, target, images in parsed:
+                self._parsed.append((text, target, [os.path.abspath(os.path.join(root, image)) for image in images]))
             listed = [image for _, _, images in self._parsed[before:] for image in images]
             check_existence(listed, 1.0, f"data: {path}", "--image_root")
         self.keys = distinct_keys(names)
@@ -198,7 +201,7 @@ def open_examples(
             commas, or a pattern.
         split: "train": every entry needs its label. "val": all entries may lack it.
         seed, image_size: of `shapes`.
-        image_root: the folder of relative image paths; default: that of their JSON file.
+        image_root: the folder of relative image paths; of several, see `image_folder`; default: that of the file.
     """
     if data.split(":")[0] == "shapes":
         scenes = ShapesSource.from_options(data[len("shapes:") :], split=split, seed=seed, image_size=image_size)
