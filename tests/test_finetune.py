@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from runs import finish, launch, metrics, torchrun
 from safetensors.torch import load_file
@@ -143,14 +142,6 @@ def test_every_task_has_a_headline_that_chooses_its_best_model(tuned):
     assert headlines.keys() == {"accuracy", "VQA accuracy", "mean recall, ITC + ITM", "box accuracy"}
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def flags_of(options: dict) -> list[str]:
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
@@ -161,7 +152,7 @@ def evaluator_of(folder, **options) -> Evaluator:
     return Evaluator(TaskEvaluation(config, 32), folder, config.train)
 
 
-def test_the_best_model_is_kept_and_a_resumed_run_remembers_it(tmp_path, alone, monkeypatch):
+def test_the_best_model_is_kept_and_a_resumed_run_remembers_it(tmp_path, one_rank, monkeypatch):
     model = EntailmentModel(small_model(tokenizer := small_tokenizer()), tokenizer)
     folder, reached = tmp_path / "run", {}
     folder.mkdir()
@@ -211,7 +202,7 @@ def test_the_best_model_is_kept_and_a_resumed_run_remembers_it(tmp_path, alone, 
         assert [step for step in range(17) if run.due(step)] == due
 
 
-def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, alone, capsys):
+def test_held_out_examples_without_labels_are_answered_at_the_end(tmp_path, one_rank, capsys):
     model = EntailmentModel(small_model(tokenizer := small_tokenizer()), tokenizer)
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     entries = [{"image": "a.png", "sentence": "there is a red object"}] * 3
