@@ -15,6 +15,7 @@ from softmask_fast.errors import UsageError
 
 GATHERS = ("momentum", "with_grad", "ring")  # those of `FocalITCLoss`; a test compares them
 POOLINGS = ("cls", "mean")
+STEMS = ("patches", "convolutions")
 ATTENTIONS = ("auto", "padded", "varlen", "xformers")
 LOGGERS = ("tensorboard", "wandb", "mlflow")  # those of `training.loggers`; a test compares them
 RENAMED = {"colour": "color"}  # old name of an option -> its name
@@ -67,6 +68,11 @@ class ModelConfig(Section):
     image_size: int = option(256, "Side of the square input image in pixels.")
     vision_model: str = option("vit_base_patch16_224", "Name of a timm vision transformer.")
     vision_patch_size: int | None = option(None, "Side of a patch, in pixels; default: that of vision_model.")
+    vision_stem: str = option(
+        "patches",
+        "What turns pixels into tokens: 'patches' (one projection, as in ViT), or 'convolutions', which learn from "
+        "fewer images.",
+    )
     vision_width: int | None = option(None, "Width of the image encoder; default: that of vision_model.")
     vision_depth: int | None = option(None, "Blocks in the image encoder; default: as vision_model.")
     vision_heads: int | None = option(None, "Attention heads per block; default: as vision_model.")
@@ -126,6 +132,10 @@ class ModelConfig(Section):
             f"at most image_size={self.image_size}",
             patch,
         )
+        stem = self.vision_stem
+        _require(stem in STEMS, "vision_stem", " or ".join(map(repr, STEMS)), stem)
+        fits = stem == "patches" or self.vision_weights == "random"
+        _require(fits, "vision_weights", "'random' with a stem of convolutions", self.vision_weights)
         if self.model_weights:
             for name in ("vision_weights", "text_weights"):
                 expected = "'random' with model_weights, which fill the whole model"

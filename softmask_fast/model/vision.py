@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Attention, build_sincos2d_pos_embed
+from timm.models.resnet import BasicBlock, downsample_avg
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -60,6 +63,36 @@ class ImageBlock(WeightedLayer):
         return run_region(self.compiled, image_block, weights, tokens.to(weights[0].dtype), self.heads, self.eps)
 
 
+class ConvolutionalStem(nn.Sequential):
+    """Residual stages of convolutions in place of ViT's projection of patches (Xiao et al., NeurIPS 2021).
+
+    Each stage halves the image and doubles the channels. Norms are of groups: the momentum teacher averages weights,
+    and would have no statistics of batches.
+
+    Args:
+        width: channels of a token (Cv).
+        patch_size: pixels from token to token, a power of 2 above 1 that divides width.
+    """
+
+    def __init__(self, width: int, patch_size: int):
+        channels = 2 * width // patch_size
+        stages = [nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False), self.norm(channels), nn.ReLU()]
+        while channels < width:
+            shortcut = downsample_avg(channels, 2 * channels, 1, stride=2, norm_layer=self.norm)
+            stages.append(BasicBlock(channels, 2 * channels, stride=2, downsample=shortcut, norm_layer=self.norm))
+            channels *= 2
+        super().__init__(*stages)
+
+    @staticmethod
+    def norm(channels: int, **placed: Any) -> nn.GroupNorm:
+        """Groups of about 16 channels."""
+        return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels, **placed)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, H, W) -> (B, Cv, H / patch_size, W / patch_size)."""
+        return super().forward(pixels.contiguous(memory_format=torch.channels_last))  # on a CPU 1.3 x as fast
+
+
 class VisionEncoder(nn.Module):
     """A timm vision transformer without its head.
 
@@ -101,6 +134,11 @@ class VisionEncoder(nn.Module):
             raise UsageError(
                 f"image_size: expected a multiple of the patch side, {patch} pixels ({nearest}), got {size}"
             )
+        if config.vision_stem == "convolutions":
+            if patch == 1 or patch & (patch - 1) or self.vit.embed_dim % patch:
+                expected = f"a power of 2 that divides vision_width={self.vit.embed_dim}, for a stem of convolutions"
+                raise UsageError(f"vision_patch_size: expected {expected}, got {patch}")
+            self.vit.patch_embed.proj = ConvolutionalStem(self.vit.embed_dim, patch)
         if self.vit.embed_dim % 4:
             raise UsageError(f"vision_width: expected a multiple of 4, got {self.vit.embed_dim}")
         depth, self.contrast_blocks = len(self.vit.blocks), config.vision_contrast_blocks
