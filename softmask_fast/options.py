@@ -57,9 +57,11 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=allow_abbrev, **settings)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """argparse's, after `spell`."""
         return super().parse_known_args(spell(sys.argv[1:] if args is None else args), namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """argparse's, but unknown arguments end with a suggestion."""
         options, others = self.parse_known_args(args, namespace)
         if others:
             self.refuse(others)

@@ -29,7 +29,7 @@ def test_layers_are_compiled_on_a_gpu_below_stage_3(gpu, caplog, chosen, stage, 
 
 
 @pytest.mark.parametrize(
-    "missing, reason", [("torch.utils._triton.has_triton", "Triton cannot be used"), ("shutil.which", "no C compiler")]
+    "missing, reason", [("torch.utils._triton.has_triton", "Triton is unavailable"), ("shutil.which", "no C compiler")]
 )
 def test_one_rank_that_lacks_something_keeps_all_from_it(gpu, monkeypatch, missing, reason):
     monkeypatch.setattr(missing, lambda *_: None)
@@ -40,7 +40,7 @@ def test_one_rank_that_lacks_something_keeps_all_from_it(gpu, monkeypatch, missi
 
 def test_a_cpu_does_not_compile_by_itself():
     if compilation.get_accelerator().device_name() != "cuda":
-        assert compilation.reason_against({}) == "the device is no GPU"
+        assert compilation.reason_against({}) == "the device is not a GPU"
 
 
 # nothing that depends on the length of the run, which a cut one gets told twice

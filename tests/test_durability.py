@@ -202,8 +202,9 @@ def test_a_full_disk_ends_a_checkpoint_in_one_line_and_leaves_the_one_before(sto
     trainer = trainer_in(run, resume=True)
     trainer.train_step()
     expected = (
-        rf"output_dir: {run}/checkpoints: File too large \(checkpoint of step 3 not written, step 2 is whole\); "
-        rf"go on with --output_dir {run} --resume true$"
+        rf"output_dir: {run}/checkpoints: File too large "
+        r"\(checkpoint of step 3 not written; that of step 2 is intact\); "
+        rf"resume with --output_dir {run} --resume true$"
     )
     with small_files(), pytest.raises(AgreedUsageError, match=expected):
         trainer.save()
@@ -212,7 +213,7 @@ def test_a_full_disk_ends_a_checkpoint_in_one_line_and_leaves_the_one_before(sto
     assert newest_whole_checkpoint(run / "checkpoints").name == "step-00000003"
     trainer.loader.close()
     shutil.rmtree(run / "checkpoints")
-    with small_files(), pytest.raises(AgreedUsageError, match="step 3 not written, there is none before it"):
+    with small_files(), pytest.raises(AgreedUsageError, match="step 3 not written; there is no earlier one"):
         trainer.save()
 
 
@@ -325,7 +326,7 @@ def test_what_ends_one_rank_between_checkpoints_is_said_in_one_line(tmp_path, mo
     for work, reason in faults.items():
         with pytest.raises(SystemExit) as left:
             launch.run_script("train.py", None, None, work)
-        again = f"; go on from the last checkpoint with --output_dir {tmp_path} --resume true"
+        again = f"; resume from the last checkpoint with --output_dir {tmp_path} --resume true"
         expected = f"train.py: error: {reason}{again if list(tmp_path.glob('checkpoints/step-*')) else ''}\n"
         (tmp_path / "checkpoints/step-00000001").mkdir(parents=True, exist_ok=True)
         assert left.value.code == 1 and re.fullmatch(expected, capsys.readouterr().err), reason

@@ -82,14 +82,14 @@ def test_doubtful_data_get_a_line_each(tmp_path):
     samples = len(loader.source)
     assert list(doubts(loader, data, None, samples)) == []
     assert list(doubts(loader, data, evaluator_of(f"{tmp_path}/c.tar".replace("c", "a"), 4), samples)) == [
-        f"eval_data: {tmp_path}/a.tar is training data, too: the evaluation measures what was learned by heart"
+        f"eval_data: {tmp_path}/a.tar is also training data, so the evaluation measures memorization"
     ]
     assert shared_files(data, str(tmp_path)) == [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"]
     assert shared_files(f"{tmp_path}/a.tar", held_out) == []
     assert shared_files("https://host/{0..2}.tar", "https://host/{2..3}.tar") == ["https://host/2.tar"]
     assert shared_files("shapes:num=8", "shapes:num=8") == []
     assert list(doubts(loader, data, None, samples + 1)) == [
-        f"data: {samples} samples are fewer than the {samples + 1} of a step, which has some of them twice"
+        f"data: a step takes {samples + 1} samples, but there are only {samples}: each step repeats some"
     ]
 
 
@@ -97,7 +97,7 @@ def test_one_image_alone_is_doubtful(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "one.json").write_text(json.dumps([{"image": "a.png", "caption": f"a thing {n}"} for n in range(3)]))
     one = SimpleNamespace(source=open_source(str(tmp_path / "one.json")))
-    alone = "data: 3 samples of one image alone: there is nothing to tell it from"
+    alone = "data: all 3 samples have the same image, so there is nothing to tell apart"
     assert list(doubts(one, "one.json", None, 2)) == [alone]
     ids = np.zeros(150, np.int64)
     many = SimpleNamespace(source=type("Source", (), {"image_ids": ids, "__len__": lambda self: 150})())
@@ -114,11 +114,11 @@ def test_captions_that_say_nothing_are_named_once():
     loader = SimpleNamespace(tokenizer=tokenizer, skipped_captions=0)
     watch = CaptionWatch(loader)
     assert list(watch.doubts(batch)) == [
-        "data: 2 of the first 3 captions have no word that the tokenizer knows, that of x/2\\x1b[2J for one"
+        "data: the tokenizer knows no word in 2 of the first 3 captions, for example in that of x/2\\x1b[2J"
     ]
     assert list(watch.doubts(batch)) == []
     loader.skipped_captions = 2
-    assert list(watch.doubts(batch)) == ["data: captions without a letter or digit are dropped"]
+    assert list(watch.doubts(batch)) == ["data: dropped captions without a letter or digit"]
     assert list(watch.doubts(batch)) == []
     good = Batch(**nothing, input_ids=words[:1], keys=["x/1"])
     assert list(CaptionWatch(SimpleNamespace(tokenizer=tokenizer, skipped_captions=0)).doubts(good)) == []

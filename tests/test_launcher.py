@@ -104,7 +104,7 @@ def test_the_second_interrupt_ends_at_once(monkeypatch, capfd):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert capfd.readouterr().err.count("The run ends after this step and saves") == 1
+    assert capfd.readouterr().err.count("The run stops after this step and saves") == 1
 
 
 def test_two_ranks_stop_by_ctrl_c_and_torchrun_resumes_them(tmp_path):

@@ -171,8 +171,8 @@ def gpu_step(machine, times, data, host, gpu, waits):
                          "step and waits up to 82% for its host"),
     (150, 50, 20, False, "data 75%, forward and backward 25%; the GPU has work queued for 10% of a step and waits up "
                          "to 70% for data and up to 20% for its host"),
-    (1, 10, 200, True, "the GPU has work queued for 97% of a step, it sets the pace"),
-    (1, 10, 200, False, "the GPU has work queued for 100% of a step, it sets the pace"),
+    (1, 10, 200, True, "the GPU has work queued for 97% of a step, so it limits the run"),
+    (1, 10, 200, False, "the GPU has work queued for 100% of a step, so it limits the run"),
 ])  # fmt: skip
 def test_the_text_names_what_holds_a_run_back(monkeypatch, data, host, gpu, waits, expected):
     machine = Machine(monkeypatch)
@@ -198,4 +198,4 @@ def test_on_a_cpu_parts_are_told_and_slow_data_named(monkeypatch):
     assert text == "where a step's time goes (100 ms, 10 steps): data 10%, forward and backward 80%, optimizer 10%"
     times = StepTimes(CPU)
     ((_, text),) = run_steps(times, lambda: step(30))
-    assert text.endswith("; data hold the run back")
+    assert text.endswith("; the data limit the run")

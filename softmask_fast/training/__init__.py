@@ -4,7 +4,7 @@ import logging
 
 
 def errors_alone(record: logging.LogRecord) -> bool:
-    """The filter of DeepSpeed's log, which begins when it is imported."""
+    """Filter for DeepSpeed's log. It is installed here because DeepSpeed already logs while it is imported."""
     return record.levelno >= logging.ERROR
 
 

@@ -1,6 +1,6 @@
-"""The paper's ablation: baseline, + augmentation, + soft masks, + focal, all; several seeds each, in one table.
+"""The paper's ablation in one table: baseline, + augmentation, + soft masks, + focal, all; several seeds each.
 
-Every run is launched as `deepspeed softmask_fast/train.py`. Finished runs are not repeated, stopped ones are resumed.
+Every run is launched as `deepspeed softmask_fast/train.py`. Finished runs are skipped, stopped ones resumed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from softmask_fast.training.options import parse_arguments
 from softmask_fast.training.run_record import flat, shown, with_defaults
 from softmask_fast.utils import read_json, write_json, write_text
 
-# the options that switch a part off
+# part -> the options that switch it off
 OFF: dict[str, dict[str, Any]] = {
     "augmentation": {"masked_captions": False, "rand_augment": False, "color": False, "blur": False},
     "soft masks": {"soft_mask": False},
@@ -44,8 +44,8 @@ ROWS: dict[str, tuple[str, ...]] = {  # row -> the parts that are on
     "all": tuple(OFF),
 }
 OWN = ("output_dir", "resume", "deepspeed")  # options that the ablation sets for each run
-SHOWN_LINES = 15  # of the log of a run that failed
-# column -> where it stands in the reports of a run's evaluation.json; the mean where there are several places
+SHOWN_LINES = 15  # of a failed run's log
+# column -> its places in the reports of a run's evaluation.json; several places are averaged
 WAYS = ("text_to_image", "image_to_text")
 METRICS: dict[str, tuple[tuple[str, ...], ...]] = {
     "R@1": tuple(("retrieval", "itc", way, "recall@1") for way in WAYS),
@@ -53,7 +53,7 @@ METRICS: dict[str, tuple[tuple[str, ...], ...]] = {
     "pointing game": (("grounding", "pointing_game", "model"),),
     "box accuracy": (("grounding", "box_accuracy", "model"),),
 }
-CLEAR = 2.0  # differences of more standard deviations are bold
+CLEAR = 2.0  # differences of more than this many standard deviations are bold
 Table = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -67,34 +67,39 @@ class Run:
 
     @property
     def flags(self) -> list[str]:
-        """The options that are this run's own: the parts it switches off, its seed and its folder."""
+        """The options that only this run has: the parts it switches off, its seed and its folder."""
         off = {name: value for part in OFF if part not in ROWS[self.row] for name, value in OFF[part].items()}
         given = off | {"seed": self.seed, "output_dir": self.folder, "resume": "auto"}
         return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
     @property
     def finished(self) -> bool:
+        """Whether the run was trained and evaluated to the end."""
         return (self.folder / "evaluation.json").exists()
 
 
 class RunEnded(UsageError):
-    """A run was stopped, or failed, before its end."""
+    """A run stopped or failed before its end."""
 
 
 def run_ablation(
     options: Sequence[str], output: Path, *, seeds: int = 3, deepspeed: str | None = None, launcher: str = ""
 ) -> dict[str, Any]:
-    """Do all runs that are not finished and write ablation.json, ablation.md and ablation.png to `output`, anew
-    whenever a seed has all of its rows.
+    """Do all unfinished runs. Each time a seed has all of its rows, write ablation.json, ablation.md and ablation.png.
 
     Args:
         options: flags of train.py for all runs, with all parts on.
-        seeds: runs of each row.
+        output: folder of the three files and, in `runs`, of the runs.
+        seeds: runs per row.
         deepspeed: path of DeepSpeed's configuration; None: the built-in one.
-        launcher: options of the deepspeed launcher.
+        launcher: options of the deepspeed launcher, as one string.
 
-    Returns the content of ablation.json. Raises UsageError for options that leave nothing to compare, or that differ
-    from those of the folder, and RunEnded for a run that was stopped or failed.
+    Returns:
+        The content of ablation.json: "options", "seeds", "steps", "data", "images", and "rows" as in `summarize`.
+
+    Raises:
+        UsageError: for options that leave nothing to compare, or that differ from those of the folder.
+        RunEnded: when a run stopped or failed.
     """
     options = spell(options)
     config = check_options(options, seeds, deepspeed)
@@ -113,7 +118,7 @@ def run_ablation(
 
 
 def write_tables(runs: Sequence[Run], options: Sequence[str], output: Path) -> dict[str, Any]:
-    """Write the three files from finished runs, equally many of each row; returns what is in ablation.json."""
+    """Write the three files from finished runs, equally many per row; returns the content of ablation.json."""
     table = summarize(runs)
     about = {"options": list(options), "seeds": len(runs) // len(ROWS), **lengths(runs)}
     content = about | {"rows": table}
@@ -124,14 +129,14 @@ def write_tables(runs: Sequence[Run], options: Sequence[str], output: Path) -> d
 
 
 def lengths(runs: Sequence[Run]) -> dict[str, Any]:
-    """The steps of all runs and what they were measured on, without which no figure says anything."""
+    """The length of the runs and what they were measured on: "steps", "data" and "images" (held-out ones)."""
     path = runs[-1].folder / "evaluation.json"
     record = parse_record(path.read_text(), path)
     return {"steps": record["step"], "data": record["data"], "images": record["reports"]["retrieval"]["images"]}
 
 
 def check_options(options: Sequence[str], seeds: int, deepspeed: str | None) -> Config:
-    """The configuration with all parts. Raises UsageError for options that the ablation cannot work with."""
+    """The configuration with all parts on. Raises UsageError for options that the ablation cannot work with."""
     if seeds < 1:
         raise UsageError(f"seeds: expected at least 1, got {seeds}")
     given = [option.split("=")[0].removeprefix("--") for option in options if option.startswith("--")]
@@ -150,7 +155,7 @@ def check_options(options: Sequence[str], seeds: int, deepspeed: str | None) -> 
 
 
 def check_folder(output: Path, config: Config) -> None:
-    """Store the options in the folder. Raises UsageError naming one that its earlier runs had otherwise."""
+    """Store the options in the folder. Raises UsageError if they differ from those of the folder's earlier runs."""
     path, current = output / "options.json", json.loads(json.dumps(shown(asdict(config))))
     if path.exists():
         stored, before = read_json(path, "output_dir"), {}
@@ -171,7 +176,11 @@ def _with(deepspeed: str | None, options: Sequence[str]) -> list[str]:
 
 
 def train(run: Run, options: Sequence[str], deepspeed: str | None, launcher: str) -> None:
-    """Launch one run and wait for its end; its output goes to run.log in its folder. Raises RunEnded."""
+    """Launch one run and wait for its end; its output goes to run.log in its folder.
+
+    Raises:
+        RunEnded: when the run stopped, or failed; then with the end of its log.
+    """
     script = Path(softmask_fast.__file__).with_name("train.py")
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *shlex.split(launcher), str(script)]
     command += [*_with(deepspeed, options), *run.flags]
@@ -183,7 +192,7 @@ def train(run: Run, options: Sequence[str], deepspeed: str | None, launcher: str
         before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # the run received it as well, and writes its checkpoint
+        except KeyboardInterrupt:  # the run received it as well and is writing its checkpoint
             process.wait()
             raise RunEnded(stopped) from None
         finally:
@@ -196,8 +205,11 @@ def train(run: Run, options: Sequence[str], deepspeed: str | None, launcher: str
 
 
 def summarize(runs: Sequence[Run]) -> Table:
-    """row -> column -> the values of all seeds, their mean and their standard deviation (None for a single seed), and
-    the same of "difference": from the baseline of the same seed, which has the same data in the same order."""
+    """row -> column -> "values" (one per seed), "mean", "spread" and "difference". All are fractions.
+
+    "spread" is the standard deviation, None for a single seed. "difference" has the same three keys, for
+    the difference from the baseline of the same seed, which sees the same data in the same order.
+    """
     values = {row: {column: _values(runs, row, column) for column in METRICS} for row in ROWS}
     table: Table = {row: {} for row in ROWS}
     for column in METRICS:
@@ -235,14 +247,14 @@ def _at(report: dict[str, Any], path: Sequence[str]) -> Any:
 
 
 def describe(about: dict[str, Any]) -> str:
-    """One line: how long the runs were, and on what they were measured."""
+    """One line: how long the runs were, and what they were measured on."""
     seeds = f"{about['seeds']} seed{'s' * (about['seeds'] > 1)}"
     return f"{about['steps']:,} steps, {seeds}, {about['images']:,} held-out images of {about['data']}"
 
 
 def markdown(table: Table, about: dict[str, Any]) -> str:
-    """Two tables in percent, mean ± standard deviation of the seeds: the values, and each row's differences from the
-    baseline of the same seed. Bold: a mean beyond `CLEAR` standard deviations."""
+    """Two tables in percent, mean ± standard deviation over the seeds: the values, and the differences from the
+    baseline of the same seed. A mean beyond `CLEAR` standard deviations is bold."""
     columns = list(table["baseline"])
     values = [[row, *(_shown(cells[column]) for column in columns)] for row, cells in table.items()]
     differences = [
@@ -269,8 +281,8 @@ def _shown(cell: dict[str, Any], sign: str = "") -> str:
 
 
 def plot(table: Table, about: dict[str, Any], out: Path) -> None:
-    """Draw a panel for each column: how far each row is from the baseline, a bar of the mean with its standard
-    deviation and a point for each seed."""
+    """Draw a panel per column with each row's difference from the baseline: a bar for the mean, its standard deviation,
+    and a point per seed."""
     columns, rows = list(table["baseline"]), [row for row in table if row != "baseline"]
     wide = min(2, len(columns))
     high = math.ceil(len(columns) / wide)

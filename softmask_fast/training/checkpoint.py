@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written whole or not at all, and the full weights under every ZeRO stage."""
+"""Checkpoints, written whole or not at all, and the full weights under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ TRAINING_STATE, TEACHER, MODEL = "training_state.json", "teacher.safetensors", "
 
 
 def full_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole fp32 tensor) of every parameter, under every ZeRO stage. A collective: all ranks iterate."""
+    """(name, whole float32 tensor) of every parameter, under every ZeRO stage. A collective: all ranks iterate."""
     for name, parameter in module.named_parameters():
         sharded = hasattr(parameter, "ds_id")
-        if sharded or parameter.dtype != torch.float32:  # else the parameter itself is the optimizer's fp32 weight
+        if sharded or parameter.dtype != torch.float32:  # otherwise the parameter is the optimizer's float32 weight
             yield name, safe_get_full_fp32_param(parameter)
         else:
             yield name, parameter.detach()
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """`own_state` of the module with whole fp32 parameters, on the CPU. A collective."""
+    """`own_state` of the module, with whole float32 parameters on the CPU. A collective."""
     state = {name: weight.cpu() for name, weight in full_weights(module)}
     return {name: state.get(name, tensor) for name, tensor in own_state(module).items()}
 
@@ -59,11 +59,14 @@ def save_checkpoint(
     directory: Path, engine: deepspeed.DeepSpeedEngine, teacher: MomentumCopy, tokenizer: PreTrainedTokenizerFast,
     state: dict[str, Any], loader_state: dict[str, Any], keep: int,
 ) -> None:  # fmt: skip
-    """Write directory/step-<state["step"]>, whole or not at all, and keep the newest `keep`. A collective.
+    """Write directory/step-<state["step"]>, whole or not at all, and keep the newest `keep` ones. A collective.
 
     A checkpoint holds DeepSpeed's shards, the teacher with its queue, the model as a folder that `read_model` reads,
-    and a JSON file with `state`, the data position of every rank, and size and SHA-256 of the other files. It is on the
-    disk before it gets its name. Raises AgreedUsageError when it cannot be written, as on a full disk.
+    and a JSON file with `state`, the data position of every rank, and the size and SHA-256 of the other files. It is
+    flushed to the disk before it gets its name.
+
+    Raises:
+        AgreedUsageError: when it cannot be written, for example on a full disk.
     """
     final = directory / f"step-{state['step']:08d}"
     partial, first = directory / f"partial-{final.name}", engine.global_rank == 0
@@ -71,12 +74,12 @@ def save_checkpoint(
         _write(partial, engine, teacher, tokenizer, state, loader_state)
     except AgreedUsageError as error:
         whole = checkpoints(directory)
-        kept = f"step {_step(whole[-1])} is whole" if whole else "there is none before it"
+        kept = f"that of step {_step(whole[-1])} is intact" if whole else "there is no earlier one"
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise AgreedUsageError(
-            f"output_dir: {error} (checkpoint of step {state['step']} not written, {kept}); "
-            f"go on with --output_dir {directory.parent} --resume true"
+            f"output_dir: {error} (checkpoint of step {state['step']} not written; {kept}); "
+            f"resume with --output_dir {directory.parent} --resume true"
         ) from error
     if first:
         move(partial, final)
@@ -90,14 +93,14 @@ def _write(
     state: dict[str, Any], loader_state: dict[str, Any],
 ) -> None:  # fmt: skip
     first = engine.global_rank == 0
-    prints: dict[str, list[Any]] = {}  # of the files that this rank wrote, which another may not see yet on NFS
+    prints: dict[str, list[Any]] = {}  # of the files that this rank wrote: on NFS another rank may not see them yet
 
     def begin() -> None:
         if first:
             for unfinished in partial.parent.glob("partial-*"):  # of a run that was killed while writing
                 shutil.rmtree(unfinished)
             partial.mkdir(parents=True)
-            for log in partial.parent.parent.glob("*.jsonl"):  # what they say of earlier steps is not repeated
+            for log in partial.parent.parent.glob("*.jsonl"):  # their lines up to this step will not be written again
                 flush(log)
 
     def write_shards() -> None:
@@ -110,12 +113,12 @@ def _write(
                         torch.save(state_dict, file)
                     flush_entry(Path(path))
                 prints[str(Path(path).relative_to(partial))] = _fingerprint(Path(path))
-            except OSError as error:  # raised later: the other ranks wait for this one in a collective
+            except OSError as error:  # raised later, as the other ranks wait for this one in a collective
                 failures.append(error)
 
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(engine.checkpoint_engine, "save", save))
-            patches.enter_context(mock.patch.object(engine, "_copy_recovery_script"))  # model/ has the whole weights
+            patches.enter_context(mock.patch.object(engine, "_copy_recovery_script"))  # model/ holds the whole weights
             engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
         if failures:
             raise failures[0]
@@ -154,9 +157,12 @@ def _step(checkpoint: Path) -> int:
 
 
 def newest_whole_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint whose files are what was written; a damaged newer one is named and put aside. A collective.
+    """The newest undamaged checkpoint, None if there is no checkpoint at all. A collective.
 
-    Returns None when there are no checkpoints. Raises AgreedUsageError when none is whole.
+    Damaged ones that are newer are logged and renamed to "damaged-...".
+
+    Raises:
+        AgreedUsageError: when all are damaged.
     """
     found = checkpoints(directory)
     for path in reversed(found):
@@ -178,7 +184,7 @@ def newest_whole_checkpoint(directory: Path) -> Path | None:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with this rank's part of a checkpoint. Those of before have no sizes and digests to look at."""
+    """What is wrong with this rank's part of a checkpoint. Checkpoints of earlier versions list no sizes or digests."""
     state = path / TRAINING_STATE
     try:
         stored = json.loads(state.read_text("utf-8"))
@@ -202,8 +208,13 @@ def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: Mome
     """Restore engine and teacher. A collective.
 
     ZeRO shards that another number of ranks wrote are converted to DeepSpeed's universal format, in a temporary folder.
-    Returns the saved state, with the data positions of all ranks that wrote it under "loaders". Raises UsageError when
-    the folder holds no DeepSpeed checkpoint or cannot be converted.
+
+    Returns:
+        The saved state: "step" and "pairs" of `TrainerState`, the "world_size" that wrote it, the data position of each
+        of its ranks under "loaders", and "files".
+
+    Raises:
+        UsageError: when the folder holds no DeepSpeed checkpoint, or it cannot be converted.
     """
     state = json.loads((path / TRAINING_STATE).read_text())
     universal = None
@@ -218,8 +229,8 @@ def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: Mome
     engine._config.load_universal_checkpoint = False
     if loaded is None:
         raise UsageError(f"resume: {path} holds no DeepSpeed checkpoint")
-    # A checkpoint of before has another implementation of AdamW among the groups' settings. What loads the universal
-    # format gives all groups the first one's weight decay under ZeRO-3, and one step counter.
+    # Checkpoints of earlier versions name another implementation of AdamW in the groups' settings. DeepSpeed's loader
+    # of the universal format gives all groups the weight decay of the first one (under ZeRO-3), and one step counter.
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     for weight, moments in optimizer.state.items():
@@ -234,13 +245,17 @@ def load_checkpoint(path: Path, engine: deepspeed.DeepSpeedEngine, teacher: Mome
 
 
 def to_universal(path: Path, target: Path) -> None:
-    """On rank 0, convert a checkpoint to DeepSpeed's universal format, which any number of ranks can load."""
+    """On rank 0, convert a checkpoint to DeepSpeed's universal format, which any number of ranks can load.
+
+    Raises:
+        UsageError: when DeepSpeed's converter fails, with the end of its output.
+    """
     if dist.get_rank() != 0:
         return
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed while converting
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(path), "--output_folder", str(target)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    (target.parent / "latest_universal").unlink(missing_ok=True)  # we name the folder instead
+    (target.parent / "latest_universal").unlink(missing_ok=True)  # not needed: the folder is named when it is loaded
     if done.returncode:
         raise UsageError(f"resume: {path} could not be converted for another number of ranks:\n{done.stdout[-2000:]}")

@@ -1,4 +1,4 @@
-"""Whether a run compiles its layers."""
+"""Decides whether a run compiles its layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DURATION = "which takes up to a minute at the first step; later runs reuse it (T
 
 
 def decide_compilation(chosen: bool | None, deepspeed_config: dict[str, Any]) -> bool:
-    """The option, or where it is None whether every rank can compile well; logged with the reason. A collective."""
+    """The option `compile`; where it is None, whether every rank can compile. Logs the reason. A collective."""
     reasons = [reason for reason in gather_objects(reason_against(deepspeed_config)) if reason]
     compiles = not reasons if chosen is None else chosen
     if compiles:
@@ -28,15 +28,15 @@ def decide_compilation(chosen: bool | None, deepspeed_config: dict[str, Any]) ->
 
 
 def reason_against(deepspeed_config: dict[str, Any]) -> str | None:
-    """Why this rank does not compile unless it is told to; None: it does."""
+    """Why this rank does not compile by default; None if it does."""
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
         return "ZeRO stage 3 gathers weights layer by layer"
     if get_accelerator().device_name() != "cuda":
-        return "the device is no GPU"
+        return "the device is not a GPU"
     from torch.utils._triton import has_triton
 
     if not has_triton():
-        return "Triton cannot be used"
+        return "Triton is unavailable"
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):  # Triton compiles its launchers
         return "there is no C compiler"
     return None

@@ -1,15 +1,16 @@
-"""Whole pretraining steps as CUDA graphs: one launch in place of some thousand. One rank, one GPU.
+"""Whole pretraining steps as CUDA graphs: one launch instead of several thousand. For one rank with one GPU.
 
-A graph repeats the kernels that were captured, on the same addresses and with the same sizes. So
+A graph repeats the captured kernels at the same addresses and with the same sizes. Therefore
 
-- texts are padded to the longest caption allowed, the numbers of tokens and of masked words are rounded up (`Sizes`),
-  and a graph is made for each pair of them that occurs twice;
-- what changes from step to step lies on the device: the batch, the learning rate, alpha, the seed of the negatives,
-  the queue's position, AdamW's count of steps; dropout's generator is one that every replay sets to the host's seed;
-- what changes the course of a step is part of the key: whether there are soft targets, whether the queue is used.
+- texts are padded to the longest caption allowed, the numbers of tokens and of masked tokens are rounded up (`Sizes`),
+  and each pair of these numbers has a graph of its own;
+- values that change from step to step live on the device: the batch, the learning rate, alpha, the seed of the
+  negatives, the queue's position, AdamW's step count; every replay sets dropout's generator to the host's seed;
+- settings that change which kernels run are part of the graph's `Key`: soft targets or not, the queue or not.
 
-The first step of a key runs eagerly, which compiles and loads its kernels, the second is captured, and so no step is
-computed twice. Keys beyond the `MOST_GRAPHS` first ones stay eager, on the same padded batch.
+The first step of a key runs eagerly, which compiles and loads its kernels; the second is captured. So no step is
+computed twice, and a key that occurs once needs no graph. After the first `MOST_GRAPHS` keys, new ones stay eager, on
+the same padded batch.
 """
 
 from __future__ import annotations
@@ -30,23 +31,24 @@ from softmask_fast.training.step_times import StepTimes
 from softmask_fast.training.updates import DirectUpdates, FiniteWatch
 
 MOST_GRAPHS = 16
-TOKENS, WORDS = 256, 64  # what the numbers of tokens and of masked words are rounded up to a multiple of
+TOKENS, WORDS = 256, 64  # the numbers of tokens and of masked tokens are rounded up to multiples of these
 
 
 class Sizes(NamedTuple):
-    """The sizes of a batch that the batch size and the longest caption allowed do not fix, rounded up."""
+    """The sizes of a batch that depend on its captions, rounded up: its numbers of tokens and of masked tokens."""
 
     tokens: int
     words: int
 
     @classmethod
     def of(cls, batch: Batch) -> Sizes:
+        """The rounded sizes of a batch."""
         counts = batch.token_bounds[1], len(batch.mlm_positions)
         return cls(*(max(1, -(-count // unit)) * unit for count, unit in zip(counts, (TOKENS, WORDS), strict=True)))
 
 
 class Key(NamedTuple):
-    """What a graph is made for."""
+    """What one graph is captured for."""
 
     sizes: Sizes
     distills: bool
@@ -55,28 +57,29 @@ class Key(NamedTuple):
 
 @dataclass
 class Captured:
-    """A step that was captured, and what it computes at every replay."""
+    """A captured step, and the tensors that every replay fills."""
 
     replay: Callable[[], None]
-    numbers: Tensor  # (n,) float32: loss, norm of the gradient, metrics
+    numbers: Tensor  # (2 + metrics,) float32: loss, gradient norm, metrics
     names: list[str]  # of the metrics
 
 
 class StaticBatch:
-    """A batch at fixed addresses, for batches of one size with captions of up to `length` tokens."""
+    """A batch at fixed addresses. It takes batches of one size, with captions of up to `length` tokens."""
 
     def __init__(self, like: Batch, length: int) -> None:
         self.length = length
         texts = ("input_ids", "masked_ids", "attention_mask")
         self.texts = {name: getattr(like, name).new_zeros(len(like.ids), length) for name in texts}
         self.others = {name: torch.empty_like(getattr(like, name)) for name in ("pixels", "word_index", "ids")}
-        self.words: dict[int, dict[str, Tensor]] = {}  # number of masked words -> their positions and labels
+        self.words: dict[int, dict[str, Tensor]] = {}  # number of masked tokens -> their positions and labels
 
     def fits(self, batch: Batch) -> bool:
+        """Whether `fill` can take a batch."""
         return batch.pixels.shape == self.others["pixels"].shape and batch.input_ids.shape[1] <= self.length
 
     def fill(self, batch: Batch, sizes: Sizes) -> Batch:
-        """The batch, copied to the fixed addresses and padded: with [PAD], and with words that are not scored."""
+        """Copy a batch to the fixed addresses, padded with [PAD] and with masked tokens that are not scored."""
         present, words = batch.input_ids.shape[1], len(batch.mlm_positions)
         for name, target in self.texts.items():
             target[:, :present] = getattr(batch, name)
@@ -99,7 +102,7 @@ class StaticBatch:
 
 
 class GraphedUpdates(DirectUpdates):
-    """`DirectUpdates` of a pretraining step by CUDA graphs."""
+    """`DirectUpdates` that replays a pretraining step as a CUDA graph."""
 
     name = "direct, CUDA graphs"
 
@@ -115,10 +118,10 @@ class GraphedUpdates(DirectUpdates):
 
     def after_loading(self) -> None:
         super().after_loading()
-        self.graphs = {}  # they have the old addresses
+        self.graphs = {}  # the old ones hold the old addresses
 
     def step(self, batch: Batch, settings: StepSettings, step: int, rate: float) -> dict[str, Tensor]:
-        """As in `DirectUpdates`."""
+        """As in `DirectUpdates`, from a graph where there is one."""
         if self.batch is None:
             self.batch = StaticBatch(batch, self.module.model.config.max_tokens)
         if not self.batch.fits(batch):
@@ -154,7 +157,7 @@ class GraphedUpdates(DirectUpdates):
         return metrics
 
     def run_beside(self, work: Callable[[], Any]) -> Any:
-        """Run the work on the stream on which graphs are captured, so that autograd's nodes never mix two streams."""
+        """Run `work` on the stream that graphs are captured on, so that autograd's nodes never mix two streams."""
         if self.stream is None:
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -164,7 +167,7 @@ class GraphedUpdates(DirectUpdates):
         return result
 
     def capture(self, work: Callable[[], tuple[Tensor, list[str]]]) -> Captured:
-        """Record the work, without running it. The loader's threads may go on using the GPU meanwhile."""
+        """Capture `work` without running it. The loader's threads may use the GPU meanwhile."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             numbers, names = work()
@@ -172,7 +175,7 @@ class GraphedUpdates(DirectUpdates):
 
 
 def graph_refusal(step: torch.nn.Module, train: TrainConfig, device: torch.device) -> str | None:
-    """Why the steps of a run with `DirectUpdates` cannot be CUDA graphs; None if they can."""
+    """Why a run with `DirectUpdates` cannot use CUDA graphs; None if it can."""
     if device.type != "cuda":
         return f"a {device.type.upper()}"
     if train.gradient_accumulation_steps > 1:

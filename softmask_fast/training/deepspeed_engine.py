@@ -25,17 +25,21 @@ def this_device() -> torch.device:
 
 
 def check_execution(train: TrainConfig, deepspeed_config: dict[str, Any]) -> None:
-    """Check that this device can run the layers as the options ask. Raises UsageError."""
+    """Raise UsageError if this device cannot run the layers as the options ask."""
     choose_attention(train.attention, this_device(), torch.bfloat16 if train.bf16 else torch.float32)
     if train.compile and deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
         raise UsageError("compile: expected false with ZeRO stage 3, which gathers weights block by block, got true")
 
 
 def read_deepspeed_config(given: str | dict[str, Any], train: TrainConfig) -> dict[str, Any]:
-    """Read a DeepSpeed configuration and fill in every "auto" from our options; given: a path, or a configuration,
-    whose numbers that are ours as well do not count.
+    """Read a DeepSpeed configuration and fill in batch size, gradient accumulation and clipping from our options.
 
-    Raises UsageError when the file cannot be read, or contradicts one of our options.
+    Args:
+        given: path of a JSON file, or the built-in configuration, whose own values of these three are ignored.
+        train: our options.
+
+    Raises:
+        UsageError: when the file cannot be read, or contradicts one of our options.
     """
     if isinstance(given, str) and not Path(given).is_file():
         raise UsageError(f"--deepspeed: expected a JSON file, got {given!r}, which does not exist")
@@ -57,26 +61,26 @@ def read_deepspeed_config(given: str | dict[str, Any], train: TrainConfig) -> di
 
 
 def parameter_groups(step: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
-    """The trained parameters as an optimizer takes them: weight decay is for matrices alone."""
+    """The trained parameters as an optimizer takes them. Only matrices have weight decay."""
     decayed = [p for p in step.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in step.parameters() if p.requires_grad and p.ndim < 2]
     return [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def create_optimizer(step: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """The optimizer of a run whose DeepSpeed configuration names none."""
+    """AdamW, for a run whose DeepSpeed configuration names no optimizer."""
     return torch.optim.AdamW(parameter_groups(step, train), lr=train.learning_rate, fused=True)
 
 
 def import_muon() -> None:
-    """DeepSpeed imports its Muon in every run, only to see that the optimizer is another one. The import calls
-    torch.compile, which takes 0.7 s; here it does not."""
+    """Import DeepSpeed's Muon without its call of torch.compile, which takes 0.7 s. DeepSpeed imports Muon in every
+    run, only to find that the optimizer is another one."""
     with mock.patch.object(compiler, "compile", lambda *_, **__: lambda function: function):
         import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def create_engine(step: nn.Module, config: dict[str, Any], train: TrainConfig) -> deepspeed.DeepSpeedEngine:
-    """Wrap the step. The optimizer is ours unless the DeepSpeed configuration names one (for offloading, say)."""
+    """Wrap the step in DeepSpeed's engine. The optimizer is ours unless the DeepSpeed configuration names one."""
     groups = parameter_groups(step, train)
     optimizer = None if "optimizer" in config else create_optimizer(step, train)
     if optimizer is not None:

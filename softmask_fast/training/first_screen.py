@@ -1,4 +1,4 @@
-"""What a run says before its first step: six lines about itself, and a line about each thing that looks wrong."""
+"""What a run prints before its first step: six lines about itself, and a line about each thing that looks wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from softmask_fast.training.periodic_eval import Evaluator
 
 
 def first_screen(record: dict[str, Any], evaluator: Evaluator | None, resumed: str | None) -> str:
-    """The lines about a run. record: what config.json holds; resumed: from where, and what has changed."""
+    """The lines about a run.
+
+    Args:
+        record: the content of config.json.
+        evaluator: of the run; None without held-out data.
+        resumed: where a resumed run continues and what has changed; None for a new run.
+    """
     config, train, ranks = record["config"], record["config"]["train"], record["world_size"]
     batch, accumulated = train["batch_size"], train["gradient_accumulation_steps"]
     pairs = ranks * batch * accumulated
@@ -66,33 +72,33 @@ def _operators(chosen: dict[str, str]) -> str:
 
 
 def doubts(loader: SampleLoader, data: str, evaluator: Evaluator | None, pairs_per_step: int) -> Iterator[str]:
-    """A line for each property of the data that is likely not meant, or that makes a run learn nothing."""
+    """A line for each property of the data that is probably a mistake, or from which nothing can be learned."""
     samples, ids = len(loader.source), loader.source.image_ids
-    first = ids[np.arange(min(samples, 100))]  # more only if these are equal: ids by URL cost something
+    first = ids[np.arange(min(samples, 100))]  # more only if these are equal, as ids by URL take time
     if evaluator is not None and (shared := shared_files(data, evaluator.evaluation.data)):
-        yield f"eval_data: {shared[0]} is training data, too: the evaluation measures what was learned by heart"
+        yield f"eval_data: {shared[0]} is also training data, so the evaluation measures memorization"
     if samples < pairs_per_step:
-        yield f"data: {samples} samples are fewer than the {pairs_per_step} of a step, which has some of them twice"
+        yield f"data: a step takes {pairs_per_step} samples, but there are only {samples}: each step repeats some"
     if (first == first[0]).all() and (ids[np.arange(samples)] == first[0]).all():
-        yield f"data: {samples} samples of one image alone: there is nothing to tell it from"
+        yield f"data: all {samples} samples have the same image, so there is nothing to tell apart"
 
 
 class CaptionWatch:
-    """Looks for captions that say nothing."""
+    """Looks for captions without content."""
 
     def __init__(self, loader: SampleLoader) -> None:
         self.loader, self.looked, self.dropped = loader, False, False
 
     def doubts(self, batch: Any) -> Iterator[str]:
-        """A line about the first batch, where captions have no word that the tokenizer knows; and one about captions
-        that were dropped, as soon as there are some."""
+        """A line if captions of the first batch have no word that the tokenizer knows, and one, once, as soon as
+        captions were dropped."""
         if isinstance(batch, Batch) and not self.looked:
             is_word = torch.from_numpy(TextMasker(self.loader.tokenizer).word_start)
             wordless = (~is_word[batch.input_ids.cpu()].any(1)).nonzero().flatten().tolist()
             if wordless:
                 some, first = f"{len(wordless)} of the first {len(batch.keys)}", printable(batch.keys[wordless[0]])
-                yield f"data: {some} captions have no word that the tokenizer knows, that of {first} for one"
+                yield f"data: the tokenizer knows no word in {some} captions, for example in that of {first}"
         if self.loader.skipped_captions and not self.dropped:
             self.dropped = True
-            yield "data: captions without a letter or digit are dropped"
+            yield "data: dropped captions without a letter or digit"
         self.looked = True

@@ -1,4 +1,4 @@
-"""From the launcher's command to work on every rank: options, process group, output folder, stops, exit codes."""
+"""From the launcher's command to work on every rank: options, process group, output folder, signals, exit status."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from softmask_fast.training.loggers import check_loggers
 from softmask_fast.training.meters import HostCopy
 from softmask_fast.training.ranks import AgreedUsageError, run_on_all_ranks
 
-SILENT_SECONDS = 30.0  # silent ranks wait this long before exiting: the launcher kills all ranks when one exits
+SILENT_SECONDS = 30.0  # silent ranks exit this much later, as the launcher kills all ranks when one exits
 LOCKS: dict[Path, FileLock] = {}  # of the folders that this process writes to
 Parse = Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]]
 
@@ -47,10 +47,16 @@ def run_script(
 ) -> int:  # fmt: skip
     """Run a script's work on this rank of the deepspeed launcher.
 
-    `work` is called with the configuration, DeepSpeed's configuration, the output folder and the stop request. Returns
-    the exit status: 2 after one line about a user error that all ranks know of, as of an option, or of a checkpoint
-    that cannot be written. The process exits with 1 after one line about what this rank alone has met: another file
-    that cannot be read or written, a data worker that has ended, a rank that is gone.
+    Args:
+        name: of the script, which begins its error messages.
+        argv: the flags; None: those of the command line.
+        parse: parses the flags.
+        work: called with the configuration, DeepSpeed's configuration, the output folder and the stop request.
+
+    Returns:
+        The exit status: 0, or 2 after one line about a user error that all ranks share (an option, a checkpoint that
+        cannot be written). After one line about an error of this rank alone (another file that cannot be read or
+        written, a data worker that ended, a lost rank) the process exits with 1.
     """
     config, launch = read_options(name, argv, parse)
     start_distributed(launch)
@@ -64,12 +70,12 @@ def run_script(
         dist.barrier()  # the launcher kills all ranks when the first one exits
         dist.destroy_process_group()
         return 2
-    except (OSError, WorkerEnded) as error:  # of this rank alone: a full disk, a shard out of reach, a killed worker
+    except (OSError, WorkerEnded) as error:  # of this rank alone: a full disk, an unreachable shard, a killed worker
         if not (isinstance(error, WorkerEnded) or is_user_error(error)):
             raise
         folder, again = config.train.output_dir, ""
         if folder and any(Path(folder).glob("checkpoints/step-*")):
-            again = f"; go on from the last checkpoint with --output_dir {folder} --resume true"
+            again = f"; resume from the last checkpoint with --output_dir {folder} --resume true"
         say(f"{name}: error: {format_error(error)}{again}")
         os._exit(1)  # destroying the process group would wait for the other ranks
     except RuntimeError as error:
@@ -84,13 +90,17 @@ def run_script(
 
 
 def say(line: str) -> None:
-    """Print a line to standard error, not behind a progress bar but in its place."""
+    """Print a line to standard error, above a progress bar if there is one."""
     with tqdm.external_write_mode(sys.stderr):
         print(line, file=sys.stderr, flush=True)
 
 
 def read_options(name: str, argv: list[str] | None, parse: Parse) -> tuple[RunConfig, LaunchOptions]:
-    """Parse the options. On each machine only the first rank prints errors and --help. Raises SystemExit."""
+    """Parse the options. Only the first rank of each machine prints errors and --help.
+
+    Raises:
+        SystemExit: after --help, and after one line about a wrong option.
+    """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         with ExitStack() as silence:
@@ -112,7 +122,7 @@ def read_options(name: str, argv: list[str] | None, parse: Parse) -> tuple[RunCo
 
 
 def start_distributed(launch: LaunchOptions) -> None:
-    """Join the launcher's process group; a process of its own (`python train.py`) makes a group of one."""
+    """Join the launcher's process group; a process without launcher (`python train.py`) makes a group of one."""
     if os.environ.get("WORLD_SIZE", "1") == "1":  # on a free port, so that several runs fit on one machine
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -123,14 +133,17 @@ def start_distributed(launch: LaunchOptions) -> None:
         os.environ["LOCAL_RANK"] = str(launch.local_rank)
     if get_accelerator().device_name() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:  # DeepSpeed's shared-memory collectives would compile for two minutes
+    else:  # DeepSpeed would compile its shared-memory collectives for two minutes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def start_logging(verbose: bool) -> None:
-    """What rank 0 does is shown, of others and of libraries warnings; verbose: all that it decides, and of DeepSpeed
-    warnings, too, instead of errors alone."""
+    """Show what rank 0 does, and warnings of other ranks and libraries (errors of DeepSpeed).
+
+    Args:
+        verbose: also show each decision of rank 0 and DeepSpeed's warnings.
+    """
     logging.basicConfig(format="%(message)s")
     if dist.get_rank() == 0:
         logging.getLogger("softmask_fast").setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -139,11 +152,14 @@ def start_logging(verbose: bool) -> None:
 
 
 def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, dict[str, Any], Path]:
-    """Decide what the options leave open (bf16, compile, the output folder), read DeepSpeed's configuration, make the
-    folder.
+    """Decide what the options leave open (bf16, compile, the output folder), read DeepSpeed's configuration and make
+    the folder. A collective.
 
-    Returns the configuration with all decided, DeepSpeed's configuration, and the output folder. Raises
-    AgreedUsageError for options that this machine cannot run, and as `output_directory` does.
+    Returns:
+        The configuration with nothing left open, DeepSpeed's configuration, and the output folder.
+
+    Raises:
+        AgreedUsageError: for options that this machine cannot run, and as in `output_directory`.
     """
     bf16 = config.train.bf16
     if bf16 is None:
@@ -163,10 +179,12 @@ def prepare_run(config: RunConfig, launch: LaunchOptions) -> tuple[RunConfig, di
 
 
 def output_directory(config: RunConfig) -> Path:
-    """The run's output folder: chosen by rank 0, checked by all ranks, made by rank 0.
+    """The run's output folder: chosen by rank 0, checked by all ranks, made by rank 0. A collective.
 
-    Raises AgreedUsageError when the folder already holds a run and --resume is not given, when it holds none and it is,
-    when another run is writing to it, when it cannot be made, and when some hosts do not see it.
+    Raises:
+        AgreedUsageError: when the folder holds a run but --resume is not given, or the other way round; when another
+        run
+            is writing to it; when it cannot be made; when some hosts do not see it.
     """
     first = dist.get_rank() == 0
     choice = [config.train.output_dir]
@@ -180,7 +198,7 @@ def output_directory(config: RunConfig) -> Path:
             raise UsageError(f"output_dir: {output} holds a run; resume it with --resume true or choose another folder")
         if not (output / "config.json").exists() and config.train.resume is True:
             raise UsageError(
-                f"resume: expected the folder of a run, got {output}, which has none; --resume auto starts one"
+                f"resume: expected the folder of a run, got {output}, which holds none; --resume auto starts one"
             )
 
     def make() -> None:
@@ -198,7 +216,7 @@ def output_directory(config: RunConfig) -> Path:
 
 
 def new_folder(name: str) -> str:
-    """Make runs/<name>-<number>, with the first number that no run has; runs that start together get different ones."""
+    """Make runs/<name>-<number> with the first free number. Runs that start together get different ones."""
     number = 1
     while True:
         folder = Path(f"runs/{name}-{number}").absolute()
@@ -210,7 +228,11 @@ def new_folder(name: str) -> str:
 
 
 def lock_folder(output: Path) -> None:
-    """Keep other runs from writing to a folder until this process ends, however it ends. Raises UsageError."""
+    """Keep other runs from writing to a folder until this process ends, however it ends.
+
+    Raises:
+        UsageError: when another run holds the lock.
+    """
     lock = LOCKS.setdefault(output.absolute(), FileLock(output / "lock"))
     try:
         lock.acquire(blocking=False)
@@ -219,33 +241,37 @@ def lock_folder(output: Path) -> None:
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGINT and the launcher's death; training then stops after the step, on all ranks together."""
+    """Notes SIGTERM, SIGINT and the launcher's end. Training then stops after the step, on all ranks together.
+
+    Attributes:
+        received: name of the signal, or what else asked for the stop; None if nothing did.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._rank = dist.get_rank()  # asked later, there may be no process group any more
+        self._rank = dist.get_rank()  # now, as a signal may come after the process group is gone
         self._exchanged: HostCopy | None = None  # at the last call
-        # DeepSpeed's launcher and what started it: a signal that is sent to the first one alone does not come here.
+        # DeepSpeed's launcher and its parent: a signal sent only to one of them does not reach this process.
         parents = psutil.Process().parents()[:2]
         self.launchers = parents if parents and "deepspeed.launcher" in " ".join(parents[0].cmdline()) else []
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def end(self) -> None:
-        """Signals have the effect of before again: training has ended, and nothing is left to save."""
+        """Restore the signals' earlier handlers: training has ended, and nothing is left to save."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             os._exit(128 + number)  # the second Ctrl-C
-        if self.received is None and self._rank == 0:  # what print writes may be half written at this moment
-            os.write(sys.stderr.fileno(), b"\nThe run ends after this step and saves; Ctrl-C ends it at once.\n")
+        if self.received is None and self._rank == 0:  # not by print, which the signal may have interrupted
+            os.write(sys.stderr.fileno(), b"\nThe run stops after this step and saves; Ctrl-C again ends it at once.\n")
         self.received = signal.Signals(number).name
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop; with several ranks, before their last call. A collective.
+        """Whether any rank was asked to stop; with several ranks, before the previous call. A collective.
 
-        What is exchanged now is read at the next call, so that no host waits for its GPU at every step.
+        Ranks read what they exchange only at the next call, so that no host waits for its GPU at every step.
         """
         if self.received is None and any(has_ended(process) for process in self.launchers):
             self.received = "the launcher's end"
@@ -259,6 +285,7 @@ class StopRequest:
 
 
 def has_ended(process: psutil.Process) -> bool:
+    """Whether a process has exited, even if its parent has not collected it yet."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -266,7 +293,7 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone, whose own error is in its output."""
+    """Whether a collective failed because another rank is gone. That rank's output holds its own error."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -1,7 +1,7 @@
 """Where a run's metrics go beside metrics.jsonl (`--report_to`): TensorBoard, Weights & Biases, MLflow.
 
-A logger is opened with the run's folder, the step after which the run goes on, its options and, if that run has been
-reported before, its id there. It has `id` (None: the folder is the run), `scalars`, `image` and `close`.
+A logger is opened with the run's folder, the number of steps done, the options and, if the run was reported before, its
+id there. It has the methods of `Reports`, and `id`, which is None if the folder identifies the run.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def check_loggers(train: TrainConfig) -> None:
 
 
 class Reports:
-    """All loggers of a run. One that fails is left out from then on, after one line: no run ends for its logger."""
+    """All loggers of a run. One that fails is dropped after one line, so that no run ends because of its logger."""
 
     def __init__(self, report_to: str | None, folder: Path, first_step: int, options: Options) -> None:
         """Open them: for a run that goes on after `first_step` those of before, at step 0 new ones."""
@@ -199,13 +199,15 @@ class Reports:
             self._try(name, partial(getattr(opened, method), *values))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """values: by names with a group, of `tag` or `held_out_tag`."""
+        """Report numbers after a step, by the names that `tag` or `held_out_tag` gives them."""
         self._each("scalars", step, values)
 
     def image(self, step: int, name: str, path: Path) -> None:
+        """Report the picture in a file after a step."""
         self._each("image", step, name, path)
 
     def close(self) -> None:
+        """End the run, once everything is sent or the time for it is up."""
         self._each("close")
 
 

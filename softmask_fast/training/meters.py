@@ -1,4 +1,4 @@
-"""Meters of a training step: operations, memory, time spent waiting for data, a trace; and a copy to the host."""
+"""Meters of a training step: operations, memory, time spent waiting for data, a trace; and copies to the host."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Item = TypeVar("Item")
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product of random numbers, the best of ten; 100 % utilization in the log.
+    """Operations per second of a large matrix product, the best of ten: 100 % utilization in the log.
 
-    Of ones a GPU makes more products a second: it draws less power where few bits change.
+    The numbers are random. With constant ones a GPU is faster, as it draws less power where few bits change.
     """
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
@@ -45,21 +45,24 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: those of PyTorch's allocator on a GPU, resident ones of the process on a CPU."""
+    """Peak bytes so far: of PyTorch's allocator on a GPU, of the process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class FlopCount:
-    """Operations of a step's forward and backward pass on this device, counted without a computation.
+    """Operations of a step's forward and backward pass on this device, counted without computing anything.
 
     Counts matrix products, convolutions, PyTorch's attention and ours, and what activation checkpointing recomputes.
     Not counted: the contrastive loss, and what `gathered_negatives` adds for images of other ranks.
+
+    Attributes:
+        operations: None until `count` was called.
     """
 
     def __init__(self, step: nn.Module, teacher: nn.Module, device: torch.device) -> None:
-        """Copy the modules without their numbers, to `device`, before DeepSpeed parts the weights among ranks."""
+        """Copy the modules to `device` without their values, before DeepSpeed splits the weights among ranks."""
         self.operations: int | None = None
         self._noted: tuple | None = None
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -71,7 +74,7 @@ class FlopCount:
         return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
     def note(self, batch: Any, *settings: Any) -> None:
-        """Note the first `step(batch, teacher, *settings)`, to be counted by `count`."""
+        """Note the arguments of the first `step(batch, teacher, *settings)`, for `count`."""
         if self._noted is None:
             tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
             tensors = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
@@ -81,7 +84,7 @@ class FlopCount:
             self._noted = replace(batch, **fake), settings
 
     def count(self) -> None:
-        """Count what was noted, the first time; later do nothing."""
+        """Count the noted step; later calls do nothing."""
         if self.operations is not None:
             return
         (step, teacher), (batch, settings) = self._copies, self._noted
@@ -92,8 +95,11 @@ class FlopCount:
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts `operations` within a FakeTensorMode. Operators on fake tensors and on a GPU compute nothing; those on a
-    CPU's real tensors run, so that a batch's lengths and indices keep their values. What is read of a fake one is 1."""
+    """Counts `operations` within a FakeTensorMode.
+
+    Operators on fake tensors and on a GPU compute nothing. Those on real CPU tensors run, so that a batch's lengths and
+    indices keep their values. Reading a value from a fake tensor gives 1.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +123,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def other_formulas() -> dict[Any, Callable[..., int]]:
-    """Of the attention that PyTorch's `flop_registry` lacks."""
+    """operator -> its operations, for the attention operators that PyTorch's `flop_registry` lacks."""
     import torch.nn.attention.varlen  # defines its operators
 
     ours, aten, varlen = torch.ops.softmask_fast, torch.ops.aten, torch.ops.torch_attn
@@ -128,7 +134,7 @@ def other_formulas() -> dict[Any, Callable[..., int]]:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda _, query, key, *__, **___: _attention(5, query, key)
         ),
-        # of packed captions, as if all were as long as the longest
+        # packed captions count as if all were as long as the longest
         varlen._varlen_attn: lambda query, *others, **__: 2 * 2 * query.numel() * others[5],
         varlen._varlen_attn_backward: lambda _, query, *others, **__: 5 * 2 * query.numel() * others[8],
     }
@@ -140,7 +146,7 @@ def _attention(products: int, query: Tensor, key: Tensor) -> int:
 
 
 class DataTimer:
-    """Measures the fraction of the time that training waits for its data."""
+    """Measures the fraction of the time that training waits for data."""
 
     def __init__(self) -> None:
         self.waited, self.since = 0.0, time.monotonic()
@@ -153,11 +159,11 @@ class DataTimer:
         return item
 
     def exclude(self, seconds: float) -> None:
-        """Do not count so many seconds that just passed."""
+        """Leave the last `seconds` out of the measured time."""
         self.since += seconds
 
     def fraction(self) -> float:
-        """The fraction since the last call."""
+        """The fraction in [0, 1] since the last call."""
         now = time.monotonic()
         fraction = self.waited / (now - self.since)
         self.waited, self.since = 0.0, now
@@ -165,7 +171,7 @@ class DataTimer:
 
 
 class StepProfiler:
-    """Traces `steps` steps after three others into a file for chrome://tracing or Perfetto; 0: nothing."""
+    """Traces `steps` steps, from the fourth on, into a file for chrome://tracing or Perfetto; 0: none."""
 
     def __init__(self, path: Path, steps: int) -> None:
         self.path, self._profile = path, None
@@ -179,11 +185,12 @@ class StepProfiler:
         self._profile.start()
 
     def step(self) -> None:
-        """To be called after every training step."""
+        """Call this after every training step."""
         if self._profile is not None:
             self._profile.step()
 
     def stop(self) -> None:
+        """Stop early; writes the steps traced so far."""
         if self._profile is not None:
             self._profile.stop()
 
@@ -194,7 +201,7 @@ class StepProfiler:
 
 
 class HostCopy:
-    """A scalar on its way to the host. `value` waits for it, while a GPU continues with the work queued after it."""
+    """A scalar on its way to the host. Reading `value` waits for it; the GPU goes on with the work queued after it."""
 
     def __init__(self, scalar: torch.Tensor) -> None:
         self.arrived = torch.cuda.Event() if scalar.is_cuda else None
@@ -205,6 +212,7 @@ class HostCopy:
 
     @property
     def value(self) -> float:
+        """The number, once it has arrived."""
         if self.arrived:
             self.arrived.synchronize()
         return self.copy.item()

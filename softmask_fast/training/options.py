@@ -1,4 +1,4 @@
-"""Options of pretraining: from the command line, or from Python."""
+"""Options of pretraining, from the command line or from Python."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ ABOUT = "Pretrain a vision-language model with SoftMask++."
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **program: Any) -> tuple[Config, LaunchOptions]:
-    """Parses flags and an optional --config file with `parse_sections`, to which `program` is passed on.
+    """Parse flags and an optional --config file with `parse_sections`, which receives `program`.
 
-    Returns the configuration and the launcher's options. Raises UsageError for values out of range.
+    Returns:
+        The configuration and the launcher's options.
+
+    Raises:
+        UsageError: for values out of range.
     """
     preset, options, launch = parse_sections(
         SECTIONS, "preset", PRESETS, "tiny", ABOUT, argv, _sizes_of_weights, **program

@@ -1,4 +1,4 @@
-"""Evaluation of a run's model on held-out data, on the way and at the end; the best model is kept."""
+"""Evaluation of a run's model on held-out data, during the run and at its end; the best model is kept."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ logger = logging.getLogger(__name__)
 
 RECORDS, RECORD = "evaluations.jsonl", EVALUATION
 BEST, CANDIDATE = "best", "candidate"
-PAGES = 20  # most pages of heat maps of a run
+PAGES = 20  # pages of heat maps that a run draws at most
 
 
 class TaskEvaluation:
-    """Evaluates a fine-tuned model on the eval_data of its task."""
+    """Evaluates a fine-tuned model on the held-out data of its task. The methods are those of
+    `PretrainingEvaluation`."""
 
     def __init__(self, config: FinetuneConfig, image_size: int) -> None:
-        """Open the data. Raises UsageError when they cannot be read."""
+        """Open the data. Raises UsageError if they cannot be read."""
         self.task, self.name, self.options = TASKS[config.task], config.task, config.options
         self.data, self.size = config.data.eval_data, config.data.eval_size
         self.source = self.task.open(self.data, config.data, image_size=image_size, **HELD_OUT)
@@ -67,29 +68,47 @@ class TaskEvaluation:
 class Evaluator:
     """Evaluates the model of one run.
 
-    It exports the weights and loads them into a model of its own, so that it finds what `softmask-fast evaluate` finds,
-    under every ZeRO stage, and training is bit-identical with or without it. Every evaluation with labels adds a line
-    to evaluations.jsonl, the last one is in evaluation.json, and best/ is the best model so far with its record. Up to
-    PAGES evaluations on the way, evenly spread, draw heatmaps-step-N.png if the evaluation can `draw`, and the last one
-    heatmaps.png.
+    It exports the weights and loads them into a new model. So it finds what `softmask-fast evaluate` finds, under every
+    ZeRO stage, and training is bit-identical with or without it.
+
+    Every evaluation with labels adds a line to evaluations.jsonl; the last one is also in evaluation.json. best/ holds
+    the best model so far, with its record. If the evaluation can `draw`, up to PAGES evaluations, evenly spread, write
+    heatmaps-step-N.png, and the last one heatmaps.png.
+
+    Attributes:
+        count: samples that are evaluated.
+        reports: of the last evaluation.
+        page: the picture of heat maps of the last evaluation; None if it drew none.
     """
 
     def __init__(self, evaluation: PretrainingEvaluation | TaskEvaluation, output: Path, train: TrainConfig) -> None:
-        """train says when to evaluate on the way. Raises UsageError if no sample can be used."""
+        """Check that there is something to evaluate.
+
+        Args:
+            evaluation: what to evaluate.
+            output: the run's folder.
+            train: the options that say when to evaluate.
+
+        Raises:
+            UsageError: if no sample can be used.
+        """
         self.evaluation, self.output, self.train = evaluation, output, train
         self.count = sample_count(evaluation.source, 1, evaluation.size or None)
         skipped: dict[str, str] = {}
         if next(usable_samples(evaluation.source, range(self.count), skipped), None) is None:
             key, reason = next(iter(skipped.items()))
             raise UsageError(f"eval_data: none of {self.count} examples can be used; the first, {key}: {reason}")
-        self.reports: list[Report] = []  # of the last evaluation
-        self.page: Path | None = None  # of heat maps, of the last evaluation
+        self.reports: list[Report] = []
+        self.page: Path | None = None
         self._every_steps = self._last_step = 0
         self._page_steps = 1
 
     def begin(self, step: int, steps: int, steps_per_epoch: int) -> None:
-        """Start, or resume after a step, a run of so many steps. A collective. Raises AgreedUsageError if
-        best/evaluation.json or a line of evaluations.jsonl is damaged."""
+        """Start a run of `steps` steps, or resume it after `step`. A collective.
+
+        Raises:
+            AgreedUsageError: if best/evaluation.json or a line of evaluations.jsonl is damaged.
+        """
         if self.evaluation.has_labels and (self.train.eval_steps or self.train.eval_epochs):
             every = self.train.eval_steps or max(1, round(self.train.eval_epochs * steps_per_epoch))
             self._every_steps, self._page_steps = every, every * math.ceil(steps / every / PAGES)
@@ -98,7 +117,7 @@ class Evaluator:
             if dist.get_rank() != 0:
                 return 0
             records = drop_lines_after(self.output / RECORDS, step)
-            self.records()  # a damaged record is named before the training, as is that of best/
+            self.records()  # damaged records surface before training, here and in best/
             if (path := self.output / BEST / RECORD).exists():
                 _parse(path.read_text(), path)
             return records[-1]["step"] if records else 0
@@ -108,7 +127,7 @@ class Evaluator:
         self._last_step = last[0]
 
     def due(self, step: int) -> bool:
-        """Whether the model is to be evaluated after a step and has not been yet."""
+        """Whether an evaluation is due after a step and has not been done yet."""
         return self._every_steps > 0 and step > self._last_step and step % self._every_steps == 0
 
     def evaluate(
@@ -117,9 +136,17 @@ class Evaluator:
     ) -> dict[str, float]:  # fmt: skip
         """Evaluate the model after a step and keep it if it is the best so far. A collective.
 
-        The model is exported with `weights`, whole and on the CPU. epoch: passes over the training data done; final:
-        write evaluation.json as well. Returns the headline metric and the evaluation's other figures by their names,
-        nothing for data without labels.
+        Args:
+            step: optimizer steps done.
+            epoch: passes over the training data done.
+            model: exported with `weights` in place of its own.
+            tokenizer: exported with it.
+            weights: `full_state` of the model.
+            final: also write evaluation.json.
+
+        Returns:
+            On rank 0 the headline metric and the evaluation's other metrics by their names; empty for data without
+            labels and on other ranks.
         """
         candidate, first = self.output / CANDIDATE, dist.get_rank() == 0
         if first:
@@ -147,14 +174,14 @@ class Evaluator:
     def _evaluate_folder(self, folder: Path) -> list[Report]:
         device = this_device()
         progress = dist.get_rank() == 0 and sys.stderr.isatty()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a new model draws its weights
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # making a model draws random weights
             model, tokenizer = self.evaluation.load(folder, device)
             if self.page is not None:
                 self.evaluation.draw(model, tokenizer, self.page)
             return self.evaluation.evaluate(model, tokenizer, self.count, progress)
 
     def _keep(self, record: dict[str, Any], candidate: Path) -> None:
-        """Keep the best model. The log line comes last: an evaluation that is cut off before it is repeated."""
+        """Keep the best model. The record is written last, so that an interrupted evaluation is repeated."""
         before = self.best(record)
         if before is None or record["headline"]["value"] > before["headline"]["value"]:
             write_json(candidate / RECORD, record)
@@ -166,7 +193,7 @@ class Evaluator:
         logger.info("evaluated on held-out data: %s, %s", _describe(record), verdict)
 
     def best(self, like: dict[str, Any]) -> dict[str, Any] | None:
-        """The record of the model in best/, unless it has other data, another size or another headline than `like`."""
+        """The record of the model in best/; None if it differs from `like` in data, size or headline metric."""
         path = self.output / BEST / RECORD
         if not path.exists():
             return None
@@ -180,7 +207,7 @@ class Evaluator:
         return [_parse(line, path) for line in path.read_text().splitlines()] if path.exists() else []
 
     def curves(self) -> list[dict[str, float]]:
-        """The figures of all evaluations, each with its step."""
+        """The metrics of all evaluations by their names, each with its "step"."""
         return [{"step": record["step"]} | self._curve(record) for record in self.records()]
 
     def _curve(self, record: dict[str, Any]) -> dict[str, float]:
@@ -188,13 +215,13 @@ class Evaluator:
         return {headline["name"]: headline["value"]} | self.evaluation.figures(record["reports"])
 
     def summary(self) -> str:
-        """Which step was the best; empty for data without labels."""
+        """One line about the best step; empty for data without labels."""
         records = self.records()
         return f"best: {_describe(self.best(records[-1]))}, in {self.output / BEST}" if records else ""
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
-    """`parse_record` of a run's evaluation. Raises UsageError for one without a headline, too."""
+    """`parse_record` of a run's evaluation. Raises UsageError also for one without a headline."""
     record = parse_record(text, path)
     headline = record.get("headline")
     if not isinstance(headline, dict) or not headline.keys() >= {"name", "value"}:

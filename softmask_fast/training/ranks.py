@@ -1,4 +1,4 @@
-"""Agreement between ranks: what one cannot do all refuse, and metrics are averaged over all."""
+"""Agreement between ranks: a user error of one is raised by all, and metrics are averaged."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class AgreedUsageError(UsageError):
 
 
 def run_on_all_ranks(work: Callable[[], Result]) -> Result:
-    """Run `work` on every rank and return its result on this one. A collective.
+    """Run `work` on every rank and return this rank's result. A collective.
 
-    If it meets a user error on any rank, all raise that of the first one as AgreedUsageError. Other errors pass
-    unchanged, on the rank that met them.
+    Raises:
+        AgreedUsageError: on all ranks, if `work` raised a user error on any; it is that of the lowest rank. Other
+            errors pass unchanged, on the rank that met them.
     """
     result, message = None, None
     try:
@@ -41,7 +42,7 @@ def run_on_all_ranks(work: Callable[[], Result]) -> Result:
 
 
 def mean_over_ranks(metrics: dict[str, Tensor], device: torch.device) -> dict[str, float]:
-    """The mean of every scalar over all ranks, in one reduction. A collective."""
+    """The mean of each scalar over all ranks, in float64 and in one reduction. A collective."""
     values = torch.stack([value.to(device, torch.float64).reshape(()) for value in metrics.values()])
     if dist.get_world_size() > 1:
         dist.all_reduce(values)

@@ -1,4 +1,4 @@
-"""The record of a run in config.json: its configuration, versions and device; a resumed run is checked against it."""
+"""The record of a run in config.json: configuration, versions, device. A resumed run is checked against it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,27 @@ from softmask_fast.ops.registry import describe
 from softmask_fast.options import record_path, stored_record
 from softmask_fast.utils import installed_versions, write_json
 
-# options beside those of `TrainConfig` that a resumed run may change: none affects what is learned
+# Options that a resumed run may change besides those of `TrainConfig`. None affects what is learned.
 MAY_CHANGE = (
     "data_threads", "data_workers", "eval_data", "eval_size",
     "cache_dir", "cache_gigabytes", "prefetch_shards", "download_tries", "download_timeout",
 )  # fmt: skip
-MICRO_BATCH = "train_micro_batch_size_per_gpu"  # DeepSpeed's name of our batch_size
+MICRO_BATCH = "train_micro_batch_size_per_gpu"  # DeepSpeed's name for our batch_size
 
 
 def run_record(config: RunConfig, device: torch.device, model: nn.Module, **about: Any) -> dict[str, Any]:
-    """The whole configuration, the versions, the device and the operators' implementations, as JSON types."""
+    """The record of a run, as JSON types.
+
+    Args:
+        config: with nothing left open.
+        device: of this rank.
+        model: its parameters are counted, under ZeRO as well.
+        about: further entries.
+
+    Returns:
+        "versions", "device", "command", "operators" (the implementation of each), "parameters" (their number), `about`,
+        "config", and "incomplete": names of the options whose secrets were removed.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     stored = shown(asdict(config))
     return {
@@ -41,13 +52,13 @@ def run_record(config: RunConfig, device: torch.device, model: nn.Module, **abou
 
 
 def reported_options(record: dict[str, Any]) -> dict[str, Any]:
-    """What loggers show of a record: all options that are set, and how large the run is."""
+    """The entries of a record that loggers show: all options that are set, the device and the size of the run."""
     size = {name: record[name] for name in ("device", "world_size", "samples", "steps", "parameters")}
     return {name: value for name, value in flat(record["config"]).items() if value is not None} | size
 
 
 def store_record(output: Path, step: int, record: dict[str, Any]) -> None:
-    """Write the record of a run that begins, or goes on after a step. Those of later steps are of what it repeats."""
+    """Write the record of a run that starts, or resumes after a step, and remove the records of later resumes."""
     newest = f"config-from-step-{step:08d}.json"
     write_json(output / (newest if step else "config.json"), record)
     for path in output.glob("config-from-step-*.json"):
@@ -56,15 +67,15 @@ def store_record(output: Path, step: int, record: dict[str, Any]) -> None:
 
 
 def shown(options: Any) -> Any:
-    """Options, by section or not, with URLs without passwords and signatures, which a resumed run may change."""
+    """Options, nested or not, without the passwords and signatures of URLs. A resumed run may change these."""
     if isinstance(options, dict):
         return {name: shown(value) for name, value in options.items()}
     return without_secrets(options) if isinstance(options, str) else options
 
 
 def check_same_run(output: Path, config: RunConfig) -> None:
-    """Raise UsageError if a resumed run changes an option other than those of `TrainConfig` and `MAY_CHANGE`, or if
-    the record of the run is damaged."""
+    """Raise UsageError if the run's record is damaged, or if a resumed run changes an option that is neither in
+    `TrainConfig` nor in `MAY_CHANGE`."""
     stored = stored_record(output)["config"]
     for section, options in shown(asdict(config)).items():
         if section == "train" or not isinstance(options, dict):
@@ -79,13 +90,13 @@ def check_same_run(output: Path, config: RunConfig) -> None:
 
 
 def with_defaults(section: Any, stored: dict[str, Any]) -> dict[str, Any]:
-    """The stored options of a section. One that did not exist yet had the effect of its default, whatever the presets
-    say today."""
+    """The stored options of a section, completed by defaults: an option that did not exist yet acted as its default,
+    whatever the presets say today."""
     return {field.name: field.default for field in fields(section)} | renamed(shown(stored))
 
 
 def flat(options: dict[str, Any]) -> dict[str, Any]:
-    """All options without their sections; their names are unique."""
+    """All options in one dict, without their sections. Option names are unique."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         found |= value if isinstance(value, dict) else {name: value}
@@ -93,7 +104,7 @@ def flat(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    """What a resumed run has otherwise than its record of before, as "name old -> new"."""
+    """The differences between a resumed run and its earlier record, as "name old -> new"."""
     old, new = (
         {**one.get("deepspeed", {}), **renamed(flat(shown(one["config"]))), "world_size": one["world_size"]}
         for one in (before, record)

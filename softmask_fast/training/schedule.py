@@ -14,18 +14,19 @@ from softmask_fast.model.momentum import StepSettings
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of a run of `steps` optimizer steps, which are counted from 0."""
+    """The schedule of a run of `steps` optimizer steps, counted from 0."""
 
     steps: int
     train: TrainConfig
-    warmup: int  # steps until the learning rate has its peak
-    queue_warmup: int  # steps before queued features are keys
-    ramp: int  # steps until alpha is `distill_alpha`
+    warmup: int  # steps until the learning rate peaks
+    queue_warmup: int  # steps before queued features become keys
+    ramp: int  # steps until alpha reaches `distill_alpha`
     distill_alpha: float
-    uniform: int  # steps before negatives are hard
+    uniform: int  # steps before negatives become hard
 
     @classmethod
     def of(cls, config: RunConfig, steps: int, steps_per_epoch: int) -> Schedule:
+        """The schedule of a configuration, whose lengths below 1 are fractions of `steps`."""
         momentum = config.objectives
         ramp = steps_per_epoch if momentum.distill_ramp_steps is None else momentum.distill_ramp_steps
         lengths = (config.train.warmup_steps, momentum.queue_warmup_steps if momentum.queue_size else 0, ramp)
@@ -51,14 +52,14 @@ class Schedule:
         return StepSettings(self.alpha(step), seed, step >= self.queue_warmup, step >= self.uniform)
 
     def events(self) -> dict[str, int]:
-        """What sets in on the way -> the step."""
+        """event -> the step at which it happens, for those that happen during the run."""
         found = {"queue enters": self.queue_warmup, "negatives turn hard": self.uniform}
         if self.distill_alpha:
             found["soft targets at full weight"] = self.ramp
         return {name: step for name, step in found.items() if 0 < step < self.steps}
 
     def unfinished(self) -> str | None:
-        """One line about the warm-ups that the run does not get through; None if there are none."""
+        """One line about the warm-ups that the run is too short for; None if it is long enough."""
         options = {"warmup_steps": self.warmup, "queue_warmup_steps": self.queue_warmup}
         if self.distill_alpha:
             options["distill_ramp_steps"] = self.ramp
@@ -68,12 +69,12 @@ class Schedule:
 
 
 def steps_of(length: float, steps: int) -> int:
-    """A number of steps; below 1 it is given as a share of all `steps`."""
+    """A length in steps. Below 1 it is a fraction of all `steps`."""
     return round(length * steps) if length < 1 else int(length)
 
 
 def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
-    """A seed for each (run, step, micro step, rank), far from its neighbors'."""
+    """A seed below 2^31 for each (run, step, micro step, rank), far from those of its neighbors."""
     return (_mixed(seed) + 1_000_003 * step + 10_007 * micro_step + rank) % 2**31
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, said once in the log: what holds the run back."""
+"""Where the time of a training step goes: one line in the log that says what limits the run."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections import defaultdict
 
 import torch
 
-BEFORE, STEPS = 11, 10  # steps of this process before the measured ones, and measured ones
-IDLE = 0.2  # from this fraction of a step on, waiting counts as what holds a run back
+BEFORE, STEPS = 11, 10  # steps of this process that are skipped, and those that are measured
+IDLE = 0.2  # waiting for this fraction of a step counts as what limits the run
 
-Mark = tuple[str, float, "torch.cuda.Event | None"]  # the part that ended, when, and after which work of the GPU
+Mark = tuple[str, float, "torch.cuda.Event | None"]  # the part that ended, the time, an event in the GPU's queue
 
 
 class StepTimes:
     """Splits ten steps of this process into parts, by the host's clock.
 
-    On a GPU each part's end is also an event among its work. How far the GPU gets to it behind the host is how long it
-    certainly had work in the next part; for the rest of the part it may have waited. No step waits for an event; the
-    clocks are set side by side once, before the step that precedes the measured ones.
+    On a GPU each part's end is also an event in its queue. The GPU reaches the event some time after the host. For that
+    long it certainly had work during the next part; for the rest of that part it may have waited. No step waits for an
+    event. The two clocks are compared once, before the last step that is skipped.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class StepTimes:
         self.marks: list[Mark] = []
 
     def begin(self) -> None:
-        """A step begins. What passed since the last part's end is of no part."""
+        """Mark the start of a step. Time since the end of the last part belongs to no part."""
         if self.steps == BEFORE - 1 and self.on_gpu:
             torch.cuda.synchronize()
             self.start = self._mark("")
@@ -34,12 +34,13 @@ class StepTimes:
             self.marks.append(self._mark(""))
 
     def end(self, part: str) -> None:
-        """A part of the step ends."""
+        """Mark the end of a part of the step."""
         if BEFORE <= self.steps < BEFORE + STEPS:
             self.marks.append(self._mark(part))
 
     def finish(self) -> str | None:
-        """A step is over; returns the text for the log once, as soon as the measured steps are done on the GPU, too."""
+        """Mark the end of a step. Returns the line for the log once, as soon as the GPU too has done the measured
+        steps."""
         self.steps += 1
         if self.steps < BEFORE + STEPS or not self.marks or (self.on_gpu and not self.marks[-1][2].query()):
             return None
@@ -64,15 +65,15 @@ class StepTimes:
         shares = ", ".join(f"{part} {value / whole:.0%}" for part, value in seconds.items() if value >= 0.005 * whole)
         text = f"where a step's time goes ({1000 * whole / STEPS:.4g} ms, {STEPS} steps): {shares}"
         if not self.on_gpu:
-            return text + ("; data hold the run back" if seconds["data"] >= IDLE * whole else "")
+            return text + ("; the data limit the run" if seconds["data"] >= IDLE * whole else "")
         waits = {"data": idle.pop("data", 0.0) / whole, "its host": sum(idle.values()) / whole}
         text += f"; the GPU has work queued for {1 - sum(waits.values()):.0%} of a step"
         if sum(waits.values()) < IDLE:
-            return f"{text}, it sets the pace"
+            return f"{text}, so it limits the run"
         waits = sorted(waits.items(), key=lambda item: -item[1])
         return f"{text} and waits " + " and ".join(f"up to {x:.0%} for {what}" for what, x in waits if x >= 0.005)
 
     def _behind(self, mark: Mark) -> float:
-        """How long after the host the GPU came to a mark."""
+        """How many seconds after the host the GPU reached a mark."""
         _, began, first = self.start
         return first.elapsed_time(mark[2]) / 1000 - (mark[1] - began)

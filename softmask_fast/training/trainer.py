@@ -43,14 +43,15 @@ logger = logging.getLogger("softmask_fast")
 
 @dataclass
 class TrainerState:
-    """How far a run has come. A checkpoint stores it beside the weights, the teacher and the data positions."""
+    """How far a run has come. Checkpoints store it."""
 
     step: int = 0  # optimizer steps done
     pairs: int = 0  # pairs seen by all ranks
 
 
 class Trainer:
-    """Trains a model to the end, or until a stop is requested, and resumes to the last bit."""
+    """Trains a model to the end, or until a stop is requested. A resumed run is bit-identical to an uninterrupted
+    one."""
 
     def __init__(
         self, step: nn.Module, teacher: MomentumCopy, loader: SampleLoader, config: RunConfig,
@@ -59,13 +60,18 @@ class Trainer:
         """Prepare the engine and, with `resume`, load the newest checkpoint. A collective, as are all methods.
 
         Args:
-            step: forward is (batch, teacher, settings) -> (loss, metrics); its `model` is what the teacher averages.
+            step: its forward is (batch, teacher, settings) -> (loss, metrics); the teacher averages its `model`.
+            teacher: the momentum teacher.
             loader: batches of this rank.
             config: of the run, with nothing left open; see `prepare_run`.
+            deepspeed_config: see `read_deepspeed_config`.
+            output: the run's folder.
             stop: asked before every step.
+            evaluator: evaluates during the run and at its end; None: no evaluation.
 
         Raises:
-            AgreedUsageError: when the checkpoint is of another run or cannot be loaded.
+            AgreedUsageError: when the checkpoint belongs to another run or cannot be loaded, or `cuda_graph` is true
+                but cannot be.
         """
         self.config, self.options, self.output, self.stop = config, config.train, output, stop
         self.teacher, self.loader, self.evaluator = teacher, loader, evaluator
@@ -98,7 +104,7 @@ class Trainer:
         if evaluator is not None:
             evaluator.begin(self.state.step, self.steps, self.steps_per_epoch)
 
-        # Store the record of the run, and say what matters of it.
+        # Store the record of the run, and show what matters in it.
         rate = matmul_rate(self.device, torch.bfloat16 if self.options.bf16 else torch.float32)
         if self.rank == 0:
             counts = {"world_size": ranks, "samples": self.samples, "steps": self.steps}
@@ -110,7 +116,7 @@ class Trainer:
             if self.options.resume:
                 resumed = "; ".join([f"after step {self.state.step}", *changes(before or record, record)])
                 if not self.state.step:
-                    resumed = f"nothing, as there is no {'checkpoint' if before else 'run'} yet: it begins at step 0"
+                    resumed = f"nothing: there is no {'checkpoint' if before else 'run'} yet, so it starts at step 0"
             store_record(output, self.state.step, record)
             print(first_screen(record, evaluator, resumed), flush=True)
             unfinished = self.schedule.unfinished()
@@ -130,10 +136,10 @@ class Trainer:
         self.profiler = StepProfiler(output / "trace.json", self.options.profile if self.rank == 0 else 0)
 
     def train(self) -> bool:
-        """Train; returns whether the end was reached and output/model written."""
+        """Train; returns whether the run reached its end and wrote output/model."""
         self.engine.train()
         while self.state.step < self.steps and not self.stop.agreed(self.device):
-            # Evaluate, after the checkpoint of this step: an evaluation that is cut off is repeated on resume.
+            # Evaluate after the checkpoint of this step, so that an interrupted evaluation is repeated on resume.
             if self.evaluator is not None and self.evaluator.due(self.state.step):
                 self.evaluate(full_state(self.model))
 
@@ -158,15 +164,16 @@ class Trainer:
         return self.finish()
 
     def train_step(self) -> dict[str, Tensor]:
-        """One optimizer step; returns the metrics of its last micro step.
+        """Do one optimizer step; returns the metrics of its last micro step, 0-dim tensors.
 
         Raises:
-            FloatingPointError: for a loss that was not finite. The weights are those of before, as is the checkpoint.
+            FloatingPointError: for a loss or gradient that is not finite. Weights and checkpoint are those of the step
+                before.
         """
         rate = self.schedule.learning_rate(self.state.step)
         for micro_step in range(self.options.gradient_accumulation_steps):
             settings = self.schedule.settings(self.state.step, micro_step, self.rank)
-            torch.manual_seed(settings.seed)  # dropout depends on the step alone, so a resumed run draws the same
+            torch.manual_seed(settings.seed)  # dropout depends only on the step, so a resumed run draws the same
             batch = self.timer.next(self.loader)
             self.times.end("data")
             for doubt in self.captions.doubts(batch) if self.rank == 0 else ():
@@ -175,7 +182,7 @@ class Trainer:
             metrics = self.updates.step(batch, settings, self.state.step + 1, rate)
         self.state.step += 1
         self.state.pairs += self.pairs_per_step
-        # What the GPU has not computed yet is looked at after the next step is queued, so that it does not run dry.
+        # Check this step's numbers only when the next step is queued, so that the GPU does not run dry.
         self.watch.check(self.state.step if self.device.type == "cuda" else math.inf)
         self.times.end("waiting for the GPU")
         schedule = {"learning_rate": rate, "alpha": settings.alpha}
@@ -193,11 +200,12 @@ class Trainer:
             self.log.write(self.state.step, means | progress | counts, operations)
 
     def bad_samples(self) -> dict[str, str]:
-        """key -> reason of the samples that any rank has skipped so far, each once."""
+        """key -> reason, for all samples that any rank has skipped so far."""
         return {key: reason for bad in gather_objects(self.loader.bad) for key, reason in bad.items()}
 
     def evaluate(self, weights: dict[str, Tensor], final: bool = False) -> None:
-        """Evaluate the whole `weights` on held-out data; the time does not count as training."""
+        """Evaluate the model with `weights` (see `full_state`) on held-out data. The time does not count as
+        training."""
         self.watch.check()
         began = time.monotonic()
         epoch = self.state.pairs / self.samples
@@ -208,6 +216,7 @@ class Trainer:
             self.log.write_held_out(self.state.step, figures, self.evaluator.page, seconds)
 
     def save(self) -> None:
+        """Write a checkpoint."""
         self.watch.check()
         self.updates.before_saving()
         save_checkpoint(
@@ -228,7 +237,7 @@ class Trainer:
         self.state = TrainerState(step=saved["step"], pairs=saved["pairs"])
 
     def finish(self) -> bool:
-        """After the last step or a stop: write what remains; returns whether the end was reached."""
+        """Write what remains after the last step or a stop; returns whether the run reached its end."""
         self.profiler.stop()
         if self.state.step > self.watch.saved_step:
             self.save()
@@ -248,12 +257,12 @@ class Trainer:
         if not ended:
             resume = f"--output_dir {self.output} --resume true"
             logger.info("stopped by %s after step %d; resume with %s", self.stop.received, self.state.step, resume)
-        dist.barrier()  # every rank may now read the model
+        dist.barrier()  # from here on every rank may read the model
         return ended
 
 
 def loader_options(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """The arguments of this rank's loader that are the same for pretraining and fine-tuning."""
+    """The arguments of this rank's `SampleLoader` that pretraining and fine-tuning share."""
     return {
         "batch_size": config.train.batch_size,
         "augment": AugmentConfig.of(config.data),

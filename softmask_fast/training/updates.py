@@ -1,4 +1,4 @@
-"""Forward, backward and update of a step: through DeepSpeed's engine, or on one rank without its hooks."""
+"""Forward pass, backward pass and update: through DeepSpeed's engine, or on one rank without its hooks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from softmask_fast.training.checkpoint import full_weights
 from softmask_fast.training.meters import HostCopy
 from softmask_fast.training.step_times import StepTimes
 
-# What may stand in a DeepSpeed configuration whose update `DirectUpdates` computes; all else is the engine's.
+# The settings of a DeepSpeed configuration that `DirectUpdates` can compute; anything else goes through the engine.
 _NUMBERS = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print"}
 _COMMUNICATION = {
     "allgather_partitions", "allgather_bucket_size", "reduce_scatter", "reduce_bucket_size", "overlap_comm",
@@ -28,7 +28,7 @@ _CLIPPING_EPSILON = 1e-6  # DeepSpeed's and PyTorch's
 
 @dataclass
 class _Watched:
-    """A number on its way to the host, and where it comes from."""
+    """A number on its way to the host, and its origin."""
 
     copy: HostCopy
     name: str
@@ -38,9 +38,10 @@ class _Watched:
 
 
 class FiniteWatch:
-    """Looks at numbers that the device computes once they have arrived.
+    """Checks numbers that the device computes, once they have arrived on the host.
 
-    Attributes: saved_step, that of the last checkpoint.
+    Attributes:
+        saved_step: that of the last checkpoint.
     """
 
     def __init__(self) -> None:
@@ -48,11 +49,20 @@ class FiniteWatch:
         self._watched: deque[_Watched] = deque()
 
     def add(self, number: Tensor, name: str, step: int, metrics: dict[str, Tensor], keys: list[str]) -> None:
-        """Copy a 0-dim number of optimizer step `step`, computed from the samples `keys`, to the host."""
+        """Copy a number to the host.
+
+        Args:
+            number: () floating point.
+            name: what it is.
+            step: the optimizer step.
+            metrics: what an error shows as well.
+            keys: of the samples that it was computed from.
+        """
         self._watched.append(_Watched(HostCopy(number), name, step, metrics, keys))
 
     def check(self, before_step: float = math.inf) -> None:
-        """Raise FloatingPointError for the first number that is not finite, among those of the steps before that."""
+        """Raise FloatingPointError for the first number that is not finite, among those of steps below
+        `before_step`."""
         while self._watched and self._watched[0].step < before_step:
             one = self._watched.popleft()
             if not math.isfinite(one.copy.value):
@@ -64,7 +74,7 @@ class FiniteWatch:
 
 
 class EngineUpdates:
-    """Everything through DeepSpeed's engine: any number of ranks, any configuration."""
+    """Updates through DeepSpeed's engine: any number of ranks, any configuration."""
 
     name = "DeepSpeed's engine"
 
@@ -74,9 +84,16 @@ class EngineUpdates:
         self.engine, self.teacher, self.watch, self.times = engine, teacher, watch, times
 
     def step(self, batch: Any, settings: StepSettings, step: int, rate: float) -> dict[str, Tensor]:
-        """Add the gradients of a batch in optimizer step `step`, counted from 1; returns its metrics.
+        """Add the gradients of a batch. The last batch of an optimizer step also updates the weights, then the teacher.
 
-        With the last batch of the optimizer step the weights move, at that learning rate, and then their average.
+        Args:
+            batch: of this rank.
+            settings: of this micro step.
+            step: the optimizer step, counted from 1.
+            rate: the learning rate.
+
+        Returns:
+            The metrics of the batch.
 
         Raises:
             FloatingPointError: for a loss that is not finite. The weights are untouched.
@@ -85,7 +102,7 @@ class EngineUpdates:
         self.watch.add(loss, "loss", step, metrics, batch.keys)
         self.engine.backward(loss)
         self.times.end("forward and backward")
-        self.watch.check()  # the backward pass is queued, so that a GPU does not run dry
+        self.watch.check()  # after the backward pass is queued, so that a GPU does not run dry
         self.times.end("waiting for the GPU")
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -98,20 +115,20 @@ class EngineUpdates:
         return metrics
 
     def before_saving(self) -> None:
-        """The engine has all that it saves."""
+        """Do nothing: the engine's state is complete."""
 
     def after_loading(self) -> None:
-        """The engine has all that it has loaded."""
+        """Do nothing: the engine uses what it has loaded."""
 
 
 class DirectUpdates:
-    """The same on one rank, without the engine's hooks and without a wait for the device.
+    """The same updates on one rank, without the engine's hooks and without waiting for the device.
 
-    The engine keeps what belongs in a checkpoint, in DeepSpeed's format: weights and AdamW's state are the engine's
-    tensors, under ZeRO views of its flat ones. Clipping, AdamW and the momentum copy are a few multi-tensor calls.
+    Weights and AdamW's state are the engine's own tensors, or under ZeRO views of its flat ones, so checkpoints keep
+    DeepSpeed's format. Clipping, AdamW and the momentum copy are a few multi-tensor calls.
 
-    A loss or gradient that is not finite switches the update off on the device, for good, so that the weights stay
-    those of the step before. The host finds out when it looks at `watch`.
+    A loss or gradient that is not finite switches all further updates off on the device, so that the weights stay those
+    of the step before. The host notices when it checks `watch`.
     """
 
     name = "direct"
@@ -130,7 +147,7 @@ class DirectUpdates:
 
     @staticmethod
     def refusal(deepspeed_config: dict[str, Any]) -> str | None:
-        """Why a run goes through the engine; None if it need not."""
+        """Why a run needs the engine; None if it does not."""
         if (ranks := dist.get_world_size()) > 1:
             return f"{ranks} ranks"
         zero = deepspeed_config.get("zero_optimization", {})
@@ -146,7 +163,7 @@ class DirectUpdates:
         self.averages, self.weights = self.teacher.pairs(full_weights(self.module.model))
 
     def step(self, batch: Any, settings: StepSettings, step: int, rate: float) -> dict[str, Tensor]:
-        """As in `EngineUpdates`, but it is `watch` that raises."""
+        """As in `EngineUpdates`, but errors surface only when `watch` is checked."""
         loss, metrics = self.accumulate(batch, settings)
         self.watch.add(loss, "loss", step, metrics, batch.keys)
         self.times.end("forward and backward")
@@ -168,7 +185,8 @@ class DirectUpdates:
 
     @torch.no_grad()
     def update(self, rate: float | Tensor) -> Tensor:
-        """Move the weights and their average, unless a loss or gradient was not finite; returns the gradient's norm."""
+        """Update the weights and the teacher, unless a loss or gradient was not finite; returns the gradient norm,
+        ()."""
         gradients = [group.take_gradients() for group in self.groups]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(sum(gradients, []))))
         self.poison += norm - norm
@@ -180,7 +198,7 @@ class DirectUpdates:
         return norm
 
     def count(self, rate: float) -> None:
-        """Tell the engine, whose checkpoints hold them, of an optimizer step and its learning rate."""
+        """Record an optimizer step and its learning rate in the engine, whose checkpoints hold them."""
         for group in self.groups:
             group.options["lr"] = rate
         self.engine.global_steps += 1
@@ -193,12 +211,12 @@ class DirectUpdates:
 
 
 class _Group:
-    """The weights of one parameter group of the engine's AdamW, with their gradients and state, tensor by tensor."""
+    """One parameter group of the engine's AdamW: weights, gradients and state, tensor by tensor."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, index: int) -> None:
         optimizer = engine.basic_optimizer
         self.options = optimizer.param_groups[index]
-        owned = self.options["params"]  # under ZeRO one flat copy of the group's weights
+        owned = self.options["params"]  # under ZeRO a single flat copy of the group's weights
         for weight in owned:
             if not optimizer.state[weight]:
                 moments = {name: torch.zeros_like(weight.detach()) for name in ("exp_avg", "exp_avg_sq")}
@@ -220,15 +238,15 @@ class _Group:
         return [whole.narrow(0, p.storage_offset() - first, p.numel()).view_as(p) for p in self.parameters]
 
     def take_gradients(self) -> list[Tensor]:
-        """The gradients, zero for parameters that have none (as under ZeRO), and none afterwards."""
+        """Return the gradients, zeros for parameters without one (as under ZeRO), and clear them."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
 
     def adamw(self, gradients: list[Tensor], rate: float | Tensor, divisor: Tensor | None, stopped: Tensor) -> None:
-        """AdamW on the gradients / divisor, unless `stopped` is 1."""
-        torch._foreach_add_(self.own_steps, [1 - stopped] * len(self.own_steps))  # a tensor alone would be read
+        """Apply AdamW to the gradients / divisor, unless `stopped` is 1."""
+        torch._foreach_add_(self.own_steps, [1 - stopped] * len(self.own_steps))  # one tensor would be read on the host
         beta1, beta2 = self.options["betas"]
         torch._fused_adamw_(
             self.weights, gradients, self.means, self.squares, [], self.steps, lr=rate, beta1=beta1, beta2=beta2,
