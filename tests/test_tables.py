@@ -72,7 +72,7 @@ def test_quotes_that_may_be_meant_otherwise_are_counted(read, caplog):
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     first, second = (record.message for record in caplog.records)
     assert "a.csv: 2 rows, the first in line 2, have quoted line breaks" in first
-    assert "a.tsv: 1 rows, the first in line 3, have texts in quotes, which are letters in a .tsv" in second
+    assert "a.tsv: 1 rows, the first in line 3, have texts in quotes, which a .tsv takes literally" in second
 
 
 def test_nested_values_are_cut_where_no_sample_has_use_for_them(read):

@@ -1,6 +1,6 @@
-"""Image augmentation: which operations there are, and their random arguments for one image.
+"""Image augmentation: the operations, and their random arguments for one image.
 
-The operations themselves run in `data.dali_pipeline`.
+`data.dali_pipeline` runs the operations.
 """
 
 from __future__ import annotations
@@ -92,9 +92,19 @@ def pack(parameters: Sequence[Mapping[str, np.ndarray]], arguments: Collection[s
 def draw_parameters(
     config: AugmentConfig, generator: np.random.Generator, width: int, height: int, image_size: int
 ) -> dict[str, np.ndarray]:
-    """Draws the arguments (keys of `NEUTRAL`) of an image of width x height pixels, to be resized to image_size.
+    """Draws the arguments of one image.
 
-    Which random numbers are drawn depends only on `config`.
+    How many random numbers are drawn depends only on `config`.
+
+    Args:
+        config: the augmentations that are on.
+        generator: of the random numbers.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        image_size: side of the square result, in pixels.
+
+    Returns:
+        A value for each key of `NEUTRAL`, of the same shape and dtype.
     """
     values = dict(NEUTRAL)
     if config.crop:
@@ -120,7 +130,7 @@ def draw_parameters(
 def _crop_window(
     config: AugmentConfig, generator: np.random.Generator, width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end (y, x) as fractions: the first of ten random areas and ratios that fits, else the central crop."""
+    """Start and end (y, x) as fractions: the first of ten random crops that fits, or the central crop if none does."""
     areas = generator.uniform(config.crop_scale, 1.0, size=10) * (width * height)
     ratios = np.exp(generator.uniform(*np.log(CROP_RATIO), size=10))
     offset = generator.random(2)  # y, x, as a fraction of the room around the crop
@@ -141,7 +151,7 @@ def _rand_augment(
 ) -> None:
     """Chooses operations with replacement and writes their arguments to `values` and `factors`.
 
-    The pipeline applies them in its own order, geometric ones first; repeated ones are composed.
+    The pipeline applies them in its own order, geometric ones first. Repeated ones are composed.
     """
     strength = RAND_AUGMENT_MAGNITUDE / 10
     choices = generator.integers(len(RAND_AUGMENT_OPS), size=RAND_AUGMENT_N)

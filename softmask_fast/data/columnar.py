@@ -1,6 +1,6 @@
-"""Tables in Parquet, and in Arrow as `save_to_disk` of Hugging Face's `datasets` writes them; both may hold images.
+"""Tables in Parquet, and in Arrow as `save_to_disk` of Hugging Face's `datasets` writes them. Both may hold images.
 
-A parquet file is read by row groups, an Arrow file is mapped into memory and read at any place.
+A parquet file is read by row groups. An Arrow file is mapped into memory and read at any position.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from softmask_fast.installation import install_command
 from softmask_fast.utils import MAX_LIST_BYTES
 
 COLUMNAR = (".parquet", ".arrow")
-MAX_ROWS = 100_000_000  # of a parquet file, a few bytes of which can be any number of rows
+MAX_ROWS = 100_000_000  # of a parquet file, in which a few bytes can claim any number of rows
 MAX_GROUP_BYTES = 1 << 30  # of the images in a row group
-CACHE_BYTES = 1 << 29  # of row groups that a process keeps, though always two of them
+CACHE_BYTES = 1 << 29  # of row groups that a process keeps; it always keeps two
 _BATCH = 512  # rows that become Python objects at a time
 
-# names of all columns, and of those that hold images -> the image's, the captions'
+# names of all columns, names of those that hold images -> name of the image column, names of the caption columns
 Choose = Callable[[Sequence[str], Sequence[str]], tuple[str, Sequence[str]]]
 
 
@@ -36,12 +36,17 @@ class Stored(NamedTuple):
     column: str
     group: int  # row group of a parquet file, record batch of an Arrow file
     row: int  # in the group
-    bytes: int  # of all images of a row group; 0 where an image can be read alone
+    bytes: int  # of all images of the row group; 0 where an image can be read alone
     name: str  # what the table calls the image; may be empty
 
 
 def columnar_rows(path: Path, choose: Choose) -> Iterator[dict[str, Any]]:
-    """The rows, their image a path or `Stored`. Raises UsageError without pyarrow, ValueError for a damaged file."""
+    """The rows of a table, column -> value. An image is a path or `Stored`.
+
+    Raises:
+        UsageError: if pyarrow is not installed.
+        ValueError: for a damaged file.
+    """
     try:
         import pyarrow
     except ModuleNotFoundError as error:
@@ -49,7 +54,7 @@ def columnar_rows(path: Path, choose: Choose) -> Iterator[dict[str, Any]]:
         raise UsageError(f"{path}: reading it needs pyarrow; install it with: {how}") from error
     try:
         yield from (_parquet_rows if path.suffix == ".parquet" else _arrow_rows)(str(path), choose)
-    except (pyarrow.ArrowException, OSError) as error:  # of damaged files it raises either
+    except (pyarrow.ArrowException, OSError) as error:  # pyarrow raises either for damaged files
         if getattr(error, "filename", None) is not None:
             raise
         raise ValueError(one_line(error)) from error
@@ -75,7 +80,7 @@ def read_stored(stored: Stored) -> bytes:
 
 
 def _wanted(schema: Any, choose: Choose) -> tuple[str, list[str], bool]:
-    """The column of the images, the others to read, and whether the first holds files instead of paths."""
+    """The image column, the other columns to read, and whether the image column holds files instead of paths."""
     holding = [
         name for name, kind in zip(schema.names, schema.types, strict=True) if _is_struct(kind) or _is_file(kind)
     ]
@@ -91,7 +96,7 @@ def _is_file(kind: Any) -> bool:
 
 
 def _is_struct(kind: Any) -> bool:
-    """Whether this is what `datasets` makes of images: {"bytes", "path"}."""
+    """Whether this is the type that `datasets` stores images as: {"bytes", "path"}."""
     import pyarrow.types as types
 
     return types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_file(kind.field("bytes").type)
@@ -127,7 +132,7 @@ def _parquet_rows(path: str, choose: Choose) -> Iterator[dict[str, Any]]:
 
 
 def _images_of(group: Any, image: str) -> tuple[int, bool]:
-    """The size of a row group's images, and whether there are only paths."""
+    """The bytes of a row group's images, and whether it holds only paths."""
     for number in range(group.num_columns):
         column = group.column(number)
         if column.path_in_schema in (image, f"{image}.bytes"):
@@ -137,7 +142,7 @@ def _images_of(group: Any, image: str) -> tuple[int, bool]:
 
 
 class _Groups:
-    """The images of the row groups that were read last."""
+    """The images of the row groups read most recently."""
 
     def __init__(self) -> None:
         self._groups: OrderedDict[tuple[Any, ...], list[bytes | None]] = OrderedDict()
@@ -146,7 +151,7 @@ class _Groups:
 
     def read(self, stored: Stored) -> list[bytes | None]:
         key = *_version(stored.file), stored.column, stored.group
-        with self._lock:  # a group is read by one thread, for all
+        with self._lock:  # one thread reads a group for all
             if key not in self._groups:
                 images = _read_group(stored)
                 self._groups[key], self._sizes[key] = images, sum(map(len, filter(None, images)))
@@ -164,7 +169,7 @@ def _read_group(stored: Stored) -> list[bytes | None]:
     import pyarrow.parquet
 
     images: list[bytes | None] = []
-    room = MAX_GROUP_BYTES  # a dictionary can make much of little
+    room = MAX_GROUP_BYTES  # checked again: with dictionary encoding a small group can become large
     with pyarrow.parquet.ParquetFile(stored.file) as file:
         field = file.schema_arrow.field(stored.column)
         columns = [f"{stored.column}.bytes" if _is_struct(field.type) else stored.column]
@@ -200,7 +205,7 @@ def _arrow_rows(path: str, choose: Choose) -> Iterator[dict[str, Any]]:
 
 @lru_cache(maxsize=64)
 def _arrow_batches(path: str, *version: int) -> list[Any]:
-    """The record batches of a mapped file, whose offsets were checked to lie inside it."""
+    """The record batches of a mapped file. Their offsets are checked to lie inside it."""
     import pyarrow
 
     source, before = pyarrow.memory_map(path), pyarrow.total_allocated_bytes()
@@ -212,7 +217,7 @@ def _arrow_batches(path: str, *version: int) -> list[Any]:
         found = iter(pyarrow.ipc.open_stream(source))
     batches, rows = [], 0
     for batch in found:
-        if (rows := rows + batch.num_rows) > MAX_ROWS:  # a column of nulls has rows without bytes
+        if (rows := rows + batch.num_rows) > MAX_ROWS:  # a column of nulls has rows but no bytes
             raise ValueError(f"it has more than {MAX_ROWS} rows")
         if pyarrow.total_allocated_bytes() - before > MAX_GROUP_BYTES:  # mapped buffers do not count
             raise ValueError(f"it is compressed, and has more than {MAX_GROUP_BYTES} bytes; write it uncompressed")
@@ -222,6 +227,6 @@ def _arrow_batches(path: str, *version: int) -> list[Any]:
 
 
 def _version(path: str) -> tuple[str, int, int]:
-    """What differs when a file was replaced."""
+    """A key that changes when the file is replaced."""
     status = os.stat(path)
     return path, status.st_mtime_ns, status.st_size

@@ -24,8 +24,8 @@ _SMOOTHED = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 @pipeline_def(enable_conditionals=True)
 def _definition(image_size: int, encoded: bool, arguments: frozenset[str], gpu: bool) -> DataNode:
-    """The graph. Operators exist only for the `arguments` that can differ from neutral, and run only on the images that
-    need them."""
+    """The graph. It has operators only for the `arguments` that can differ from neutral, and runs them only on the
+    images that need them."""
     given = _arguments(arguments)
     image = fn.external_source(name="image", layout=None if encoded else "HWC", no_copy=True)
     if encoded:
@@ -71,7 +71,7 @@ def _definition(image_size: int, encoded: bool, arguments: frozenset[str], gpu: 
 
 
 def _arguments(names: frozenset[str]) -> dict[str, DataNode]:
-    """Each argument of an image, from one row that holds all of them: a row is fed much faster than ten arguments."""
+    """Each argument of an image, cut from one row that holds all of them. Feeding one row is much faster than ten."""
     given, start = {}, 0
     packed = fn.external_source(name="arguments") if names else None
     for name in sorted(names):
@@ -89,18 +89,19 @@ def _arguments(names: frozenset[str]) -> dict[str, DataNode]:
 
 
 class DaliPipeline:
-    """The pipeline for batches of up to `batch_size` images; at most one batch is scheduled at a time."""
+    """The pipeline for batches of up to `batch_size` images. One batch at a time is scheduled."""
 
     def __init__(
         self, *, image_size: int, batch_size: int, encoded: bool, arguments: frozenset[str] = frozenset(),
         device: torch.device | str = "cpu", num_threads: int = 1,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         """
         Args:
             image_size: Side of the square result in pixels.
             encoded: True if images are files (bytes); False if they are (H, W, 3) uint8 arrays.
             arguments: What varies between images: `AugmentConfig.arguments()`.
             device: A CPU or CUDA device, on which the images are decoded and returned.
+            num_threads: Threads that decode.
         """
         self.device = torch.device(device)
         if self.device.type not in ("cpu", "cuda"):
@@ -120,12 +121,12 @@ class DaliPipeline:
         self._pipeline.build()
 
     def schedule(self, images: Sequence[bytes | np.ndarray], parameters: np.ndarray | None = None) -> None:
-        """Starts a batch in the background, after the previous one has been fetched with `result`.
+        """Starts a batch in the background. The previous one must have been fetched with `result`.
 
         Args:
-            images: They are read in place, so they may not change before `result` has returned. Files may also be
-                (size,) uint8 arrays; images of equal size may be one array, (B, H, W, 3).
-            parameters: The arguments of all images, (B, width) float32, from `augment.pack`; default: neutral ones.
+            images: Read in place, so they must not change before `result` returns. Files may also be (size,) uint8
+                arrays; images of equal size may be one array, (B, H, W, 3).
+            parameters: (B, width) float32 from `augment.pack`, the arguments of all images; default: neutral ones.
         """
         if isinstance(images, np.ndarray) and not self._encoded:
             self._images = images  # kept alive

@@ -1,4 +1,4 @@
-"""What folders hold: shards, or what Hugging Face's `datasets` reads; and whether images are where they should be."""
+"""What folders hold: shards, or what Hugging Face's `datasets` reads. Also checks that the images of tables exist."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from softmask_fast.utils import read_json
 logger = logging.getLogger(__name__)
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
-TRIED = 32  # images of a table, evenly spread, that choose one of several folders
-LOOKED_FOR = 10_000  # images of a table, evenly spread; 0.02 s on a local disk
+TRIED = 32  # images of a table, evenly spread, that decide between several folders
+LOOKED_FOR = 10_000  # images of a table, evenly spread, whose existence is checked; 0.02 s on a local disk
 _SPLIT = re.compile(r"train(ing)?|val(id|idation)?|dev|test(ing)?|eval", re.IGNORECASE)  # usual names of files
 _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})(-\w+)?")  # of a split: train-00000-of-00002.parquet
 
 
 def folder_files(folder: Path, split: str | None = None, option: str = "data") -> list[Path]:
     """The files of a folder in a fixed order: its shards; the table of an imagefolder; what `save_to_disk` wrote; or
-    parquet files, there or in its folder data. Raises UsageError, naming the option that the folder came from, if there
-    is nothing, or several splits and no `split`.
+    parquet files, in the folder itself or in its subfolder data.
+
+    Args:
+        folder: To look into.
+        split: The part to take; None: there must be only one.
+        option: The option that the folder came from, for messages.
+
+    Raises:
+        UsageError: If there is nothing to read, or if there are several splits and none was named.
     """
     if split is not None and (folder / split).is_dir():
         return folder_files(folder / split, option=option)
@@ -83,17 +90,31 @@ def _saved_files(folder: Path, option: str) -> list[Path]:
 
 
 def image_folder(roots: str | None, images: Sequence[str]) -> str | None:
-    """The folder of a table's images: of several, separated by commas, the first that holds most of a few of them."""
+    """The folder that holds a table's images.
+
+    Args:
+        roots: Folders, separated by commas.
+        images: Paths of the table's images.
+
+    Returns:
+        The folder in which most of `TRIED` images exist, the first of equal ones.
+    """
     folders = roots.split(",") if roots and not os.path.isdir(roots) else [roots]
     some = images[:: -(-len(images) // TRIED) or 1]
     return max(folders, key=lambda folder: sum(os.path.exists(os.path.join(folder or "", image)) for image in some))
 
 
 def check_existence(images: Sequence[str], most: float, table: str, option: str) -> None:
-    """Looks whether the images of a table exist, up to `LOOKED_FOR` of them. Logs how many do not.
+    """Checks whether the images of a table exist, up to `LOOKED_FOR` of them, and logs how many are missing.
 
-    Raises UsageError, which names the table and the option that their folder came from, if none does, or more than the
-    fraction `most` do not.
+    Args:
+        images: Paths of the images; "" for a row without one.
+        most: Largest fraction that may be missing.
+        table: Name of the table, for messages.
+        option: The option that names the images' folder, for messages.
+
+    Raises:
+        UsageError: If all are missing, or more than `most`.
     """
     looked = images[:: -(-len(images) // LOOKED_FOR) or 1]
     missing = [image for image in looked if not os.path.exists(image)]

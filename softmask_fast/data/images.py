@@ -1,8 +1,8 @@
-"""Checks images before they are decoded in batches: one file that DALI cannot decode would cost its whole batch.
+"""Checks images before they are decoded in batches, because one file that DALI cannot decode fails its whole batch.
 
-Files that all decoders read alike (RGB and gray JPEG, PNG, WebP) pass through untouched. The others (TIFF, CMYK,
-palettes, alpha, 16 bits, a rotation that is not one plain EXIF entry of a JPEG) are converted by PIL, so that every
-device sees the same pixels.
+Files that all decoders read alike (RGB and gray JPEG, PNG, WebP) pass through untouched. PIL converts the others (TIFF,
+CMYK, palettes, alpha, 16 bits, a rotation other than one plain EXIF entry of a JPEG), so that every device sees the
+same pixels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from softmask_fast.data.types import BadSample
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # normalization of CLIP and ALBEF, for pixels in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_IMAGE_BYTES = 1 << 30  # of an encoded file; 89 million pixels of 16-bit RGBA, not compressed, are 0.7e9
+MAX_IMAGE_BYTES = 1 << 30  # of an encoded file; 89 million pixels of uncompressed 16-bit RGBA take 0.7e9
 MAX_PIXELS = 89_478_485  # PIL's own limit against decompression bombs
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF")  # MPO: a JPEG followed by further pictures, as phones write it
 _ORIENTATION = 0x0112  # EXIF tag
 _TIFF = "8 bits and gray, RGB, RGB with alpha, CMYK or a palette"
-_TIFF_PAGES = 16  # that are looked at
+_TIFF_PAGES = 16  # that are checked
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -41,9 +41,9 @@ class ImageFacts:
 
 
 def read_image(path: str | Path) -> bytes:
-    """The content of an image file. Raises BadSample if it cannot be read, or has more than MAX_IMAGE_BYTES."""
+    """The content of an image file. Raises BadSample if it cannot be read or has more than MAX_IMAGE_BYTES."""
     try:
-        if not os.path.isfile(path) and os.path.exists(path):  # a pipe would wait, a device may not end
+        if not os.path.isfile(path) and os.path.exists(path):  # reading a pipe may block, a device may be endless
             raise BadSample(f"image is not a file: {path}")
         if (size := os.path.getsize(path)) > MAX_IMAGE_BYTES:
             raise BadSample(f"image has {size} bytes, the limit is {MAX_IMAGE_BYTES}: {path}")
@@ -55,10 +55,14 @@ def read_image(path: str | Path) -> bytes:
 
 
 def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> ImageFacts:
-    """Decodes an image (an encoded file, or (H, W, 3) uint8) in full to find out how it can be used.
+    """Decodes an image in full to find out how it can be used.
 
-    Raises BadSample if it is empty, damaged, truncated, of an unsupported format, or larger than `max_pixels` (width
-    times height; PIL also rejects more than twice its `Image.MAX_IMAGE_PIXELS`).
+    Args:
+        image: An encoded file, or (H, W, 3) uint8.
+        max_pixels: Largest width times height. PIL also rejects more than twice its `Image.MAX_IMAGE_PIXELS`.
+
+    Raises:
+        BadSample: If it is empty, damaged, truncated, too large or of an unsupported format.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -81,7 +85,7 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
                 raise BadSample(f"image is an animated {picture.format}")
             orientation = picture.getexif().get(_ORIENTATION, 1)
             picture.load()
-            if picture.format == "TIFF":  # some versions of PIL turn it when it is loaded
+            if picture.format == "TIFF":  # some versions of PIL rotate it on loading
                 (width, height), orientation = ImageOps.exif_transpose(picture).size, 1
             plain = picture.format != "TIFF" and picture.mode in ("RGB", "L") and "transparency" not in picture.info
             plain = plain and _plain_orientation(picture) == orientation
@@ -89,11 +93,11 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(f"image is too large: {error}") from error
-    except UnidentifiedImageError as error:  # whose message holds an address
+    except UnidentifiedImageError as error:  # its message holds a memory address
         if image[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             raise BadSample(f"TIFF of a kind that PIL cannot read: expected {_TIFF}") from error
         raise BadSample("image cannot be decoded: not an image file, or of an unknown format") from error
-    # on damaged bytes PIL's decoders raise nearly anything (OSError, SyntaxError, struct.error, zlib.error, ...)
+    # PIL's decoders raise nearly anything for damaged bytes (OSError, SyntaxError, struct.error, zlib.error, ...)
     except Exception as error:
         raise BadSample(f"image cannot be decoded: {error}") from error
     if orientation in _TRANSPOSED:
@@ -102,9 +106,8 @@ def check_image(image: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Imag
 
 
 def _check_tiff(picture: TiffImageFile) -> None:
-    """Raises BadSample for a TIFF that is no picture to look at: a sensor's numbers, whose range nobody knows, bands
-    beside the colors, several pictures. Smaller copies of a picture and its mask, as geographic files have, are none.
-    """
+    """Raises BadSample for a TIFF that is not one viewable picture: sensor values of unknown range, bands besides the
+    colors, several pictures. Smaller copies of the picture and its mask, as in geographic files, are fine."""
     bits, kinds = picture.tag_v2.get(258, (1,)), picture.tag_v2.get(339, (1,))  # BitsPerSample, SampleFormat
     if max(bits) > 8 or set(kinds) != {1}:
         kind = "floating point" if 3 in kinds else "signed" if 2 in kinds else "unsigned"
@@ -124,8 +127,8 @@ def _check_tiff(picture: TiffImageFile) -> None:
 
 
 def _plain_orientation(picture: Image.Image) -> int | None:
-    """The orientation as every decoder reads it; None if they could differ: PIL also reads XMP and any type of number,
-    and of several EXIF segments the first."""
+    """The EXIF orientation if every decoder reads the same, else None. PIL also reads XMP and any type of number, and
+    takes the first of several EXIF segments."""
     found = [picture.info["exif"]] if "exif" in picture.info else []
     if isinstance(picture, JpegImageFile):
         found = [data for marker, data in picture.applist if marker == "APP1" and data[:6] == b"Exif\0\0"]
@@ -149,7 +152,7 @@ def _plain_orientation(picture: Image.Image) -> int | None:
 
 
 def image_size(image: bytes | np.ndarray) -> tuple[int, int]:
-    """Width and height in pixels, after the EXIF rotation. Raises BadSample if the image cannot be used."""
+    """(width, height) in pixels, after the EXIF rotation. Raises BadSample if the image cannot be used."""
     facts = check_image(image)
     return facts.width, facts.height
 
@@ -163,7 +166,7 @@ def decode_image(image: bytes | np.ndarray) -> Image.Image:
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
-    """An open image, turned as its EXIF entry says, as RGB without alpha."""
+    """An open image, rotated as its EXIF entry says, as RGB without alpha."""
     upright = ImageOps.exif_transpose(picture)
     if upright.mode.startswith("I"):  # 16 bits: PIL would clip instead of scale
         upright = Image.fromarray((np.asarray(upright, np.uint32) >> 8).astype(np.uint8))

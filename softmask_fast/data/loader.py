@@ -1,7 +1,7 @@
 """Training loaders: endless streams of batches in keyed order that survive bad samples and resume exactly.
 
-The order, the replacement of bad samples and the position in the stream are decided here. Visits of that order are
-prepared ahead, by threads or worker processes (`data.workers`), and DALI makes the pixels.
+This module decides the order, the replacement of bad samples and the position in the stream. Threads or worker
+processes (`data.workers`) prepare the next visits of that order, and DALI makes the pixels.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NAMED_IN_ERROR = 10  # bad samples that an error names
-_SEARCHED = 1000  # samples that are read, at most, to find so many
+_SEARCHED = 1000  # samples that are read, at most, to find that many
 _JOB = 128  # visits that a worker process prepares at a time, at most
 
 BatchType = TypeVar("BatchType")
 
 
 class BadDataError(RuntimeError):
-    """More samples are bad than `max_bad_fraction` allows."""
+    """More samples are bad than `max_bad_fraction` allows. The message names the first ones."""
 
 
 class SampleLoader(Generic[BatchType]):
@@ -49,8 +49,10 @@ class SampleLoader(Generic[BatchType]):
 
     Every epoch has its own order over the whole source, dealt to the ranks (see `data.sampler`). A bad sample is
     skipped and replaced by the next one; a batch may span the end of an epoch. Threads or worker processes read and
-    check images ahead of time, and DALI works on the next batch while the caller trains on this one. `bad` holds the
-    bad samples so far, key -> reason.
+    check images ahead of time, and DALI works on the next batch while the caller trains on this one.
+
+    Attributes:
+        bad: key -> reason, for the bad samples so far.
     """
 
     preparer: ClassVar[type[Preparer]]
@@ -60,19 +62,29 @@ class SampleLoader(Generic[BatchType]):
         augment: AugmentConfig, max_tokens: int, seed: int, rank: int = 0, world_size: int = 1,
         device: torch.device | str = "cpu", max_bad_fraction: float = 0.01, max_pixels: int = MAX_PIXELS,
         num_threads: int | None = None, workers: int = 0, images_per_sample: int = 1, **prepare: Any,
-    ):  # fmt: skip
-        """Raises UsageError if an option is out of range.
+    ) -> None:  # fmt: skip
+        """Starts to prepare the first samples.
 
         Args:
+            source: The samples.
+            tokenizer: Of their texts.
             batch_size: Samples per batch of this rank.
+            image_size: Side of the square images, in pixels.
+            augment: Which augmentations are on.
             max_tokens: Longest caption, including its special tokens; longer ones are cut.
             seed: Of the order, the augmentation and the masks.
+            rank: This process, among `world_size`.
+            world_size: Processes that share the source.
             device: Where DALI works and batches are returned.
             max_bad_fraction: Largest fraction of bad samples among those visited.
             max_pixels: Largest image, width times height.
             num_threads: Threads of DALI, and without workers as many again that prepare; default: `default_threads()`.
-            workers: Processes that prepare the samples; 0: threads of this one do. The batches are the same.
+            workers: Processes that prepare the samples; 0: threads of this process. The batches are the same.
+            images_per_sample: 2 for pairs of images.
             prepare: Further arguments of the `preparer`.
+
+        Raises:
+            UsageError: If an option is out of range.
         """
         if batch_size < 1:
             raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
@@ -107,10 +119,10 @@ class SampleLoader(Generic[BatchType]):
             source, tokenizer, augment=augment, image_size=image_size, max_tokens=max_tokens, max_pixels=max_pixels,
             seed=seed, **prepare,
         )  # fmt: skip
-        # Jobs of equal size: small ones divide a batch among all threads, large ones cost this thread less.
+        # Jobs have equal sizes. Small ones spread a batch over all threads; large ones cost this thread less.
         jobs = -(-batch_size // _JOB) if workers else min(batch_size, self.num_threads)
         self._job_size = -(-batch_size // jobs)
-        # held at a time: those of the batch in DALI, a part of the next one, and those prepared ahead
+        # jobs held at a time: those of the batch in DALI, part of the next one, and those prepared ahead
         self._capacity = jobs + 1 + jobs + max(jobs, workers)
         self._pool: ThreadPool | WorkerPool
         if workers:
@@ -130,17 +142,22 @@ class SampleLoader(Generic[BatchType]):
         return self
 
     def _arrays(self, selection: Selection) -> dict[str, np.ndarray]:
-        """What goes to the device with the pixels."""
+        """The arrays that go to the device with the pixels."""
         raise NotImplementedError
 
     def _batch(self, selection: Selection, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> BatchType:
-        """Makes a batch. pixels: (batch_size * images_per_sample, 3, size, size), the images of each sample in turn;
-        tensors: the `_arrays` on the device."""
+        """Makes a batch from pixels, (batch_size * images_per_sample, 3, size, size) with the images of each sample in
+        turn, and from the `_arrays` on the device."""
         raise NotImplementedError
 
     def __next__(self) -> BatchType:
-        """Raises BadDataError if too many samples are bad, UnreachableFile if a shard cannot be downloaded, WorkerError
-        if a worker process was killed."""
+        """The next batch.
+
+        Raises:
+            BadDataError: If too many samples are bad.
+            UnreachableFile: If a shard cannot be downloaded.
+            WorkerError: If a worker process was killed.
+        """
         if self._closed:
             raise ValueError("the loader is closed")
         if self._failure is not None:
@@ -155,7 +172,7 @@ class SampleLoader(Generic[BatchType]):
 
     @property
     def epoch(self) -> float:
-        """Passes over the source so far."""
+        """Passes over the source so far, with the fraction of the current one."""
         return self._progress.epoch + self._progress.position / self._rank_samples
 
     @property
@@ -175,7 +192,8 @@ class SampleLoader(Generic[BatchType]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues bit-identically after the batch at which `state` was taken.
 
-        Raises UsageError if it belongs to another source, seed or number of ranks (see `redistributed`).
+        Raises:
+            UsageError: If it belongs to another source, seed or number of ranks (see `redistributed`).
         """
         own = self._identity()
         for name in ("source", "seed", "world_size"):
@@ -189,16 +207,19 @@ class SampleLoader(Generic[BatchType]):
         self._restart()
 
     def redistributed(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """This rank's state after a run of any number of ranks, whose states are given in rank order.
+        """This rank's state after a run with any number of ranks.
 
-        With as many ranks as before the stream continues exactly. Otherwise the ranks divide what is left of the epoch
-        and log how many samples are repeated in it: none if no sample was bad and the source is on a local disk.
+        With as many ranks as before the stream continues exactly. Otherwise the ranks share what is left of the epoch,
+        and the log says how many of its samples are repeated: none if no sample was bad and the source is local.
+
+        Args:
+            states: Those of the earlier run, in rank order.
         """
         if len(states) == self.world_size:
             return states[self.rank]
         positions = [(state["epoch"], state["position"]) for state in states]
         epoch, position, repeated = self._sampler.reshard(positions, self.rank, self.world_size)
-        # whatever is summed over the ranks must be counted once
+        # counts that are summed over the ranks go to one rank only
         bad = dict(item for state in states for item in state["bad"].items())
         own_bad = {key: bad[key] for key in list(bad)[self.rank :: self.world_size]}
         counts = {"truncated_captions": 0, "skipped_captions": 0}
@@ -212,7 +233,7 @@ class SampleLoader(Generic[BatchType]):
         return {**states[0], **counts, **own}
 
     def close(self) -> None:
-        """Ends the threads or worker processes and frees the pipeline."""
+        """Stops the threads or worker processes and frees the pipeline."""
         if not self._closed:
             self._closed = True
             del self._pipeline
@@ -234,7 +255,7 @@ class SampleLoader(Generic[BatchType]):
         self._chunks.clear()
         self._known_bad = dict(self.bad)
         self._stream = self._jobs(self._progress.epoch, self._progress.position)
-        self._at = 0  # the place among them of the next one to visit
+        self._at = 0  # position in `_chunks` of the one to visit next
         self._scheduled: Selection | None = None
         self._failure: BadDataError | UnreachableFile | WorkerError | None = None
         images = self._facts.shape[1] * self.batch_size
@@ -248,7 +269,7 @@ class SampleLoader(Generic[BatchType]):
         )
 
     def _jobs(self, epoch: int, position: int) -> Iterator[Chunk]:
-        """Endless jobs of this rank's visits, from this epoch and position on."""
+        """This rank's visits from an epoch and position on, in endless jobs."""
         chunk = Chunk([], [], [], [])
         while True:
             indices = self._sampler.indices(self.seed, epoch, self.rank, self.world_size, position)
@@ -264,7 +285,7 @@ class SampleLoader(Generic[BatchType]):
             epoch, position = epoch + 1, 0
 
     def _request(self) -> None:
-        """Keeps those busy who prepare."""
+        """Keeps the threads or workers busy."""
         while len(self._chunks) < self._capacity:
             chunk = next(self._stream)
             places = chunk.indices if self._locate is None else [*map(self._locate, chunk.indices)]
@@ -278,7 +299,7 @@ class SampleLoader(Generic[BatchType]):
             selection.finished += 1
         try:
             self._request()
-            if self._at == len(self._chunks):  # this batch alone holds all of them, as hardly any sample is good
+            if self._at == len(self._chunks):  # this batch holds all chunks, as hardly any sample is good
                 for prepared, *_ in selection.pieces:
                     prepared.images = [i.copy() if isinstance(i, np.ndarray) else i for i in prepared.images]
                 self._release(selection)
@@ -302,7 +323,7 @@ class SampleLoader(Generic[BatchType]):
         chunk.problems = dict(sorted(problems.items()))
 
     def _release(self, selection: Selection) -> None:
-        """Gives up the chunks that ended in a selection whose images are no longer needed."""
+        """Drops the chunks that ended in a selection whose images are no longer needed."""
         for _ in range(selection.finished):
             self._chunks.popleft()
         self._at -= selection.finished
@@ -337,7 +358,7 @@ class SampleLoader(Generic[BatchType]):
             problem = self._visit(selection, missing)
             if problem is None:
                 bad_in_a_row = 0
-            elif isinstance(problem, UnreachableFile):  # continuing would skip its samples
+            elif isinstance(problem, UnreachableFile):  # continuing would silently skip its samples
                 self._failure = problem
                 raise problem
             else:
@@ -354,7 +375,7 @@ class SampleLoader(Generic[BatchType]):
             return
         self._known_bad[key] = selection.bad[key] = reason
         logger.warning("skipped %s: %s", printable(key), printable(reason))
-        # a rank sees other samples in every epoch
+        # a rank sees different samples in every epoch
         seen = min(len(self.source), self._rank_samples * (selection.progress.epoch + 1))
         limit = int(self.max_bad_fraction * seen + 1e-9)
         if len(self._known_bad) > limit:
@@ -364,7 +385,7 @@ class SampleLoader(Generic[BatchType]):
             )
 
     def _search_bad(self, selection: Selection) -> None:
-        """Reads some more samples, so that the error can name several bad ones."""
+        """Reads more samples, so that the error can name several bad ones."""
         for _ in range(min(_SEARCHED, self._rank_samples)):
             if len(self._known_bad) >= _NAMED_IN_ERROR:
                 return
@@ -398,7 +419,7 @@ class SampleLoader(Generic[BatchType]):
             return selection, pixels
 
     def _drop_undecodable(self, selection: Selection, error: RuntimeError) -> None:
-        """Marks the images that failed in DALI, though not in PIL, as bad and goes back to retry the batch."""
+        """Marks the images that fail in DALI though not in PIL as bad, and goes back to retry the batch."""
         undecodable = {}
         each = self._facts.shape[1]
         images = selection.images(each)
@@ -434,8 +455,15 @@ class PretrainingLoader(SampleLoader[Batch]):
 
     def __init__(
         self, source: CaptionSource, tokenizer: PreTrainedTokenizerFast, *, mask_probability: float = 0.15, **options
-    ):
-        """mask_probability: fraction of the word pieces that are masked; options: those of `SampleLoader`."""
+    ) -> None:
+        """Starts to prepare the first samples.
+
+        Args:
+            source: Images with captions.
+            tokenizer: Of the captions.
+            mask_probability: Fraction of the tokens that are masked.
+            options: Those of `SampleLoader`.
+        """
         super().__init__(source, tokenizer, mask_probability=mask_probability, **options)
 
     def _arrays(self, selection: Selection) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What all sources share: keys made from file names, captions and phrases read from JSON."""
+"""What all sources share: keys from file names, and captions and phrases from JSON."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def distinct_keys(names: Sequence[str]) -> list[str]:
 
 
 def limited(value: Any, depth: int) -> Any:
-    """The value of a JSON text without what lies deeper than `depth` lists and objects: no sample has use for it, and
-    it cannot be sent to another process."""
+    """A JSON value without what is nested deeper than `depth` lists and objects. No sample needs it, and deep nesting
+    cannot be sent to another process."""
     if isinstance(value, list):
         return [limited(part, depth - 1) for part in value] if depth else None
     if isinstance(value, dict):
@@ -39,7 +39,7 @@ def limited(value: Any, depth: int) -> Any:
 
 
 def check_captions(raw: Any, what: str) -> list[str]:
-    """`raw` as a list of captions. Raises BadSample, naming `what`, if it is no string and no list of strings."""
+    """`raw` as a list of captions. Raises BadSample, naming `what`, if it is neither a string nor a list of strings."""
     entries = [raw] if isinstance(raw, str) else raw
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise BadSample(f"{what} must be a string or a list of strings, got {short(raw)}")
@@ -47,10 +47,13 @@ def check_captions(raw: Any, what: str) -> list[str]:
 
 
 def usable_captions(raw: Any, what: str) -> tuple[list[str], int]:
-    """The captions in `raw` (a string or a list) that contain a letter or digit, and how many do not.
+    """The captions in `raw` (a string or a list) that contain a letter or digit, and the number of those that do not.
 
-    Byte order marks and NUL characters are left out. Lone surrogates, which JSON can hold but no tokenizer accepts,
-    become "?". Raises BadSample as `check_captions` does, and if no caption is left.
+    Byte order marks and NUL characters are dropped. Lone surrogates, which JSON can hold but no tokenizer accepts,
+    become "?".
+
+    Raises:
+        BadSample: As in `check_captions`, and if no caption is left.
     """
     entries = check_captions(raw, what)
     captions = [_clean(entry) for entry in entries if any(letter.isalnum() for letter in entry)]
@@ -62,7 +65,8 @@ def usable_captions(raw: Any, what: str) -> tuple[list[str], int]:
 def text_lines(content: bytes) -> list[str]:
     """The lines of a UTF-8 text that are not blank. Only CR and LF end a line, not U+2028, NEL or a form feed.
 
-    Raises BadSample for another encoding, or NUL characters, as UTF-16 has them.
+    Raises:
+        BadSample: For another encoding, or NUL characters (typical of UTF-16).
     """
     try:
         text = content.decode("utf-8-sig")
@@ -74,8 +78,11 @@ def text_lines(content: bytes) -> list[str]:
 
 
 def parse_phrases(raw: Any) -> list[Phrase]:
-    """The phrases of a sample's JSON. Raises BadSample if one is malformed, has a box without area inside the image, or
-    lies outside its caption."""
+    """The phrases of a sample's JSON.
+
+    Raises:
+        BadSample: If one is malformed, has a box without area inside the image, or lies outside its caption.
+    """
     if not isinstance(raw, list):
         raise BadSample(f'"phrases" must be a list of objects, got {short(raw)}')
     return [_phrase(number, phrase) for number, phrase in enumerate(raw)]
@@ -102,7 +109,7 @@ BOX = "x1 < x2 and y1 < y2 as fractions of the image, with area inside it"
 
 
 def is_box(box: Any) -> bool:
-    """Whether this is x1, y1, x2, y2 in fractions of an image, with area inside it."""
+    """Whether this is (x1, y1, x2, y2) in fractions of an image, with area inside it."""
     if not is_numbers(box):
         return False
     x1, y1, x2, y2 = box
@@ -110,7 +117,7 @@ def is_box(box: Any) -> bool:
 
 
 def is_numbers(box: Any) -> bool:
-    """Whether this is a list or tuple of four numbers, none of them infinite or NaN."""
+    """Whether this is a list or tuple of four finite numbers."""
     is_four = isinstance(box, list | tuple) and len(box) == 4
     return is_four and all(type(number) in (int, float) and abs(number) < 1e9 for number in box)
 

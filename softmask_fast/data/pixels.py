@@ -1,4 +1,4 @@
-"""What a model sees in evaluation: whole images, resized and normalized, decoded by DALI if installed, else by PIL."""
+"""What a model sees in evaluation: whole images, resized and normalized. DALI decodes them if installed, else PIL."""
 
 from __future__ import annotations
 
@@ -33,13 +33,17 @@ def evaluation_pixels(
     at most 0.2 on average and by at most 12.
 
     Args:
-        images: Encoded files or (H, W, 3) uint8 arrays. BadSample is raised for one that cannot be used.
+        images: Encoded files or (H, W, 3) uint8 arrays.
+        image_size: Side of the square result, in pixels.
         device: Device of the result; DALI also decodes there.
         max_pixels: Largest width times height of an image.
         impl: The decoder; default: DALI if it is installed.
 
     Returns:
         (B, 3, image_size, image_size) float32.
+
+    Raises:
+        BadSample: For an image that cannot be used.
     """
     impl = impl or _default_impl()
     if impl not in ("dali", "pil"):
@@ -60,14 +64,16 @@ def evaluation_pixels(
 
 @dataclass(frozen=True)
 class Preprocess:
-    """An image as the model takes it: `evaluation_pixels` of one image by PIL, also in the workers of a loader."""
+    """`evaluation_pixels` of a single PIL image. It can be pickled for the workers of a loader."""
 
     image_size: int
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """A PIL image of any size and mode -> (3, image_size, image_size) float32, on the CPU.
 
-        Raises UsageError for anything else, and BadSample for more than `MAX_PIXELS`.
+        Raises:
+            UsageError: If it is not a PIL image.
+            BadSample: If it has more than `MAX_PIXELS`.
         """
         if not isinstance(image, Image.Image):
             raise UsageError(f"image: expected a PIL image, got {type(image).__name__}")

@@ -40,9 +40,9 @@ _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "TIFF"
 
 @dataclass(frozen=True)
 class Plan:
-    """What determines the shards; an interrupted run can only be continued with the same plan."""
+    """What determines the shards. An interrupted run can only be continued with the same plan."""
 
-    pairs_sha256: str  # of several tables one of all
+    pairs_sha256: str  # of the table; of the tables' digests if there are several
     split: str | None
     images: str  # absolute folder
     shard_size: int  # listed images per shard; bad ones make a shard smaller
@@ -53,12 +53,12 @@ class Plan:
 
 @dataclass
 class ShardsReport:
-    """What `make_shards` wrote and what it dropped."""
+    """What `make_shards` wrote and dropped."""
 
     listed: int  # images in the table
     samples: int
     shards: int
-    skipped_captions: int  # without a word, of images that have others
+    skipped_captions: int  # without a letter or digit, of images that have others
     bad: list[tuple[int, str, str]]  # row, image, reason
 
 
@@ -69,9 +69,9 @@ def make_shards(
 ) -> ShardsReport:  # fmt: skip
     """Decodes every listed image and writes the good ones to out/shard-000000.tar, ..., each with an index.
 
-    Rows of one image become one sample with several captions. Bad images are listed in out/bad.csv, the counts in
-    out/prepared.json, which is written last. The same input gives the same bytes. Calling it again continues an
-    interrupted run.
+    Rows of the same image become one sample with several captions. out/bad.csv lists the bad images. out/prepared.json
+    holds the counts and is written last. The same input gives the same bytes. Calling it again continues an interrupted
+    run.
 
     Args:
         pairs: The table, in one of `tables.TABLE_FORMATS`, a folder of Hugging Face's `datasets`, or a pattern of
@@ -79,12 +79,13 @@ def make_shards(
         images: Folder of the image paths in the table; default: that of the table.
         out: Folder of the shards, new or empty.
         shard_size: Listed images per shard.
-        short_side: Images with a longer short side, in pixels, become JPEGs of that size.
+        short_side: In pixels. Images whose short side is longer become JPEGs of that size.
         image_column, caption_column: Names in the table; default: guessed, see `read_table`.
         workers: Number of processes; default: all cores.
+        progress: Show a progress bar.
 
     Raises:
-        UsageError: If an argument, the table or a folder is wrong; nothing has been written then.
+        UsageError: If an argument, the table or a folder is wrong. Nothing has been written then.
     """
     for name, value, least in (("shard_size", shard_size, 1), ("short_side", short_side, 16), ("workers", workers, 1)):
         if value is not None and value < least:
@@ -131,7 +132,8 @@ def make_shards(
 
 
 def write_indexes(data: str | Sequence[str], progress: bool = False) -> int:
-    """Writes `<shard>.index.jsonl` next to each local shard; returns how many. Raises UsageError for damaged shards."""
+    """Writes `<shard>.index.jsonl` next to each local shard and returns how many. Raises UsageError for damaged
+    ones."""
     paths = expand_paths(expand_names(data))
     if wrong := [path for path in paths if path.suffix != ".tar"]:
         raise UsageError(f"shards: expected .tar files, got {wrong[0]}")
@@ -180,7 +182,7 @@ def _write_shards(
 
 
 def _write_shard(number: int, entries: list[TableEntry], plan: Plan, out: Path, work: Path) -> dict[str, Any]:
-    """Writes one shard and its index, then its summary in `work`; skips what an earlier run has finished."""
+    """Writes one shard and its index, then its summary in `work`. Skips what an earlier run finished."""
     shard, done = out / f"shard-{number:06d}.tar", work / f"shard-{number:06d}.json"
     if done.exists():
         return read_json(done, "out")
@@ -212,7 +214,7 @@ def _write_shard(number: int, entries: list[TableEntry], plan: Plan, out: Path, 
 
 
 def _sample(entry: TableEntry, plan: Plan) -> tuple[str, bytes, bytes, int]:
-    """Extension, image and JSON of a sample, and how many captions were dropped. Raises BadSample."""
+    """Extension, image and JSON of a sample, and the number of dropped captions. Raises BadSample."""
     if not entry.image:
         raise BadSample(f"no image in column {plan.image_column!r}")
     captions, skipped = usable_captions(entry.captions, f"column {plan.caption_column!r}")
@@ -229,7 +231,8 @@ def _sample(entry: TableEntry, plan: Plan) -> tuple[str, bytes, bytes, int]:
 
 
 def _below(root: str, parent: str, image: str) -> str:
-    """The path of an image in the folder of its table, from the root of all tables; outside of both if it leaves it."""
+    """The path from `root` to an image of the folder `parent`. One that leads out of `parent` also leads out of
+    `root`."""
     path = os.path.normpath(os.path.join(parent, image))
     return os.path.relpath(path, root) if path.startswith(os.path.join(parent, "")) else os.path.join(os.pardir, image)
 
@@ -244,7 +247,7 @@ def _inner_image(name: str, folder: str) -> bytes:
 
 
 def _downsize(image: bytes, short_side: int) -> bytes:
-    """The upright image as a JPEG with this short side, in pixels."""
+    """The upright image as a JPEG whose short side has `short_side` pixels."""
     with Image.open(io.BytesIO(image)) as picture:
         upright = ImageOps.exif_transpose(picture)
     scale = short_side / min(upright.size)

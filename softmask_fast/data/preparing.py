@@ -1,7 +1,7 @@
-"""Preparing samples: all that happens to them before their pixels are decoded.
+"""Preparing samples: everything that happens before their pixels are decoded.
 
-Worker processes run this module, so neither it nor what it imports loads torch. What a sample becomes depends on its
-key, the seed and the epoch alone, not on who prepares it.
+Worker processes run this module, so neither it nor what it imports loads torch. The result for a sample depends only on
+its key, the seed and the epoch, not on the thread or process that prepares it.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ FACTS = np.dtype([("width", np.int32), ("height", np.int32), ("convert", bool)])
 
 
 class Ragged(NamedTuple):
-    """Arrays of several lengths, one after the other."""
+    """Arrays of different lengths, stored one after another."""
 
     values: np.ndarray  # (total,)
     lengths: np.ndarray  # (n,) int64
 
     @classmethod
     def of(cls, rows: Sequence[np.ndarray]) -> Ragged:
-        """From (length,) int64 arrays, maybe none."""
+        """From any number of (length,) int64 arrays."""
         lengths = np.array([len(row) for row in rows], np.int64)
         return cls(np.concatenate([np.empty(0, np.int64), *rows]), lengths)
 
     def mask(self) -> np.ndarray:
-        """(n, longest) bool: where the padded rows have values."""
+        """(n, longest) bool: True where the padded rows hold values."""
         return np.arange(self.lengths.max()) < self.lengths[:, None]
 
 
 def padded(values: np.ndarray, mask: np.ndarray, fill: int) -> np.ndarray:
-    """Rows with the values where `mask` says so, and with `fill` elsewhere."""
+    """Rows with the values where `mask` is True and `fill` elsewhere: of mask's shape and values' dtype."""
     rows = np.full(mask.shape, fill, values.dtype)
     rows[mask] = values
     return rows
 
 
-Column = Ragged | np.ndarray | list  # one entry a sample
+Column = Ragged | np.ndarray | list  # one entry per sample
 
 
 def cut(column: Column, start: int, stop: int) -> Column:
@@ -61,7 +61,7 @@ def cut(column: Column, start: int, stop: int) -> Column:
 
 
 def join(columns: Sequence[Column]) -> Column:
-    """The entries of all columns, which are of one kind."""
+    """The entries of all columns, which must be of one type."""
     if len(columns) == 1:
         return columns[0]
     if isinstance(columns[0], Ragged):
@@ -75,28 +75,28 @@ class Job:
 
     epochs: list[int]
     keys: list[str]
-    places: list[Any]  # what the source's `locate` says of each, or its index
-    facts: np.ndarray  # (visits, images of a sample) of FACTS
+    places: list[Any]  # of each sample: what the source's `locate` returns, or its index
+    facts: np.ndarray  # (visits, images per sample) of FACTS
 
 
 @dataclass
 class Prepared:
-    """What has become of a job. Columns and images are of its good samples, in their order."""
+    """The result of a job. Images, columns and parameters are those of its good samples, in their order."""
 
-    problems: dict[int, BadSample | UnreachableFile]  # by the number of the visit
-    facts: np.ndarray  # those of the job, and what was found
+    problems: dict[int, BadSample | UnreachableFile]  # by number of the visit
+    facts: np.ndarray  # those of the job, completed
     images: Sequence[bytes | np.ndarray]  # the images of each sample in turn
     columns: dict[str, Column]
-    parameters: np.ndarray  # of each image: arguments of the DALI pipeline, as `augment.pack` gives them
+    parameters: np.ndarray  # (images, width) float32 from `augment.pack`: the arguments of the DALI pipeline
 
 
 class Preparer:
-    """Reads and checks samples, draws their augmentation and tokenizes their texts. Thread-safe, can be pickled."""
+    """Reads and checks samples, draws their augmentation and tokenizes their texts. Thread-safe and picklable."""
 
     def __init__(
         self, source: CaptionSource, tokenizer: PreTrainedTokenizerFast, *, augment: AugmentConfig, image_size: int,
         max_tokens: int, max_pixels: int, seed: int,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         """The arguments are those of `SampleLoader`."""
         self._read = getattr(source, "load", source.read)
         self._augment, self._image_size, self._max_pixels, self.seed = augment, image_size, max_pixels, seed
@@ -107,7 +107,7 @@ class Preparer:
         self._tokenizer.no_padding()
 
     def prepare(self, job: Job) -> Prepared:
-        """Errors of single samples are among the `problems`; others are raised."""
+        """Prepares the samples of a job. Their own errors become `problems`; all others are raised."""
         facts, problems = job.facts.copy(), {}
         images, parameters, samples, good = [], [], [], []
         for visit, (epoch, key, place) in enumerate(zip(job.epochs, job.keys, job.places, strict=True)):
@@ -130,18 +130,26 @@ class Preparer:
         return Prepared(problems, facts, images, columns, packed)
 
     def columns(self, samples: Sequence[Sample], visits: Sequence[tuple[int, str]]) -> dict[str, Column]:
-        """What enters a batch besides the images. visits: epoch and key of each sample."""
+        """What enters a batch besides the images.
+
+        Args:
+            samples: The good samples of a job.
+            visits: Epoch and key of each.
+
+        Returns:
+            name -> one entry per sample. "tokens" is the length of its text before it was cut.
+        """
         raise NotImplementedError
 
     def tokenize(self, texts: list[str]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Token ids of each text with special tokens, (length,) int64, cut to `max_tokens`; and all lengths before."""
+        """Token ids of each text with special tokens, (length,) int64, cut to `max_tokens`; and (n,) uncut lengths."""
         first, *last = self._special
         encoded = [text.ids for text in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         rows = [np.array([first, *ids[: self._room], *last], np.int64) for ids in encoded]
         return rows, np.array([len(ids) + len(self._special) for ids in encoded])
 
     def _check(self, image: bytes | np.ndarray, known: np.void) -> bytes | np.ndarray:
-        """The image to decode. Decodes it in full to fill `known`, its entry of FACTS, at its first visit only."""
+        """The image to decode. At the first visit it is decoded in full to fill `known`, its entry of FACTS."""
         if not known["width"]:
             facts: ImageFacts = check_image(image, self._max_pixels)
             known["width"], known["height"], known["convert"] = facts.width, facts.height, facts.convert
@@ -153,7 +161,7 @@ class PretrainingPreparer(Preparer):
 
     def __init__(
         self, source: CaptionSource, tokenizer: PreTrainedTokenizerFast, *, mask_probability: float, **options: Any
-    ):
+    ) -> None:
         super().__init__(source, tokenizer, **options)
         self._masker = TextMasker(tokenizer, mask_probability)
 

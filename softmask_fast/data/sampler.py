@@ -1,4 +1,4 @@
-"""Samplers: the order in which a rank visits the samples, a function of the seed, the epoch and the data alone."""
+"""Samplers: the order in which a rank visits the samples. It depends only on the seed, the epoch and the data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Piece = list[tuple[int, int, int]]  # ranges of consecutive samples: shard, firs
 class HashSampler:
     """Permutes the whole source by a hash of each key and deals the samples to the ranks one by one.
 
-    `fingerprint` differs when the order does.
+    Attributes:
+        fingerprint: changes when the order does.
     """
 
-    def __init__(self, keys: Sequence[str]):
+    def __init__(self, keys: Sequence[str]) -> None:
         self._hashes = hash_names(keys)
         self.fingerprint = _fingerprint(self._hashes)
 
@@ -36,9 +37,15 @@ class HashSampler:
     def reshard(self, positions: Sequence[tuple[int, int]], rank: int, world_size: int) -> tuple[int, int, int]:
         """Where a rank continues after a run with another number of ranks.
 
-        No sample is left out; none is repeated if all ranks had visited equally many. positions are the (epoch, visits
-        in it) at which each rank of the previous run stopped, in rank order. Returns the epoch, this rank's position in
-        it, and about how many samples of it all ranks together will visit twice.
+        No sample is left out. None is repeated if all ranks had visited equally many.
+
+        Args:
+            positions: (epoch, visits in it) at which each rank of the previous run stopped, in rank order.
+            rank: This rank of the new run.
+            world_size: Ranks of the new run.
+
+        Returns:
+            The epoch, this rank's position in it, and about how many samples of it all ranks together visit twice.
         """
         total, before = len(self._hashes), len(positions)
         ahead = [
@@ -54,22 +61,32 @@ class HashSampler:
 
 
 class WindowedSampler:
-    """Reads shards as wholes: shuffles them, deals them to the ranks, and mixes samples within a sliding window.
+    """Shuffles whole shards, deals them to the ranks, and mixes their samples within a sliding window.
 
     The shuffled shards are taken in rounds of one shard per rank. A round is cut into one piece per rank, so that all
     ranks visit equally many samples in every epoch; neighboring ranks share shards of unequal size. A sample of a
     rank's k-th piece is visited at "time" k + window * u, where u in [0, 1) is a hash of (seed, epoch, shard, number in
     it). So at any time a rank reads from window + 1 pieces, and needs one more piece for each that it has finished.
 
-    It needs only the names and sample counts of the shards, and memory for one window. `fingerprint` differs when the
-    order does.
+    It needs only the names and sample counts of the shards, and memory for one window.
+
+    Attributes:
+        fingerprint: changes when the order does.
     """
 
     def __init__(
         self, names: Sequence[str], counts: Sequence[int], window: int, *, ahead: int = 0,
         announce: Callable[[list[int]], None] = lambda shards: None,
-    ):  # fmt: skip
-        """names, counts: of the shards; announce: called with the shards of the `ahead` pieces that come next."""
+    ) -> None:  # fmt: skip
+        """Prepares an order.
+
+        Args:
+            names: Of the shards.
+            counts: Samples in each shard.
+            window: Pieces that a rank mixes.
+            ahead: Pieces to announce before they are read.
+            announce: Called with the shards that a rank needs now and for the next `ahead` pieces.
+        """
         self._hashes = hash_names(names)
         self._counts = np.asarray(counts, np.int64)
         self._starts = np.cumsum(self._counts) - self._counts
@@ -80,11 +97,11 @@ class WindowedSampler:
         """Like `HashSampler.indices`."""
         pieces = self._pieces(seed, epoch, rank, world_size)
         n_pieces = len(pieces)
-        # announce across the end of the epoch
+        # also those of the next epoch, to announce them in time
         upcoming = pieces + self._pieces(seed, epoch + 1, rank, world_size)[: self._ahead + 1]
         salt = keyed_generator(seed, epoch, "window").integers(0, 2**64, dtype=np.uint64)
         waiting, times = np.empty(0, np.int64), np.empty(0)
-        announced = 0  # pieces; after a skipped start the whole window is still to be read
+        announced = 0  # pieces; if the start is skipped, the whole window is announced at once
         for step in range(n_pieces):
             shards, numbers = _samples(pieces[step])
             waiting = np.concatenate([waiting, self._starts[shards] + numbers])
@@ -105,7 +122,7 @@ class WindowedSampler:
     def reshard(self, positions: Sequence[tuple[int, int]], rank: int, world_size: int) -> tuple[int, int, int]:
         """Like `HashSampler.reshard`, but approximate, as the pieces depend on the number of ranks.
 
-        Continues as far in the epoch as the slowest rank was; about as many samples are repeated as are left out.
+        Continues where the slowest rank was in the epoch. About as many samples are repeated as are left out.
         """
         epoch = min(epoch for epoch, _ in positions)
         position = min(position for e, position in positions if e == epoch) * len(positions) // world_size
@@ -134,18 +151,18 @@ class WindowedSampler:
 
 
 def local_ranks() -> int:
-    """How many ranks of this job run on this machine."""
-    # set by torchrun and by the DeepSpeed launcher, respectively
+    """The number of ranks of this job on this machine."""
+    # torchrun sets the first, DeepSpeed's launcher the second
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def _multiples(below: np.ndarray, divisor: int) -> np.ndarray:
-    """How many of 0, divisor, 2 * divisor, ... are smaller than `below`."""
+    """The number of 0, divisor, 2 * divisor, ... that are smaller than `below`."""
     return np.maximum(0, -(-below // divisor))
 
 
 def _samples(piece: Piece) -> tuple[np.ndarray, np.ndarray]:
-    """Shard and number within it of every sample of a piece: two int64 arrays."""
+    """The shard of every sample of a piece, and its number in that shard: two int64 arrays."""
     shards = np.concatenate([np.empty(0, np.int64), *(np.full(end - first, shard) for shard, first, end in piece)])
     numbers = np.concatenate([np.empty(0, np.int64), *(np.arange(first, end) for _, first, end in piece)])
     return shards, numbers

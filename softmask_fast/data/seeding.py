@@ -1,4 +1,4 @@
-"""Keyed randomness: the same names, e.g. (seed, epoch, key), give the same numbers in every process."""
+"""Keyed randomness: the same names, such as (seed, epoch, key), give the same numbers in every process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def keyed_generator(*names: str | int) -> np.random.Generator:
-    """A counter-based (Philox) generator whose stream depends only on `names`, e.g. (seed, epoch, key, "crop")."""
+    """A counter-based (Philox) generator. Its stream depends only on `names`, such as (seed, epoch, key, "crop")."""
     digest = hashlib.blake2b(_encode("\0".join(map(str, names))), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
 
@@ -20,7 +20,7 @@ def hash_names(names: Iterable[str]) -> np.ndarray:
 
 
 def _encode(name: str) -> bytes:
-    return name.encode("utf-8", "surrogatepass")  # file names may hold bytes that are no text
+    return name.encode("utf-8", "surrogatepass")  # file names may hold bytes that are not text
 
 
 def image_ids(names: Iterable[str]) -> np.ndarray:

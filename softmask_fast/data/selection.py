@@ -1,4 +1,4 @@
-"""Where the loader stands: visits on their way, the position in the stream, and what the next batch is made of."""
+"""The loader's state: visits being prepared, the position in the stream, and the samples of the next batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from softmask_fast.data.types import BadSample, UnreachableFile
 
 @dataclass
 class Chunk:
-    """Consecutive visits of the stream, which are prepared together."""
+    """Consecutive visits of the stream, prepared together."""
 
     epochs: list[int]
     positions: list[int]  # in this rank's order of the epoch
@@ -23,8 +23,8 @@ class Chunk:
     keys: list[str]
     prepared: Prepared | None = None
     problems: dict[int, BadSample | UnreachableFile] = field(default_factory=dict)  # by number of the visit, ascending
-    visit: int = 0  # the number of the next one
-    row: int = 0  # its place among the prepared samples
+    visit: int = 0  # number of the next visit
+    row: int = 0  # its position among the prepared samples
 
 
 @dataclass
@@ -45,18 +45,20 @@ class Selection:
     bad: dict[str, str] = field(default_factory=dict)  # new bad samples among them: key -> reason
     keys: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
-    pieces: list[tuple[Prepared, int, int]] = field(default_factory=list)  # from which to which prepared sample
+    pieces: list[tuple[Prepared, int, int]] = field(default_factory=list)  # first prepared sample, and the end
     last: str = ""  # key of the sample visited last
-    finished: int = 0  # chunks that end in it
+    finished: int = 0  # chunks that end in this batch
     transfer: Transfer | None = None
 
     def column(self, name: str) -> Column:
+        """A prepared column, one entry per sample."""
         return join([cut(prepared.columns[name], *part) for prepared, *part in self.pieces])
 
     def images(self, each: int) -> Sequence[bytes | np.ndarray]:
-        """The images, `each` of a sample."""
+        """The images, `each` per sample."""
         parts = [prepared.images[each * start : each * stop] for prepared, start, stop in self.pieces]
         return parts[0] if len(parts) == 1 else list(chain(*parts))
 
     def parameters(self, each: int) -> np.ndarray:
+        """(images, width) float32, see `augment.pack`; `each` images per sample."""
         return join([prepared.parameters[each * start : each * stop] for prepared, start, stop in self.pieces])

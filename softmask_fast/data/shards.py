@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff")
 CAPTION_EXTENSIONS = ("json", "txt")
-# recognized only to report the sample as bad, with this as the reason
+# recognized only to name them as the reason why a sample is bad
 UNSUPPORTED_EXTENSIONS = ("gif", "bmp", "avif", "heic", "jp2", "svg")
 
 INDEX_FORMAT = "softmask_fast shard index, version 1"
@@ -47,23 +47,24 @@ class ShardEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """The first line of an index: what is known of a shard before its samples are listed."""
+    """The first line of an index, about the shard."""
 
     samples: int
     bytes: int
-    sha256: str
+    sha256: str  # hexadecimal
 
 
 class ShardSource:
     """Samples of tar files: `name.jpg` (.jpeg, .png, .webp, .tif, .tiff) next to `name.json` or `name.txt`.
 
-    JSON: {"captions": [...]} or {"caption": "..."}, optionally "phrases"; text: one caption per line. Keys are
-    "shard/name", with the shard's path relative to the common folder of all shards; repeated keys get "#2", "#3", ...
+    JSON files hold {"captions": [...]} or {"caption": "..."}, and may hold "phrases"; text files, one caption per line.
+    Keys are "shard/name", with the shard's path relative to the common folder of all shards. Repeated keys get "#2",
+    "#3", ...
     """
 
     encoded = True
 
-    def __init__(self, shards: Sequence[Path]):
+    def __init__(self, shards: Sequence[Path]) -> None:
         """Raises UsageError if a shard is damaged or there are no samples."""
         self._entries: list[tuple[Path, Members]] = []
         keys, left_out = [], ""
@@ -110,7 +111,7 @@ def read_sample(key: str, members: Members, shard: FileIO) -> Sample:
 
 
 def _read_captions(members: Members, shard: FileIO) -> tuple[list[str], int, list[Phrase]]:
-    """The captions, how many were dropped, and the phrases."""
+    """The captions, the number of dropped ones, and the phrases."""
     if "json" in members:
         try:
             content = parse_json(_read_member(members, "json", shard))
@@ -149,20 +150,23 @@ class Listing:
 
     entries: list[ShardEntry] = field(default_factory=list)  # in file order
     unpaired: list[str] = field(default_factory=list)  # images and captions that belong to no sample
-    others: list[str] = field(default_factory=list)  # what is neither an image nor a caption
+    others: list[str] = field(default_factory=list)  # neither images nor captions
 
     def left_out(self) -> str:
-        """What is not read, counted and the first of it named; empty if all is."""
+        """What is not read: how many files, and the first one's name. Empty if everything is read."""
         kinds = ("images or captions without a partner", self.unpaired), ("other files", self.others)
         return ", ".join(f"{len(names)} {what} (the first is {names[0]!r})" for what, names in kinds if names)
 
 
 def list_shard(shard: Path) -> Listing:
-    """Lists one tar file by its headers, and logs what will not be read. Raises UsageError if it is damaged or no tar.
+    """Lists the samples of a tar file by its headers, and logs what will not be read.
 
-    Members in a row whose names agree up to the first dot are one sample if only their last endings differ:
-    `a.jpg`, `a.txt`. Among them there may be others, `a.v1.jpg` and `a.v1.txt`; an image or a caption alone, as
-    `a.mask.png`, is no sample of its own if its name has a further dot.
+    Consecutive members are one sample if their names differ only after the last dot: `a.jpg`, `a.txt`. Between them
+    there may be others that agree up to the first dot, such as `a.v1.jpg` and `a.v1.txt`. An image or a caption alone
+    is not a sample if its name has a further dot, as in `a.mask.png`.
+
+    Raises:
+        UsageError: If the file is damaged, or not an uncompressed tar file.
     """
     listing, group, stem = Listing(), [], None
     for member in _tar_members(shard):
@@ -193,7 +197,7 @@ def list_shard(shard: Path) -> Listing:
 
 
 def _close_group(group: list[ShardEntry], listing: Listing) -> None:
-    """Moves what is a sample to the listing's entries, and the others to what is unpaired."""
+    """Adds the samples of a group to the listing's entries, and its other members to the unpaired ones."""
     for entry in group:
         whole = len({extension in CAPTION_EXTENSIONS for extension in entry.members}) == 2
         if whole or "." not in entry.name.rpartition("/")[2]:
@@ -206,7 +210,7 @@ def _close_group(group: list[ShardEntry], listing: Listing) -> None:
 
 
 class _Headers(io.BufferedReader):
-    """A tar file of which only headers are read; tarfile believes whatever size these say of their own continuation."""
+    """A tar file of which only headers are read. It bounds them, as tarfile trusts the size that a header claims."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
@@ -228,7 +232,7 @@ def _tar_members(shard: Path) -> Iterator[tarfile.TarInfo]:
                     raise tarfile.ReadError(f"impossible size {member.size}")
                 yield member
                 if archive.offset > size:
-                    # reading this file will fail and make its sample a bad one
+                    # reading this file will fail, so its sample will be a bad one
                     logger.warning("%s is cut off inside its last file, at byte %d", printable(str(shard)), size)
                     return
                 start = archive.offset
@@ -247,7 +251,7 @@ def _tar_members(shard: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def write_index(shard: Path, path: Path) -> IndexHeader:
-    """Indexes a local shard and writes the index atomically. Raises UsageError if the shard is damaged."""
+    """Indexes a local shard and writes the index to `path` atomically. Raises UsageError if the shard is damaged."""
     entries = list_shard(shard).entries
     header = IndexHeader(len(entries), os.path.getsize(shard), file_sha256(shard))
     lines = [json.dumps({"format": INDEX_FORMAT, **asdict(header)})]
@@ -257,7 +261,7 @@ def write_index(shard: Path, path: Path) -> IndexHeader:
 
 
 def read_header(path: Path) -> IndexHeader:
-    """Reads only the first line of an index. Raises UsageError if it is no index."""
+    """Reads only the first line of an index. Raises UsageError if it is not that of an index."""
     with open(path, "rb") as file:
         return _parse_header(file.readline(_MAX_LINE_BYTES), str(path))
 
@@ -265,7 +269,12 @@ def read_header(path: Path) -> IndexHeader:
 def read_index(path: Path, name: str = "") -> list[ShardEntry]:
     """The samples that an index lists. The index is not trusted: all offsets are checked to lie within the shard.
 
-    Raises UsageError, which says `name` (default: the path), if it is malformed or larger than `MAX_INDEX_BYTES`.
+    Args:
+        path: Of the index.
+        name: What messages call it; default: its path.
+
+    Raises:
+        UsageError: If it is malformed or larger than `MAX_INDEX_BYTES`.
     """
     name = name or str(path)
     with open(path, "rb") as file:

@@ -36,20 +36,24 @@ def open_source(
     """Opens `data` and lists its samples.
 
     Args:
-        data: `"shapes"` or `"shapes:num=4096,objects=3"`, drawn on the fly; WebDataset shards, as a tar file, a brace
-            pattern (`"cc3m-{000..331}.tar"`), a glob pattern or a folder; tables (`tables.TABLE_FORMATS`; a split of
-            one as `"dataset_coco.json:val"`) and folders of Hugging Face's `datasets`; several of these as a list or
-            separated by commas; or shards by URL (`https://`, `s3://`, `gs://`, ...), also as patterns, but not mixed
-            with local paths.
-        split: `"train"` or `"val"`; for shapes only, like `seed` and `image_size` (pixels).
+        data: One of these: (1) `"shapes"` or `"shapes:num=4096,objects=3"`, drawn on the fly. (2) WebDataset shards, as
+            a tar file, a brace pattern (`"cc3m-{000..331}.tar"`), a glob pattern or a folder; tables
+            (`tables.TABLE_FORMATS`, with a split as in `"dataset_coco.json:val"`); folders of Hugging Face's
+            `datasets`; or several of these, as a list or separated by commas. (3) Shards by URL (`https://`, `s3://`,
+            `gs://`, ...), also as patterns.
+        split: `"train"` or `"val"`. Only shapes have it, like `seed` and `image_size` (pixels).
+        seed: Of the scenes.
+        image_size: Side of the scenes, in pixels.
         remote: How shards by URL are cached and mixed.
-        image_root: Folder of relative image paths in tables; default: the folder of the table. Of several, separated by
-            commas, a table takes the one that holds its images.
+        image_root: Folder of relative image paths in tables; default: that of the table. Of several folders, separated
+            by commas, a table takes the one that holds its images.
         image_column, caption_column: Of tables, see `read_table`.
-        max_missing: Fraction of the images of tables that may not exist; all must not.
+        max_missing: Largest fraction of a table's images that may be missing. If all are missing, it is an error
+        anyway.
 
     Raises:
-        UsageError: If data are missing, damaged or unreachable; the message names them.
+        UsageError: If data are missing, damaged or cannot be listed. The message names them.
+        UnreachableFile: If a download fails.
     """
     if isinstance(data, str) and (data == "shapes" or data.startswith("shapes:")):
         return ShapesSource.from_options(data[len("shapes:") :], split=split, seed=seed, image_size=image_size)
@@ -79,7 +83,7 @@ def open_source(
 
 
 def open_as_configured(data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> CaptionSource:
-    """`open_source` with the other options of a run's configuration."""
+    """`open_source` with the options of a run's configuration."""
     return open_source(
         data, split=split, seed=seed, image_size=image_size, remote=RemoteOptions.of(options),
         image_root=options.image_root, image_column=options.image_column, caption_column=options.caption_column,
@@ -88,7 +92,8 @@ def open_as_configured(data: str, options: DataConfig, *, split: str, seed: int,
 
 
 def shared_files(first: str, second: str) -> list[str]:
-    """The files and URLs that are part of both data; none of drawn ones, whose held-out scenes are others."""
+    """The files and URLs that are part of both. Drawn scenes share none: held-out ones differ from those of
+    training."""
     if "shapes" in (first.split(":")[0], second.split(":")[0]):
         return []
     files: list[dict[str, set[str]]] = []  # the splits of each that are read; "" for all
@@ -103,14 +108,15 @@ def shared_files(first: str, second: str) -> list[str]:
 
 
 def expand_names(data: str | Sequence[str]) -> list[str]:
-    """The names in `data`, with comma-separated lists and brace patterns expanded."""
-    from braceexpand import UnbalancedBracesError, braceexpand  # of the training extra, which scenes do not need
+    """The names in `data`, with comma-separated lists and brace patterns expanded. Raises UsageError for an empty
+    name."""
+    from braceexpand import UnbalancedBracesError, braceexpand  # part of the training extra, which scenes do not need
 
     names: list[str] = []
     for item in [data] if isinstance(data, str) else data:
         if item.startswith("pipe:"):
             raise UsageError(f"data: expected files or URLs, got the command {item!r}")
-        # a comma-separated list is a brace pattern without its outer braces; the empty last name guarantees a comma
+        # A comma-separated list is a brace pattern without the outer braces. The added empty name guarantees a comma.
         try:
             expanded = list(braceexpand("{" + item + ",}"))[:-1]
         except UnbalancedBracesError as error:
@@ -136,8 +142,18 @@ def _refuse_splits(files: Iterable[tuple[Path, str | None]]) -> None:
 
 
 def expand_files(names: Sequence[str], option: str = "data") -> list[tuple[Path, str | None]]:
-    """The local files that `names` (files, folders, glob patterns, each maybe with ":split") stand for, in a fixed
-    order, and the split to be read of each. Raises UsageError, naming the option that they came from."""
+    """The local files that `names` stand for, in a fixed order.
+
+    Args:
+        names: Files, folders and glob patterns, each with or without ":split".
+        option: The option that they came from, for messages.
+
+    Returns:
+        Each file, and the split to read from it.
+
+    Raises:
+        UsageError: If a name stands for no file.
+    """
     files: list[tuple[Path, str | None]] = []
     for name in names:
         split = None
@@ -163,9 +179,9 @@ _SPLIT = re.compile(r"(.+):([\w+-]+)")
 
 
 class TableSource:
-    """The images of tables, each with all its captions. Of a .json list each entry is a sample, as ALBEF counts them.
+    """The images of tables, each with all its captions. In a .json list each entry is a sample, as in ALBEF.
 
-    Images of one path share one image id, as do equal ones inside a table if they have one name there.
+    Images with the same path share an image id, as do equal images inside a table that have the same name there.
     """
 
     encoded = True
@@ -173,11 +189,20 @@ class TableSource:
     def __init__(
         self, tables: Sequence[tuple[Path, str | None]], image_root: str | None = None, max_missing: float = 1.0,
         **columns: str | None,
-    ):  # fmt: skip
-        """tables: files and splits; image_root: see `image_folder`, default: the folder of the table; columns: as
-        in `read_table`; max_missing: see `check_existence`."""
+    ) -> None:  # fmt: skip
+        """Reads the tables.
+
+        Args:
+            tables: Files, and the split to read from each.
+            image_root: See `image_folder`; default: the folder of the table.
+            max_missing: See `check_existence`.
+            columns: `image_column` and `caption_column` of `read_table`.
+
+        Raises:
+            UsageError: If a table cannot be read, or its images do not exist.
+        """
         self._entries: list[TableEntry] = []
-        self._columns: list[str] = []  # of the captions
+        self._columns: list[str] = []  # caption columns of each entry
         names = []
         for path, split in tables:
             table = read_table(path, split=split, join=path.suffix != ".json", option="data", **columns)
@@ -185,7 +210,7 @@ class TableSource:
             for entry in table.entries:
                 if entry.stored is None and entry.image:
                     entry.image = os.path.abspath(os.path.join(root, entry.image))
-                # an image of a table has no name that is sure to be its own
+                # a name inside a table may not be unique
                 own = f"{os.path.abspath(path)}/{entry.row:09d}"
                 names.append(entry.image if entry.stored is None and entry.image else own)
             listed = [entry.image for entry in table.entries if entry.stored is None]
@@ -199,7 +224,7 @@ class TableSource:
             self.sampler = self._by_groups()
 
     def _by_groups(self) -> WindowedSampler:
-        """An order in which few row groups at a time are in memory."""
+        """An order that needs only a few row groups in memory at a time."""
         names, counts, most = [], [], 1
         for place, group in groupby(self._entries, lambda entry: entry.stored and entry.stored[:3]):
             group = list(group)
@@ -230,11 +255,11 @@ class TableSource:
 
 
 class JoinedSource:
-    """Several sources one after the other."""
+    """Several sources, one after another."""
 
     encoded = True
 
-    def __init__(self, sources: Sequence[ShardSource | TableSource]):
+    def __init__(self, sources: Sequence[ShardSource | TableSource]) -> None:
         if any(hasattr(source, "sampler") for source in sources):
             raise UsageError(
                 "data: images in parquet files are read by row group and cannot be mixed with shards; "

@@ -1,4 +1,4 @@
-"""`shapes`, the built-in data: scenes of colored shapes in relations, with captions and the exact box of every object.
+"""`shapes`, the built-in data: scenes of colored shapes, with captions about their relations and exact boxes.
 
 Scenes are drawn on the fly; nothing is downloaded. Captions say left and right, so train without the horizontal flip.
 """
@@ -23,11 +23,11 @@ COLORS = {
     "orange": (245, 140, 30), "purple": (140, 60, 180), "pink": (245, 150, 190), "cyan": (60, 205, 215),
     "black": (20, 20, 20), "white": (250, 250, 250),
 }  # fmt: skip
-SIZES = {"small": 0.11, "large": 0.16}  # half the width of an object, as a fraction of the image's
-NAMES = ("full", "color")  # of objects: "small red circle", or "red object", which is learned sooner
+SIZES = {"small": 0.11, "large": 0.16}  # half the width of an object, as a fraction of the image's width
+NAMES = ("full", "color")  # what captions call objects: "small red circle", or "red object", which is learned sooner
 DEFAULT_SCENES = {"train": 65_536, "val": 4096}
-HELD_OUT: dict[str, Any] = {"split": "val", "seed": 0}  # evaluation sees the same scenes whatever the training's seed
-VALIDATION_PARTS = (1, 4)  # one in four contents (objects and relations) is kept for validation
+HELD_OUT: dict[str, Any] = {"split": "val", "seed": 0}  # evaluation sees the same scenes for every training seed
+VALIDATION_PARTS = (1, 4)  # one in four contents (objects and relations) is held out
 _MARGIN = 0.01  # between objects, as a fraction of the width
 _SUPERSAMPLING = 2  # drawn larger and averaged, for smooth edges
 
@@ -76,6 +76,7 @@ class SceneObject:
 
     @property
     def name(self) -> str:
+        """The full name."""
         return f"{self.size} {self.color} {self.shape}"
 
     @property
@@ -87,7 +88,7 @@ class SceneObject:
 
 
 def relation(first: SceneObject, second: SceneObject) -> str:
-    """Where `first` is relative to `second`, along the axis on which they are further apart."""
+    """Where `first` is relative to `second`, along the axis on which they are farther apart."""
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -95,7 +96,7 @@ def relation(first: SceneObject, second: SceneObject) -> str:
 
 
 class ShapesSource:
-    """Numbered scenes, each determined by the seed, the split, its number and the options.
+    """Numbered scenes. The seed, the split, the number and the options determine each.
 
     No content (which objects, in which relation) occurs both in "train" and in another split.
     """
@@ -105,14 +106,19 @@ class ShapesSource:
     def __init__(
         self, *, num: int | None = None, objects: tuple[int, int] = (2, 2), colors: int = len(COLORS),
         names: str = "full", split: str = "train", seed: int = 0, image_size: int = 64,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         """
         Args:
             num: Number of scenes; default: `DEFAULT_SCENES`.
             objects: Smallest and largest number of objects in a scene, 2 or 3.
             colors: How many colors there are; fewer are learned sooner.
-            names: How captions call the objects, one of `NAMES`; the names within a scene differ.
+            names: What captions call the objects, one of `NAMES`. Names within a scene differ.
+            split: "train", or any other name for held-out scenes.
+            seed: Of the scenes.
             image_size: Width and height in pixels.
+
+        Raises:
+            UsageError: If a value is out of range.
         """
         num = DEFAULT_SCENES.get(split, DEFAULT_SCENES["val"]) if num is None else num
         if num < 1:
@@ -121,7 +127,7 @@ class ShapesSource:
             raise UsageError(f"shapes: objects must be 2, 3 or 2-3, got {objects[0]}-{objects[1]}")
         if names not in NAMES:
             raise UsageError(f"shapes: names must be {' or '.join(NAMES)}, got {names!r}")
-        fewest = 2 if names == "full" else objects[1] + 1  # so that a scene can lack one
+        fewest = 2 if names == "full" else objects[1] + 1  # so that a scene can lack a color
         if not fewest <= colors <= len(COLORS):
             raise UsageError(f"shapes: colors must be {fewest} to {len(COLORS)}, got {colors}")
         if image_size < 16:
@@ -133,7 +139,7 @@ class ShapesSource:
 
     @classmethod
     def from_options(cls, options: str, *, split: str, seed: int, image_size: int) -> ShapesSource:
-        """From "num=4096,objects=2-3,colors=10,names=full", all optional; "colour" is accepted for "color"."""
+        """From "num=4096,objects=2-3,colors=10,names=full"; all are optional, and "colour" is accepted for "color"."""
         values: dict[str, Any] = {}
         for option in filter(None, options.split(",")):
             name, _, value = option.replace("colour", "color").partition("=")
@@ -186,7 +192,7 @@ class ShapesSource:
 
 
 def _describe(scene: Sequence[SceneObject], name: Callable[[SceneObject], str]) -> list[tuple[str, list[Phrase]]]:
-    """Captions that name every object, with their phrases; a phrase's proposals are the boxes of all objects."""
+    """Captions that name every object, with their phrases. The proposals of a phrase are the boxes of all objects."""
     texts: list[list[str | SceneObject]] = [
         _chain(scene, "{}"),
         _chain(scene[::-1], "{}"),
@@ -219,7 +225,7 @@ def _caption(parts: Sequence[str | SceneObject], name: Callable[[SceneObject], s
 
 
 def _draw_scene(generator: np.random.Generator, count: int, palette: int) -> list[SceneObject] | None:
-    """One random scene, or None if objects overlap, look alike or are in no clear relation."""
+    """One random scene, or None if objects overlap, look alike or have no clear relation."""
     sizes, colors, shapes = list(SIZES), list(COLORS)[:palette], list(OUTLINES)
     kinds = generator.integers((len(sizes), len(colors), len(shapes)), size=(count, 3)).tolist()
     positions = generator.random((count, 2)).tolist()
@@ -269,5 +275,4 @@ def _paint(scene: Sequence[SceneObject], image_size: int, generator: np.random.G
     pixels = np.asarray(canvas.reduce(_SUPERSAMPLING))
     strongest = np.uint8(2 ** int(generator.integers(0, 5)) - 1)  # 0, 1, 3, ... 15
     noise = np.frombuffer(generator.bytes(pixels.size), np.uint8).reshape(pixels.shape) & strongest
-    # without exceeding 255
-    return pixels + np.minimum(noise, 255 - pixels)
+    return pixels + np.minimum(noise, 255 - pixels)  # at most 255

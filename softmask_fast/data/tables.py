@@ -1,4 +1,4 @@
-"""Tables of images and captions: text, JSON, Parquet and Arrow. Nothing is left out in silence."""
+"""Tables of images and captions: text, JSON, Parquet and Arrow. Nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from softmask_fast.utils import check_size, parse_json
 logger = logging.getLogger(__name__)
 
 TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", *COLUMNAR)
-QUOTES = "texts in quotes, which are letters in a .tsv; quotes around texts need a .csv"
-# the first of each wins; of the others one is taken if it is the only one
+QUOTES = "texts in quotes, which a .tsv takes literally; to quote texts, use a .csv"
+# Names of columns in lower case. The first one always wins; of the others there must be only one.
 IMAGE_NAMES = """image file_name filename filepath file_path image_path image_name image_file img img_path path file
                  picture""".split()
 CAPTION_NAMES = "caption captions text title sentence sentences description comment prompt raw alt_text".split()
 _NUMBERED = re.compile(r"(caption|sentence|text|raw)_?\d+")
-_PEEKED = 1000  # rows of JSON whose names are the columns
-_COMPARED = 20  # images that are read to learn whether equal names are equal images
+_PEEKED = 1000  # rows of JSON whose keys are taken as the columns
+_COMPARED = 20  # images that are read to find out whether equal names mean equal images
 
 
 @dataclass
@@ -38,7 +38,7 @@ class TableEntry:
     """An image of the table with the captions of all its rows, unchecked."""
 
     row: int  # of its first mention, counted from 1 without the header
-    image: str  # its path; of a stored one its name, or where it is
+    image: str  # its path; for a stored one its name, or "row N"
     captions: list[Any] = field(default_factory=list)
     phrases: list[Any] = field(default_factory=list)
     stored: Stored | None = None
@@ -46,7 +46,7 @@ class TableEntry:
 
 @dataclass
 class Table:
-    """The images in the order of their first mention, and the columns that they and their captions came from."""
+    """The images in the order of their first mention, and the columns they were read from."""
 
     entries: list[TableEntry]
     image_column: str
@@ -60,18 +60,19 @@ def read_table(
     """Reads a table. A caption may be a string or a list of strings.
 
     Args:
-        image_column, caption_column: Names of columns, of captions also several, separated by commas; None: guessed
-            from `IMAGE_NAMES` and `CAPTION_NAMES`, and logged.
-        split: Rows whose "split" is this or, separated by +, one of these; a table of several splits needs it.
-        join: Rows of the same image become one entry; False: each is an entry.
-        option: What the path came from, for messages.
+        path: In one of `TABLE_FORMATS`.
+        image_column: Name of a column; None: guessed from `IMAGE_NAMES`, and logged.
+        caption_column: Names of one or several columns, separated by commas; None: guessed from `CAPTION_NAMES`.
+        split: Value of "split" in the rows to read; several are separated by +. A table with several splits needs it.
+        join: Whether rows of the same image become one entry.
+        option: The option that the path came from, for messages.
 
     Raises:
         UsageError: If the table cannot be read, or lacks a column or a split.
     """
     if path.suffix not in TABLE_FORMATS:
         raise UsageError(f"{option}: expected a table ({', '.join(TABLE_FORMATS)}), got {path}")
-    if path.suffix not in COLUMNAR:  # of these only a part is read into memory
+    if path.suffix not in COLUMNAR:  # those are not read into memory as a whole
         check_size(path, option)
     columns = _Columns(path, image_column, caption_column)
     wanted, splits, found = split.split("+") if split else [], Counter(), {}
@@ -121,7 +122,7 @@ def _check_splits(splits: Counter[str], wanted: list[str], option: str, path: Pa
 
 
 def _joined_images(entries: list[TableEntry]) -> list[TableEntry]:
-    """The entries, those of stored images of one name joined, if a look at some says that they are one image."""
+    """Joins the entries of stored images that share a name, if a sample of them shows that they are equal images."""
     named: dict[str, list[TableEntry]] = {}
     for entry in entries:
         if entry.stored is not None and entry.stored.name:
@@ -143,17 +144,22 @@ def _joined_images(entries: list[TableEntry]) -> list[TableEntry]:
 
 
 class _Columns:
-    """The columns of a table: those that were named, or those that their names give away."""
+    """The columns of a table: those that the user named, or else those guessed from their names."""
 
-    def __init__(self, path: Path, image: str | None, caption: str | None):
+    def __init__(self, path: Path, image: str | None, caption: str | None) -> None:
         self.path, self.image, self.captions = path, image or "", caption.split(",") if caption else []
         self.named = bool(image), bool(caption)
 
     def choose(self, names: Sequence[str], holding: Sequence[str] = ()) -> tuple[str, list[str]]:
-        """The image's and the captions', of all columns and of those that hold image files. Raises ValueError."""
+        """Names of the image column and the caption columns. Raises ValueError if one is missing or ambiguous.
+
+        Args:
+            names: Of all columns.
+            holding: Of those that hold image files.
+        """
         if not self.named[0]:
             known = any(name.strip().lower() in IMAGE_NAMES for name in names if name not in holding)
-            alone = len(holding) == 1 and not known  # not a digest beside the images' paths
+            alone = len(holding) == 1 and not known  # with a column of paths, the binary one may be a digest
             self.image = holding[0] if alone else self._guess(names, IMAGE_NAMES, "image")[0]
         if not self.named[1]:
             self.captions = self._guess(names, CAPTION_NAMES, "caption")
@@ -206,7 +212,7 @@ def _jsonl_rows(file: TextIO, choose: Choose) -> Iterator[Any]:
 
 
 def _object_rows(rows: Iterator[Any], choose: Choose) -> Iterator[Any]:
-    """The rows, after the names of the first ones were taken for columns."""
+    """The rows. The keys of the first ones are taken as columns."""
     first = list(islice(rows, _PEEKED))
     if objects := [row for row in first if isinstance(row, dict)]:
         choose(list(dict.fromkeys(name for row in objects for name in row)), ())
@@ -223,7 +229,7 @@ def _lines_of_json(file: TextIO) -> Iterator[Any]:
 
 
 def _separated_rows(file: TextIO, choose: Choose) -> Iterator[dict[str, str]]:
-    """Every row has the fields of the header. In a .tsv a quote is a letter like any other."""
+    """The rows of a .csv or .tsv, each with the fields of the header. In a .tsv quotes are ordinary characters."""
     tabs = file.name.endswith(".tsv")
     format = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     lines = csv.reader(file, **format)
@@ -264,7 +270,7 @@ def _separated_rows(file: TextIO, choose: Choose) -> Iterator[dict[str, str]]:
 
 
 def _check_quotes(row: list[str], image: int, fields: int, where: str) -> None:
-    """Raises ValueError if a quoted field of several lines holds what looks like rows: a quote that was not closed."""
+    """Raises ValueError if a quoted field holds lines that look like rows, because a quote was not closed."""
     inner = [line for value in row for line in value.splitlines()[1:]]
     for one in csv.reader(inner):
         if len(one) == fields and one[image].lower().rpartition(".")[2] in IMAGE_EXTENSIONS:

@@ -1,4 +1,4 @@
-"""BERT's masking of word pieces, and the random word that drives the soft mask."""
+"""BERT's masking of tokens, and the random word that drives the soft mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softmask_fast.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-REPLACE_BY_MASK = 0.8  # BERT: 80 % [MASK], 10 % a random word piece, 10 % unchanged
+REPLACE_BY_MASK = 0.8  # BERT: 80 % [MASK], 10 % a random token, 10 % unchanged
 REPLACE_BY_RANDOM = 0.1
 
 
@@ -21,15 +21,15 @@ class MaskedCaption:
     """One caption after masking. Positions count tokens from [CLS] = 0."""
 
     ids: np.ndarray  # (L,) int64
-    positions: np.ndarray  # (P,) int64, ascending: the word pieces to predict
+    positions: np.ndarray  # (P,) int64, ascending: the tokens to predict
     labels: np.ndarray  # (P,) int64: the original ids there
-    word_index: int  # first word piece of the chosen word
+    word_index: int  # first token of the chosen word
 
 
 class TextMasker:
-    """Masks captions that are tokenized by `tokenizer`."""
+    """Masks captions of a tokenizer. Raises UsageError for a probability outside [0, 1]."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, mask_probability: float = 0.15):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, mask_probability: float = 0.15) -> None:
         if not 0 <= mask_probability <= 1:
             raise UsageError(f"mask_probability: expected in [0, 1], got {mask_probability}")
         self.mask_probability = mask_probability
@@ -39,16 +39,20 @@ class TextMasker:
         special[tokenizer.all_special_ids] = True
         self._special = special  # (V,) bool
         self._ordinary_ids = np.flatnonzero(~special)
-        # punctuation may be masked, but is not a word that an image can show
+        # punctuation may be masked, but an image cannot show it
         self.word_start = ~special & [  # (V,) bool
             not piece.startswith("##") and any(letter.isalnum() for letter in piece) for piece in pieces
         ]
 
     def mask(self, ids: np.ndarray, generator: np.random.Generator) -> MaskedCaption:
-        """Masks one caption, ids (L,) int64 with special tokens and without padding, and draws its word.
+        """Masks one caption and draws its word.
 
-        Each word piece is chosen with `mask_probability`, but at least one unless the probability is 0. The word is one
-        that was not chosen, if possible; in a caption without a known word it is the first token after [CLS].
+        Each token is chosen with `mask_probability`, at least one unless the probability is 0. The word is one that was
+        not chosen, if possible; in a caption without a known word it is the first token after [CLS].
+
+        Args:
+            ids: (L,) int64, with special tokens and without padding.
+            generator: Of the random numbers.
         """
         candidates = np.flatnonzero(~self._special[ids])
         chosen = candidates[generator.random(len(candidates)) < self.mask_probability]

@@ -16,14 +16,15 @@ from softmask_fast.utils import read_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4 in a trained vocabulary
 MAX_LETTERS = 1000
-# What ALBEF's data sets do to captions, and BLIP's almost (their `pre_caption`), beside lower case and single spaces.
+# What `pre_caption` of ALBEF (and almost that of BLIP) does to captions, apart from lower case and single spaces.
 PREPARED = ((r"[,.'!?\"()*#:;~]", ""), ("[-/]", " "), ("(?i)<person>", "person"))
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """Loads a tokenizer from a local folder, or by its name on the Hugging Face hub.
 
-    Raises UsageError if it cannot be loaded or is no BERT-style tokenizer.
+    Raises:
+        UsageError: If it cannot be loaded, or is not a fast BERT WordPiece tokenizer.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -39,7 +40,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         )
     except UsageError:
         raise
-    except Exception as error:  # the tokenizers' own are no more than `Exception`
+    except Exception as error:  # the tokenizers library raises plain `Exception`
         raise UsageError(f"tokenizer: cannot load {name_or_path!r} ({one_line(error)}); {instead}") from error
     known = set(tokenizer.get_vocab()).intersection(tokenizer.all_special_tokens)
     missing = [token for token in SPECIAL_TOKENS if token not in known]
@@ -50,8 +51,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
 
 def without_punctuation(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """A copy that drops punctuation as ALBEF's data sets do, before anything else; offsets stay those of the caption as
-    it is. It is part of what `save_pretrained` writes, so that a model is always given what it was trained on."""
+    """A copy that first drops punctuation, as ALBEF's data sets do. Offsets stay those of the original caption.
+
+    `save_pretrained` stores this step, so that a model always gets the kind of text it was trained on.
+    """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     steps = [normalizers.Replace(Regex(pattern), text) for pattern, text in PREPARED]
     backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
@@ -59,7 +62,7 @@ def without_punctuation(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeniz
 
 
 def _check_files(folder: Path) -> None:
-    """Raises UsageError for files of a tokenizer that are damaged, or ask for code: a folder is data."""
+    """Raises UsageError for a tokenizer's files that are damaged or ask to run code: a folder is data."""
     for path in (folder / name for name in ("tokenizer.json", "tokenizer_config.json", "config.json")):
         if not path.is_file():
             continue
@@ -79,10 +82,13 @@ def _check_files(folder: Path) -> None:
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> PreTrainedTokenizerFast:
-    """Trains a lowercase BERT WordPiece tokenizer of at most `vocab_size` entries, special tokens included.
+    """Trains a lowercase BERT WordPiece tokenizer with at most `vocab_size` entries, including special tokens.
 
-    Deterministic: the same captions, in any order, give the same vocabulary. Characters beyond the `MAX_LETTERS` most
-    frequent become [UNK]. Raises UsageError if there is no word or the letters do not fit into the vocabulary.
+    The same captions, in any order, give the same vocabulary. Characters beyond the `MAX_LETTERS` most frequent become
+    [UNK].
+
+    Raises:
+        UsageError: If there is no word, or the letters do not fit into the vocabulary.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True)
     texts = [normalizer.normalize_str(caption) for caption in captions]
@@ -90,7 +96,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> PreTrai
     if not counts:
         raise UsageError("captions: expected at least one word to train a tokenizer on, got none")
     letters = sorted(sorted(counts, key=lambda char: (-counts[char], char))[:MAX_LETTERS])
-    # the trainer would number "##x" in the order of a hash map and break ties by number; listing them fixes their ids
+    # The trainer would number "##x" in the order of a hash map and break ties by number. Listing them fixes their ids.
     fixed = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
     if vocab_size < len(fixed):
         raise UsageError(f"vocab_size: expected at least {len(fixed)} for {len(letters)} letters, got {vocab_size}")

@@ -11,11 +11,13 @@ _ALIGNMENT = 16  # bytes
 
 
 class Transfer:
-    """Copies arrays to a device. On a GPU all of them travel in one copy from pinned memory, on a stream of its own:
-    neither the host nor the work queued on the current stream waits for it before the tensors are asked for."""
+    """Copies arrays to a device. On a GPU it is one copy from pinned memory, on a stream of its own: neither the host
+    nor the current stream waits for it until `tensors` is called."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], device: torch.device, stream: torch.cuda.Stream | None):
-        """stream: of the copy; None on a CPU, where the tensors share the arrays' memory."""
+    def __init__(
+        self, arrays: Mapping[str, np.ndarray], device: torch.device, stream: torch.cuda.Stream | None
+    ) -> None:
+        """Starts the copy on `stream`. On a CPU `stream` is None, and the tensors share the arrays' memory."""
         self._stream = stream
         if stream is None:
             self._tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -36,7 +38,7 @@ class Transfer:
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors, for work that is queued on the current stream from now on."""
+        """The tensors, for use in work queued on the current stream from now on."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self._buffer.device)
             current.wait_stream(self._stream)

@@ -1,4 +1,4 @@
-"""Samples and batches: what sources give and loaders return."""
+"""Samples and batches: what sources and loaders return."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class UnreachableFile(OSError):
 
 
 class FinalError(OSError):
-    """A failed download that another attempt will not mend."""
+    """A failed download that another attempt cannot fix."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,27 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, not decoded, and its captions."""
+    """One image, not decoded yet, with its captions."""
 
     key: str
     image: bytes | np.ndarray  # an encoded file, or (H, W, 3) uint8
     captions: list[str]  # at least one, each with at least one letter or digit
     phrases: list[Phrase] = field(default_factory=list)
-    skipped_captions: int = 0  # captions dropped because they contain no word
+    skipped_captions: int = 0  # captions dropped because they contain no letter or digit
 
     @property
     def images(self) -> list[bytes | np.ndarray]:
+        """The image alone; samples of some tasks have two."""
         return [self.image]
 
 
 class CaptionSource(Protocol):
     """Samples by index. Reading is thread-safe and deterministic.
 
-    A source may bring its own `sampler` (a sampler of `data.sampler`); otherwise the loader shuffles all of it. Worker
-    processes are sent a pickled copy. If that would be large, a source also has `locate(index)`, which gives all that
-    `load(located)` needs to read the sample, and pickles nothing else.
+    A source may bring its own `sampler` (see `data.sampler`); otherwise the loader shuffles all of it.
+
+    Worker processes receive a pickled copy of the source. A source whose copy would be large also defines two methods:
+    `locate(index)` returns all that `load(located)` needs to read the sample. Only what `load` needs is pickled then.
     """
 
     keys: Sequence[str]  # unique
@@ -75,7 +77,7 @@ class CaptionSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Sample:
-        """Raises BadSample if the sample cannot be used."""
+        """The sample at an index. Raises BadSample if it cannot be used."""
         ...
 
 

@@ -1,10 +1,10 @@
-"""Which words of a text an image can show."""
+"""The words of a text that an image can show."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Articles, pronouns, prepositions, conjunctions, auxiliaries, and what stands for a place relative to something else.
+# Articles, pronouns, prepositions, conjunctions, auxiliaries, and words for relative places.
 FUNCTION_WORDS = frozenset(
     """
     a an the this that these those there here
@@ -21,6 +21,6 @@ FUNCTION_WORDS = frozenset(
 
 
 def content_words(words: Sequence[str]) -> list[int]:
-    """The numbers of the words that name something; of all words if none does."""
+    """The indices of the words that name something; of all words if none does."""
     bare = ["".join(filter(str.isalnum, word)).lower() for word in words]
     return [i for i, word in enumerate(bare) if word and word not in FUNCTION_WORDS] or list(range(len(words)))

@@ -1,6 +1,6 @@
-"""Who prepares samples: threads of this process, or worker processes that leave its interpreter alone.
+"""Pools that prepare samples: threads of this process, or worker processes that leave its interpreter free.
 
-Both take jobs and return their results in the same order, so that nothing depends on who they are. A worker process
+Both take jobs and return the results in the same order, so the batches do not depend on the pool. A worker process
 imports neither torch nor DALI. It ignores Ctrl-C and SIGTERM, and ends with this process, however that ends. Image
 bytes come back through shared memory: each worker owns slots, which are written and read in turn.
 """
@@ -39,34 +39,35 @@ _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from softmask_fast.data.workers import serve; serve(*map(int, sys.argv[2:]))"
 )
-# one thread each: the libraries would start one a core
+# one thread each; by default the libraries start one per core
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _PROTOCOL = pickle.HIGHEST_PROTOCOL
 _MOST_WORKERS = 8
-_LOOK = 0.2  # seconds between two looks at whether a process still lives
+_LOOK = 0.2  # seconds between two checks whether a process is alive
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class WorkerError(RuntimeError):
-    """A worker process has ended, or failed at something other than a sample."""
+    """A worker process ended, or failed at something other than a sample."""
 
 
 class WorkerEnded(WorkerError):
-    """A worker process was killed, or has ended: no fault of the code."""
+    """A worker process was killed or ended, which is not a bug of this code."""
 
 
 class ThreadPool:
-    """Prepares in threads of this process."""
+    """Prepares samples in threads of this process."""
 
-    def __init__(self, preparer: Preparer, threads: int):
+    def __init__(self, preparer: Preparer, threads: int) -> None:
         self._preparer, self._futures = preparer, deque[Future[Prepared]]()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="softmask-data")
 
     def submit(self, job: Job) -> None:
+        """Queues a job."""
         self._futures.append(self._pool.submit(self._preparer.prepare, job))
 
     def receive(self) -> Prepared:
-        """The result of the earliest job not received yet."""
+        """The result of the earliest job that was not received yet."""
         result = self._futures[0].result()
         self._futures.popleft()
         return result
@@ -82,14 +83,14 @@ class ThreadPool:
 
 
 class WorkerPool:
-    """Prepares in worker processes, to which the jobs go in turn; used as `ThreadPool`.
+    """Prepares samples in worker processes, which get the jobs in turn. It is used like `ThreadPool`.
 
-    The images of a result are read in place, and gone once `capacity` more jobs have been submitted. Raises
-    WorkerError, which names the process, when one has ended.
+    The images of a result are views of shared memory. They are valid until `capacity` more jobs were submitted.
+    `submit` and `receive` raise WorkerError, which names the process, when one has ended.
     """
 
-    def __init__(self, preparer: Preparer, workers: int, capacity: int):
-        """Starts the processes. Raises UsageError if the preparer, which holds the source, cannot be pickled."""
+    def __init__(self, preparer: Preparer, workers: int, capacity: int) -> None:
+        """Starts the processes. Raises UsageError if the preparer or its source cannot be pickled."""
         self._slots = -(-capacity // workers)
         self._submitted = self._received = 0
         self._workers: list[_Worker] = []
@@ -102,7 +103,7 @@ class WorkerPool:
         with open(os.memfd_create("softmask-preparer"), "wb") as file:
             file.write(content)
             file.flush()
-            masked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which the processes inherit
+            masked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the processes inherit this
             try:
                 for number in range(workers):
                     self._workers.append(_Worker(number, file.fileno(), self._slots))
@@ -155,8 +156,8 @@ def default_threads() -> int:
 
 
 def default_workers(device: torch.device) -> int:
-    """Half of a rank's cores, up to 8, where a GPU trains; none on a CPU, where training itself uses all cores, nor
-    with fewer than 4 cores."""
+    """Half of a rank's cores, at most 8, when it trains on a GPU and has 4 or more cores; else 0. On a CPU training
+    itself uses all cores."""
     cores = cores_per_rank()
     return min(_MOST_WORKERS, cores // 2) if device.type == "cuda" and cores >= 4 else 0
 
@@ -169,12 +170,12 @@ def cores_per_rank() -> int:
 class _Slot:
     """Shared memory for the images of one job at a time. It grows as needed."""
 
-    def __init__(self, descriptor: int):
+    def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._memory = np.empty(0, np.uint8)
 
     def write(self, images: Sequence[bytes | np.ndarray]) -> list[tuple[int, ...]]:
-        """Returns the shape of each image; that of a file is its size."""
+        """Writes the images and returns the shape of each; that of a file is (size,)."""
         offset = 0
         for image in images:
             content = memoryview(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image).cast("B")
@@ -184,7 +185,7 @@ class _Slot:
         return [image.shape if isinstance(image, np.ndarray) else (len(image),) for image in images]
 
     def read(self, shapes: Sequence[tuple[int, ...]]) -> Sequence[np.ndarray]:
-        """Views of the images, uint8; valid until the next `write`. One array of all if they have equal shapes."""
+        """Views of the images, uint8, valid until the next `write`; a single array if they have equal shapes."""
         ends = list(accumulate(map(math.prod, shapes), initial=0))
         if ends[-1] > len(self._memory):
             self._memory = np.frombuffer(mmap.mmap(self.descriptor, ends[-1]), np.uint8)
@@ -197,8 +198,8 @@ class _Slot:
 class _Worker:
     """A worker process, seen from the process that started it."""
 
-    def __init__(self, number: int, preparer: int, slots: int):
-        """preparer: descriptor of the file that holds it."""
+    def __init__(self, number: int, preparer: int, slots: int) -> None:
+        """Starts the process. `preparer` is the descriptor of the file that holds the pickled preparer."""
         self.slots = [_Slot(os.memfd_create(f"softmask-images-{number}")) for _ in range(slots)]
         self._connection, theirs = Pipe()
         descriptors = [theirs.fileno(), preparer, *(slot.descriptor for slot in self.slots)]
@@ -243,7 +244,7 @@ class _Worker:
 
 
 def serve(parent: int, connection: int, preparer: int, *slots: int) -> None:
-    """The work of a worker process, until the process `parent` ends. The other arguments are descriptors."""
+    """Runs a worker process until the process `parent` ends. The other arguments are file descriptors."""
     pipe, jobs = Connection(connection), queue.SimpleQueue()
     threading.Thread(target=_receive_jobs, args=(pipe, parent, jobs), daemon=True).start()
     memory = [_Slot(slot) for slot in slots]
@@ -258,13 +259,13 @@ def serve(parent: int, connection: int, preparer: int, *slots: int) -> None:
             pipe.send_bytes(pickle.dumps((prepared, shapes), _PROTOCOL))
     except BaseException:
         pipe.send(traceback.format_exc())
-        threading.Event().wait()  # until the answer is read and this process ended
+        threading.Event().wait()  # until the parent has read the message and ends this process
 
 
 def _receive_jobs(pipe: Connection, parent: int, jobs: queue.SimpleQueue) -> None:
-    """Passes jobs on; ends the process when its parent is gone, also while that waits for another's job.
+    """Passes jobs on, and ends the process when its parent is gone, even in the middle of a job.
 
-    The end of the pipe shows only when all copies of its other end are closed: hence the look at the parent.
+    The pipe ends only when all copies of its other end are closed, so the parent is checked as well.
     """
     try:
         while os.getppid() == parent:

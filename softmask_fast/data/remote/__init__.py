@@ -1,1 +1,1 @@
-"""Shards by URL: options, downloads, their cache on disk, and the source that reads them."""
+"""Shards by URL: options, downloads, the cache on disk, and the source that reads them."""

@@ -17,20 +17,29 @@ from softmask_fast.data.types import UnreachableFile
 from softmask_fast.errors import UsageError, format_error, printable
 
 _FULL_PAUSE = 0.1  # seconds between checks while other downloads occupy all the space
-_SHARD = re.compile(r"[0-9a-f]+-[\w.-]+")  # what `_name` gives; other files are not ours
+_SHARD = re.compile(r"[0-9a-f]+-[\w.-]+")  # what `_name` returns; other files are not ours
 _PARTIAL = re.compile(rf"({_SHARD.pattern})\.([0-9]+)\.partial")
 
 
 class ShardCache:
     """Downloads shards on demand and evicts the least recently used ones to make room.
 
-    Files are downloaded under a temporary name, which states their full size, and renamed when complete. So shards and
-    downloads of all processes together never exceed the limit. The folder must be on a local disk: locks are unreliable
-    on NFS.
+    A file is downloaded under a temporary name, which states its full size, and renamed when complete. So the shards
+    and downloads of all processes together never exceed the limit. The folder must be on a local disk, as locks are
+    unreliable on NFS.
     """
 
-    def __init__(self, folder: Path, limit: int, downloader: Downloader):
-        """limit: in bytes."""
+    def __init__(self, folder: Path, limit: int, downloader: Downloader) -> None:
+        """Makes the folder.
+
+        Args:
+            folder: Of the cache.
+            limit: Of all shards and downloads in it, in bytes.
+            downloader: Fetches what is missing.
+
+        Raises:
+            UsageError: If the folder cannot be written to.
+        """
         self.limit = limit
         self._folder, self._downloader = folder, downloader
         for name in ("shards", "locks", "indexes"):
@@ -44,8 +53,9 @@ class ShardCache:
     def open(self, url: str, size: int, sha256: str | None = None) -> FileIO:
         """Opens a shard of `size` bytes, downloading it if needed. An open file stays readable when it is evicted.
 
-        Raises UnreachableFile if the download fails or the cache cannot be used, UsageError if the shard is larger than
-        the cache.
+        Raises:
+            UnreachableFile: If the download fails or the cache cannot be used.
+            UsageError: If the shard is larger than the cache.
         """
         path = self._folder / "shards" / self._name(url)
         try:
@@ -76,7 +86,7 @@ class ShardCache:
             try:
                 self._downloader.fetch(url, partial, size, sha256)
                 with open(partial, "rb") as file:
-                    os.fsync(file.fileno())  # else a power failure can leave a file of the right size without content
+                    os.fsync(file.fileno())  # a power failure could leave a file of the right size without content
                 with self.lock("space"):
                     os.replace(partial, path)
             finally:
@@ -110,13 +120,13 @@ class ShardCache:
             time.sleep(_FULL_PAUSE)
 
     def _reserved(self, own: Path) -> list[int]:
-        """The sizes of all running downloads; removes what killed processes left."""
+        """The sizes of all running downloads. Removes what killed processes left."""
         sizes = []
         for partial in (self._folder / "shards").glob("*.partial"):
             if not (named := _PARTIAL.fullmatch(partial.name)):
                 continue
             name, size = named.groups()
-            if name == own.name:  # left by a killed process: we hold the lock
+            if name == own.name:  # left by a killed process, as we hold the lock
                 partial.unlink(missing_ok=True)
                 continue
             try:

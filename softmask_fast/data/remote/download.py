@@ -31,22 +31,25 @@ _RETRIED_STATUSES = (408, 425, 429)  # of the HTTP statuses 4xx
 
 
 class Downloader:
-    """Downloads files, retrying transient failures with pauses that double. Thread-safe."""
+    """Downloads files and retries transient failures, with pauses that double. Thread-safe."""
 
-    def __init__(self, tries: int = 5, timeout: float = 60.0):
-        """tries: attempts per file; timeout: seconds without data after which an attempt fails."""
+    def __init__(self, tries: int = 5, timeout: float = 60.0) -> None:
+        """Sets the limits: attempts per file, and seconds without data after which an attempt fails."""
         self._tries, self._timeout = tries, timeout
 
     def size(self, url: str) -> int:
-        """The size in bytes. Raises UnreachableFile."""
+        """The size of a file in bytes. Raises UnreachableFile."""
         info = self._retry(url, lambda progress: self._call(url, "info", progress))
         if not isinstance(info.get("size"), int):
             raise _unreachable(url, "the server does not report the file's size; upload an index (softmask-fast index)")
         return info["size"]
 
     def fetch_optional(self, url: str, path: Path, most: int) -> bool:
-        """Downloads a file of at most `most` bytes to `path`; False if it does not exist or access is denied. Raises
-        UnreachableFile, also if there are more bytes."""
+        """Downloads a file of at most `most` bytes to `path`; False if it does not exist or access is denied.
+
+        Raises:
+            UnreachableFile: If all attempts fail, or the file is larger.
+        """
 
         def attempt(progress: _Progress) -> None:
             progress.limit, progress.excess = most, "too many"
@@ -61,7 +64,7 @@ class Downloader:
         return True
 
     def fetch(self, url: str, path: Path, size: int, sha256: str | None = None) -> None:
-        """Downloads a file to `path`. Raises UnreachableFile if all attempts fail or give another size or hash."""
+        """Downloads a file to `path`. Raises UnreachableFile if all attempts fail, or give another size or hash."""
 
         def attempt(progress: _Progress) -> None:
             progress.limit = size
@@ -74,13 +77,13 @@ class Downloader:
         self._retry(url, attempt, path)
 
     def _retry(self, url: str, attempt: Callable[[_Progress], T], path: Path | None = None) -> T:
-        """path: the file that the attempt writes."""
+        """The result of the first attempt that succeeds. `path` is the file that attempts write."""
         for number in range(1, self._tries + 1):
             try:
                 return attempt(_Progress())
             except ImportError as error:  # the file system's package is missing
                 raise _unreachable(url, f"{error}; https and s3 need: {install_command('remote')}") from error
-            except Exception as error:  # every file system raises errors of its own
+            except Exception as error:  # every file system has its own exceptions
                 reason = _cause(error)
                 cause = printable(without_secrets(f"{type(reason).__name__}: {str(reason) or 'no message'}"))
                 if isinstance(error, OSError) and (error.errno in _DISK_ERRORS or _names(error, path)):
@@ -94,7 +97,7 @@ class Downloader:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _call(self, url: str, operation: str, progress: _Progress, *arguments: Any, **options: Any) -> Any:
-        """Calls an operation of the URL's file system; aborts it if `progress` stalls for too long."""
+        """Calls an operation of the URL's file system, and aborts it if `progress` stalls for too long."""
         system, path = fsspec.url_to_fs(url, **_options(urlsplit(url).scheme))
         if not isinstance(system, AsyncFileSystem):  # has timeouts of its own, or needs none
             return getattr(system, operation)(path, *arguments, **options)
@@ -112,7 +115,7 @@ class Downloader:
 
 
 class _Progress(Callback):
-    """Notes when data last arrived; fails if more arrive than expected."""
+    """Notes when data last arrived, and raises FinalError if more arrive than expected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +131,7 @@ class _Progress(Callback):
 
 
 def public_part(url: str) -> str:
-    """What identifies the file: the URL without password and, of http, what follows "?", often a signature."""
+    """What identifies a file: its URL without password and, for http, without what follows "?", often a signature."""
     if urlsplit(url).scheme in ("http", "https"):
         return without_secrets(url)
     scheme, _, rest = url.partition("://")
@@ -157,12 +160,12 @@ def _options(protocol: str) -> dict[str, Any]:
 
 
 def _names(error: OSError, path: Path | None) -> bool:
-    """Whether an error is that of the file which is written here."""
+    """Whether an error is about the file that is being written."""
     return path is not None and error.filename == str(path)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error itself; fsspec raises FileNotFoundError for every failure to look up an HTTP file."""
+    """The actual error: fsspec raises FileNotFoundError for every failure to look up an HTTP file."""
     return error.__cause__ or error if isinstance(error, FileNotFoundError) else error
 
 

@@ -10,7 +10,7 @@ from softmask_fast.errors import UsageError
 
 @dataclass(frozen=True)
 class RemoteOptions:
-    """Raises UsageError for values out of range."""
+    """The options of shards by URL. Raises UsageError for values out of range."""
 
     cache_dir: str | None = None  # default: softmask_fast in $XDG_CACHE_HOME or ~/.cache
     cache_gigabytes: float = 64.0  # in 1e9 bytes, for all ranks of a machine together

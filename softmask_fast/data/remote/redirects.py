@@ -1,4 +1,4 @@
-"""Sessions whose redirects are looked at before they are followed: a server of data may not lead into this network."""
+"""Sessions that check redirects before they follow them: a data server must not lead into this network."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ class RefusedRedirect(FinalError):
 
 
 async def open_session(**options: Any) -> aiohttp.ClientSession:
-    """A session of aiohttp, in fsspec's event loop. It raises RefusedRedirect instead of following a redirect to a
-    private or local address or from https to http; the first to another public host is logged. What URLs name
-    themselves is not restricted."""
+    """An aiohttp session, in fsspec's event loop, that checks redirects.
+
+    The first redirect to another public host is logged. Hosts that the user's own URLs name are not restricted.
+
+    Raises:
+        RefusedRedirect: Raised by requests that are redirected to a private or local address, or from https to http.
+    """
     resolver, trace = _Resolver(), aiohttp.TraceConfig()
 
     async def check(
@@ -49,7 +53,7 @@ async def open_session(**options: Any) -> aiohttp.ClientSession:
 
 async def _check(here: URL, there: URL, resolver: _Resolver) -> None:
     if there.scheme not in ("http", "https") or there.host is None or here.origin() == there.origin():
-        return  # aiohttp refuses what is neither
+        return  # aiohttp itself refuses other schemes
     source, target = (printable(without_secrets(str(url))) for url in (here, there))
     if here.scheme == "https" and there.scheme == "http":
         raise RefusedRedirect(f"{source} redirects from https to http: {target}")
@@ -58,7 +62,7 @@ async def _check(here: URL, there: URL, resolver: _Resolver) -> None:
     except OSError:
         if not getproxies():
             raise
-        addresses = []  # the proxy knows the way
+        addresses = []  # the proxy resolves the name
     if private := [address for address in addresses if not is_public(address)]:
         raise RefusedRedirect(f"{source} redirects to {target}, a private or local address ({private[0]})")
     if here.host != there.host and (here.host, there.host) not in _logged:
@@ -67,7 +71,7 @@ async def _check(here: URL, there: URL, resolver: _Resolver) -> None:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet's, not of this machine or a private network."""
+    """Whether an IP address belongs to the internet, not to this machine or a private network."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         ip = ip.ipv4_mapped or ip.sixtofour or ip
@@ -75,7 +79,7 @@ def is_public(address: str) -> bool:
 
 
 class _Resolver(aiohttp.ThreadedResolver):
-    """Remembers addresses, so that a connection goes where the check has looked."""
+    """Remembers addresses, so that a connection goes to the address that was checked."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -52,8 +52,17 @@ class RemoteShardSource:
 
     encoded = True
 
-    def __init__(self, urls: Sequence[str], options: RemoteOptions | None = None):
-        """Raises UsageError for damaged shards or a small cache, UnreachableFile if a download fails."""
+    def __init__(self, urls: Sequence[str], options: RemoteOptions | None = None) -> None:
+        """Reads the indexes, and makes those that are missing.
+
+        Args:
+            urls: Of the shards.
+            options: How they are downloaded, cached and mixed.
+
+        Raises:
+            UsageError: For damaged shards, or a cache that is too small.
+            UnreachableFile: If a download fails.
+        """
         self._options = options = options or RemoteOptions()
         self._urls = list(urls)
         self._names = [name.removesuffix(".tar") for name in relative_names([_absolute_path(url) for url in urls])]
@@ -90,7 +99,7 @@ class RemoteShardSource:
         return keys[number], shard, members[number]
 
     def load(self, located: tuple[str, int, Members]) -> Sample:
-        """Raises as `read` does."""
+        """Reads a located sample. Raises as `read` does."""
         key, shard, members = located
         with self._open(shard) as file:
             try:
@@ -99,6 +108,7 @@ class RemoteShardSource:
                 raise BadSample(f"shard cannot be read: {error}") from error
 
     def key(self, index: int) -> str:
+        """The key of a sample."""
         shard, number = self._locate(index)
         return self._index(shard)[0][number]
 
@@ -119,7 +129,7 @@ class RemoteShardSource:
         path = self._cache.index_path(url)
         try:
             entries = read_index(path)
-        except (UsageError, FileNotFoundError) as error:  # its header was whole when the source was opened
+        except (UsageError, FileNotFoundError) as error:  # only its header was read when the source was opened
             self._drop_index(path, error)
             if self._header(url) != self._headers[shard]:
                 raise UsageError(f"data: {public_part(url)} has changed since this run began") from error
@@ -141,7 +151,7 @@ class RemoteShardSource:
         return headers
 
     def _header(self, url: str) -> IndexHeader:
-        """From the cached index, else from the one next to the shard, else from the shard itself."""
+        """The header from the cached index, else from the one next to the shard, else from the shard itself."""
         path = self._cache.index_path(url)
         with suppress(FileNotFoundError):
             try:
@@ -162,7 +172,7 @@ class RemoteShardSource:
         return read_header(path)
 
     def _drop_index(self, path: Path, reason: Exception) -> None:
-        """Removes a cached index that a killed process or a power failure has left in part."""
+        """Removes a cached index that a killed process or a power failure left incomplete."""
         logger.warning("fetching an index again: %s", reason)
         with self._cache.lock(path.name):
             path.unlink(missing_ok=True)
@@ -181,7 +191,8 @@ class RemoteShardSource:
                 raise UsageError(str(error).replace(str(shard), public_part(url))) from error
 
     def _check_cache_size(self) -> None:
-        """Refuses a cache that cannot hold what the ranks read at a time: it would download every shard many times."""
+        """Refuses a cache that cannot hold what the ranks read at a time, as it would download every shard many
+        times."""
         per_rank = self._options.shuffle_shards + self._options.prefetch_shards + 2
         largest = sorted((header.bytes for header in self._headers), reverse=True)[: local_ranks() * per_rank]
         if sum(largest) > self._cache.limit:
@@ -192,7 +203,7 @@ class RemoteShardSource:
             )
 
     def _prefetch(self, shards: Iterable[int]) -> None:
-        """Starts downloads. One that fails is repeated when the shard is read, and its error raised then."""
+        """Starts downloads. One that fails is tried again when the shard is read, which then raises the error."""
 
         def download(shard: int) -> None:
             try:
@@ -207,7 +218,7 @@ class RemoteShardSource:
 class _Keys(Sequence[str]):
     """The keys of all samples, read from the shards' indexes on demand."""
 
-    def __init__(self, source: RemoteShardSource):
+    def __init__(self, source: RemoteShardSource) -> None:
         self._source = source
 
     def __len__(self) -> int:
@@ -222,7 +233,7 @@ class _Keys(Sequence[str]):
 class _ImageIds:
     """Image ids by index or list of indices, computed from the keys."""
 
-    def __init__(self, keys: Sequence[str]):
+    def __init__(self, keys: Sequence[str]) -> None:
         self._keys = keys
 
     def __len__(self) -> int:
@@ -235,7 +246,8 @@ class _ImageIds:
 
 
 def expand_urls(urls: Sequence[str]) -> list[str]:
-    """Replaces patterns ("*") and folders ("/" at the end) by their shards. Raises UsageError if there are none."""
+    """Replaces patterns ("*") and folders (with "/" at the end) by their shards. Raises UsageError if there are
+    none."""
     found: list[str] = []
     for url in urls:
         try:
@@ -250,7 +262,7 @@ def expand_urls(urls: Sequence[str]) -> list[str]:
         try:
             system, path = fsspec.url_to_fs(url + "*.tar" if url.endswith("/") else url)
             matches = sorted(system.glob(path))
-        except Exception as error:  # every file system raises errors of its own
+        except Exception as error:  # every file system has its own exceptions
             raise UsageError(f"data: {url}: {type(error).__name__}: {error}") from error
         if not matches:
             raise UsageError(f"data: nothing matches {url}")
@@ -271,7 +283,7 @@ def _index_url(url: str) -> str:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Ensures that keys are unique without listing them: names must differ, and none be a folder of another."""
+    """Ensures that keys are unique without listing them: names must differ, and none may be a folder of another."""
     known = set(names)
     if len(known) < len(names):
         repeated = next(name for number, name in enumerate(names) if name in names[:number])
