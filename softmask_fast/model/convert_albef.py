@@ -70,10 +70,10 @@ _VIT = re.compile(
 
 @dataclass(frozen=True)
 class AlbefReport:
-    """What was not converted, by the names in the checkpoint."""
+    """What was not converted, by the checkpoint's names."""
 
     unplaced: list[str]  # tensors that the model does not have
-    absent: list[str]  # parameters of heads that the checkpoint lacks; they keep their random initialization
+    absent: list[str]  # parameters of heads that the checkpoint lacks; they stay randomly initialized
 
     def __str__(self) -> str:
         kinds = {
@@ -102,18 +102,18 @@ def load_albef(
     complete: bool = False,
     option: str = "path",
 ) -> VisionLanguageModel:
-    """Reads an ALBEF checkpoint, pretrained or fine-tuned; only tensors and plain containers are unpickled.
+    """Reads an ALBEF checkpoint, pretrained or fine-tuned. Only tensors and plain containers are unpickled.
 
     Args:
-        path: of the .pth file. What cannot be converted is logged as a warning; `load_albef_state` returns it.
-        image_size: side of the input in pixels; default: the checkpoint's. Position embeddings are interpolated as
-            ALBEF does.
-        head_width: width of an attention head, the only size that no tensor shows.
+        path: of the .pth file. A warning names what cannot be converted; `load_albef_state` returns it.
+        image_size: side of the input in pixels; default: the checkpoint's. Position embeddings are interpolated as in
+            ALBEF.
+        head_width: width of an attention head, the only size that the tensors do not reveal.
         complete: refuse a checkpoint that lacks heads.
         option: what messages call the path.
 
     Returns:
-        The model in eval mode, float32, on the CPU; of NLVR2 and text assignment with a `PairFusion`, for two images.
+        The model in eval mode, float32, on the CPU. For NLVR2 and text assignment its fusion encoder is a `PairFusion`.
 
     Raises:
         UsageError: if the file is not a checkpoint, tensors are missing, or sizes do not fit.
@@ -138,7 +138,7 @@ def load_albef(
 def load_albef_state(
     state: Mapping[str, Tensor], *, image_size: int | None = None, head_width: int = 64
 ) -> tuple[VisionLanguageModel, AlbefReport]:
-    """`load_albef` for a state dict in memory, which stays as it is. Also returns what was not converted."""
+    """`load_albef` for a state dict in memory, which is not changed. Also returns what was not converted."""
     bert = BERT if BERT + WORDS in state else FINE_TUNED_BERT
     config = _infer_config(state, bert, image_size, head_width)
     left = dict(state)
@@ -173,11 +173,13 @@ def load_albef_state(
 
 
 def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = None) -> dict[str, Tensor]:
-    """The state dict of ALBEF's pretraining model with our weights; its tensors share memory with the model's.
+    """The state dict of ALBEF's pretraining model with our weights. Its tensors share memory with the model's.
 
-    The teacher adds its momentum copy and queue, as ALBEF's strict loading needs. Without one the momentum copy is the
+    A teacher adds its momentum copy and queue, which ALBEF's strict loading needs. Without one the momentum copy is the
     model itself, as ALBEF initializes it, and there are no queues. Key biases of the cross-attention are zero.
-    Raises UsageError for an image encoder that ALBEF's code does not have, and for a model of pairs of images.
+
+    Raises:
+        UsageError: for an image encoder that ALBEF's code does not have, and for a model that reads pairs of images.
     """
     refuse_pairs(model)
     state = _own_part(model)
@@ -194,13 +196,13 @@ def albef_state(model: VisionLanguageModel, teacher: MomentumTeacher | None = No
 
 
 def save_albef(model: VisionLanguageModel, path: str | Path, teacher: MomentumTeacher | None = None) -> None:
-    """Writes `albef_state` under 'model', where ALBEF's scripts look for it, atomically."""
-    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:  # torch's own files hide a full disk
+    """Writes `albef_state` atomically, under the key 'model', where ALBEF's scripts look for it."""
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:  # given a path, torch hides a full disk
         torch.save({"model": albef_state(model, teacher)}, file)
 
 
 def albef_tokenizer(bert_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """BERT's tokenizer as ALBEF uses it, without [SEP] after the words; a copy."""
+    """A copy of BERT's tokenizer as ALBEF uses it: without [SEP] after the words."""
     backend = copy.deepcopy(bert_tokenizer.backend_tokenizer)
     first = [("[CLS]", bert_tokenizer.cls_token_id)]
     backend.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=first)
@@ -208,7 +210,7 @@ def albef_tokenizer(bert_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeni
 
 
 def albef_name(name: str, text_layers: int, bert: str = BERT) -> str:
-    """Our name of a parameter -> its name in ALBEF's state dict. Our fusion layer 0 is their layer `text_layers`."""
+    """ALBEF's name for one of our parameters. Our fusion layer 0 is their layer `text_layers`."""
     if fused := re.fullmatch(r"fusion\.layers\.(\d+)\.(.+)", name):
         return f"{bert}encoder.layer.{text_layers + int(fused[1])}.{_renamed(fused[2], _FUSION_PREFIXES)}"
     return _renamed(name, {"text.bert.": bert} | _PREFIXES)
@@ -223,7 +225,7 @@ def _renamed(name: str, prefixes: dict[str, str]) -> str:
 
 
 def _infer_config(state: Mapping[str, Tensor], bert: str, image_size: int | None, head_width: int) -> ModelConfig:
-    """All sizes of the model, from the tensors."""
+    """The model's configuration, inferred from the sizes of the tensors."""
 
     def size(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state or state[name].dim() != dimensions:
@@ -296,7 +298,8 @@ def _in_pairs(state: Mapping[str, Tensor], bert: str, fused: list[int]) -> bool:
 def _take_copies(state: dict[str, Tensor], bert: str) -> None:
     """Removes copies: the MLM decoder's matrix and bias, and the position ids.
 
-    Raises UsageError if tied tensors differ: in ALBEF's code and in this model they are one tensor.
+    Raises:
+        UsageError: if tied tensors differ. In ALBEF's code and in this model they are one tensor.
     """
     for twin, original in ((DECODER + "decoder.weight", bert + WORDS), (DECODER + "decoder.bias", DECODER + "bias")):
         if twin in state and original in state:
@@ -323,7 +326,8 @@ def _positive(temperature: Tensor, name: str) -> Tensor:
 
 
 def resample_positions(positions: Tensor, grid_size: tuple[int, int], prefix: int = 1) -> Tensor:
-    """Position embeddings (1, prefix + n * n, Cv) for another grid, bicubic as in ALBEF's code; the prefix stays."""
+    """Position embeddings (1, prefix + n * n, Cv), resampled to another grid (bicubic, as in ALBEF), prefix
+    unchanged."""
     side = math.isqrt(positions.shape[1] - prefix)
     if (side, side) == tuple(grid_size):
         return positions

@@ -21,18 +21,23 @@ from softmask_fast.model.vision_language import VisionLanguageModel
 from softmask_fast.utils import read_json, replacing, write_json
 
 WEIGHTS, CONFIG, TOKENIZER, TASK = "model.safetensors", "config.json", "tokenizer", "task.json"
-EVALUATION = "evaluation.json"  # beside a run's model, and in the folder of its best
-RECORD_BYTES = 1 << 26  # of a JSON file: the answers of a task may be many
+EVALUATION = "evaluation.json"  # next to a run's model folder, and inside that of its best model
+RECORD_BYTES = 1 << 26  # of a JSON file; a task may have many answers
 
 
 def save_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, directory: str | Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """Writes a model folder atomically; an existing one is replaced.
+    """Writes a model folder atomically, replacing an existing one.
 
     Args:
         model: a VisionLanguageModel, or a model fine-tuned for a task, whose `task_record` goes into task.json.
-        state: the weights; default: the model's own. Under ZeRO-3 these are empty: pass the gathered ones.
+        tokenizer: of its texts.
+        directory: the folder.
+        state: the weights; default: the model's own. Under ZeRO-3 these are empty, so pass the gathered ones.
+
+    Raises:
+        UsageError: for a pretrained model whose fusion encoder reads two images.
     """
     with replacing(Path(directory)) as folder:
         folder.mkdir(parents=True)
@@ -42,7 +47,7 @@ def save_model(
 def write_model(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """The arguments of `save_model`; the files go into an existing folder, beside what is there."""
+    """Writes the files of `save_model` into an existing folder, next to what it holds."""
     refuse_pairs(model)
     save_state(own_state(model) if state is None else state, folder / WEIGHTS)
     write_json(folder / CONFIG, asdict(model.config))
@@ -54,13 +59,13 @@ def write_model(
 def read_model(
     directory: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[VisionLanguageModel, PreTrainedTokenizerFast]:
-    """Reads a model folder that pretraining wrote. A folder is data: no code of it runs, and no hub is asked.
+    """Reads a model folder that pretraining wrote. A folder is data: none of its code runs, and no hub is asked.
 
     Returns:
         The model in eval mode, float32, on the device, and its tokenizer.
 
     Raises:
-        UsageError: naming the file and what in it is missing or does not fit.
+        UsageError: if a file is missing or does not fit. The message names it, and what is wrong with it.
     """
     model = VisionLanguageModel(pretrained_config(directory))
     fill_from_folder(model, directory)
@@ -68,7 +73,7 @@ def read_model(
 
 
 def fill_from_folder(model: nn.Module, directory: str | Path) -> None:
-    """Loads a model folder's weights. Raises UsageError naming the file and its tensors that do not fit."""
+    """Loads a model folder's weights. Raises UsageError that names the file and the tensors that do not fit."""
     try:
         load_own_state(model, read_weights(directory))
     except UsageError as error:
@@ -76,7 +81,7 @@ def fill_from_folder(model: nn.Module, directory: str | Path) -> None:
 
 
 def folder_tokenizer(directory: str | Path, config: ModelConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder. Raises UsageError if it cannot be read, or has ids that the model has not."""
+    """The tokenizer of a model folder. Raises UsageError if it cannot be read, or has ids that the model lacks."""
     folder = Path(directory) / TOKENIZER
     tokenizer = load_tokenizer(str(folder))
     largest = max(tokenizer.get_vocab().values())
@@ -90,8 +95,13 @@ def folder_tokenizer(directory: str | Path, config: ModelConfig) -> PreTrainedTo
 def read_model_folder(directory: str | Path, option: str = "model") -> tuple[ModelConfig, dict | None]:
     """The configuration in a model folder, and the task record if the model is fine-tuned for a task.
 
-    Raises UsageError naming the option that the folder came from, and what is missing, unknown or out of range, or
-    sizes that the weights are too few for.
+    Args:
+        directory: the folder.
+        option: the option that it came from, for messages.
+
+    Raises:
+        UsageError: if a file is missing, an option is unknown or out of range, or the weights are too few for the
+        sizes.
     """
     directory = Path(directory)
     absent = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (directory / name).exists()]
@@ -103,14 +113,14 @@ def read_model_folder(directory: str | Path, option: str = "model") -> tuple[Mod
     unknown = sorted(options.keys() - {f.name for f in fields(ModelConfig)})
     if unknown:
         raise UsageError(f"{option}: {directory / CONFIG} has unknown options {unknown}")
-    # the weights are in the folder, wherever training started from
+    # the weights are in the folder, no matter where training started from
     options |= {"vision_weights": "random", "text_weights": "random", "model_weights": None}
     task = read_record(directory / TASK, option) if (directory / TASK).exists() else None
     if task is not None and not isinstance(task.get("task"), str):
         raise UsageError(f"{option}: {directory / TASK}: task: expected a string, got {task.get('task')!r:.100}")
     try:
         config = ModelConfig(**options)
-        with torch.device("meta"):  # without memory, whatever the sizes
+        with torch.device("meta"):  # takes no memory, whatever the sizes
             needed = sum(parameter.numel() for parameter in VisionLanguageModel(config).parameters())
     except UsageError as error:
         raise UsageError(f"{option}: {directory / CONFIG}: {error}") from error

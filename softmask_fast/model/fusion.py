@@ -39,7 +39,7 @@ KeyValue = tuple[Tensor, Tensor]  # each (B, H, N, D), without bias
 class CrossAttention(nn.Module):
     """Queries from the text, keys and values from the image, each with its own projection."""
 
-    def __init__(self, width: int, image_width: int, heads: int):
+    def __init__(self, width: int, image_width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(width, width)
@@ -66,7 +66,7 @@ class FusionLayer(WeightedLayer):
     Its parts, the methods below, run through its call: `layer(FusionLayer.query, text, ...)`.
     """
 
-    def __init__(self, config: ModelConfig, image_width: int):
+    def __init__(self, config: ModelConfig, image_width: int) -> None:
         super().__init__()
         bert = bert_config(config, config.fusion_layers)
         self.attention = BertAttention(bert)
@@ -78,12 +78,14 @@ class FusionLayer(WeightedLayer):
         self.words_alone = config.match_through_words
 
     def joined(self) -> list[Joined]:
+        """The weights of `keys_values`, `attend`, `cross_query` and `after_attention`, in this order."""
         cross = self.cross_attention
         query = [Joined((cross.query.weight,)), Joined((cross.query.bias,))]
         rest = output_parts(self.cross_output) + feed_forward_parts(self.intermediate, self.output)
         return [Joined((cross.key.weight, cross.value.weight)), *attention_parts(self.attention), *query, *rest]
 
     def forward(self, part: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """Runs a method of the layer; under ZeRO-3 the call gathers the weights."""
         return part(self, *arguments, **options)
 
     def keys_values(self, image_tokens: Tensor) -> KeyValue:
@@ -151,10 +153,12 @@ class FusionLayer(WeightedLayer):
 class FusionEncoder(nn.Module):
     """The last layers of a BERT, with cross-attention to the image tokens.
 
-    Attributes: attention ("auto", "padded", "varlen" or "xformers", see packing.py), checkpointing.
+    Attributes:
+        attention: "auto", "padded", "varlen" or "xformers", see packing.py.
+        checkpointing: whether the backward pass recomputes the intermediates of each layer.
     """
 
-    def __init__(self, config: ModelConfig, image_width: int):
+    def __init__(self, config: ModelConfig, image_width: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(FusionLayer(config, image_width) for _ in range(config.fusion_layers))
         self.attention, self.checkpointing = "auto", False

@@ -24,7 +24,12 @@ ALBEF_TOKENIZER = "google-bert/bert-base-uncased"
 def weights_config(path: str | Path, option: str = "model_weights") -> ModelConfig:
     """The configuration of a model that starts from a model folder or an ALBEF checkpoint.
 
-    Raises UsageError, which names the option that the path came from, if it is neither.
+    Args:
+        path: the folder or the checkpoint.
+        option: the option that it came from, for messages.
+
+    Raises:
+        UsageError: if it is neither.
     """
     path = Path(path)
     if path.is_dir():
@@ -39,8 +44,8 @@ def weights_config(path: str | Path, option: str = "model_weights") -> ModelConf
 
 
 def weights_tokenizer(path: str | Path, named: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model that starts from `path`: the named one, else the model folder's, else ALBEF's from the
-    hub. Raises UsageError if it cannot be loaded."""
+    """The tokenizer of a model that starts from `path`: the one that is named, or else that of the model folder, or
+    else ALBEF's from the hub. Raises UsageError if it cannot be loaded."""
     if Path(path).is_dir():
         return load_tokenizer(named or str(Path(path) / TOKENIZER))
     return albef_tokenizer(load_tokenizer(named or ALBEF_TOKENIZER))
@@ -49,11 +54,16 @@ def weights_tokenizer(path: str | Path, named: str | None) -> PreTrainedTokenize
 def load_weights(
     model: VisionLanguageModel, path: str | Path, option: str = "model_weights", *, complete: bool = True
 ) -> None:
-    """Loads a model folder or an ALBEF checkpoint into a model, image position embeddings resampled to its grid.
+    """Loads a model folder or an ALBEF checkpoint into a model. Image position embeddings are resampled to its grid.
 
-    complete: refuse an ALBEF checkpoint that lacks heads; else they stay random, and the log names them.
-    Raises UsageError, which names the option that the path came from, if a tensor is missing, unexpected, or of another
-    size.
+    Args:
+        model: gets the weights.
+        path: the folder or the checkpoint.
+        option: the option that it came from, for messages.
+        complete: refuse an ALBEF checkpoint that lacks heads. Otherwise they stay random, and the log names them.
+
+    Raises:
+        UsageError: if a tensor is missing, unexpected, or of another size.
     """
     if Path(path).is_dir():
         pretrained_config(path, option)
@@ -77,9 +87,10 @@ def fill_model(model: VisionLanguageModel, state: dict[str, Tensor]) -> None:
 
 
 def load_pretrained(model: VisionLanguageModel) -> None:
-    """Loads the weights that the model's configuration names; 'random' leaves that part as it is.
+    """Loads the weights that the model's configuration names. "random" leaves that part as it is.
 
-    Raises UsageError if weights cannot be loaded or do not fit.
+    Raises:
+        UsageError: if weights cannot be loaded or do not fit.
     """
     config = model.config
     if config.model_weights:

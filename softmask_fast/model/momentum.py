@@ -1,6 +1,6 @@
 """The momentum copy of the model and the queue of its features (MoCo, He et al., CVPR 2020; as used by ALBEF).
 
-The copy is not part of the module that DeepSpeed owns: there it would silently never be updated under ZeRO-3.
+The copy is not part of the module that DeepSpeed owns: under ZeRO-3 it would silently never be updated there.
 """
 
 from __future__ import annotations
@@ -20,35 +20,39 @@ from softmask_fast.ops import FeatureQueue
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What changes from step to step. Tensors are 0-dim, on the model's device, and not read by the host."""
+    """What changes from step to step. Tensors are 0-dim, on the model's device; the host never reads them."""
 
     alpha: float | Tensor  # weight of the teacher's soft targets
     seed: int | Tensor  # of the negatives drawn in the step
-    use_queue: bool = True  # whether the queued features are contrastive keys beside those of the batch
+    use_queue: bool = True  # whether queued features are contrastive keys, in addition to those of the batch
     hard_negatives: bool = True  # where the objectives have them
 
 
 def distills(alpha: float | Tensor) -> bool:
-    """Whether there are soft targets of that weight; with a tensor there are, whatever its value."""
+    """Whether soft targets of weight alpha are computed. For a tensor they always are."""
     return isinstance(alpha, Tensor) or alpha > 0
 
 
 class MomentumCopy(nn.Module):
-    """An exponential moving average of a model with decay `momentum`; every rank holds the same one."""
+    """An exponential moving average of a model with decay `momentum`. It is the same on every rank."""
 
-    def __init__(self, model: nn.Module, momentum: float):
+    def __init__(self, model: nn.Module, momentum: float) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.momentum = momentum
 
     def train(self, mode: bool = True) -> MomentumCopy:
-        """The copy stays in eval mode: its soft targets come without dropout."""
+        """Keeps the copy in eval mode, as soft targets are computed without dropout."""
         super().train(mode)
         self.model.eval()
         return self
 
     def pairs(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-        """The averages, and in the same order the weights, (name, full fp32 tensor) of all parameters of the model."""
+        """The averages, and in the same order the weights.
+
+        Args:
+            weights: (name, whole float32 tensor) of all parameters of the model.
+        """
         averages = self._averages.copy()
         pairs = [(averages.pop(name), weight) for name, weight in weights]
         if averages:
@@ -61,7 +65,7 @@ class MomentumCopy(nn.Module):
         torch._foreach_lerp_(averages, weights, 1 - self.momentum)
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Moves the average towards the weights, (name, full fp32 tensor) of all parameters of the model."""
+        """Moves the averages towards the weights, which are those of `pairs`."""
         self.move(*self.pairs(weights))
 
     @functools.cached_property
@@ -70,8 +74,8 @@ class MomentumCopy(nn.Module):
 
 
 class MomentumTeacher(MomentumCopy):
-    """The momentum copy of a vision-language model and the queue of its features, whose first content has the seed."""
+    """The momentum copy of a vision-language model, and the queue of its features. `seed` fills the queue at first."""
 
-    def __init__(self, model: VisionLanguageModel, objectives: MomentumConfig, seed: int = 0):
+    def __init__(self, model: VisionLanguageModel, objectives: MomentumConfig, seed: int = 0) -> None:
         super().__init__(model, objectives.momentum)
         self.queue = FeatureQueue(model.config.embed_dim, objectives.queue_size, seed)

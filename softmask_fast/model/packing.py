@@ -1,4 +1,4 @@
-"""Captions without padding: the tokens of all sequences in one list of rows, and self-attention within each sequence.
+"""Captions without padding: all tokens in one list of rows, and self-attention within each sequence.
 
 Embeddings, projections, norms and feed-forward run on (T, C) rows of real tokens; for captions T is about half of
 S * L. Self-attention has three implementations:
@@ -6,9 +6,9 @@ S * L. Self-attention has three implementations:
 - "padded": pads queries, keys and values for `scaled_dot_product_attention` with a mask; any device, any dtype.
 - "varlen": packed, PyTorch's `torch.nn.attention.varlen` (FlashAttention); GPU, half precision.
 - "xformers": packed, `memory_efficient_attention` with a `BlockDiagonalMask`; GPU. Its mask needs the lengths on the
-  host, which waits for the device to compute them.
+  host, which has to wait for the device.
 
-"auto" is "varlen" where it runs, else "padded". Cross-attention takes the packed rows everywhere.
+"auto" is "varlen" where it runs, else "padded". Cross-attention always takes packed rows.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 class Packing:
     """Where the tokens of S padded sequences of length L are in T rows.
 
-    On the CPU T is the number of tokens. On a GPU the host does not wait for that number: T is an upper bound, of which
-    multiples of 64 are taken so that few sizes occur, and the rows after the last token are padding, in extra sequences
-    that nobody reads.
+    On the CPU T is the number of tokens. On a GPU the host does not wait for that number. There T is an upper bound, a
+    multiple of 64 so that few sizes occur. The rows after the last token are padding, in extra sequences that are never
+    read.
     """
 
     mask: Tensor  # (S, L) bool, True = token
@@ -45,7 +45,13 @@ class Packing:
 
     @classmethod
     def of(cls, mask: Tensor, fewest: int = 0, most: int | None = None) -> Packing:
-        """mask (S, L) bool; fewest, most: bounds on its number of tokens, which only matter on a GPU."""
+        """The packing of a mask.
+
+        Args:
+            mask: (S, L) bool, True = token.
+            fewest: lower bound on its number of tokens. The bounds only matter on a GPU.
+            most: upper bound on it.
+        """
         length = mask.shape[1]
         if mask.device.type == "cpu" and not is_fake(mask):
             positions = mask.flatten().nonzero()[:, 0]
@@ -75,13 +81,13 @@ class Packing:
 
     @functools.cached_property
     def ends(self) -> Tensor:
-        """Which rows are the first or the last token of their sequence, [CLS] or [SEP]: (T,) bool."""
+        """(T,) bool: True for the first and the last token of each sequence, [CLS] and [SEP]."""
         boundaries = self.boundaries[: len(self.mask) + 1].long()
         first_and_last = torch.cat([boundaries[:-1], boundaries[1:] - 1])
         return self.positions.new_zeros(len(self.positions), dtype=torch.bool).index_fill(0, first_and_last, True)
 
     def bias(self, dtype: torch.dtype) -> Tensor:
-        """What "padded" attention adds to the logits (S, 1, 1, L): 0 at tokens, minus infinity at padding."""
+        """(S, 1, 1, L), what "padded" attention adds to the logits: 0 at tokens, minus infinity at padding."""
         if dtype not in self._biases:
             bias = torch.zeros_like(self.mask, dtype=dtype).masked_fill_(~self.mask, -math.inf)
             self._biases[dtype] = bias[:, None, None, :]
@@ -116,7 +122,7 @@ def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype) -> s
 
 @functools.cache
 def _xformers_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """As `unavailable_reason`. A wheel of xformers may import and still have no kernels for this torch or GPU."""
+    """As `unavailable_reason`. A wheel of xformers that imports may still lack kernels for this torch or GPU."""
     try:
         from xformers.ops import memory_efficient_attention
 

@@ -1,4 +1,4 @@
-"""The fusion encoder of a text and two images (ALBEF, section 5)."""
+"""The fusion encoder for a text and two images (ALBEF, section 5)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from softmask_fast.model.fusion import FusionEncoder, FusionLayer, KeyValue
 
 
 class PairFusion(FusionEncoder):
-    """A fusion encoder with twice the layers, in pairs that share the projections of keys and values."""
+    """A fusion encoder with twice as many layers, in pairs that share the projections of keys and values."""
 
-    def __init__(self, fusion: FusionEncoder, config: ModelConfig, image_width: int):
+    def __init__(self, fusion: FusionEncoder, config: ModelConfig, image_width: int) -> None:
         """Copies each layer of the pretrained `fusion` into both layers of a pair."""
         super().__init__(replace(config, fusion_layers=2 * config.fusion_layers), image_width)
         self.attention, self.checkpointing = fusion.attention, fusion.checkpointing
@@ -31,6 +31,6 @@ class PairFusion(FusionEncoder):
 
 
 def refuse_pairs(model: nn.Module) -> None:
-    """Raises UsageError for a pretrained model whose fusion encoder reads two images: only its tasks can be stored."""
+    """Raises UsageError for a pretrained model whose fusion encoder reads two images. Only its tasks can be stored."""
     if isinstance(getattr(model, "fusion", None), PairFusion):
         raise UsageError("model: expected one that reads one image per caption, got one that reads two")

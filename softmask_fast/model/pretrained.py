@@ -1,4 +1,4 @@
-"""A trained model with its tokenizer and its images' preparation, from a folder or the Hugging Face hub, and back."""
+"""A trained model with its tokenizer and image preprocessing, from a folder or the Hugging Face hub, and back."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ similarity = image @ text.T
 
 @dataclass
 class Pretrained(ModelHubMixin):
-    """What `load_model` returns; also unpacked, as `model, tokenizer, preprocess`.
+    """What `load_model` returns. It can be unpacked: `model, tokenizer, preprocess = load_model("demo")`.
 
     `save_pretrained(folder)` and `push_to_hub("owner/name")` of huggingface_hub's `ModelHubMixin` write a model folder
-    (config.json, model.safetensors, tokenizer/), a model card and, if the model was evaluated, its figures in
+    (config.json, model.safetensors, tokenizer/) with a model card and, if the model was evaluated, its metrics in
     evaluation.json.
     """
 
     model: VisionLanguageModel
     tokenizer: PreTrainedTokenizerFast
     preprocess: Preprocess
-    evaluation: dict[str, Any] | None = None  # figures of an evaluation's record
+    evaluation: dict[str, Any] | None = None  # the numbers of an evaluation.json, nested as there
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer, self.preprocess))
@@ -80,25 +80,25 @@ class Pretrained(ModelHubMixin):
         token: str | bool | None = None, cache_dir: str | Path | None = None, force_download: bool = False,
         local_files_only: bool = False,
     ) -> Pretrained:  # fmt: skip
-        """`load_model`, with the hub's options. The mixin's own would read config.json before it is checked."""
+        """`load_model` with the hub's options. The mixin's own method would read config.json before it is checked."""
         hub = dict(revision=revision, token=token, cache_dir=cache_dir)
         hub |= dict(force_download=force_download, local_files_only=local_files_only)
         folder = model_folder(name, "model", (CONFIG, WEIGHTS, TOKENIZER), (EVALUATION,), **hub)
         model, tokenizer = read_model(folder, device)
         tokenizer.model_max_length = model.config.max_tokens  # where `truncation=True` cuts
-        records = (folder / EVALUATION, folder.parent / EVALUATION)  # of a best model, or one sent; of a run's last
+        records = (folder / EVALUATION, folder.parent / EVALUATION)  # of a best or a shared model; of a run's last one
         path = next((path for path in records[: 1 + (folder.name == "model")] if path.is_file()), None)
         return cls(model, tokenizer, Preprocess(model.config.image_size), path and _figures(read_record(path, "model")))
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        for stale in (EVALUATION, TASK):  # of the model that was there before
+        for stale in (EVALUATION, TASK):  # of a model that the folder held before
             (save_directory / stale).unlink(missing_ok=True)
         write_model(self.model, self.tokenizer, save_directory)
         if self.evaluation:
             write_json(save_directory / EVALUATION, self.evaluation)
 
     def generate_model_card(self) -> ModelCard:
-        """The card: sizes, how to use it, and the figures of its evaluation."""
+        """The model card: sizes, how to use the model, and the metrics of its evaluation."""
         model = self.model
         rows, columns = model.grid_size
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -114,7 +114,7 @@ class Pretrained(ModelHubMixin):
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> Pretrained:
-    """A trained model, its tokenizer, and its images' preparation:
+    """Load a trained model, its tokenizer and its image preprocessing:
 
     ```python
     model, tokenizer, preprocess = load_model("demo")
@@ -123,9 +123,9 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Pretrain
     ```
 
     Args:
-        name: a model folder that training wrote; "demo", the model in the package; or a name on the Hugging Face hub,
-            "owner/name", which is asked if its cache does not have the model. A folder is data: no code of it runs, and
-            no hub is asked for what its files name.
+        name: a model folder that training wrote; "demo", the model in the package; or "owner/name" on the Hugging Face
+            hub, which is asked if its cache lacks the model. A folder is data: none of its code runs, and no hub is
+            asked for what its files name.
         device: of the model. `preprocess` makes tensors on the CPU.
 
     Returns:
@@ -133,14 +133,15 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Pretrain
         (3, image_size, image_size). Fine-tuned models of tasks with labels are refused.
 
     Raises:
-        UsageError: naming the file and what in it is missing or does not fit; or a name that the hub does not have, in
-            at most 10 seconds.
+        UsageError: if a file is missing or does not fit; the message names it. Also for a name that the hub does not
+            have, after at most 10 seconds.
     """
     return Pretrained.from_pretrained(name, device=device)
 
 
 def _figures(record: dict[str, Any], depth: int = 8) -> dict[str, Any]:
-    """The numbers of a record, which also has texts: paths of somebody's machine, which are not to be published."""
+    """The numbers of a record, without its texts: these are paths on somebody's machine, which must not be
+    published."""
     numbers = {}
     for name, value in record.items() if depth else ():
         value = _figures(value, depth - 1) if isinstance(value, dict) else value
@@ -150,7 +151,7 @@ def _figures(record: dict[str, Any], depth: int = 8) -> dict[str, Any]:
 
 
 def _leaves(figures: dict[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
-    """("retrieval, itc, recall@1", 0.5) and so on."""
+    """Each number with its path, such as ("retrieval, itc, recall@1", 0.5)."""
     for name, value in figures.items():
         name = above + printable(name).replace("_", " ").replace("|", "/")
         if isinstance(value, dict):

@@ -29,7 +29,7 @@ MATCHED, NOT_MATCHED, NOT_SCORED = 1, 0, -100  # labels of ITM; the last one als
 
 @dataclass
 class TeacherOutputs:
-    """What the momentum copy makes of a batch, without a graph."""
+    """The teacher's outputs for a batch, without a graph."""
 
     image_features: Tensor  # (B, d) unit
     text_features: Tensor  # (B, d) unit
@@ -56,7 +56,7 @@ class Sequences:
 class PretrainingStep(nn.Module):
     """The objectives around a model, under bfloat16 autocast with `bf16`; this is the module that DeepSpeed owns."""
 
-    def __init__(self, model: VisionLanguageModel, objectives: ObjectiveConfig, bf16: bool = False):
+    def __init__(self, model: VisionLanguageModel, objectives: ObjectiveConfig, bf16: bool = False) -> None:
         super().__init__()
         self.model = model
         self.objectives = objectives
@@ -66,7 +66,7 @@ class PretrainingStep(nn.Module):
     def forward(
         self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of this rank's batch; a collective. In training mode the teacher's features enter its queue.
+        """The loss of this rank's batch. The teacher's features enter its queue. A collective.
 
         Returns:
             The loss and the detached metrics, all float32 scalars: "loss"; "itc", "itm" and "mlm" if they have a

@@ -35,9 +35,9 @@ IGNORED = -100  # label of positions without a word to predict
 
 
 class ReferenceStep(nn.Module):
-    """The objectives around a model, for one process; the arguments are those of `PretrainingStep`."""
+    """The objectives around a model, for one process. The arguments are those of `PretrainingStep`."""
 
-    def __init__(self, model: VisionLanguageModel, objectives: ObjectiveConfig, bf16: bool = False):
+    def __init__(self, model: VisionLanguageModel, objectives: ObjectiveConfig, bf16: bool = False) -> None:
         super().__init__()
         self.model = model
         self.objectives = objectives
@@ -47,10 +47,17 @@ class ReferenceStep(nn.Module):
         self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings,
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """The loss of a batch and the losses it is the weighted sum of; the momentum features enter the queue.
+        """The loss of a batch. The momentum features enter the queue.
 
-        negatives: the other image of each text and the other text of each image, (B,) int64 each; None: drawn from the
-        contrastive softmax, with torch's generator.
+        Args:
+            batch: as for `PretrainingStep`, like the next two.
+            teacher: the momentum copy and its queue.
+            settings: of the step.
+            negatives: the other image of each text and the other text of each image, (B,) int64 each; None: drawn from
+                the contrastive softmax, with torch's generator.
+
+        Returns:
+            The loss, and the detached losses "itc", "itm" and "mlm" that it is the weighted sum of.
         """
         with torch.autocast(batch.pixels.device.type, torch.bfloat16, enabled=self.bf16):
             return self._losses(batch, teacher, settings, negatives)

@@ -25,9 +25,16 @@ def save_state(state: dict[str, Tensor], path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path, option: str) -> dict[str, Tensor]:
-    """The tensors of a .pth file, of a state dict alone or under "model", memory-mapped if its format allows it.
+    """The tensors of a .pth file that holds a state dict, alone or under "model". None of the file's code runs.
 
-    Raises UsageError, which names the option that the path came from, for anything else: no code in it runs.
+    The file is memory-mapped if its format allows it.
+
+    Args:
+        path: of the file.
+        option: the option that it came from, for messages.
+
+    Raises:
+        UsageError: for any other content.
     """
     try:
         mapped = zipfile.is_zipfile(path)
@@ -35,12 +42,12 @@ def read_checkpoint(path: str | Path, option: str) -> dict[str, Tensor]:
             with zipfile.ZipFile(path) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
                     raise UsageError(f"{option}: {path} cannot be read as tensors: expected them uncompressed")
-        with warnings.catch_warnings():  # of bytes that are no checkpoint
+        with warnings.catch_warnings():  # about bytes that are not a checkpoint
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UsageError:
         raise
-    except Exception as error:  # what unpickling damaged bytes raises is of any kind
+    except Exception as error:  # unpickling damaged bytes can raise anything
         raise UsageError(f"{option}: {path} cannot be read as tensors: {one_line(error)}") from error
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, dict) or not all(
@@ -51,15 +58,17 @@ def read_checkpoint(path: str | Path, option: str) -> dict[str, Tensor]:
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's parameters and persistent buffers, shared ones once (safetensors stores each tensor once)."""
+    """The module's parameters and persistent buffers. Shared ones appear once, as safetensors stores each tensor
+    once."""
     names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     return {name: tensor for name, tensor in module.state_dict().items() if name in names}
 
 
 def load_own_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """The inverse of `own_state`, also for names of older files.
+    """The inverse of `own_state`. It also knows the names of older files.
 
-    Raises UsageError if a tensor is missing, unexpected, or of another size or kind.
+    Raises:
+        UsageError: if a tensor is missing, unexpected, or of another size or kind.
     """
     mine = own_state(module)
     for old, new in _RENAMED.items():

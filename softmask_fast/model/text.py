@@ -28,12 +28,12 @@ from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
 
 
 def initial_std(width: int) -> float:
-    """BERT's 0.02 at its width of 768, scaled so that layers of any width keep the same fraction of the signal."""
+    """BERT's 0.02 at its width of 768, scaled so that layers of any width pass on the same fraction of the signal."""
     return 0.02 * math.sqrt(768 / width)
 
 
 def bert_config(config: ModelConfig, layers: int) -> BertConfig:
-    """A BERT of our sizes, without dropout on attention probabilities, which fused attention does not offer."""
+    """A BERT of our sizes. Attention probabilities have no dropout, as fused attention does not offer it."""
     return BertConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.text_width,
@@ -78,17 +78,18 @@ def attend(weights: Weights, text: Tensor, packing: Packing, heads: int, attenti
 class TextLayer(WeightedLayer):
     """A BERT layer on packed tokens."""
 
-    def __init__(self, layer: BertLayer):
+    def __init__(self, layer: BertLayer) -> None:
         super().__init__()
         self.attention, self.intermediate, self.output = layer.attention, layer.intermediate, layer.output
         self.heads = layer.attention.self.num_attention_heads
         self.eps, self.drop = layer.output.LayerNorm.eps, layer.output.dropout.p
 
     def joined(self) -> list[Joined]:
+        """The weights of `attend` and `after_attention`."""
         return attention_parts(self.attention) + feed_forward_parts(self.intermediate, self.output)
 
     def forward(self, text: Tensor, packing: Packing, attention: str) -> Tensor:
-        """text (T, C) -> (T, C) in the dtype of the weights; attention as in `TextEncoder`."""
+        """text (T, C) -> (T, C) in the dtype of the weights. `attention` is that of `TextEncoder`."""
         weights = self.weights()
         text = text.to(weights[0].dtype)
         attended = attend(weights[:2], text, packing, self.heads, attention)
@@ -99,10 +100,12 @@ class TextLayer(WeightedLayer):
 class TextEncoder(nn.Module):
     """The embeddings and first `text_layers` layers of a BERT.
 
-    Attributes: attention ("auto", "padded", "varlen" or "xformers", see packing.py), checkpointing.
+    Attributes:
+        attention: "auto", "padded", "varlen" or "xformers", see packing.py.
+        checkpointing: whether the backward pass recomputes the intermediates of each layer.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.bert = BertModel(bert_config(config, config.text_layers), add_pooling_layer=False)
         self.bert.encoder.layer = nn.ModuleList(TextLayer(layer) for layer in self.bert.encoder.layer)
@@ -112,6 +115,7 @@ class TextEncoder(nn.Module):
 
     @property
     def word_embeddings(self) -> nn.Embedding:
+        """The embeddings of the vocabulary."""
         return self.bert.embeddings.word_embeddings
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None) -> Tensor:
@@ -122,7 +126,7 @@ class TextEncoder(nn.Module):
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The arguments and tokens of `forward`, and one for the contrast (B, C)."""
+        """Like `forward`; also returns one vector per text for the contrast, (B, C)."""
         packing = Packing.of(attention_mask) if packing is None else packing
         shared = own = self._shared(input_ids, packing)
         if self.contrast_layers:
@@ -146,20 +150,22 @@ class TextEncoder(nn.Module):
 
 
 class MaskedLanguageHead(WeightedLayer):
-    """BERT's head over the vocabulary; its matrix is tied to the word embeddings."""
+    """BERT's head over the vocabulary. Its matrix is tied to the word embeddings."""
 
-    def __init__(self, config: ModelConfig, word_embeddings: nn.Embedding):
+    def __init__(self, config: ModelConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
         self.transform = BertPredictionHeadTransform(bert_config(config, 0))
         self.decoder = nn.Linear(config.text_width, config.vocab_size)
         self.decoder.weight = word_embeddings.weight
 
     def joined(self) -> list[Joined]:
+        """The weights of `word_logits`."""
         modules = (self.transform.dense, self.transform.LayerNorm, self.decoder)
         return [Joined((parameter,)) for module in modules for parameter in (module.weight, module.bias)]
 
     def forward(self, hidden: Tensor, *labels: Tensor | None, function: Callable = word_logits) -> Any:
-        """`word_logits` (..., C) -> (..., V), or another function of these weights in layers.py, with its labels."""
+        """hidden (..., C) -> logits (..., V), or what another function of layers.py makes of the same weights and its
+        labels."""
         return run_region(self.compiled, function, self.weights(), hidden, *labels, self.transform.LayerNorm.eps)
 
 
@@ -167,7 +173,7 @@ def load_bert(config: ModelConfig) -> BertForMaskedLM:
     """The pretrained BERT named by `text_weights`. Raises UsageError if it cannot be loaded or has other sizes."""
     name = config.text_weights
     options = {"trust_remote_code": False, "weights_only": True}
-    options["local_files_only"] = Path(name).is_dir()  # its files are data: they name nothing on a hub
+    options["local_files_only"] = Path(name).is_dir()  # a folder is data: its files must not name anything on a hub
     instead = (
         "give a folder with a BERT (--text_weights DIR), bring the hub's cache of a machine with a network "
         f"(`hf download {name}`), or start from --text_weights random"
@@ -176,7 +182,7 @@ def load_bert(config: ModelConfig) -> BertForMaskedLM:
         bert = from_hub(name, "text_weights", instead, lambda: BertForMaskedLM.from_pretrained(name, **options))
     except UsageError:
         raise
-    except Exception as error:  # of damaged files the libraries raise many kinds
+    except Exception as error:  # the libraries raise many kinds of errors for damaged files
         raise UsageError(f"text_weights: {name!r} cannot be loaded ({one_line(error)}); {instead}") from error
     found, ours = bert.config, bert_config(config, config.text_layers)
     sizes = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings")

@@ -25,16 +25,17 @@ from softmask_fast.model.weights import Joined, WeightedLayer, run_layer
 
 
 class ImageBlock(WeightedLayer):
-    """A block of a timm vision transformer without layer scale, stochastic depth or norms of its own in attention."""
+    """A block of a timm vision transformer without layer scale, without stochastic depth and without norms inside its
+    attention."""
 
-    def __init__(self, block: Block):
+    def __init__(self, block: Block) -> None:
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
         self.heads, self.eps = block.attn.num_heads, block.norm1.eps
 
     @staticmethod
     def covers(block: nn.Module) -> bool:
-        """Whether the block computes what `image_block` does."""
+        """Whether a block computes what `image_block` does."""
         if type(block) is not Block or type(block.attn) is not Attention:
             return False
         attention, mlp, norms = block.attn, block.mlp, (block.norm1, block.norm2)
@@ -52,6 +53,7 @@ class ImageBlock(WeightedLayer):
         )  # fmt: skip
 
     def joined(self) -> list[Joined]:
+        """The weights of `image_block`."""
         modules = (self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
         parts = [Joined((parameter,)) for module in modules for parameter in (module.weight, module.bias)]
         parts[3] = Joined((self.attn.qkv.bias,), holds_key_bias=True)
@@ -96,11 +98,14 @@ class ConvolutionalStem(nn.Sequential):
 class VisionEncoder(nn.Module):
     """A timm vision transformer without its head.
 
-    Attributes: width (Cv), grid_size (rows and columns of patches), prefix_tokens (number of tokens before the patches,
-    the first one is [CLS]), checkpointing.
+    Attributes:
+        width: of its tokens, Cv.
+        grid_size: rows and columns of patches.
+        prefix_tokens: number of tokens before the patches; the first one is [CLS].
+        checkpointing: whether the backward pass recomputes the intermediates of each block.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         sizes = {
             "patch_size": config.vision_patch_size,
@@ -155,15 +160,16 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def _place_patches(self) -> None:
-        """Initializes the learned position embeddings with 2-d sines and cosines: at timm's 0.02 the pixels drown them,
-        and a model from scratch is slow to learn where things are."""
+        """Initializes the learned position embeddings with 2-d sines and cosines. At timm's 0.02 the pixels drown them
+        out, and a model from scratch is slow to learn where things are."""
         positions = build_sincos2d_pos_embed(list(self.grid_size), dim=self.width)
         self.vit.pos_embed[:, -len(positions) :] = positions
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, image_size, image_size) -> tokens (B, N, Cv), N = prefix_tokens + rows * columns.
 
-        Raises UsageError for images of another size.
+        Raises:
+            UsageError: for images of another size.
         """
         vit = self.vit
         height, width = vit.patch_embed.img_size
@@ -171,12 +177,12 @@ class VisionEncoder(nn.Module):
             raise UsageError(f"pixels: expected size (B, 3, {height}, {width}), got {tuple(pixels.shape)}")
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pixels))))
         tokens = self._run(vit.blocks[: len(vit.blocks) - self.contrast_blocks], tokens)
-        if self.contrast_blocks:  # the norm's weights are the contrast's; keys and values have weights of their own
+        if self.contrast_blocks:  # the norm's weights belong to the contrast; keys and values have their own
             return F.layer_norm(tokens, tokens.shape[-1:], eps=vit.norm.eps).to(tokens.dtype)
         return vit.norm(tokens).to(tokens.dtype)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (B, 3, image_size, image_size) -> the tokens of `forward`, and one for the contrast (B, Cv)."""
+        """Like `forward`; also returns one vector per image for the contrast, (B, Cv)."""
         tokens = own = self.forward(pixels)
         if self.contrast_blocks:
             blocks = self.vit.blocks[-self.contrast_blocks :]
@@ -190,9 +196,10 @@ class VisionEncoder(nn.Module):
 
 
 def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
-    """Loads timm's pretrained weights or those of a file; position embeddings are resampled to the encoder's grid.
+    """Loads timm's pretrained weights, or those of a file. Position embeddings are resampled to the encoder's grid.
 
-    Raises UsageError if they cannot be loaded or do not fit.
+    Raises:
+        UsageError: if they cannot be loaded or do not fit.
     """
     if config.vision_weights == "random":
         return
@@ -204,7 +211,7 @@ def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
     try:
         state = timm.models.vision_transformer.checkpoint_filter_fn(state, encoder.vit)
         missing, unexpected = encoder.vit.load_state_dict(state, strict=False)
-    except Exception as error:  # timm's filter takes tensors of other models for what they are not
+    except Exception as error:  # timm's filter may misread the tensors of other models
         raise UsageError(f"vision_weights: {config.vision_weights!r} does not fit: {one_line(error)}") from error
     if missing or unexpected:
         raise UsageError(
@@ -214,7 +221,7 @@ def load_vision_weights(encoder: VisionEncoder, config: ModelConfig) -> None:
 
 
 def _timm_model(name: str) -> nn.Module:
-    """A model with timm's pretrained weights. Raises UsageError if they cannot be had."""
+    """A model with timm's pretrained weights. Raises UsageError if they are not available."""
     found = timm.get_pretrained_cfg(name)
     hub_name = found and found.hf_hub_id
     instead = (
@@ -229,7 +236,7 @@ def _timm_model(name: str) -> nn.Module:
         return from_hub(hub_name, "vision_weights", instead, load) if hub_name else load()
     except UsageError:
         raise
-    except Exception as error:  # of damaged files the libraries raise many kinds
+    except Exception as error:  # the libraries raise many kinds of errors for damaged files
         raise UsageError(
             f"vision_weights: timm's weights of {name!r} cannot be loaded ({one_line(error)}); {instead}"
         ) from error

@@ -26,12 +26,9 @@ TEMPERATURE_RANGE = (0.001, 0.5)
 
 
 class VisionLanguageModel(nn.Module):
-    """Encoders, heads and the contrastive temperature, with random weights; `load_pretrained` loads others.
+    """Encoders, heads and the contrastive temperature, with random weights. `load_pretrained` loads others."""
 
-    Attributes: grid_size (rows and columns of patches), prefix_tokens (image tokens before the patches, first [CLS]).
-    """
-
-    def __init__(self, config: ModelConfig, temperature: float = 0.07):
+    def __init__(self, config: ModelConfig, temperature: float = 0.07) -> None:
         super().__init__()
         self.config = config
         self.vision = VisionEncoder(config)
@@ -49,10 +46,12 @@ class VisionLanguageModel(nn.Module):
         self._held: HeldWeights | None = None
 
     def set_execution(self, attention: str = "auto", checkpointing: bool = False, compile: bool = False) -> None:
-        """How the layers run; results stay the same up to rounding.
+        """Sets how the layers run. Results stay the same up to rounding.
 
-        attention: of the text, see packing.py; checkpointing: recompute the intermediates of every block in the
-        backward pass; compile: the functions of layers.py through torch.compile, at their first calls.
+        Args:
+            attention: of the text, see packing.py.
+            checkpointing: recompute the intermediates of every layer in the backward pass.
+            compile: compile the functions of layers.py at their first calls.
         """
         for encoder in (self.text, self.fusion):
             encoder.attention, encoder.checkpointing = attention, checkpointing
@@ -61,21 +60,24 @@ class VisionLanguageModel(nn.Module):
             layer.compiled = compile
 
     def holding_weights(self, dtype: torch.dtype | None = None) -> AbstractContextManager[None]:
-        """For the length of a step: the layers' weights are joined, and cast to `dtype`, once; see weights.py."""
+        """A context for the length of a step, in which the layers' weights are joined and cast to `dtype` only once;
+        see weights.py."""
         if self._held is None:
             self._held = HeldWeights(self)
         return self._held.hold(dtype)
 
     def _apply(self, *arguments: Any, **options: Any) -> VisionLanguageModel:
-        self._held = None  # a move between devices may make other parameters
+        self._held = None  # a move between devices may replace the parameters
         return super()._apply(*arguments, **options)
 
     @property
     def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
         return self.vision.grid_size
 
     @property
     def prefix_tokens(self) -> int:
+        """Number of image tokens before the patches; the first one is [CLS]."""
         return self.vision.prefix_tokens
 
     @property
@@ -92,16 +94,27 @@ class VisionLanguageModel(nn.Module):
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
-        """input_ids (B, L) int64, attention_mask (B, L) bool, or a tokenizer's of 0 and 1, and its packing -> tokens
-        (B, L, C), 0 at padding, and unit features (B, d)."""
+        """Texts -> tokens (B, L, C), 0 at padding, and unit features (B, d).
+
+        Args:
+            input_ids: (B, L) int64.
+            attention_mask: (B, L) bool, or 0 and 1 as tokenizers return it.
+            packing: of the mask; default: computed.
+        """
         tokens, summary = self.text.encode(input_ids, attention_mask.bool(), packing)
         return tokens, F.normalize(self.text_projection(summary), dim=-1)
 
     def match_tokens(
         self, image_tokens: Tensor, text_tokens: Tensor, attention_mask: Tensor, image_index: Tensor | None = None
     ) -> Tensor:
-        """image_tokens (B, N, Cv), text_tokens (S, L, C), attention_mask (S, L) bool, image_index (S,) int64, the image
-        of each text (None: image i for text i) -> logits (S, 2), [:, 1] for "matched"."""
+        """Encoded images and texts -> logits (S, 2), [:, 1] for "matched".
+
+        Args:
+            image_tokens: (B, N, Cv).
+            text_tokens: (S, L, C).
+            attention_mask: (S, L) bool.
+            image_index: (S,) int64, the image of each text; default: image i for text i.
+        """
         keys_values = self.fusion.keys_values(image_tokens)
         positions = first_tokens(text_tokens)
         mask = attention_mask.bool()
@@ -114,13 +127,13 @@ class VisionLanguageModel(nn.Module):
         return self.match_tokens(self.vision(pixels), text_tokens, attention_mask)
 
     def mlm_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Arguments as for `match_logits` -> logits (B, L, V) over the vocabulary at every token, given the image."""
+        """The arguments of `match_logits` -> logits (B, L, V) over the vocabulary at every token, given the image."""
         text_tokens, _ = self.encode_text(input_ids, attention_mask)
         keys_values = self.fusion.keys_values(self.vision(pixels))
         return self.language_head(self.fusion(text_tokens, attention_mask.bool(), keys_values))
 
     def matched_score(self, fused: Tensor) -> Tensor:
-        """Fused [CLS] (S, C) -> the logit of "matched" (S,), whose Grad-CAM explains a word."""
+        """Fused [CLS] (S, C) -> the logit of "matched" (S,). Its Grad-CAM is the word map."""
         return self.match_head(fused)[:, 1]
 
     def relevance_inputs(
@@ -138,8 +151,10 @@ class VisionLanguageModel(nn.Module):
         """Grad-CAM of "matched" over the image tokens for every token of the captions.
 
         Args:
-            pixels, input_ids, attention_mask: as for `match_logits`.
-            layer: fusion layer, 0 is the first; default: the one whose maps are the soft masks in training.
+            pixels: (B, 3, image_size, image_size).
+            input_ids: (B, L) int64.
+            attention_mask: (B, L) bool.
+            layer: fusion layer, counted from 0; default: the one whose maps are the soft masks in training.
 
         Returns:
             float32 (B, L, N): `prefix_tokens` tokens, then the patches of `grid_size`, row by row.
@@ -150,7 +165,7 @@ class VisionLanguageModel(nn.Module):
         layer = self.config.soft_mask_layer if layer is None else layer
         last = self.config.fusion_layers - 1
         if self.config.match_through_words:
-            last -= 1  # behind the last layer only [CLS] is read, which has no map
+            last -= 1  # only [CLS] is read after the last layer, and it has no map
         if not 0 <= layer <= last:
             raise UsageError(f"layer: expected a fusion layer from 0 to {last}, got {layer}")
         with torch.no_grad():
@@ -160,7 +175,7 @@ class VisionLanguageModel(nn.Module):
 
 
 def clamped(parameter: Tensor, low: float, high: float) -> Tensor:
-    """The parameter within [low, high], with a gradient that can move it back into the range but not further out.
+    """The parameter within [low, high]. Its gradient can move it back into the range, but not farther out.
 
     A plain clamp has no gradient outside the range, so a parameter that left it would be stuck. Clamping the parameter
     itself, as ALBEF does, has no effect under ZeRO, whose optimizer owns the weights.
@@ -174,7 +189,7 @@ def clamped(parameter: Tensor, low: float, high: float) -> Tensor:
 
 
 def hold_key_biases(module: nn.Module) -> None:
-    """Zeroes the gradients of key biases in self-attentions that are not of a `WeightedLayer`, which see to theirs."""
+    """Zeroes the gradients of key biases in self-attentions outside of a `WeightedLayer`, which zeroes its own."""
     ours = {parameter for layer in weighted_layers(module) for parameter in layer.parameters()}
     for name, parameter in module.named_parameters():
         if parameter in ours:

@@ -1,8 +1,8 @@
 """The weights of a layer as one tuple of tensors, which the functions of layers.py take.
 
-Weights that serve one product are joined: query, key and value, for instance. During a training step the tuples are
-held, so that every pass over a layer uses the same ones, and under bfloat16 all of them are cast by one multi-tensor
-operator; on the way back each layer's gradients return to its float32 parameters together.
+Weights of one matrix product are joined: query, key and value, for instance. During a training step the tuples are
+held, so that every pass over a layer uses the same ones. Under bfloat16 one multi-tensor operator casts all of them; in
+the backward pass each layer's gradients return to its float32 parameters together.
 """
 
 from __future__ import annotations
@@ -15,57 +15,60 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ALIGNMENT = 16  # elements between the beginnings of two cast weights are a multiple of this
+ALIGNMENT = 16  # cast weights start at multiples of this many elements
 
 
 class Joined(NamedTuple):
     """Parameters that are joined along the first dimension.
 
     With `holds_key_bias` the middle third is the key bias of self-attention. It adds the same number to all logits of a
-    query, which softmax ignores; its gradient would be rounding noise, of which Adam makes steps of full size. So it is
-    taken as zero, and its gradient is zero.
+    query, which softmax ignores. Its gradient would be rounding noise, which Adam turns into steps of full size. So
+    both the bias and its gradient are taken as zero.
     """
 
     parameters: tuple[nn.Parameter, ...]
     holds_key_bias: bool = False
 
     def join(self) -> Tensor:
+        """The joined tensor."""
         if self.holds_key_bias:
             query, key, value = self.thirds(*self.parameters)
             return torch.cat([query, key * 0, value])
         return self.parameters[0] if len(self.parameters) == 1 else torch.cat(self.parameters)
 
     def shape(self) -> torch.Size:
+        """The shape of the joined tensor."""
         first = self.parameters[0].shape
         return torch.Size([sum(len(parameter) for parameter in self.parameters), *first[1:]])
 
     def split(self, joined: Tensor) -> list[Tensor]:
-        """Parts of a tensor of the joined size, one for each parameter."""
+        """The parts of a joined tensor, one per parameter."""
         if len(self.parameters) == 1:
             return [joined]
         return list(joined.split([len(parameter) for parameter in self.parameters]))
 
     @staticmethod
     def thirds(*tensors: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, from three tensors or one that joins them."""
         return tensors if len(tensors) == 3 else tensors[0].chunk(3)
 
 
 class WeightedLayer(nn.Module):
-    """A layer that reads its weights as a tuple, within its `forward`, where ZeRO-3 gathers what is read."""
+    """A layer that reads its weights as a tuple. It does so within `forward`, where ZeRO-3 gathers them."""
 
     held: tuple[Tensor, ...] | None = None  # for the length of a step
-    frozen: tuple[Tensor, ...] | None = None  # the same without gradients
-    compiled = False  # run the functions of layers.py compiled
+    frozen: tuple[Tensor, ...] | None = None  # the same, without gradients
+    compiled = False  # whether the functions of layers.py run compiled
 
     def joined(self) -> list[Joined]:
-        """What the tuple consists of."""
+        """The parts of the tuple."""
         raise NotImplementedError
 
     def weights(self, frozen: bool = False) -> tuple[Tensor, ...]:
-        """The weights in the order of `joined`; frozen: no gradient of theirs will be asked for."""
+        """The weights in the order of `joined`. Pass `frozen` if their gradients will not be needed."""
         if self.held is None:
             return tuple(part.join() for part in self.joined())
-        if not (frozen and self.compiled):  # autograd leaves out what nobody asks for; a compiled region does not
+        if not (frozen and self.compiled):  # autograd skips gradients that nobody needs; a compiled region does not
             return self.held
         if self.frozen is None:
             self.frozen = tuple(weight.detach() for weight in self.held)
@@ -73,11 +76,12 @@ class WeightedLayer(nn.Module):
 
 
 def weighted_layers(network: nn.Module) -> list[WeightedLayer]:
+    """The layers of a network that read their weights as tuples."""
     return [layer for layer in network.modules() if isinstance(layer, WeightedLayer)]
 
 
 def run_layer(layer: nn.Module, *arguments: Any, checkpointing: bool) -> Any:
-    """A layer's output; with checkpointing the backward pass recomputes its intermediates, with the same weights and
+    """A layer's output. With checkpointing the backward pass recomputes its intermediates, with the same weights and
     dropout."""
     if not (checkpointing and torch.is_grad_enabled()):
         return layer(*arguments)
@@ -96,9 +100,10 @@ def run_layer(layer: nn.Module, *arguments: Any, checkpointing: bool) -> Any:
 
 
 class HeldWeights:
-    """Holds the weights of all layers of a network while a step runs; not under ZeRO-3, which gathers them in turn."""
+    """Holds the weights of all layers of a network during a step. Under ZeRO-3, which gathers them layer by layer, it
+    does nothing."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module) -> None:
         self.layers = weighted_layers(network)
         self.parts = [layer.joined() for layer in self.layers]
         self.shapes = [part.shape() for parts in self.parts for part in parts]
@@ -106,11 +111,12 @@ class HeldWeights:
         self.sharded = any(hasattr(parameter, "ds_id") for parameter in network.parameters())
 
     def __deepcopy__(self, memo: dict) -> None:
-        """A copy of the network collects its own."""
+        """None: a copy of the network makes its own."""
 
     @contextmanager
     def hold(self, dtype: torch.dtype | None = None) -> Iterator[None]:
-        """The layers' weights, in this dtype, are the same tensors until the end of the context."""
+        """A context in which the layers' weights, in `dtype`, are always the same tensors. None: the parameters'
+        dtype."""
         if self.sharded:
             yield
             return
@@ -148,14 +154,14 @@ class HeldWeights:
 
 
 def _as(memory: Tensor, shape: torch.Size) -> Tensor:
-    """The beginning of a vector in another shape."""
+    """The beginning of a vector as a tensor of some shape."""
     if len(memory) != shape.numel():
         memory = memory[: shape.numel()]
     return memory if len(shape) == 1 else memory.view(shape)
 
 
 class _Cast(torch.autograd.Function):
-    """Copies of a layer's parameters that are already there, with the gradient of a cast."""
+    """Returns copies of a layer's parameters that were already made, with the gradient of a cast."""
 
     @staticmethod
     def forward(ctx: Any, parts: list[tuple[Joined, Tensor]], *parameters: Tensor) -> tuple[Tensor, ...]:
