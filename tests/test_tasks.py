@@ -195,7 +195,7 @@ def test_examples_without_labels_are_answered_and_not_measured(tmp_path, base, t
     answers, scores = tmp_path / "answers.json", tmp_path / "scores.json"
     command = ["evaluate", "--task", task, "--model", str(tmp_path / "model"), "--data", str(path)]
     assert main([*command, "--predictions", str(answers), "--json", str(scores)]) == 0
-    assert f"{task}: nothing to measure, the entries have no labels; answered 3 examples" in capsys.readouterr().out
+    assert f"{task}: answered 3 examples; nothing to measure, as they have no labels" in capsys.readouterr().out
     named = [{"question_id": i} if task == "vqa" else {"key": f"{task}-{i:06d}"} for i in range(3)]
     written = json.loads(answers.read_text())
     assert [{name: one[name] for name in one if name != "answer"} for one in written] == named

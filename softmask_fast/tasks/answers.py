@@ -1,4 +1,4 @@
-"""The answers of a task's model to all examples, and their score."""
+"""The answers of a task's model to all examples, and their mean score."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AnswerReport:
     metric: str  # what the score is called
     examples: int
     score: float | None
-    majority: float | None  # the score of giving the most frequent right answer to every example
+    majority: float | None  # the score of answering every example with the most frequent right answer
     majority_answer: str | None  # that answer
     skipped: dict[str, str]  # examples that could not be used: key -> reason
     truncated_texts: int  # texts cut to the model's max_tokens
@@ -46,9 +46,10 @@ class AnswerReport:
         return {name: value for name, value in vars(self).items() if name != "predictions"}
 
     def table(self) -> str:
+        """The report as a table for a terminal."""
         notes = {"examples skipped": len(self.skipped), "texts too long and cut": self.truncated_texts}
         if self.score is None:
-            title = f"{self.task}: nothing to measure, the entries have no labels; answered {self.examples} examples"
+            title = f"{self.task}: answered {self.examples} examples; nothing to measure, as they have no labels"
             return format_title(title, notes)
         rows = [["model", percent(self.score, 2)], [f"always {self.majority_answer!r}", percent(self.majority, 2)]]
         return format_table(f"{self.task} on {self.examples} examples", notes, [f"{self.metric} in %", ""], rows)
@@ -61,7 +62,9 @@ def evaluate_answers(
     """Answers the examples of a source, or the first `limit` of them, and scores the answers if there are labels.
 
     In a process group this is a collective: each rank answers a part, and all return the report of all examples.
-    Raises UsageError if no example can be used, or an option is out of range.
+
+    Raises:
+        UsageError: If no example can be used, or an option is out of range.
     """
     count = sample_count(source, batch_size, limit)
     skipped: dict[str, str] = {}

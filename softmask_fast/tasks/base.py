@@ -23,7 +23,7 @@ Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar with graph, and metrics: sca
 class TaskModel(nn.Module):
     """A pretrained model, `base`, and what a task adds to it.
 
-    A subclass says how its examples are read (`form`, `images_per_example`), how it learns (`loss`), how it answers
+    A subclass defines how its examples are read (`form`, `images_per_example`), how it learns (`loss`), how it answers
     (`predict`), and how an answer is scored (`truth`, `score`).
     """
 
@@ -32,17 +32,18 @@ class TaskModel(nn.Module):
     images_per_example: ClassVar[int] = 1
     metric: ClassVar[str] = "accuracy"  # name of the mean score
 
-    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer):
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.base, self.tokenizer = base, tokenizer
 
     @property
     def config(self) -> ModelConfig:
+        """The configuration of the pretrained model."""
         return self.base.config
 
     @property
     def task_record(self) -> dict[str, Any]:
-        """What a model folder stores: the task's name as "task", and further arguments of the constructor."""
+        """What task.json stores: the task's name as "task", and further arguments of the constructor."""
         return {"task": self.name}
 
     def set_execution(self, *options: Any) -> None:
@@ -50,11 +51,11 @@ class TaskModel(nn.Module):
         self.base.set_execution(*options)
 
     def loss(self, batch: TaskBatch, teacher: TaskModel | None, alpha: float) -> Loss:
-        """The loss of a batch, and further metrics. A teacher's predictions are soft targets of weight alpha."""
+        """The loss of a batch, and other metrics by name. A teacher's predictions are soft targets of weight alpha."""
         raise NotImplementedError
 
     def predict(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Any]:
-        """The answer to each of B examples, as in the task's JSON file. The inputs are those of `TaskBatch`."""
+        """The answer to each of B examples, as the task's JSON files write it. The inputs are those of `TaskBatch`."""
         raise NotImplementedError
 
     def score(self, example: Example, answer: Any) -> float:
@@ -67,11 +68,11 @@ class TaskModel(nn.Module):
 
 
 class ClassifierModel(TaskModel):
-    """A task whose answers are a few classes: a head on the fused [CLS]."""
+    """A task whose answers are a few classes. Its head reads the fused [CLS]; its loss also returns "accuracy"."""
 
     classes: ClassVar[tuple[str, ...]]
 
-    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer):
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer) -> None:
         super().__init__(base, tokenizer)
         self.head = classifier(base.config.text_width, len(self.classes))
 
@@ -101,9 +102,9 @@ class ClassifierModel(TaskModel):
 
 
 class TaskStep(nn.Module):
-    """The loss of a task's model; this is the module that DeepSpeed owns."""
+    """The loss of a task's model. This is the module that DeepSpeed owns."""
 
-    def __init__(self, model: TaskModel, bf16: bool = False):
+    def __init__(self, model: TaskModel, bf16: bool = False) -> None:
         super().__init__()
         self.model, self.bf16 = model, bf16
 
@@ -124,7 +125,7 @@ class TaskStep(nn.Module):
 
 
 def classifier(width: int, classes: int) -> nn.Sequential:
-    """ALBEF's head of two layers."""
+    """ALBEF's head with two layers: (B, width) -> (B, classes)."""
     head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
     for layer in (head[0], head[2]):
         nn.init.normal_(layer.weight, std=initial_std(width))

@@ -1,4 +1,4 @@
-"""Examples of the tasks: read from ALBEF's JSON files or drawn by `shapes`. As `data.preparing`, without torch.
+"""Examples of the tasks, read from ALBEF's JSON files or drawn by `shapes`. Like `data.preparing`, without torch.
 
 Labels and answers become `Example`s. Referring expressions become `Sample`s, as pretraining and grounding read them.
 """
@@ -28,7 +28,7 @@ from softmask_fast.utils import read_json
 if TYPE_CHECKING:
     import torch
 
-_DEPTH = 4  # of an entry that is kept
+_DEPTH = 4  # nested lists and objects of an entry that are kept
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,16 @@ class TaskBatch:
 
 @dataclass(frozen=True)
 class EntryFormat:
-    """How a task reads an entry of its JSON file. The functions raise UsageError that names the wrong field."""
+    """How a task reads an entry of its JSON file. Its functions raise a UsageError that names the wrong field."""
 
     text: str  # name of the text field
     target: Callable[[dict[str, Any]], Any]
     images: Callable[[dict[str, Any]], list[str]]  # the image paths
-    label: str | None = None  # name of the label field, if test files leave it out
+    label: str | None = None  # name of the label field, if test files may omit it
 
     def parse(self, entry: Any, labeled: bool = True) -> tuple[str, Any, list[str]]:
-        """The text, the target and the image paths. If not `labeled`, no entry may have a label; the target is None."""
+        """The text, the target and the image paths. If not `labeled`, the entry must not have a label; its target is
+        None."""
         if not isinstance(entry, dict):
             raise UsageError(f"expected an object, got {type(entry).__name__}")
         text = text_field(entry, self.text)
@@ -78,6 +79,7 @@ class EntryFormat:
         return text, target, self.images(entry)
 
     def lacks_label(self, entry: Any) -> bool:
+        """Whether an entry has no label although the task has labels."""
         return self.label is not None and isinstance(entry, dict) and entry.get(self.label) is None
 
 
@@ -113,15 +115,15 @@ class ExampleSource:
         return len(self.keys)
 
     def read(self, index: int) -> Example:
-        """Raises BadSample if an image cannot be read."""
+        """The example at an index. Raises BadSample if an image cannot be read."""
         return self.load(self.locate(index))
 
     def locate(self, index: int) -> Any:
-        """All that `load` needs of one example: see `CaptionSource`."""
+        """All that `load` needs to read an example; see `CaptionSource`."""
         return index
 
     def load(self, located: Any) -> Example:
-        """Raises as `read` does."""
+        """Reads a located example. Raises as `read` does."""
         raise NotImplementedError
 
 
@@ -130,10 +132,21 @@ class JsonExamples(ExampleSource):
 
     encoded = True
 
-    def __init__(self, paths: Sequence[Path], form: EntryFormat, image_root: str | None = None, training: bool = True):
-        """Relative image paths start at `image_root` (see `image_folder`), by default at their JSON file. In training
-        every entry needs its label; otherwise all may lack it. Raises UsageError that names the wrong file, entry and
-        field, and a file none of whose images exists."""
+    def __init__(
+        self, paths: Sequence[Path], form: EntryFormat, image_root: str | None = None, training: bool = True
+    ) -> None:
+        """Reads and checks the files.
+
+        Args:
+            paths: Of the files.
+            form: How the task reads an entry.
+            image_root: Where relative image paths start, see `image_folder`; default: the folder of the JSON file.
+            training: Whether every entry needs its label. Otherwise all may lack it.
+
+        Raises:
+            UsageError: For a wrong entry; the message names file, entry and field. Also if none of a file's images
+                exists.
+        """
         self._parsed: list[tuple[str, Any, list[str]]] = []
         self._entries: list[dict[str, Any]] = []
         names = []
@@ -180,7 +193,7 @@ class ShapesExamples(ExampleSource):
 
     encoded = False
 
-    def __init__(self, entries: ShapesTask, form: EntryFormat):
+    def __init__(self, entries: ShapesTask, form: EntryFormat) -> None:
         self._entries, self._form = entries, form
         self.keys = entries.keys
         self.image_ids = image_ids(self.keys)
@@ -194,14 +207,20 @@ class ShapesExamples(ExampleSource):
 def open_examples(
     data: str, task: str, form: EntryFormat, *, split: str, seed: int, image_size: int, image_root: str | None = None
 ) -> ExampleSource:
-    """Opens the examples of a task. Raises UsageError or OSError that names what is wrong.
+    """Opens the examples of a task.
 
     Args:
-        data: "shapes", "shapes:num=4096,names=color" (see `ShapesSource.from_options`), or JSON files: separated by
-            commas, or a pattern.
+        data: "shapes", "shapes:num=4096,names=color" (see `ShapesSource.from_options`), or JSON files, separated by
+            commas or as a pattern.
+        task: Its name.
+        form: How the task reads an entry.
         split: "train": every entry needs its label. "val": all entries may lack it.
-        seed, image_size: of `shapes`.
-        image_root: the folder of relative image paths; of several, see `image_folder`; default: that of the file.
+        seed: Of `shapes`.
+        image_size: Of `shapes`, in pixels.
+        image_root: Folder of relative image paths, or several, see `image_folder`; default: that of the file.
+
+    Raises:
+        UsageError, OSError: For data that cannot be read. The message names what is wrong.
     """
     if data.split(":")[0] == "shapes":
         scenes = ShapesSource.from_options(data[len("shapes:") :], split=split, seed=seed, image_size=image_size)
@@ -223,7 +242,7 @@ class ExamplePreparer(Preparer):
 class ExpressionSource:
     """Referring expressions as captions, each a phrase with the box of the object it names."""
 
-    def __init__(self, examples: ExampleSource):
+    def __init__(self, examples: ExampleSource) -> None:
         self._examples = examples
         self.keys, self.image_ids, self.encoded = examples.keys, examples.image_ids, examples.encoded
 
@@ -234,14 +253,15 @@ class ExpressionSource:
         return {"_examples": self._examples}
 
     def read(self, index: int) -> Sample:
-        """Raises BadSample if the image cannot be used."""
+        """The expression at an index, with its image. Raises BadSample if the image cannot be used."""
         return self.load(self.locate(index))
 
     def locate(self, index: int) -> Any:
+        """All that `load` needs to read an expression."""
         return self._examples.locate(index)
 
     def load(self, located: Any) -> Sample:
-        """Raises as `read` does."""
+        """Reads a located expression. Raises as `read` does."""
         example = self._examples.load(located)
         image, text = example.images[0], example.text
         box, proposals = example.target
@@ -258,12 +278,12 @@ class ExpressionSource:
 
 
 def open_expressions(data: str, **options: Any) -> ExpressionSource:
-    """Opens the expressions in JSON files, or of "shapes". The options and errors are those of `open_examples`."""
+    """Opens expressions from JSON files or "shapes". The options and errors are those of `open_examples`."""
     return ExpressionSource(open_examples(data, "grounding", EntryFormat("text", _boxes, one_image), **options))
 
 
 def _boxes(entry: dict[str, Any]) -> tuple[list[float] | None, list[list[float]]]:
-    """The box and the proposals of an expression, each [x, y, width, height] in pixels; no box for training."""
+    """The box and the proposals of an expression, each [x, y, width, height] in pixels. Training needs no box."""
     box, proposals = entry.get("box"), entry.get("proposals", [])
     if not isinstance(proposals, list):
         raise UsageError(f'"proposals": expected a list of boxes, got {short(proposals)}')

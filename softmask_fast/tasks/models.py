@@ -1,4 +1,4 @@
-"""The models of the tasks: where fine-tuning starts from, and how a fine-tuned model is read."""
+"""The models of the tasks: the one that fine-tuning starts from, and how a fine-tuned one is loaded."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ MODELS: dict[str, type[TaskModel]] = {
 
 
 def start_model(options: TaskConfig, data: DataConfig) -> tuple[VisionLanguageModel, Tokenizer]:
-    """Loads the pretrained model that fine-tuning starts from, and its tokenizer, or the one that `data` names.
+    """Loads the pretrained model that fine-tuning starts from, and its tokenizer or the one that `data` names.
 
-    Raises UsageError if one of them is missing, or they do not fit each other.
+    Raises:
+        UsageError: If one of them is missing, or they do not fit each other.
     """
     model = VisionLanguageModel(_override(weights_config(options.model, "model"), options))
     load_weights(model, options.model, "model", complete=False)
@@ -40,7 +41,7 @@ def start_model(options: TaskConfig, data: DataConfig) -> tuple[VisionLanguageMo
 
 
 def start_pair_model(options: TaskConfig, data: DataConfig) -> tuple[NLVR2Model, Tokenizer] | None:
-    """Loads what text assignment has trained for NLVR2, here or by ALBEF's code. Returns None if `options.model` is
+    """Loads a model that text assignment trained for NLVR2, here or in ALBEF's code. Returns None if `options.model` is
     anything else."""
     path = Path(options.model)
     if path.is_dir() and (read_model_folder(path)[1] or {}).get("task") == TextAssignmentModel.name:
@@ -59,9 +60,13 @@ def start_pair_model(options: TaskConfig, data: DataConfig) -> tuple[NLVR2Model,
 def load_task_model(
     directory: str | Path, task: str, device: str | torch.device = "cpu"
 ) -> tuple[VisionLanguageModel | TaskModel, Tokenizer]:
-    """Loads a model folder that fine-tuning for `task` wrote: the model in eval mode, and its tokenizer.
+    """Loads a model folder that fine-tuning for `task` wrote.
 
-    A task without a head has a plain model. Raises UsageError that names what is missing, or the model's own task.
+    Returns:
+        The model in eval mode, and its tokenizer. For a task without a head it is a plain `VisionLanguageModel`.
+
+    Raises:
+        UsageError: If a file is missing, or the model was fine-tuned for another task.
     """
     if task not in MODELS:
         return read_model(directory, device)
@@ -92,6 +97,6 @@ def _prepared(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
 
 
 def _override(config: ModelConfig, options: TaskConfig) -> ModelConfig:
-    """The configuration of a pretrained model, with what the options change."""
+    """The configuration of a pretrained model with the options' changes."""
     changes = {name: getattr(options, name) for name in ("image_size", "max_tokens", "hidden_dropout")}
     return replace(config, **{name: value for name, value in changes.items() if value is not None})

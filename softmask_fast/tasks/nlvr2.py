@@ -41,9 +41,9 @@ def _images(entry: dict[str, Any]) -> list[str]:
 
 
 class PairModel(TaskModel):
-    """A task on pairs of images: replaces the fusion encoder of the pretrained model by a `PairFusion`."""
+    """A task on pairs of images. It replaces the fusion encoder of the pretrained model by a `PairFusion`."""
 
-    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer):
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer) -> None:
         super().__init__(base, tokenizer)
         base.fusion = PairFusion(base.fusion, base.config, base.vision.width)
 
@@ -74,7 +74,7 @@ class TextAssignmentModel(PairModel):
 
     name = "text_assignment"
 
-    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer):
+    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer) -> None:
         super().__init__(base, tokenizer)
         self.head = nn.Linear(base.config.text_width, 3)
         nn.init.normal_(self.head.weight, std=initial_std(base.config.text_width))
@@ -89,11 +89,19 @@ class TextAssignmentModel(PairModel):
 
 
 def assign(features: Tensor, ids: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws a left and a right image for each caption of a batch; more similar images are drawn more often.
+    """Draws a left and a right image for each caption of a batch. More similar images are drawn more often.
 
-    features (B, d) and ids (B,) are those of the captions' images. Returns the indices of the left and of the right
-    images, and which of them is the caption's own (LEFT, RIGHT or NEITHER), each (B,) int64. The two images of NEITHER
-    differ, as in ALBEF. Raises UsageError for fewer than three different images.
+    Args:
+        features: (B, d), of the captions' images.
+        ids: (B,) int64, of the captions' images.
+        temperature: () of the softmax over similarities.
+
+    Returns:
+        The indices of the left images, those of the right images, and which one is the caption's own (LEFT, RIGHT or
+        NEITHER), each (B,) int64. The two images of NEITHER differ, as in ALBEF.
+
+    Raises:
+        UsageError: For fewer than three different images.
     """
     own = torch.arange(len(ids), device=ids.device)
     weights = (features.float() @ features.float().T / temperature).softmax(1)

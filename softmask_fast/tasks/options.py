@@ -1,4 +1,4 @@
-"""Options of fine-tuning: one dataclass besides those of pretraining, and the defaults of each task."""
+"""Options of fine-tuning: one dataclass in addition to those of pretraining, and the defaults of each task."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ class FinetuneConfig:
 
     @property
     def name(self) -> str:
+        """What output folders are named after."""
         return self.task
 
 
-# ALBEF's configurations (its configs/*.yaml, batches per GPU on 8 GPUs), which use neither color jitter nor blur.
+# ALBEF's configurations (configs/*.yaml, with batch sizes per GPU for 8 GPUs). They use neither color jitter nor blur.
 _COMMON = {
     "crop_scale": 0.5, "color": False, "blur": False, "eval_size": None, "final_learning_rate": 1e-6,
     "focal_gamma": 0.0, "batch_size": 32, "data": None, "warmup_steps": 0.1, "eval_epochs": 1.0,
@@ -70,9 +71,13 @@ ABOUT = "Fine-tune a pretrained vision-language model for a task."
 
 
 def parse_arguments(argv: Sequence[str] | None = None, **program: Any) -> tuple[FinetuneConfig, LaunchOptions]:
-    """Parses flags and an optional --config file with `parse_sections`, to which `program` is passed on.
+    """Parses flags and an optional --config file with `parse_sections`, which receives `program`.
 
-    Returns the configuration and the launcher's options. Raises UsageError for values out of range.
+    Returns:
+        The configuration and the launcher's options.
+
+    Raises:
+        UsageError: For values out of range.
     """
     task, options, launch = parse_sections(SECTIONS, "task", DEFAULTS, None, ABOUT, argv, **program)
     if options["data"] is None:

@@ -49,10 +49,17 @@ class Task(ABC):
 
     @abstractmethod
     def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> Source:
-        """Opens the samples of `data` to train on (`split` "train") or to evaluate on ("val").
+        """Opens samples.
 
-        Of the options only those of reading count, not `data` and `eval_data`; seed and image_size are those of
-        `shapes`. Raises UsageError or OSError that names what is wrong.
+        Args:
+            data: What to open.
+            options: How to read it. Their own `data` and `eval_data` are ignored.
+            split: "train" to train on them, "val" to evaluate on them.
+            seed: Of `shapes`.
+            image_size: Of `shapes`, in pixels.
+
+        Raises:
+            UsageError, OSError: For data that cannot be read. The message names what is wrong.
         """
 
     @abstractmethod
@@ -71,7 +78,7 @@ class Task(ABC):
     def evaluate(
         self, model: nn.Module, tokenizer: Tokenizer, source: Source, options: TaskConfig, **common: Any
     ) -> Report:
-        """Evaluates a model. `common` are `batch_size`, `limit` and `progress`, as in `evaluate_retrieval`."""
+        """Evaluates a model. `common` holds `batch_size`, `limit` and `progress`, as in `evaluate_retrieval`."""
 
     @abstractmethod
     def headline(self, report: Report) -> tuple[str, float] | None:
@@ -80,7 +87,7 @@ class Task(ABC):
 
 class RetrievalTask(Task):
     """Trains contrast (ITC) and matching (ITM) on images and captions, as ALBEF does for retrieval: all captions of an
-    image are its positives. Measures recall of retrieval."""
+    image are its positives. Measures the recall of retrieval."""
 
     loader = PretrainingLoader
 
@@ -106,8 +113,8 @@ class RetrievalTask(Task):
 
 
 class GroundingTask(RetrievalTask):
-    """Trains like retrieval on referring expressions, without their boxes. Measures box accuracy if there are
-    proposals, otherwise the pointing game."""
+    """Trains on referring expressions as retrieval does on captions, without their boxes. Measures box accuracy if
+    there are proposals, otherwise the pointing game."""
 
     def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> ExpressionSource:
         return open_expressions(data, split=split, seed=seed, image_size=image_size, image_root=options.image_root)
@@ -132,7 +139,7 @@ class LabelTask(Task):
 
     loader = ExampleLoader
 
-    def __init__(self, model_class: type[TaskModel]):
+    def __init__(self, model_class: type[TaskModel]) -> None:
         self.model_class, self.images_per_sample = model_class, model_class.images_per_example
 
     def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> ExampleSource:
@@ -183,7 +190,7 @@ class VQATask(LabelTask):
 
 
 class NLVR2Task(LabelTask):
-    """Trains a classifier of statements about two images. Measures accuracy. May start from text assignment."""
+    """Trains a classifier of statements about two images. Measures accuracy. It may start from text assignment."""
 
     def model(self, config: FinetuneConfig) -> tuple[TaskModel, Tokenizer]:
         assigned = start_pair_model(config.options, config.data)
@@ -191,7 +198,7 @@ class NLVR2Task(LabelTask):
 
 
 class TextAssignmentTask(LabelTask):
-    """Trains the layers of NLVR2 on images and captions. Has no evaluation of its own."""
+    """Trains the layers of NLVR2 on images and captions. It has no evaluation of its own."""
 
     loader = PretrainingLoader
     open = RetrievalTask.open
@@ -208,5 +215,5 @@ TASKS: dict[str, Task] = {
 
 
 def predictions(report: Report) -> str | None:
-    """The answers to all examples as JSON, in the format of VQA's server; None for a task without answers."""
+    """The answers to all examples as JSON, in the format of VQA's server. None for a task without answers."""
     return json.dumps(report.predictions) if isinstance(report, AnswerReport) else None

@@ -1,7 +1,7 @@
 """Questions, statements, pairs and expressions about `shapes` scenes: data for the tasks without a download.
 
-Each entry is a function of seed, split and index, and has the format of the task's JSON file. As in `shapes`, the
-pairs of objects and relations differ between training and validation.
+Each entry depends only on seed, split and index, and has the format of the task's JSON file. As in `shapes`, objects
+and relations never occur in the same combination in training and in validation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Entry = tuple[dict[str, Any], list[np.ndarray]]  # an entry and its images, each
 class ShapesTask:
     """`num` entries of one task."""
 
-    def __init__(self, task: str, scenes: ShapesSource):
+    def __init__(self, task: str, scenes: ShapesSource) -> None:
         self._scenes = scenes
         self._make = _MAKERS[task]
         self.task, self.name = task, scenes.name
@@ -33,6 +33,7 @@ class ShapesTask:
         return len(self._scenes)
 
     def entry(self, index: int) -> Entry:
+        """One entry and its images."""
         source = self._scenes
         return self._make(self, index, keyed_generator(source.seed, source.split, index, self.task))
 
@@ -53,7 +54,7 @@ class ShapesTask:
 
 
 def _question(task: ShapesTask, index: int, generator: np.random.Generator) -> Entry:
-    """A question with ten equal answers, as of ten annotators who agree."""
+    """A question with ten equal answers, as from ten annotators who agree."""
     scene, image = task.scene(index)
     first, second = _neighbors(scene, generator)
     kinds = ["relation", "existence"]
@@ -80,7 +81,7 @@ def _question(task: ShapesTask, index: int, generator: np.random.Generator) -> E
 
 
 def _pair(task: ShapesTask, index: int, generator: np.random.Generator) -> Entry:
-    """A statement about one of two images; a false one is often true of the other image."""
+    """A statement about one of two images. A false one is often true of the other image."""
     scenes, images = zip(*(task.scene(index, which) for which in range(2)), strict=True)
     side, true = (int(number) for number in generator.integers(2, size=2))
     named, other = scenes[side], scenes[1 - side]
@@ -95,7 +96,7 @@ def _pair(task: ShapesTask, index: int, generator: np.random.Generator) -> Entry
 
 
 def _statement(task: ShapesTask, index: int, generator: np.random.Generator) -> Entry:
-    """A statement that the image shows to be true or false, or leaves open."""
+    """A statement that the image proves, disproves or leaves open."""
     scene, image = task.scene(index)
     label = str(generator.choice(["entailment", "neutral", "contradiction"]))
     name = task.name(scene[generator.integers(len(scene))])
@@ -122,7 +123,7 @@ def _expression(task: ShapesTask, index: int, generator: np.random.Generator) ->
 
 
 def _neighbors(scene: Sequence[SceneObject], generator: np.random.Generator) -> tuple[SceneObject, SceneObject]:
-    """Two objects that follow each other in the caption, and so have a clear relation; in random order."""
+    """Two objects in random order that are neighbors in the caption, and so have a clear relation."""
     index = generator.integers(len(scene) - 1)
     first, second = scene[index], scene[index + 1]
     return (first, second) if generator.integers(2) else (second, first)

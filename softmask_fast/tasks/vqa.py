@@ -1,7 +1,7 @@
-"""Visual question answering (VQA v2): a decoder learns to write the answer, and ranks the answers of a list.
+"""Visual question answering (VQA v2): a decoder learns to write the answer, and ranks the answers in a list.
 
 Entries of ALBEF's JSON files: {"image": path, "question": text, "answer": the annotators' answers, "question_id":
-number}. A question whose answer is a single text (Visual Genome) has half the weight in training. The metric is VQA's
+number}. In training a question whose answer is a single text (Visual Genome) has half the weight. The metric is VQA's
 official accuracy (`evaluation/vqa_accuracy.py`).
 
 As in ALBEF, the decoder starts from the fusion layers, the text encoder's embeddings and the language head.
@@ -46,7 +46,7 @@ def _weighted_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _annotated_answers(entry: dict[str, Any]) -> list[tuple[str, float]]:
-    """The same for evaluation: a list needs as many annotators as the official accuracy."""
+    """The same for evaluation, where a list needs as many annotators as the official accuracy."""
     answers = _weighted_answers(entry)
     if isinstance(entry["answer"], list) and len(entry["answer"]) < FEWEST_ANNOTATORS:
         raise UsageError(
@@ -76,10 +76,19 @@ class VQAModel(TaskModel):
     form = EntryFormat("question", _weighted_answers, one_image, "answer")
     eval_form = EntryFormat("question", _annotated_answers, one_image, "answer")
 
-    def __init__(self, base: VisionLanguageModel, tokenizer: Tokenizer, answers: Sequence[str], candidates: int = 128):
-        """answers is the list to rank; only the candidates with the most probable first token are ranked in full.
+    def __init__(
+        self, base: VisionLanguageModel, tokenizer: Tokenizer, answers: Sequence[str], candidates: int = 128
+    ) -> None:
+        """Makes the decoder.
 
-        Raises UsageError for fewer than one candidate.
+        Args:
+            base: The pretrained model.
+            tokenizer: Of questions and answers.
+            answers: The list to rank.
+            candidates: Answers that are ranked in full: those with the most probable first token.
+
+        Raises:
+            UsageError: For an empty list, or fewer than one candidate.
         """
         super().__init__(base, tokenizer)
         if type(candidates) is not int or candidates < 1:
@@ -97,6 +106,7 @@ class VQAModel(TaskModel):
 
     @property
     def task_record(self) -> dict[str, Any]:
+        """Also stores "answers" and "candidates"."""
         return super().task_record | {"answers": self.answers, "candidates": self.candidates}
 
     def _warn_about_equal_tokens(self) -> None:
@@ -131,7 +141,7 @@ class VQAModel(TaskModel):
             )  # fmt: skip
 
     def question_states(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The questions' tokens, fused with the images: (B, L, C). The inputs are those of `predict`."""
+        """(B, L, C), the tokens of the questions, fused with the images. The inputs are those of `predict`."""
         text, _ = self.base.encode_text(input_ids, attention_mask)
         return self.base.fusion(text, attention_mask, self.base.fusion.keys_values(self.base.vision(pixels)))
 
@@ -146,9 +156,13 @@ class VQAModel(TaskModel):
         return ids.to(device), mask.to(device)
 
     def answer_logits(self, ids: Tensor, mask: Tensor, states: Tensor, states_mask: Tensor) -> Tensor:
-        """The decoder's logits for the token after each one but the last: (A, La - 1, V) float32.
+        """The decoder's logits for every token but the first, from those before it: (A, La - 1, V) float32.
 
-        ids and mask (A, La) are those of `answer_tokens`; states (A, L, C) and their mask belong to the questions.
+        Args:
+            ids: (A, La) int64, of `answer_tokens`.
+            mask: (A, La) bool, of `answer_tokens`.
+            states: (A, L, C), `question_states` of each answer's question.
+            states_mask: (A, L) bool.
         """
         written = self.decoder(
             input_ids=ids[:, :-1], attention_mask=mask[:, :-1].long(), encoder_hidden_states=states,
@@ -157,9 +171,9 @@ class VQAModel(TaskModel):
         return written.logits.float()
 
     def loss(self, batch: TaskBatch, teacher: VQAModel | None, alpha: float) -> Loss:
-        """The weighted sum over a question's answers of -log p(answer), averaged over the questions.
+        """The weighted sum of -log p(answer) over a question's answers, averaged over the questions.
 
-        The metric "exact_answers" is the fraction of answers whose tokens are all the most probable ones.
+        The metric "exact_answers" is the fraction of answers in which every token is the most probable one.
         """
         device = batch.pixels.device
         ids, mask = self.answer_tokens([a for answers in batch.targets for a, _ in answers], device)
@@ -181,7 +195,7 @@ class VQAModel(TaskModel):
         return loss, {"exact_answers": right.all(1).float().mean()}
 
     def predict(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
-        """The most probable answer among the candidates of each question."""
+        """The most probable of the candidates, for each question."""
         states = self.question_states(pixels, input_ids, attention_mask)
         ids, mask = self.answer_tokens(self.answers, pixels.device)
         first = self.answer_logits(ids[:1, :2].expand(len(states), -1), mask[:1, :2], states, attention_mask)[:, 0]
@@ -201,7 +215,7 @@ class VQAModel(TaskModel):
         return -(losses * mask[:, 1:]).sum(1)
 
     def score(self, example: Example, answer: str) -> float:
-        """The official accuracy; for an entry with a single answer, whether it is given."""
+        """The official accuracy. For an entry with a single answer, 1 if the two are equal, else 0."""
         annotated = example.record["answer"]
         return vqa_accuracy(answer, annotated) if isinstance(annotated, list) else float(answer == annotated)
 
