@@ -41,11 +41,13 @@ class Inputs:
         self.generator = torch.Generator().manual_seed(0)
 
     def normal(self, *size: int, gradient: bool = False, unit: bool = False) -> Tensor:
+        """Normally distributed numbers; `unit` vectors on request."""
         drawn = torch.randn(size, generator=self.generator, dtype=torch.float64)
         drawn = F.normalize(drawn, dim=-1) if unit else drawn
         return drawn.to(self.dtype).to(self.device, self.held_as).requires_grad_(gradient)
 
     def index(self, below: int, size: int) -> Tensor:
+        """(size,) int64, from 0 to below - 1."""
         return torch.randint(below, (size,), generator=self.generator).to(self.device)
 
 

@@ -18,7 +18,7 @@ _SHORT.maxstring = _SHORT.maxother = 60
 class UsageError(ValueError):
     """Something that the user can fix: an option, a data file, weights, a model folder. The message is one line."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str) -> None:
         message = printable(without_secrets(message))
         if len(message) > _LONGEST:  # something from a damaged file
             message = f"{message[: _LONGEST - 200]} ... {message[-150:]}"

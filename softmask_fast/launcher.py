@@ -59,6 +59,7 @@ def start(script: str, argv: list[str], devices: int | None, shown: Sequence[arg
 
 
 def count_gpus() -> int:
+    """The GPUs that a run can use; 0 if DeepSpeed is told to use the CPU."""
     import torch
 
     return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()

@@ -48,6 +48,7 @@ class DecoderRelevance:
 
     @property
     def image_tokens(self) -> Tensor:
+        """(B, N) bool: True for image tokens. Raises UsageError if they cannot be told."""
         self._check_pass()
         tokens = self.record.key.shape[2]
         found = self._given_tokens
@@ -70,9 +71,11 @@ class DecoderRelevance:
 
     @property
     def answer(self) -> Tensor | None:
+        """Where the answer starts, see `answer_start`."""
         return answer_start(self.inputs, self._given_answer)
 
     def keep(self, _: nn.Module, record: AttentionRecord) -> None:
+        """Keep what the layer's attention computed in the last forward pass."""
         self.record = record
 
     def maps(self, score: Tensor | None = None, word_index: Tensor | None = None) -> Tensor:

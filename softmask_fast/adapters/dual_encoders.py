@@ -85,6 +85,7 @@ def similarities(outputs: Any) -> Tensor:
 
 
 def is_dual_encoder(model: nn.Module) -> bool:
+    """Whether this is a CLIP-like model of open_clip or transformers."""
     return _is_open_clip(model) or all(hasattr(model, name) for name in ("vision_model", "text_model", "logit_scale"))
 
 

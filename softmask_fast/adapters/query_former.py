@@ -21,7 +21,9 @@ class QueryFormerRelevance(DecoderRelevance):
     factors are Grad-CAMs of the same score, the second in a cross-attention layer of the Q-Former. The language model
     has a graph from its first layer on."""
 
-    def __init__(self, model: nn.Module, score: Callable | None, image_tokens: Any, answer: Any, former: nn.Module):
+    def __init__(
+        self, model: nn.Module, score: Callable | None, image_tokens: Any, answer: Any, former: nn.Module
+    ) -> None:
         super().__init__(model, score, image_tokens, answer)
         self.former, self.image_record = former, None
 

@@ -57,7 +57,7 @@ class JoinedBatch:
     Ranks may hold different numbers of rows. What travels is padded to the largest.
     """
 
-    def __init__(self, sizes: Sequence[int], group: dist.ProcessGroup | None = None):
+    def __init__(self, sizes: Sequence[int], group: dist.ProcessGroup | None = None) -> None:
         self.sizes, self.group, self.world = list(sizes), group, len(sizes)
         self.rank = dist.get_rank(group) if self.world > 1 else 0
         self.offsets = [sum(self.sizes[:rank]) for rank in range(self.world)]

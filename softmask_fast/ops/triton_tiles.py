@@ -6,6 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def load_tile(p, o_rows, o_columns, m_rows, m_columns, WIDEN: tl.constexpr):
+    """The tile at offsets o_rows + o_columns, 0 where masked; float32 if WIDEN."""
     tile = tl.load(p + o_rows[:, None] + o_columns[None, :], mask=m_rows[:, None] & m_columns[None, :], other=0.0)
     if WIDEN:
         tile = tile.to(tl.float32)

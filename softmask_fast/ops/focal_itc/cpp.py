@@ -58,7 +58,7 @@ def tiles_of(
 class _Sums:
     """The sums of the rows of one direction, or of both, over tiles of products."""
 
-    def __init__(self, temperature: Tensor, options: Options, directions: int, batch: int):
+    def __init__(self, temperature: Tensor, options: Options, directions: int, batch: int) -> None:
         self.options, self.order, self.inverse = options, expansion_order(options.gamma), inverse_of(temperature)
         self.passes = 1 if self.order >= 0 else 2
         self.sampler = (
@@ -98,13 +98,14 @@ def inverse_of(temperature: Tensor) -> float:
 
 
 def number(alpha: Tensor | None) -> float:
+    """alpha on the host; 0 without soft targets."""
     return 0.0 if alpha is None else float(alpha)
 
 
 class Forward(BlockwiseForward):
     """See `operators.BlockwiseForward`."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
         self.sums = _Sums(self.temperature, self.options, 1, self.rows.shape[0])
         self.passes = self.sums.passes

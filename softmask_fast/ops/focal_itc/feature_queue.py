@@ -45,10 +45,12 @@ class FeatureQueue(nn.Module):
 
     @property
     def size(self) -> int:
+        """The number of entries."""
         return len(self.queue_ids)
 
     @property
     def width(self) -> int:
+        """The width of a feature."""
         return self.image_queue.shape[1]
 
     def extra_repr(self) -> str:

@@ -72,7 +72,7 @@ class BlockwiseForward:
 
     passes = 2
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Rows) -> None:
         self.rows, self.teacher_rows, self.ids, self.temperature, self.options = rows
         self.count = None  # with ids: (B,) positives seen so far
         if self.ids is not None:

@@ -26,7 +26,7 @@ class Forward(BlockwiseForward):
 
     passes = 1
 
-    def __init__(self, add_losses: Callable, rows: Rows):
+    def __init__(self, add_losses: Callable, rows: Rows) -> None:
         super().__init__(rows)
         self.add_losses, self.given = add_losses, rows
         self.losses = _no_losses(1, rows)

@@ -42,6 +42,7 @@ class Options(NamedTuple):
 
     @property
     def stats(self) -> bool:
+        """Whether statistics and hard negatives are wanted."""
         return self.seed is not None
 
     @property
@@ -122,6 +123,7 @@ class Problem(NamedTuple):
 
     @property
     def options(self) -> Options:
+        """The options among the arguments."""
         return Options(*self[10:17], bias=self.bias)
 
     @property

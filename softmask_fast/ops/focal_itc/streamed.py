@@ -35,7 +35,7 @@ class _RunningSum:
     The term of the maximum itself, 1, is kept out of the sum, which may be small beside it.
     """
 
-    def __init__(self, rows: int, temperature: Tensor):
+    def __init__(self, rows: int, temperature: Tensor) -> None:
         self.temperature = temperature
         self.lowest = torch.finfo(temperature.dtype).min / 4
         self.max = temperature.new_full((rows,), self.lowest)
@@ -66,7 +66,9 @@ class _RunningSum:
 class _Tile:
     """Products of a block of rows with a tile of keys, and what follows from them once the row state is known."""
 
-    def __init__(self, part: slice, first_key: int, products: Tensor, teacher: Tensor | None, temperature: Tensor):
+    def __init__(
+        self, part: slice, first_key: int, products: Tensor, teacher: Tensor | None, temperature: Tensor
+    ) -> None:
         self.part, self.first_key, self.products, self.teacher = part, first_key, products, teacher
         self.temperature = temperature
         self.column = torch.arange(first_key, first_key + products.shape[1], device=products.device)
@@ -134,7 +136,7 @@ def _tiles(
 class Forward(operators.BlockwiseForward):
     """See `operators.BlockwiseForward`."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
         batch, temperature = len(self.rows), self.temperature
         self.student, self.teacher, self.positives = (_RunningSum(batch, temperature) for _ in range(3))

@@ -242,6 +242,7 @@ def raise_maximum(
 
 @triton.jit
 def pairs_of_zeros(zero, TERMS: tl.constexpr):
+    """TERMS pairs of `zero`, to which `add_powers` adds."""
     pairs = ()
     for _ in tl.static_range(TERMS):
         pairs = pairs + ((zero, zero),)
@@ -385,6 +386,7 @@ def store_sums(
     p_sums, p_places, m_rows, B, maximum, teacher_max, teacher_dominant, sums, positive_max, positive_sum, t, h,
     dominant, dominant_positive, choice, TERMS: tl.constexpr,
 ):  # fmt: skip
+    """Write the running sums of the rows, B apart: floats to p_sums, column numbers to p_places."""
     others, positive, entropy, best = sums
     tl.store(p_sums + MAX * B, maximum, mask=m_rows)
     tl.store(p_sums + TEACHER_MAX * B, teacher_max, mask=m_rows)

@@ -97,7 +97,7 @@ def _strides(rows: Tensor, teacher_rows: Tensor | None, keys: Tensor) -> tuple[i
 class Forward(BlockwiseForward):
     """See `operators.BlockwiseForward`. Between two blocks of keys it holds the sums over all keys so far."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: Rows) -> None:
         super().__init__(_aligned(rows))
         temperature, options, rows = self.temperature, self.options, self.rows
         self.order = expansion_order(options.gamma)

@@ -141,7 +141,7 @@ def tiles(dtype: torch.dtype, width: int, machine: Machine) -> dict[str, int]:
 class _Launch:
     """What both kernels take of one matrix of products."""
 
-    def __init__(self, rows: Rows, keys: Keys, both: bool):
+    def __init__(self, rows: Rows, keys: Keys, both: bool) -> None:
         self.x, self.y = with_aligned_rows(rows.features, 1), with_aligned_rows(keys.features, 1)
         ids, key_ids = (None if rows.ids is None else part.ids.contiguous() for part in (rows, keys))
         (self.batch, self.width), self.keys = self.x.shape, self.y.shape[0]
