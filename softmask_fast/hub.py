@@ -6,15 +6,16 @@ library starts a download of its own with its own retries.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest import mock
 
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -24,6 +25,8 @@ Loaded = TypeVar("Loaded")
 DEMO = Path(__file__).parent / "demo"  # the model folder that is called "demo"
 TIMEOUT = 3  # seconds for each phase of the request: connecting, the first byte
 LIMIT = 10  # seconds for all of it, name servers included
+PICKLED = ["*.bin", "*.pth", "*.pt"]  # weights that are left where there are .safetensors
+ABSENT, PARTIAL = "is neither a folder nor in the cache", "is no folder, and only a part of it is in the cache"
 UNWANTED = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "onnx/*", "*.gguf", "original/*"]
 
 
@@ -55,53 +58,88 @@ def model_folder(
         return folder
     name = str(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
+    patterns = [pattern for part in (*parts, *also) for pattern in (part, f"{part}/*")]
+    wanted = {"allow_patterns": patterns} if parts else {}
+    found = ABSENT
     try:
         if not where.get("force_download"):
-            cached = Path(snapshot_download(name, **where | {"local_files_only": True}))
-            present = [(cached / part).exists() for part in parts or ("config.json", "open_clip_config.json")]
-            if all(present) if parts else any(present):
-                return cached
+            found = _cached(name, parts, wanted, where)
     except HFValidationError as error:
         raise UsageError(f"{option}: expected a folder or a name on the hub, got {name}") from error
-    except LocalEntryNotFoundError:
-        pass
+    if isinstance(found, Path):
+        return found
     instead = f"with a network, `hf download {name} --local-dir DIR`, then {option} DIR"
     if where.get("local_files_only"):
-        raise UsageError(f"{option}: {name} is neither a folder nor in the cache; {instead}")
-    answer = ask_hub(name, option, instead, where.get("token"), where.get("revision"))
-    if parts:
-        chosen = {"allow_patterns": [pattern for part in (*parts, *also) for pattern in (part, f"{part}/*")]}
-    else:
+        raise UsageError(f"{option}: {name} {found}; {instead}")
+    answer = ask_hub(name, option, instead, where.get("token"), where.get("revision"), found)
+    if not parts:
         safe = any(file.rfilename.endswith(".safetensors") for file in answer.siblings or ())
-        chosen = {"ignore_patterns": UNWANTED + ["*.bin", "*.pth", "*.pt"] * safe}
+        wanted = {"ignore_patterns": UNWANTED + PICKLED * safe}
     try:
-        return Path(snapshot_download(name, **chosen, **where))
+        return Path(snapshot_download(name, **wanted, **where))
     except Exception as error:  # the hub's client raises those of its transport, whichever that is
         raise UsageError(f"{option}: {name} cannot be downloaded ({type(error).__name__}); {instead}") from error
+
+
+def _cached(name: str, parts: Sequence[str], wanted: dict[str, Any], where: dict[str, Any]) -> Path | str:
+    """The folder of the hub's cache, or what keeps it from being used.
+
+    The client knows what an interrupted download left out, if the cache has the repository's list of files.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    found = ABSENT
+    for chosen in (wanted,) if parts else ({"ignore_patterns": UNWANTED + more} for more in (PICKLED, [])):
+        try:
+            folder = Path(snapshot_download(name, **chosen, **where | {"local_files_only": True}))
+        except LocalEntryNotFoundError as error:
+            found = PARTIAL if hasattr(error, "snapshot_path") else found
+            continue
+        if all((folder / part).exists() for part in parts) if parts else _is_whole(folder):
+            return folder
+        found = PARTIAL
+    return found
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a model of others has a configuration and weights; of weights in several files all of them."""
+    weights = [*folder.glob("*.safetensors")] or [path for pattern in PICKLED for path in folder.glob(pattern)]
+    numbered = {(number[0], int(number[1])) for path in weights if (number := re.search(r"-of-(\d+)\.\w+$", path.name))}
+    configured = any((folder / config).exists() for config in ("config.json", "open_clip_config.json"))
+    return configured and bool(weights) and all(len([*folder.glob(f"*{end}")]) >= count for end, count in numbered)
 
 
 def from_hub(name: str, option: str, instead: str, load: Callable[[], Loaded]) -> Loaded:
     """What `load`, a call of another library, makes of a folder or a name on the hub.
 
     It first runs without a request. If that fails for a name, and the hub has it, `load` runs again with the hub.
-    Raises UsageError by `ask_hub`, and what `load` raises.
+    Raises UsageError by `ask_hub`, with the first failure if the cache has files of that name; and what `load` raises.
     """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     try:
         with without_hub():
             return load()
-    except Exception:  # of damaged files the libraries raise many kinds
+    except Exception as error:  # of damaged files the libraries raise many kinds
         if Path(name).exists():
             raise
-    ask_hub(name, option, instead)
-    return load()
+        found = ABSENT
+        with suppress(HFValidationError):
+            if isinstance(try_to_load_from_cache(name, "config.json"), str):
+                found = f"is in the cache, but cannot be loaded from there ({one_line(error)})"
+        ask_hub(name, option, instead, found=found)
+        return load()
 
 
 def ask_hub(
-    name: str, option: str, instead: str, token: str | bool | None = None, revision: str | None = None
-) -> ModelInfo:
-    """What the hub says of a name, in one request of at most `LIMIT` seconds.
+    name: str, option: str, instead: str, token: str | bool | None = None, revision: str | None = None,
+    found: str = ABSENT,
+) -> ModelInfo:  # fmt: skip
+    """What the hub says of a name, in one request of at most `LIMIT` seconds. found: what is known of it without.
 
     Raises UsageError, naming the option that the name came from and what to do `instead`, if it does not know the name
     or does not answer.
@@ -139,9 +177,9 @@ def ask_hub(
     elif isinstance(answer, RepositoryNotFoundError):
         reason = f"no folder and no public model on the hub is called {name}"
     elif isinstance(answer, OfflineModeIsEnabled):
-        reason = f"{name} is neither a folder nor in the cache, and HF_HUB_OFFLINE is set"
+        reason = f"{name} {found}, and HF_HUB_OFFLINE is set"
     else:
-        reason = f"{name} is neither a folder nor in the cache, and the hub cannot be reached ({type(answer).__name__})"
+        reason = f"{name} {found}, and the hub cannot be reached ({type(answer).__name__})"
     raise UsageError(f"{option}: {reason}; {instead}") from answer
 
 

@@ -99,15 +99,16 @@ def test_a_folder_is_saved_as_the_hub_has_it(run, tmp_path):
 def test_what_is_sent_to_the_hub(run, monkeypatch):
     sent = {}
 
-    def upload(self, *, repo_id, folder_path, **options):
+    def upload(self, *, repo_id, folder_path, delete_patterns, **options):
         sent[repo_id] = {path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*.*")}
+        assert delete_patterns == ["evaluation.json", "task.json", "*.onnx"]  # of the model that was there before
         assert Pretrained.from_pretrained(folder_path).evaluation["step"] == 40
         return "its address"
 
     created = huggingface_hub.RepoUrl("https://huggingface.co/me/shapes")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, **options: created)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
-    assert load_model(run / "model").push_to_hub("me/shapes") == "its address"
+    assert load_model(run / "model").push_to_hub("me/shapes", delete_patterns="*.onnx") == "its address"
     tokenizer = {"tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"}
     assert sent == {"me/shapes": {"README.md", "config.json", "evaluation.json", "model.safetensors", *tokenizer}}
 
@@ -134,6 +135,76 @@ def test_a_name_is_taken_from_the_cache_and_else_from_the_hub(run, tmp_path, mon
     (tmp_path / "cached" / "config.json").write_text('{"auto_map": {}}')
     with pytest.raises(UsageError, match=r"config.json has unknown options \['auto_map'\]"):
         load_model("me/shapes")
+
+
+def cached(root, files, listed=None):
+    """The hub's cache of "me/model" after some of its files have come; listed: what the client knows of the others."""
+    folder = root / "models--me--model"
+    for path, text in {"refs/main": SHA, **{f"snapshots/{SHA}/{name}": "{}" for name in files}}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    if listed is not None:
+        (folder / "trees").mkdir()
+        entries = {name: {"size": 2, "blob_id": "0" * 40} for name in listed}
+        (folder / "trees" / f"{SHA}.json").write_text(json.dumps({"format_version": 1, "files": entries}))
+    return folder / "snapshots" / SHA
+
+
+SHA = "0123456789abcdef" * 2 + "01234567"
+OWN = ["config.json", "model.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+PARTS = ("config.json", "model.safetensors", "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("files", "listed", "parts"),
+    [
+        (OWN[:3], OWN, PARTS),
+        (["config.json"], None, ()),
+        (["config.json", "model.safetensors"], ["config.json", "model.safetensors", "tokenizer.json"], ()),
+        (["config.json", "model-00001-of-00002.safetensors"], None, ()),
+        (["config.json", "pytorch_model-00002-of-00002.bin"], None, ()),
+    ],
+)
+def test_a_part_of_a_model_in_the_cache_is_not_taken_for_the_whole(files, listed, parts, tmp_path, monkeypatch):
+    cached(tmp_path, files, listed)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", MagicMock(side_effect=ConnectionError("no route")))
+    part = "model: me/model is no folder, and only a part of it is in the cache"
+    with pytest.raises(UsageError, match=f"{part}, and the hub cannot be reached"):
+        hub.model_folder("me/model", "model", parts, cache_dir=tmp_path)
+    with pytest.raises(UsageError, match=f"{part}; with a network"):
+        hub.model_folder("me/model", "model", parts, cache_dir=tmp_path, local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "listed", "parts"),
+    [
+        (OWN, [*OWN, "README.md"], PARTS),
+        (["config.json", "model.safetensors"], ["config.json", "model.safetensors", "pytorch_model.bin"], ()),
+        (["open_clip_config.json", "a.bin"], ["open_clip_config.json", "a.bin", "a.onnx"], ()),
+        (["config.json", "a-1-of-2.bin", "a-2-of-2.bin"], None, ()),
+    ],
+)
+def test_what_is_left_out_on_purpose_is_not_missed(files, listed, parts, tmp_path):
+    folder = cached(tmp_path, files, listed)
+    assert hub.model_folder("me/model", "model", parts, cache_dir=tmp_path, local_files_only=True) == folder
+
+
+def test_why_the_cache_did_not_do_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", MagicMock(side_effect=ConnectionError("no route")))
+
+    def message():
+        load = MagicMock(side_effect=ValueError("header of model.safetensors is\ntoo short"))
+        with pytest.raises(UsageError) as caught:
+            hub.from_hub("me/model", "text_weights", "start anew", load)
+        return str(caught.value)
+
+    assert message().startswith("text_weights: me/model is neither a folder nor in the cache, and the hub cannot")
+    cached(tmp_path, ["config.json"])
+    assert (
+        "me/model is in the cache, but cannot be loaded from there (header of model.safetensors is too short), "
+        in message()
+    )
 
 
 def test_a_damaged_record_is_named(run, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,11 @@ class Pretrained(ModelHubMixin):
         write_model(self.model, self.tokenizer, save_directory)
         if self.evaluation:
             write_json(save_directory / EVALUATION, self.evaluation)
+
+    def push_to_hub(self, repo_id: str, *, delete_patterns: Sequence[str] | str | None = None, **options: Any) -> str:
+        """The mixin's, which also removes the figures and the task of the model that the repository had before."""
+        chosen = [delete_patterns] if isinstance(delete_patterns, str) else delete_patterns or ()
+        return super().push_to_hub(repo_id, delete_patterns=[EVALUATION, TASK, *chosen], **options)
 
     def generate_model_card(self) -> ModelCard:
         """The model card: sizes, how to use the model, and the metrics of its evaluation."""
