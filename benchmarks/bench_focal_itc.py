@@ -1,8 +1,8 @@
-"""focal_itc_loss, forward and backward, alone and against what there is for plain contrastive losses.
+"""focal_itc_loss, forward and backward, against other implementations of the plain contrastive loss.
 
-"focal_itc" is the work that all of them can do: a batch against itself (CLIP), hard targets, gamma 0, gradients to both
-modalities. "focal_itc_queue" is the loss of the paper: queue, momentum teacher, gamma 2; the others have none of it.
-"focal_itc_sigmoid" is the first with loss="sigmoid": SigLIP.
+"focal_itc" is what all of them can compute: a batch against itself (CLIP), hard targets, gamma 0, gradients to both
+modalities. "focal_itc_queue" is the loss of the paper, with queue, momentum teacher and gamma 2; the others lack these.
+"focal_itc_sigmoid" is "focal_itc" with loss="sigmoid": SigLIP.
 
 | variant | what it is |
 | --- | --- |
@@ -19,10 +19,10 @@ modalities. "focal_itc_queue" is the loss of the paper: queue, momentum teacher,
 | forward | 2 B M d, and as many for a teacher |
 | backward | 2 B M d for each gradient: to the rows, and to the keys where they have one |
 | what streams (ours, inf_cl) | the products of the forward once more in the backward (inf_cl, in two passes: twice) |
-| "focal_itc", cpp, and triton on 2-byte elements | all of it for one direction only: it is the other one's, too |
+| "focal_itc", cpp, and triton on 2-byte elements | one direction only, as the other one uses the same products |
 | "focal_itc_sigmoid", open_clip and all of ours | likewise |
 
-A batch that would not fit, or would take too long by the time of the next smaller one, is named with the reason.
+A batch that would not fit, or would take too long judging by the next smaller one, is listed with the reason.
 
     pytest benchmarks/bench_focal_itc.py --benchmark-only
 """
@@ -48,7 +48,7 @@ if not ON_GPU:
 QUEUE = {"B": 4096 if ON_GPU else 512, "d": 256, "alpha": 0.4, "gamma": 2.0}
 QUEUE_LENGTH = 65536
 SIGMOID = [4096, 16384, 65536] if ON_GPU else [512, 4096]  # batches, d 256
-LONGEST = 12.0 if ON_GPU else 6.0  # seconds of one call that are still worth the wait
+LONGEST = 12.0 if ON_GPU else 6.0  # seconds that one call may take
 EAGER_MATRICES = 30  # of B x M float32, about, that the reference and its gradients hold at their peak
 
 
@@ -101,7 +101,7 @@ class Problem:
 
         def both():
             value = loss()
-            # the gradients of the numbers are not everybody's, and sums that cancel: they are checked by the tests
+            # not the gradients of scalars: not all variants have them, and they are sums that cancel; tests check them
             return value.detach().float(), *torch.autograd.grad(value, self.inputs)[:2]
 
         return Variant(inference, both, work=self.operations(recomputed, directions), **options)
@@ -127,7 +127,7 @@ class Problem:
         return found
 
     def other_libraries(self) -> dict[str, Variant]:
-        """The losses of other libraries; each is two directions of the same work."""
+        """The losses of other libraries. Each computes both directions."""
         labels = torch.arange(self.batch, device=DEVICE)
 
         def scaled(rows):
@@ -183,7 +183,7 @@ class Problem:
 
 
 def check_rows(problem: Problem, rows: int = 32) -> None:
-    """The first rows against all keys, by every implementation: what a batch too large for the reference allows."""
+    """The first rows against all keys, by every implementation: the check for batches too large for the reference."""
     image, text = problem.image[:rows].detach(), problem.text[:rows].detach()
     options = {"image_keys": problem.image.detach(), "text_keys": problem.text.detach()} | problem.options
     if "teacher_image" in options:
@@ -198,7 +198,7 @@ def check_rows(problem: Problem, rows: int = 32) -> None:
 
 
 def too_slow(known: dict[str, tuple[int, float]], batch: int) -> dict[str, Variant]:
-    """What would take longer than LONGEST, by the time that a smaller batch took: variant -> its replacement."""
+    """variant -> its replacement, for variants that would take longer than LONGEST, judging by a smaller batch."""
     found = {}
     for name, (smaller, seconds) in known.items():
         estimate = seconds * (batch / smaller) ** 2

@@ -1,11 +1,11 @@
 """Host time of a training step, without a GPU: base's depth at a width where arithmetic costs next to nothing.
 
-What is left is what the host does for each step whatever the model's width: operators that are dispatched, modules,
-hooks, the optimizer's lists, the loader. On a GPU this time has to stay below that of the kernels. Times are processor
-time of the main thread, which does all of the work but reading ahead, so other load on the machine matters little.
-Queue and vocabulary are small, as their arithmetic is not.
+What remains is the host's work for each step, whatever the model's width: dispatching operators, modules, hooks, the
+optimizer's lists, the loader. On a GPU this time has to stay below that of the kernels. Times are processor time of the
+main thread, which does everything except reading ahead, so other load on the machine matters little. Queue and
+vocabulary are small, because their arithmetic is not.
 
-- the bare step: forward, backward, the training's own optimizer, momentum copy, on a batch that stands ready;
+- the bare step: forward, backward, the training's own optimizer, momentum copy, on a batch that is ready;
 - an iteration of the real job: the same through `Trainer.train_step`, with engine, loader and a line of the log;
 - a batch of 128 pairs from the loader.
 
@@ -59,7 +59,7 @@ TOY = dict(
 
 
 class OperatorCount(TorchDispatchMode):
-    """Counts the operators that are dispatched, by the part that is running."""
+    """Counts dispatched operators by the part that is running."""
 
     def __init__(self, parts: Parts):
         super().__init__()
@@ -71,7 +71,7 @@ class OperatorCount(TorchDispatchMode):
 
 
 class Parts:
-    """Processor seconds of the parts of a step; a part within another counts for the inner one alone."""
+    """Processor seconds of the parts of a step. The time of a part inside another counts only for the inner one."""
 
     def __init__(self, rest: str):
         self.rest, self.running = rest, [rest]
@@ -103,7 +103,7 @@ class Parts:
 
     @contextmanager
     def wrapping(self, **methods: tuple[object, str]) -> Iterator[None]:
-        """While open, part -> (owner, method) of classes and modules is timed wherever it is called."""
+        """A context that times methods of classes and modules wherever they are called: part -> (owner, method)."""
         with ExitStack() as stack:
             for name, (owner, method) in methods.items():
                 stack.enter_context(patch.object(owner, method, self.timed(name, getattr(owner, method))))
@@ -133,8 +133,8 @@ class Parts:
 
 
 def compiled_operators(iteration) -> int:
-    """Operators that a profile shows outside of others, those of compiled code among them, its own kernels not. While a
-    dispatch mode counts, nothing runs compiled."""
+    """Operators of a profile that no other operator calls: those of compiled code too, but not its kernels. A dispatch
+    mode cannot count them, as nothing runs compiled under it."""
     with torch.profiler.profile() as profile:
         iteration()
     names = ("aten::", "softmask_fast::")
@@ -183,14 +183,14 @@ def bare_step(compile: bool = False, bf16: bool = False, steps: int = 20) -> dic
 
 @contextmanager
 def trainer(folder: Path, **options) -> Iterator[Trainer]:
-    """The real job's trainer, in a process group of one, which stays: DeepSpeed takes no second one of a process."""
+    """The real job's trainer. Its process group of one rank stays, as DeepSpeed accepts no second one in a process."""
     launch = LaunchOptions(str(DS_CONFIG), local_rank=-1)
     if not dist.is_initialized():
         start_distributed(launch)
         atexit.register(dist.destroy_process_group)
     config = make_config("base", **TOY, output_dir=str(folder), **options)
     config, deepspeed_config, output = prepare_run(config, launch)
-    with redirect_stdout(io.StringIO()):  # the record of the run
+    with redirect_stdout(io.StringIO()):  # the trainer prints the record of the run
         job = train.build_trainer(config, deepspeed_config, output, StopRequest())
     job.engine.train()
     yield job
@@ -199,8 +199,7 @@ def trainer(folder: Path, **options) -> Iterator[Trainer]:
 
 
 def job_iteration(compile: bool = False, bf16: bool = False, steps: int = 20) -> dict[str, tuple[float, int]]:
-    """Parts of an iteration of the real job; what is none of the named ones is the engine's, its hooks' and the
-    loop's."""
+    """Parts of an iteration of the real job. The last one, "engine, hooks, loop", is what no other part covers."""
     parts = Parts("engine, hooks, loop")
     methods = {
         "loader": (SampleLoader, "__next__"),
@@ -215,7 +214,7 @@ def job_iteration(compile: bool = False, bf16: bool = False, steps: int = 20) ->
 
             def iteration() -> None:
                 metrics = job.train_step()
-                job.flops.count()  # at the first one
+                job.flops.count()  # counts only once
                 job.log_metrics(metrics)
 
             return parts.measure(iteration, steps, compile)

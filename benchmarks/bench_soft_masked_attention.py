@@ -5,9 +5,9 @@
 | eager | keys gathered and masked, full attention maps |
 | compiled | `torch.compile` of it |
 | sdpa_gathered | keys gathered and masked, then SDPA; the usual way |
-| flex | compiled flex_attention, keep as the factor of the logits in its score_mod; keys gathered, values masked too |
+| flex | compiled flex_attention; its score_mod multiplies the logits by keep; keys gathered, values masked too |
 | projected | ALBEF: features gathered and masked, projected to keys and values for every sequence, then SDPA |
-| sdpa_unmasked | a floor that ignores the masks: all sequences of an image stacked in one plain SDPA call |
+| sdpa_unmasked | a lower bound that ignores the masks: all sequences of an image stacked in one plain SDPA call |
 | *+ projection* | ours, each image projected once before it: the same work as "projected" |
 | the others | ours, by the name of the implementation |
 
@@ -16,7 +16,7 @@
 | forward | 4 S H L N D: logits and output |
 | forward and backward | 14 S H L N D: five more products, two of them recomputed |
 
-The two variants with projections do more than is counted; their time is comparable with each other's alone.
+The two variants with projections do more than is counted. Compare them only with each other.
 
     pytest benchmarks/bench_soft_masked_attention.py --benchmark-only
 """

@@ -1,8 +1,8 @@
-"""The pretraining step, the ALBEF way against ours: forward, backward, AdamW, momentum copy.
+"""The pretraining step, ALBEF's way against ours: forward, backward, AdamW, momentum copy.
 
 Captions are as long as the first 7,500 of Flickr8k under a WordPiece of 4,000 (14.25 +- 4.13 tokens, [CLS] and [SEP]
-included). The peak memory of a step is what it holds beyond weights, gradients, optimiser state and queues, which stand
-before it starts.
+included). The peak memory of a step excludes weights, gradients, optimizer state and queues, which exist before it
+starts.
 
     pytest benchmarks/bench_step.py --benchmark-only
     python benchmarks/bench_step.py --preset small --batch_size 32   # interleaved medians, extra memory
@@ -31,7 +31,7 @@ SETTINGS = StepSettings(alpha=0.4, seed=5)
 
 
 def make_batch(config, pairs: int, device: torch.device = DEVICE) -> Batch:
-    """Pairs of noise; caption lengths, masked words and the word of the soft mask drawn as the loader would."""
+    """Pairs of noise, with caption lengths, masked tokens and the soft mask's word drawn as the loader draws them."""
     generator = np.random.default_rng(0)
     lengths = np.clip(np.rint(generator.normal(14.25, 4.13, pairs)), 5, config.max_tokens).astype(int)
     longest = lengths.max()
@@ -61,7 +61,8 @@ def make_batch(config, pairs: int, device: torch.device = DEVICE) -> Batch:
 
 
 class Problem:
-    """One training step of a preset, by either way; each has its own optimiser and momentum copy of one model."""
+    """One training step of a preset, ALBEF's way or ours. Each has its own optimizer and momentum copy of the same
+    model."""
 
     def __init__(self, preset: str, pairs: int, bf16: bool = DEVICE.type == "cuda", **options):
         torch.manual_seed(0)
@@ -92,10 +93,10 @@ class Problem:
 
 
 def check(problem: Problem) -> None:
-    """What is timed computes the same.
+    """Both steps compute the same losses.
 
-    The drawn negatives differ, so the contrastive and the language loss are compared; every gradient is compared in
-    tests/test_reference_step.py, with dropout off and the same negatives.
+    Only the contrastive and the language loss are compared, as the drawn negatives differ. tests/test_reference_step.py
+    compares every gradient, with dropout off and the same negatives.
     """
     was_training = problem.model.training
     problem.model.eval()

@@ -1,13 +1,13 @@
-"""Word maps of a decoder's layer against eager attention, whose whole map is made for them: a layer as Qwen2.5-VL's.
+"""Word maps of a decoder's layer against eager attention, which computes its whole map: a layer like Qwen2.5-VL's.
 
 | variant | what it is |
 | --- | --- |
-| eager | what users do: the layer's attention with its map, the map's gradient by that of the output, both kept whole |
-| eager forward | a ceiling: the first half of it alone, which gives no maps |
-| ours | `AttentionRecord.maps`: the words' rows alone, their log-sum-exp over all tokens, the image's keys and values |
+| eager | what users do: attention with its map, and the map's gradient from the output's, both stored whole |
+| eager forward | only the first half of it, which gives no word maps |
+| ours | `AttentionRecord.maps`: only the words' rows, their log-sum-exp over all tokens, the image's keys and values |
 
-28 heads of queries, 4 of keys, 4,096 tokens of which 2,048 are the image's, 64 words behind them; the gradient of the
-layer's output is given to both, as both need the same partial backward pass for it.
+28 query heads, 4 key heads; 4,096 tokens, of which 2,048 are the image's, followed by 64 words. Both get the gradient
+of the layer's output, as both need the same partial backward pass for it.
 
 | counted | operations |
 | --- | --- |
@@ -48,7 +48,7 @@ class Problem:
 
     @property
     def map_bytes(self) -> int:
-        """Of the layer's map alone, in the model's dtype."""
+        """Bytes of the layer's whole map, in the model's dtype."""
         return HEADS * self.query.shape[2] ** 2 * self.query.element_size()
 
     @torch.no_grad()

@@ -1,25 +1,24 @@
-"""word_soft_mask against ALBEF's hooks, the least that attention maps cost, and eager and compiled PyTorch.
+"""word_soft_mask against ALBEF's hooks, the minimum cost of attention maps, and eager and compiled PyTorch.
 
 | variant | what it is |
 | --- | --- |
-| ALBEF hooks | what ALBEF does: a backward pass through the layer, a hook keeps the gradients of its attention maps |
-| maps | the least that maps cost: they and their gradients alone, by autograd ("hooks" in older results) |
-| reference | the chosen row alone, eager: `impl="reference"` |
+| ALBEF hooks | what ALBEF does: a backward pass through the layer, in which a hook keeps the maps' gradients |
+| maps | the minimum cost of maps: only they and their gradients, by autograd ("hooks" in older results) |
+| reference | only the chosen row, eager: `impl="reference"` |
 | compiled | `torch.compile` of it |
-| bytes | a floor: reads K, V, X and writes X' once, into memory that is already there |
+| bytes | a lower bound: reads K, V, X and writes X' once, into memory that is already allocated |
 | the others | ours, by the name of the implementation |
 
 "word_soft_mask_keep" is the mask alone, without X and X': what the training step needs.
 
-Fused attention (SDPA, flex_attention) gives no maps, so it cannot stand here; bench_soft_masked_attention.py has it.
+Fused attention (SDPA, flex_attention) gives no maps, so it is not compared here, but in bench_soft_masked_attention.py.
 
 | counted | bytes |
 | --- | --- |
 | every variant | K, V, X read and X' written once: (2 B H N D + 2 B N C) elements; keep alone, K and V: 2 B H N D |
 
-All of them together are larger than the last-level cache. The gradient dS/dO that all but the first two take is made
-beforehand: it costs a partial backward pass through the layers above, which those two have in their own; here that is
-one linear layer.
+Together these tensors exceed the last-level cache. All variants but the first two get the gradient dS/dO, which is made
+beforehand. It costs a partial backward pass through the layers above, here one linear layer; the first two include it.
 
     pytest benchmarks/bench_word_mask.py --benchmark-only
 """
@@ -101,7 +100,7 @@ class Problem:
         )[int(alone)]
 
     def variants(self, alone=False) -> dict[str, Variant]:
-        """Of the masked features, or of keep alone."""
+        """The bytes of the masked features, or of keep alone."""
         work = {"forward": self.key_bytes if alone else self.bytes_moved}
         found = {
             "bytes": Variant(lambda: self.bytes(alone), checked=False, work=work),

@@ -1,7 +1,7 @@
 """The fixture that compares variants, the tables of a run, and its results file.
 
-A comparison times its variants in turns, which pytest-benchmark cannot; it counts as one benchmark there, so that
-`--benchmark-only` and `-k` choose it, and its variants are shown in tables of their own.
+A comparison times its variants in turns, which pytest-benchmark cannot. For pytest-benchmark it is one benchmark, which
+`--benchmark-only` and `-k` select. Its variants get tables of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def pytest_addoption(parser):
     )  # fmt: skip
     parser.addoption(
         "--short", type=float, metavar="SECONDS",
-        help="time each case for no longer, and leave out what torch.compile makes, which takes longer than that",
+        help="time each case for at most so long, and leave out torch.compile's variants, which take longer to compile",
     )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def comparison(benchmark, request):
-    """``measure.compare``, its rows kept for the tables and the results file."""
+    """`measure.compare`, whose rows are kept for the tables and the results file."""
 
     def run(*args, **keywords) -> list[dict]:
         torch._dynamo.reset()  # every case is compiled for its own sizes
@@ -49,7 +49,7 @@ def comparison(benchmark, request):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_group_stats(config, benchmarks, group_by):
-    """Takes the comparisons out of pytest-benchmark's own table."""
+    """Removes the comparisons from pytest-benchmark's own table."""
     benchmarks[:] = [bench for bench in benchmarks if "rows" not in bench["extra_info"]]
     return None if benchmarks else []
 

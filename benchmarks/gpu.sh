@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU and without a network is asked for, in parts that take less than 8 minutes together:
+# Everything that is measured on a machine with a GPU and without a network. All parts together take less than 8 minutes:
 #
 #   install     what PACKED holds and this machine lacks: PACKED/wheels/*.whl, and DALI in parts, PACKED/dali/part-*
-#   build       csrc, for the GPU that is here, with nvcc where it is there
+#   build       csrc for this machine's GPU, where there is nvcc
 #   tests       the tests that touch a GPU (marked gpu in tests/conftest.py), in 12 processes, each failure named at once
 #   benchmarks  every bench_*.py in its short form
 #   job         the training itself, demo, small and base: 30 s of steady steps each
 #   report      README's table and the plots
 #   ablation    two short trainings on the shards train-*.tar and val-*.tar of PHOTOS: without and with the paper's parts
 #
-# make gpu                            all of them; what is done is skipped, so a run that was cut off goes on
-# make gpu PART="tests job"           these, done or not; a single benchmark or job too: PART="bench_focal_itc job_base"
-# make gpu-clean                      forget what is done
+# make gpu                            all parts; finished ones are skipped, so an interrupted run continues
+# make gpu PART="tests job"           these parts, finished or not, or single ones: PART="bench_focal_itc job_base"
+# make gpu-clean                      forget what is finished
 #
-# After each part benchmarks/results/<device>/<date>.json holds what is known so far. A part that fails stops no other.
+# After each part benchmarks/results/<device>/<date>.json holds the results so far. A part that fails stops no other.
 #
 # PACKED (default: packed), WHEELS (default: PACKED/wheels, else wheels), PHOTOS (default: none; the job takes scenes that
 # are drawn), PYTHON, TESTS (default: tests), JOB_OPTIONS (more options of train.py), ABLATION_STEPS (default: 200),
 # RESULTS (default: benchmarks/results).
-# SOFTMASK_FAST_ALLOW_CPU=1 runs the same on the CPU, the job on the demo alone and for a moment.
+# SOFTMASK_FAST_ALLOW_CPU=1 runs the same on the CPU; the job then trains only the demo, for a moment.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -43,7 +43,7 @@ PROCESSES=12 SHORT=0.4 JOBS="tiny small base" STEADY=30
 
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
 
-# An interrupted pytest still writes the results that it has.
+# An interrupted pytest still writes the results so far.
 limited() { timeout --signal INT --kill-after 20 "$@"; }
 
 part_install() {

@@ -1,10 +1,10 @@
-"""What gpu.sh is made of beside commands: failures named at once, the real job for some seconds, one results file.
+"""The Python parts of gpu.sh: failures named at once, the real job for some seconds, one results file.
 
     pytest -p gpu_parts --failures FILE ...      # each failing test on a line of FILE as it fails, and its first error
     python benchmarks/gpu_parts.py job STATE PRESET SECONDS [options of train.py]
     python benchmarks/gpu_parts.py collect STATE RESULTS      # RESULTS/<device>/<date>.json of all parts so far
 
-STATE/part-<name>.json is what a part found, STATE/times.txt what gpu.sh says of each: name, seconds, outcome.
+STATE/part-<name>.json holds a part's results, STATE/times.txt gpu.sh's line about each: name, seconds, outcome.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST_STEP = 200.0  # seconds that a job may take to its first steady steps
+FIRST_STEP = 200.0  # seconds that a job may take until its first steady steps
 SETTLED = 20  # steps before the steady ones
-OUTPUT = 4000  # characters of a job's output that are kept where it failed
+OUTPUT = 4000  # characters of a failed job's output that are kept
 
 
 def write(path: Path, content: object) -> None:
-    """The content as JSON, whole or not at all."""
+    """Writes the content as JSON, whole or not at all."""
     path.with_suffix(".partial").write_text(json.dumps(content, indent=1) + "\n")
     os.replace(path.with_suffix(".partial"), path)
 
@@ -77,7 +77,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def job(state: Path, preset: str, seconds: float, options: list[str]) -> None:
-    """Train for so many seconds of steady steps, end the run, and write what its log says of them."""
+    """Train for so many seconds of steady steps, end the run, and write what its log says about them."""
     run = state / f"job_{preset}"
     command = [sys.executable, "-m", "deepspeed.launcher.runner", str(ROOT / "softmask_fast/train.py")]
     command += ["--deepspeed", str(ROOT / "ds.json"), "--preset", preset, "--output_dir", str(run), "--log_steps", "5"]
@@ -122,14 +122,14 @@ def job(state: Path, preset: str, seconds: float, options: list[str]) -> None:
 
 
 def records(run: Path) -> list[dict]:
-    """The whole lines of a run's metrics.jsonl so far."""
+    """The complete lines of a run's metrics.jsonl so far."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def end_tree(process: subprocess.Popen) -> None:
-    """End a process that started others, none of which survives."""
+    """End a process and all that it started."""
     import psutil
 
     if process.poll() is None:
@@ -149,7 +149,7 @@ def collect(state: Path, results: Path) -> None:
 
     runs = [json.loads(path.read_text()) for path in sorted(state.glob("benchmarks/*/*/*.json"))]
     parts: dict[str, dict] = {}
-    for line in (state / "times.txt").read_text().splitlines():  # of a part that was repeated the last one counts
+    for line in (state / "times.txt").read_text().splitlines():  # if a part was repeated, the last one counts
         name, seconds, outcome = line.split()
         parts[name] = {"seconds": int(seconds), "outcome": outcome}
     for path in state.glob("part-*.json"):

@@ -27,16 +27,15 @@ longest: float | None = None  # seconds of a case in a short run, which leaves o
 
 
 def _processor_seconds() -> tuple[float, float, float]:
-    """Of this moment: the time, what all processors have worked so far, and what this process and those that it
-    started have."""
+    """The time, the seconds that all processors have worked so far, and those of this process and its children."""
     fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
     busy = sum(fields[:8]) - fields[3] - fields[4]  # all but idle and iowait
     parents, worked = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the process has ended
             fields = path.read_text().rpartition(")")[2].split()
             parents[int(path.parent.name)] = int(fields[1])
-            worked[int(path.parent.name)] = sum(map(int, fields[11:15]))  # its own, and of those it has waited for
+            worked[int(path.parent.name)] = sum(map(int, fields[11:15]))  # its own, and of children it has waited for
     ours, found = {os.getpid()}, 0
     while len(ours) > found:
         found = len(ours)
@@ -49,19 +48,19 @@ _START = _processor_seconds()
 
 
 def busy_elsewhere() -> float:
-    """How many processors other processes have kept busy since this module was imported, on average (Linux)."""
+    """How many processors other processes kept busy on average since this module was imported (Linux)."""
     elapsed, busy, own = (now - start for now, start in zip(_processor_seconds(), _START, strict=True))
     return max(0.0, (busy - own) / elapsed)
 
 
 @dataclass
 class Variant:
-    """One way to compute a result. Where a phase cannot run here, ``missing`` says why (key "all": none can)."""
+    """One way to compute a result. If a phase cannot run here, `missing` says why (key "all": none can)."""
 
     forward: Callable[[], object] | None = None
     both: Callable[[], object] | None = None  # forward and backward; returns results and gradients
     ours: bool = False
-    checked: bool = True  # False for a floor, which does not compute the result
+    checked: bool = True  # False for a lower bound, which does not compute the result
     work: dict[str, float] = field(default_factory=dict)  # phase -> bytes moved or floating-point operations
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -73,7 +72,7 @@ class Variant:
 
 
 def synchronised(function: Callable, device: torch.device) -> Callable:
-    """The function, waiting for the GPU at its end."""
+    """The function, followed by a wait for the GPU."""
 
     def run():
         result = function()
@@ -85,7 +84,7 @@ def synchronised(function: Callable, device: torch.device) -> Callable:
 
 
 def interleaved(functions: dict, rounds: int = 30, warmup: int = 3) -> dict[object, float]:
-    """Median seconds of each function; they take turns, so that whatever else the machine does meets all of them."""
+    """Median seconds of each function. They take turns, so that other load on the machine affects all of them."""
     return {name: statistics.median(values) for name, values in interleaved_times(functions, rounds, warmup).items()}
 
 
@@ -101,10 +100,10 @@ def interleaved_times(functions: dict, rounds: int, warmup: int = 0) -> dict[obj
 
 
 def extra_memory(function: Callable, device: torch.device, warm: bool = False) -> int:
-    """Most bytes that one call holds beyond what was there before it and what it returns.
+    """The peak of the bytes that one call holds, without what existed before and what it returns.
 
-    On the CPU it is the resident memory of the process (Linux), on a GPU what PyTorch's allocator handed out. ``warm``
-    says that the function ran before, so that it need not run once more for what only a first call allocates.
+    On the CPU it is the resident memory of the process (Linux), on a GPU what PyTorch's allocator handed out. Pass
+    `warm` if the function ran before; otherwise it first runs once, as only the first call allocates some things.
     """
     if not warm:
         function()
@@ -173,7 +172,7 @@ def ceilings() -> dict[str, float]:
 
 
 def check_close(name: str, actual: object, expected: object, tolerance: float) -> None:
-    """Raises AssertionError where a tensor differs by more than ``tolerance`` of the expected one's largest value."""
+    """Raises AssertionError if a tensor differs by more than `tolerance` times the expected one's largest value."""
     actual, expected = tensors_of(actual), tensors_of(expected)
     assert len(actual) == len(expected), f"{name}: {len(actual)} results, expected {len(expected)}"
     for place, (one, other) in enumerate(zip(actual, expected, strict=True)):
@@ -187,9 +186,9 @@ def compare(
     benchmark: str, case: dict, variants: dict[str, Variant], baseline: str, ceiling: str, tolerance: float,
     seconds: float,
 ) -> list[dict]:  # fmt: skip
-    """Checks every variant against the baseline (the first that runs, where it does not), then times them in turns.
+    """Checks every variant against the baseline (or the first that runs if it does not), then times them in turns.
 
-    ``seconds`` is about what the timing of all variants may take. Returns a row of the results file for each variant.
+    Timing all variants takes about `seconds`. Returns a row of the results file for each variant.
     """
     rate = ceilings()[ceiling]
     if longest is not None:
@@ -245,11 +244,11 @@ def compare(
 
 
 def environment() -> dict:
-    """The machine and the versions that a results file carries."""
+    """The machine and the versions, as a results file names them."""
     from softmask_fast import __version__
 
     capability = torch.backends.cpu.get_cpu_capability()
-    # one name of a CPU covers machines of several generations
+    # CPUs of several generations share one name
     name = torch.cuda.get_device_name() if ON_GPU else f"{_cpu_name()}, {capability}"
     return {
         "device": name,

@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --preset base --ranks 8 > docs/memory.md
 
-No GPU is needed and none is used: every number is counted, none is measured.
+No GPU is needed or used: every number is counted, none is measured.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GiB per GPU of the `{preset}` preset ({parameters:.0f} M parameters) with {ranks
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators made and that live, parameters' gradients aside; and the most there were."""
+    """Bytes of the live storages that operators made, apart from parameters' gradients; and their peak."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -71,19 +71,19 @@ class LiveBytes(TorchDispatchMode):
 
 
 def fake_problem(preset: str, pairs: int):
-    """Configuration, model, teacher and batch of a step without data, and the context in which it runs."""
+    """Configuration, model, teacher and batch of a step, all without data, and the context in which it runs."""
     config = make_config(preset, vision_weights="random", text_weights="random", batch_size=pairs)
     batch = make_batch(config.model, pairs, CPU)
     with torch.device("meta"):
         model = VisionLanguageModel(config.model)
         teacher = MomentumTeacher(model, config.objectives)
     context = ExitStack()
-    # Operators then leave out the checks that read values on the CPU, as they do for tensors on a GPU.
+    # Operators then skip the checks that read values on the CPU, as for tensors on a GPU.
     context.enter_context(mock.patch("torch.compiler.is_compiling", return_value=True))
     context.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     for network in (model, teacher):
         network._apply(lambda tensor: torch.empty_like(tensor, device=CPU))
-    for network in (model, teacher.model):  # `_apply` parts what is tied
+    for network in (model, teacher.model):  # `_apply` unties tied weights
         network.language_head.decoder.weight = network.text.word_embeddings.weight
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
@@ -92,7 +92,7 @@ def fake_problem(preset: str, pairs: int):
 
 
 def activations(preset: str, pairs: int, checkpointing: bool) -> int:
-    """Most bytes that one step holds beside weights, gradients, optimiser, momentum copy and queues."""
+    """Peak bytes of one step, without weights, gradients, optimizer, momentum copy and queues."""
     config, model, teacher, batch, context = fake_problem(preset, pairs)
     with context:
         model.set_execution(checkpointing=checkpointing)
@@ -103,7 +103,7 @@ def activations(preset: str, pairs: int, checkpointing: bool) -> int:
 
 
 def standing(preset: str, stage: int, offload: bool, ranks: int) -> int:
-    """Bytes of weights, gradients, optimiser, momentum copy and queues on one rank."""
+    """Bytes of weights, gradients, optimizer, momentum copy and queues on one rank."""
     config = make_config(preset)
     with torch.device("meta"):
         model = VisionLanguageModel(config.model)

@@ -1,4 +1,4 @@
-"""Tables and plots of benchmark results: of a run on the terminal, of results files in README.md and docs.
+"""Tables and plots of benchmark results: of a run, on the terminal; of results files, in README.md and docs.
 
 python benchmarks/report.py          # reads the newest file of each device in benchmarks/results
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKERS = ("<!-- benchmarks: begin, written by `make report` -->", "<!-- benchmarks: end -->")
 COMMAND = "pytest benchmarks --benchmark-only --save-results"
-# Every key that a results file must have; see measure.environment and measure.compare.
+# The keys that a results file must have; see measure.environment and measure.compare.
 RUN_KEYS = (
     "device", "slug", "threads", "date", "commit", "softmask_fast", "torch", "triton", "driver", "ceilings",
     "rows",
@@ -26,7 +26,7 @@ ROW_KEYS = (
     "benchmark", "case", "dtype", "variant", "ours", "floor", "baseline", "ceiling", "seconds", "extra_memory", "share",
     "missing",
 )  # fmt: skip
-# How variants are called in tables and plots, and their color there: the same on every page.
+# Names and colors of variants in tables and plots, the same on every page.
 VARIANTS = {
     "cpp": ("ours, C++", "#d62728"),
     "triton": ("ours, Triton", "#d62728"),
@@ -53,12 +53,12 @@ VARIANTS = {
     "liger": ("Liger-Kernel", "#8c564b"),
     "torch_fused": ("PyTorch, fused linear cross-entropy", "#9edae5"),
 }
-BUSY_ELSEWHERE = 0.15  # of the processors: a machine whose others work more than that is too loaded for the front page
-# What a size of a case is called where it is the only one that changes from case to case.
+BUSY_ELSEWHERE = 0.15  # of the processors: if others keep more busy, the machine is too loaded for the front page
+# Names of sizes, for benchmarks in which only one changes from case to case.
 AXES = dict.fromkeys(("word_soft_mask", "word_soft_mask_keep", "soft_masked_attention"), "N")
 AXES |= dict.fromkeys(("focal_itc", "focal_itc_queue", "focal_itc_sigmoid"), "B")
 AXIS_LABELS = {"N": "image tokens (N)", "B": "pairs in a batch (B)"}
-# The page that shows one size of each benchmark, the paper's where it has one, and which sizes these are.
+# The page that shows one size of each benchmark (the paper's, if it has one), and these sizes.
 FRONT = "README.md"
 FRONT_SIZES: dict[str, dict[str, tuple]] = {
     "word_soft_mask": {"N": (257,)},
@@ -71,7 +71,7 @@ FRONT_SIZES: dict[str, dict[str, tuple]] = {
     "step": {"preset": ("small", "base")},
     "word_maps": {},
 }
-# The pages that show all sizes, and of which benchmarks (None: of all).
+# The pages that show all sizes -> their benchmarks (None: all).
 PAGES: dict[str, tuple[str, ...] | None] = {
     "docs/benchmarks.md": None,
     "docs/operators/word_soft_mask.md": ("word_soft_mask", "word_soft_mask_keep"),
@@ -81,7 +81,7 @@ PAGES: dict[str, tuple[str, ...] | None] = {
 
 
 def save(folder: Path, run: dict) -> Path:
-    """Writes <folder>/<device>/<date>.json, under another name first; returns its path."""
+    """Writes <folder>/<device>/<date>.json, atomically, and returns its path."""
     check(run, "this run")
     path = folder / run["slug"] / f"{run['date'].replace(':', '')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,8 @@ def check(run: dict, name: object) -> None:
 
 
 def newest(folder: Path) -> list[dict]:
-    """The runs that count, GPUs first, newest first: each with the benchmarks of its device that no newer run has."""
+    """The runs to report, GPUs first, newest first. Each keeps only the benchmarks that no newer run of its device
+    has."""
     runs = []
     for device in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else ():
         seen = set()
@@ -122,7 +123,7 @@ def groups(rows: Iterable[dict]) -> list[list[dict]]:
 
 
 def seconds(row: dict) -> float | None:
-    """The time by which variants are compared: forward and backward where it was measured, else the forward."""
+    """The time that variants are compared by: forward and backward if it was measured, else the forward alone."""
     return row["seconds"].get("both", row["seconds"].get("forward"))
 
 
@@ -131,19 +132,20 @@ def same_variant(row: dict, other: dict) -> bool:
 
 
 def label(row: dict) -> str:
-    """The name of a row's variant for people; of the step, "reference" is ALBEF's way."""
+    """The readable name of a row's variant. For the step, "reference" is ALBEF's way."""
     if row["benchmark"] == "step" and row["variant"] == "reference":
         return "ALBEF's way"
     return VARIANTS.get(row["variant"], (row["variant"], None))[0]
 
 
 def busy_elsewhere(run: dict) -> float:
-    """Processors that others kept busy; older files have the machine's load instead, their own threads included."""
+    """Processors that other processes kept busy. Older files give the machine's load instead, with their own
+    threads."""
     return run["busy_elsewhere"] if "busy_elsewhere" in run else max(0.0, run["load"] - run["threads"])
 
 
 def unfit(run: dict) -> str | None:
-    """Why a run's figures must not stand on the front page; None if they may."""
+    """Why a run's figures must not be on the front page; None if they may."""
     busy, processors = busy_elsewhere(run), run.get("processors", run["threads"])
     if busy > BUSY_ELSEWHERE * processors:
         return f"other processes kept {busy:.2g} of the {processors} processors busy"
@@ -178,7 +180,7 @@ def memory_text(value: int | None) -> str:
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]], aligned: str = "---:") -> str:
-    """A table in Markdown, all columns aligned alike."""
+    """A table in Markdown whose columns are all aligned in the same way."""
     columns = list(columns)
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, [aligned] * len(columns), *rows))
 
@@ -237,7 +239,8 @@ def run_tables(run: dict) -> list[str]:
 
 
 def summary(run: dict) -> list[str]:
-    """A Markdown table of a run: for each case the usual way, the best other one, ours, and the floor: less work."""
+    """A Markdown table of a run: for each case the usual way, the best alternative, ours, and a variant that does less
+    work."""
     lines = [
         f"**{machine_text(run)}**",
         "",
@@ -282,7 +285,7 @@ def summary(run: dict) -> list[str]:
 
 
 def plot(run: dict, benchmark: str, path: Path) -> bool:
-    """Time and extra memory of every variant against the size that changes; False where fewer than two sizes ran."""
+    """Plots time and extra memory of every variant against the size that changes; False if fewer than two sizes ran."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -307,7 +310,7 @@ def plot(run: dict, benchmark: str, path: Path) -> bool:
         style |= {"linestyle": ":"} if mine[0]["floor"] else {}
         sizes = [row["case"][axis] for row in mine]
         panels[0].plot(sizes, [1e3 * row["seconds"][phase] for row in mine], marker="o", label=label(mine[0]), **style)
-        # below a page the resident memory of a process says nothing
+        # resident memory is counted in pages, so less than one means nothing
         panels[1].plot(sizes, [max(row["extra_memory"][phase], 4096) / 2**20 for row in mine], marker="o", **style)
     for panel, quantity in zip(panels, ("time, ms", "memory beyond inputs and results, MiB"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel=AXIS_LABELS[axis], ylabel=quantity)
@@ -332,7 +335,7 @@ def plot(run: dict, benchmark: str, path: Path) -> bool:
 
 
 def insert(text: str, block: list[str], name: str) -> str:
-    """``text`` with the lines between the two markers replaced. Raises ValueError where a marker is missing."""
+    """`text` with the lines between the two markers replaced. Raises ValueError if a marker is missing."""
     begin, end = (text.find(marker) for marker in MARKERS)
     if begin < 0 or end < begin:
         raise ValueError(f"{name}: expected the lines {MARKERS[0]!r} and then {MARKERS[1]!r}")
@@ -340,9 +343,9 @@ def insert(text: str, block: list[str], name: str) -> str:
 
 
 def write_front(results: Path, page: Path, images: Path) -> None:
-    """Writes the section of the front page: of the latest GPU and CPU, a row of each benchmark and one plot.
+    """Writes the section of the front page: for the latest GPU and CPU, a row per benchmark and one plot.
 
-    A run that is not fit for it is left out, and said so.
+    A run that must not be there is left out, with a message.
     """
     fit, block = [], []
     for run in newest(results):
@@ -369,7 +372,7 @@ def write_front(results: Path, page: Path, images: Path) -> None:
 
 
 def write(results: Path, page: Path, images: Path, only: tuple[str, ...] | None = None) -> None:
-    """Writes the plots, then the section of ``page`` between its markers; ``only`` names the benchmarks it shows."""
+    """Writes the plots, then the section of `page` between its markers. `only` names the benchmarks it shows."""
     runs = newest(results)
     block = []
     for run in runs:

@@ -1,11 +1,10 @@
-"""From one GPU to a thousand, from four million pairs to a billion: the time, memory and network of a step by a stated
-model, as a Markdown page.
+"""From one GPU to a thousand, from four million pairs to a billion: a model of the time, memory and network of a step,
+as a Markdown page.
 
     python benchmarks/scaling.py --data 'photos/{000..003}.tar' --output docs/scaling.md
 
-No GPU is needed and none is used. Every input stands in the page's first table with where it comes from: counted (from
-the model without data), measured (here, on the CPU, now; on the GPU that `CARD` names, then) or assumed (an option of
-this script).
+No GPU is needed or used. The page's first table names the source of every input: counted (from the model without data),
+measured (now, on this CPU; earlier, on the GPU that `CARD` names) or assumed (an option of this script).
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ shard, and their order is drawn shard by shard ([data.md](data.md)).
 ## What breaks first
 
 1. **Decoding on the host**, on the first GPU. A GPU that trains at the measured speed needs as many CPU cores as the
-   last column of the table of steps says. Where there is a GPU, DALI decodes and distorts on it.
+   last column of the table of steps says. Where there is a GPU, DALI decodes and augments on it.
 2. **The index of a local source**, beyond 10 M pairs. It takes hundreds of bytes per sample in every rank, and each
    start spends minutes reading the headers of the shards. Beyond that use shards by URL (`file://` works for a shared
    disk).
@@ -119,7 +118,7 @@ deepspeed --hostfile hostfile --no_ssh --node_rank 0 --master_addr HOST0 --maste
 ```
 
 `--output_dir` must be on a disk that all machines see. A lost rank ends the job: its own launcher stops within seconds,
-the others when their connection to it breaks, with a message that says how to continue. With the same number of ranks,
+the others when their connection to it breaks, with a message that says how to resume. With the same number of ranks,
 `--resume true` continues to the last bit. With another number it continues from the same step, optimizer state,
 teacher, queues and place in the data; `--batch_size` is pairs per rank, so change it as well to keep the batch.
 Both are tested: two machines as network namespaces without ssh, a rank killed; 2, then 1, then 2 ranks under ZeRO 0, 1
@@ -128,7 +127,7 @@ and 3 (`pytest tests/test_train.py tests/test_zero.py -k "hosts or number_of_ran
 
 
 def operations_per_pair(pairs: int = 32) -> float:
-    """Of the base preset's step without the contrastive loss, momentum copy included."""
+    """Operations of the base preset's step per pair, without the contrastive loss, with the momentum copy."""
     config, model, teacher, batch, mode = fake_problem("base", pairs)
     with mode, OperationCounter() as counter:
         loss, _ = PretrainingStep(model, config.objectives, bf16=True)(batch, teacher, SETTINGS)
@@ -137,12 +136,13 @@ def operations_per_pair(pairs: int = 32) -> float:
 
 
 def contrast_operations(ranks: int, pairs: int, width: int, queue: int) -> float:
-    """Of a rank's contrastive loss in a step: student and teacher forward, both again in the backward, one gradient."""
+    """Operations of a rank's contrastive loss: student and teacher forward, both again in the backward, one
+    gradient."""
     return 2 * 5 * 2.0 * pairs * (ranks * pairs + queue) * width
 
 
 def core_seconds_per_image(data: str, batches: int = 6) -> float:
-    """CPU time of reading, checking, decoding and distorting one image at 256 px as the base preset does."""
+    """CPU time of reading, checking, decoding and augmenting one image at 256 px as the base preset does."""
     config = make_config("base", data=data)
     source = open_source(data, split="train", seed=0, image_size=256)
     tokenizer = train_tokenizer(sample_captions(source, 500), 4000)
@@ -188,7 +188,7 @@ def index_of_a_local_source(samples: int = 20_000) -> tuple[float, float]:
 
 
 def seconds_of_an_order(samples: int = 4_000_000) -> float:
-    """Of a sample, when an epoch begins, with the global permutation of a local source."""
+    """Seconds per sample when an epoch begins, with the global permutation of a local source."""
     order = HashSampler([])
     order._hashes = np.random.default_rng(0).integers(0, 2**64, samples, dtype=np.uint64)
     start = time.process_time()
@@ -197,7 +197,7 @@ def seconds_of_an_order(samples: int = 4_000_000) -> float:
 
 
 def seconds_of_a_windowed_order(samples: int, ranks: int) -> float:
-    """Until the first sample of an epoch is known, with shards by URL."""
+    """Seconds until the first sample of an epoch is known, with shards by URL."""
     shards = int(samples / PER_SHARD)
     order = WindowedSampler([f"{i:06d}" for i in range(shards)], [PER_SHARD] * shards, 8)
     start = time.process_time()
@@ -235,7 +235,7 @@ def main() -> None:
         ("parameters", f"{parameters / 1e6:.0f} M", "counted"),
         ("operations a pair, contrast aside", f"{operations / 1e9:.0f} G", "counted (`OperationCounter`)"),
         (
-            "CPU time an image (read, check, decode, distort to 256 px)",
+            "CPU time an image (read, check, decode, augment to 256 px)",
             f"{1e3 * cores:.1f} core-ms",
             f"measured (on photographs of {image_bytes(options.data) / 1e3:.0f} kB; larger ones take longer)",
         ),

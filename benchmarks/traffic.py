@@ -1,12 +1,13 @@
-"""Bytes and operations of a pretraining step on a GPU, and the time that they predict: counted, nothing is measured.
+"""Bytes and operations of a pretraining step on a GPU, and the time that they predict. All is counted, none measured.
 
     python benchmarks/traffic.py --preset base --pairs 128 --copy 4.21e12 --matmul 720e12
 
-Every operator is counted on tensors without data. An operator that multiplies takes the longer of its operations at the
-matrix rate and its bytes at the copy rate, every other one its bytes: inputs read, results written. "fused" is what is
-left where all elementwise operators, norms and reductions between two products run as one kernel each, which is what
-compiled layers come near to: a tensor that a product makes is read once in each pass, and written only if a product
-or the other pass reads it. Kernels that reach less than the rates, launches and gaps are not in the prediction.
+Every operator is counted on tensors without data. A matrix product takes the time of its operations at the matrix rate
+or that of its bytes at the copy rate, whichever is longer. Every other operator takes the time of its bytes: inputs
+read, results written. "fused" assumes that all elementwise operators, norms and reductions between two products run as
+one kernel, which compiled layers come near to: a tensor that a product makes is read once in each pass, and written
+only if a product or the other pass reads it. The prediction leaves out launches, gaps, and kernels that are slower than
+the rates.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from softmask_fast.model.pretraining import PretrainingStep
 from softmask_fast.training.meters import other_formulas
 
-# What stays a kernel of its own, by a part of the operator's name: kind -> parts
+# Operators that stay kernels of their own: kind -> parts of their names
 KERNELS = {
     "matrix products": (".mm.", ".addmm.", ".bmm.", ".convolution"),
     "self-attention": ("scaled_dot_product",),
@@ -41,10 +42,10 @@ FUSABLE = "elementwise, norms, reductions"
 
 @dataclass
 class Use:
-    """One tensor's memory, and which passes read it by which kind of operator."""
+    """One tensor's memory, which passes read it, and by which kind of operator."""
 
     bytes: int
-    made_by: str | None = None  # None: it was there before the step
+    made_by: str | None = None  # None: it existed before the step
     made_in: str = "forward"
     read_by_kernels: bool = False
     fused_reads: set[str] = field(default_factory=set)  # passes
@@ -52,7 +53,7 @@ class Use:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts within a FakeTensorMode; `phase` is the pass that runs."""
+    """Counts within a FakeTensorMode. `phase` is the pass that runs."""
 
     def __init__(self, copy: float, matmul: float):
         super().__init__()
@@ -60,7 +61,7 @@ class Traffic(TorchDispatchMode):
         self.formulas = flop_registry | other_formulas()
         self.launches, self.bytes, self.operations, self.seconds = (defaultdict(float) for _ in range(4))
         self.uses: dict[int, Use] = {}
-        self.alive: list[Any] = []  # storages, whose ids must not be taken by others
+        self.alive: list[Any] = []  # kept, so that no other storage gets the same id
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **kwargs or {})
@@ -99,7 +100,7 @@ class Traffic(TorchDispatchMode):
         return self.uses[storage._cdata]
 
     def fused_bytes(self) -> float:
-        """Of the fusable operators, where each chain of them is one kernel."""
+        """Bytes of the fusable operators, if each chain of them is one kernel."""
         total = 0
         for use in self.uses.values():
             fused = use.made_by == FUSABLE
