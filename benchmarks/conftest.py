@@ -24,7 +24,7 @@ def pytest_addoption(parser):
     )  # fmt: skip
     parser.addoption(
         "--short", type=float, metavar="SECONDS",
-        help="time each case for at most so long, and leave out torch.compile's variants, which take longer to compile",
+        help="time each case for at most this long; leave out torch.compile's variants, which take longer to compile",
     )  # fmt: skip
 
 
