@@ -365,8 +365,8 @@ def write_front(results: Path, page: Path, images: Path) -> None:
         if plot(run, "soft_masked_attention", picture):
             block += [f"![soft_masked_attention on {run['device']}]({os.path.relpath(picture, page.parent)})", ""]
     block += [
-        "All sizes, what did not run, and the other plots: [benchmarks](docs/benchmarks.md). Made by `make report` of "
-        f"what `{COMMAND}` wrote."
+        "All sizes, what did not run, and the other plots: [benchmarks](docs/benchmarks.md). Made by `make report` "
+        f"from the results of `{COMMAND}`."
     ]
     _replace(page, block)
 

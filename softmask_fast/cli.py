@@ -198,7 +198,7 @@ def _start(script: str, options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> None:
     """Evaluate a model. `retrieval` prints recall@1, 5 and 10; `grounding`, how well word maps point at the boxes of
-    the words; `maps`, the same beside maps of attention, rollout and Grad-CAM; `vqa`, `nlvr2` and `entailment`, the
+    the words; `maps`, the same for attention maps, rollout and Grad-CAM as well; `vqa`, `nlvr2` and `entailment`, the
     accuracy of a model fine-tuned for that task."""
     for name in ("json", "predictions", "heatmaps"):
         if getattr(options, name) is not None:

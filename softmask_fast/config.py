@@ -202,7 +202,7 @@ class ObjectiveConfig(MomentumConfig):
     itc_weight: float = option(1.0, "Weight of image-text contrast (ITC); 0 disables it.")
     itm_weight: float = option(1.0, "Weight of image-text matching (ITM); 0 disables it.")
     mlm_weight: float = option(1.0, "Weight of masked language modeling (MLM); 0 disables it.")
-    mask_probability: float = option(0.15, "Fraction of word pieces that are masked.")
+    mask_probability: float = option(0.15, "Fraction of the tokens that are masked.")
     temperature: float = option(0.07, "Initial ITC temperature, which is learned; model_weights bring their own.")
     gathered_negatives: bool = option(False, "Sample hard ITM negatives from the batches of all ranks.")
 
@@ -230,8 +230,8 @@ class DataConfig(Section):
         "Karpathy); or folders of Hugging Face datasets. Tables and folders take a split: 'dataset_coco.json:val'.",
     )
     image_root: str | None = option(
-        None, "Folder that image paths in tables are relative to; of several ('train2017,val2017'), the one that has "
-        "the image. Default: the table's folder.",
+        None, "Folder that image paths in tables are relative to; of several ('train2017,val2017'), a "
+        "table takes the one that holds its images. Default: the table's folder.",
     )  # fmt: skip
     image_column: str | None = option(None, "Image column of a table; default: recognized by name.")
     caption_column: str | None = option(

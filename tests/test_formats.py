@@ -180,7 +180,7 @@ def test_images_inside_of_tables(tmp_path, kind):
     if kind == "hub":
         stored_table(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", row_group_size=1)
         stored_table(tmp_path / "set" / "data" / "test-00000-of-00001.parquet")
-        with pytest.raises(UsageError, match="has the splits test, train: name one behind a colon, as in .*set:test"):
+        with pytest.raises(UsageError, match="has the splits test, train: name one after a colon, as in .*set:test"):
             open_source(data)
         data += ":train"
     elif kind == "bytes alone":
@@ -226,7 +226,7 @@ def test_files_called_as_splits_are_not_one_dataset(folder):
     (folder / "hub").mkdir()
     for name in ("train", "test"):
         stored_table(folder / "hub" / f"{name}.parquet", (DOG,), ["0.jpg"], [f"a dog of {name}"])
-    with pytest.raises(UsageError, match="hub has the splits test, train: name one behind a colon"):
+    with pytest.raises(UsageError, match="hub has the splits test, train: name one after a colon"):
         open_source(str(folder / "hub"))
     assert open_source(f"{folder}/hub:test").read(0).captions == ["a dog of test"]
     (folder / "hub" / "train.parquet").rename(folder / "hub" / "train-00000-of-00003.parquet")
@@ -276,7 +276,7 @@ def test_images_that_do_not_exist_are_said_at_once(folder, monkeypatch, caplog):
         open_source(str(path))
     monkeypatch.setattr(folders, "LOOKED_FOR", 20)
     path.write_text(json.dumps(rows + [{"image": "dog.jpg", "caption": "x"}]))
-    looked_for = "15 of 16 images that were looked for, of 61, do not exist"
+    looked_for = "15 of 16 checked images, of 61 in all, do not exist"
     with pytest.raises(UsageError, match=looked_for):
         open_source(str(path), max_missing=0.5)
     assert len(open_source(str(path))) == 61 and looked_for in caplog.text

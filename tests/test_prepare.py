@@ -292,5 +292,5 @@ def test_a_killed_process_is_a_message(images, tmp_path, monkeypatch):
         raise BrokenProcessPool("A process in the process pool was terminated abruptly")
 
     monkeypatch.setattr(prepare_module, "_write_shard", killed)
-    with pytest.raises(UsageError, match="workers: a process was killed; the same command goes on"):
+    with pytest.raises(UsageError, match="workers: a process was killed; run the same command again"):
         make_shards(write_table(tmp_path / "pairs.csv"), images, tmp_path / "out", workers=1)

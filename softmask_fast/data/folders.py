@@ -73,7 +73,7 @@ def _several(folder: Path, splits: list[str], split: str | None, option: str) ->
     if split is None:
         named = ", ".join(map(str, splits[:10]))
         example = f"{folder}:{splits[0]}" if splits else f"{folder}:train"
-        return UsageError(f"{option}: {folder} has the splits {named}: name one behind a colon, as in {example}")
+        return UsageError(f"{option}: {folder} has the splits {named}: name one after a colon, as in {example}")
     return UsageError(f"{option}: {folder} has no split {split!r}; it has {', '.join(map(str, splits[:10]))}")
 
 
@@ -120,7 +120,7 @@ def check_existence(images: Sequence[str], most: float, table: str, option: str)
     missing = [image for image in looked if not os.path.exists(image)]
     if not missing:
         return
-    some = "images" if len(looked) == len(images) else f"images that were looked for, of {len(images):,},"
+    some = "images" if len(looked) == len(images) else f"checked images, of {len(images):,} in all,"
     first = missing[0] or "a row without one"
     hint = "; images by URL are not downloaded: img2dataset makes shards of them" if "http" in first else ""
     message = f"{table}: {len(missing):,} of {len(looked):,} {some} do not exist, first: {first}, see {option}{hint}"

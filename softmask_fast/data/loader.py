@@ -89,7 +89,7 @@ class SampleLoader(Generic[BatchType]):
         if batch_size < 1:
             raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
         if max_tokens < 3:
-            raise UsageError(f"max_tokens: expected at least 3 ([CLS], a word piece, [SEP]), got {max_tokens}")
+            raise UsageError(f"max_tokens: expected at least 3 ([CLS], a token, [SEP]), got {max_tokens}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size), got rank {rank} of {world_size}")
         if len(source) < world_size:

@@ -177,7 +177,7 @@ def _write_shards(
                 bar.update(len(part))
                 yield summary
         except BrokenProcessPool as error:
-            message = "workers: a process was killed; the same command goes on, with fewer if memory is short"
+            message = "workers: a process was killed; run the same command again, with fewer if memory is short"
             raise UsageError(message) from error
 
 

@@ -122,16 +122,16 @@ class ShapesSource:
         """
         num = DEFAULT_SCENES.get(split, DEFAULT_SCENES["val"]) if num is None else num
         if num < 1:
-            raise UsageError(f"shapes: num must be at least 1, got {num}")
+            raise UsageError(f"shapes: num: expected at least 1, got {num}")
         if not 2 <= objects[0] <= objects[1] <= 3:
-            raise UsageError(f"shapes: objects must be 2, 3 or 2-3, got {objects[0]}-{objects[1]}")
+            raise UsageError(f"shapes: objects: expected 2, 3 or 2-3, got {objects[0]}-{objects[1]}")
         if names not in NAMES:
-            raise UsageError(f"shapes: names must be {' or '.join(NAMES)}, got {names!r}")
+            raise UsageError(f"shapes: names: expected {' or '.join(NAMES)}, got {names!r}")
         fewest = 2 if names == "full" else objects[1] + 1  # so that a scene can lack a color
         if not fewest <= colors <= len(COLORS):
-            raise UsageError(f"shapes: colors must be {fewest} to {len(COLORS)}, got {colors}")
+            raise UsageError(f"shapes: colors: expected {fewest} to {len(COLORS)}, got {colors}")
         if image_size < 16:
-            raise UsageError(f"shapes: image_size must be at least 16, got {image_size}")
+            raise UsageError(f"shapes: image_size: expected at least 16, got {image_size}")
         self.num, self.objects, self.colors, self.names = num, objects, colors, names
         self.split, self.seed, self.image_size = split, seed, image_size
         self.keys = [f"shapes-{split}-{seed}-{index:06d}" for index in range(num)]

@@ -118,7 +118,7 @@ def _check_splits(splits: Counter[str], wanted: list[str], option: str, path: Pa
         raise UsageError(f"{where}: no split {unknown[0]!r}; " + (f"it has {listed}" if splits else "it has no splits"))
     if len(splits) > 1 and not wanted:
         name = next(iter(splits))
-        raise UsageError(f"{where} has the splits {listed}: name one behind a colon, as in {path}:{name}")
+        raise UsageError(f"{where} has the splits {listed}: name one after a colon, as in {path}:{name}")
 
 
 def _joined_images(entries: list[TableEntry]) -> list[TableEntry]:

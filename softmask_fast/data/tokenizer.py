@@ -31,7 +31,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         _check_files(folder)
     options = {"use_fast": True, "trust_remote_code": False, "local_files_only": folder.is_dir()}
     instead = (
-        "pass a folder written by save_pretrained() (with tokenizer.json), bring the hub's cache of a machine with a "
+        "pass a folder written by save_pretrained() (with tokenizer.json), copy the hub's cache from a machine with a "
         "network (`hf download google-bert/bert-base-uncased`), or --text_weights random to train one on the captions"
     )
     try:

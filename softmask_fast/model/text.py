@@ -175,7 +175,7 @@ def load_bert(config: ModelConfig) -> BertForMaskedLM:
     options = {"trust_remote_code": False, "weights_only": True}
     options["local_files_only"] = Path(name).is_dir()  # a folder is data: its files must not name anything on a hub
     instead = (
-        "give a folder with a BERT (--text_weights DIR), bring the hub's cache of a machine with a network "
+        "give a folder with a BERT (--text_weights DIR), copy the hub's cache from a machine with a network "
         f"(`hf download {name}`), or start from --text_weights random"
     )
     try:

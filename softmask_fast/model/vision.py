@@ -225,7 +225,7 @@ def _timm_model(name: str) -> nn.Module:
     found = timm.get_pretrained_cfg(name)
     hub_name = found and found.hf_hub_id
     instead = (
-        "give a file (--vision_weights FILE.safetensors), bring the hub's cache of a machine with a network "
+        "give a file (--vision_weights FILE.safetensors), copy the hub's cache from a machine with a network "
         f"(`hf download {hub_name}`), or start from --vision_weights random"
     )
 

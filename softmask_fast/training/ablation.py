@@ -141,12 +141,12 @@ def check_options(options: Sequence[str], seeds: int, deepspeed: str | None) -> 
         raise UsageError(f"seeds: expected at least 1, got {seeds}")
     given = [option.split("=")[0].removeprefix("--") for option in options if option.startswith("--")]
     if own := [name for name in given if name in OWN]:
-        raise UsageError(f"{own[0]}: expected no such option, as the ablation sets it for each run")
+        raise UsageError(f"{own[0]}: expected none for the runs, as the ablation sets it for each")
     config, _ = parse_arguments(_with(deepspeed, options))
     values = vars(config.objectives) | vars(config.data)
     for part, off in OFF.items():
         if all(values[name] == value for name, value in off.items()):
-            raise UsageError(f"{', '.join(off)}: expected {part} on, as the ablation compares it with off")
+            raise UsageError(f"{', '.join(off)}: expected {part} on, as the ablation compares runs with and without")
     held_out = held_out_pairs(config)
     if held_out is None:
         raise UsageError(f"eval_data: expected held-out pairs to compare the runs on, got none for {config.data.data}")

@@ -171,7 +171,7 @@ def newest_whole_checkpoint(directory: Path) -> Path | None:
             return path
         aside = path.with_name(f"damaged-{path.name}")
         if path == found[0]:
-            raise AgreedUsageError(f"resume: {damages[0]}, and {directory} has no checkpoint before it")
+            raise AgreedUsageError(f"resume: {damages[0]}, and {directory} has no earlier checkpoint")
 
         def put_aside(path: Path = path, aside: Path = aside) -> None:
             if dist.get_rank() == 0:
