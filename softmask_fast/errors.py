@@ -1,4 +1,4 @@
-"""Separates user errors, which are shown in one line, from bugs, which keep their traceback; what messages may show."""
+"""Separates user errors (one line) from bugs (full traceback), and cleans what messages show."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class UsageError(ValueError):
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that is no printable character: names in data may hold line breaks, escape
-    sequences of terminals, or characters that turn the writing direction around."""
+    """The text with all unprintable characters escaped: names in data may hold line breaks, terminal escape sequences,
+    or characters that reverse the writing direction."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def without_secrets(text: str) -> str:
-    """The text, its URLs without user, password, query and fragment, which may be signatures or tokens. In file://
-    these are parts of a name."""
+    """The text with its URLs cut: without user, password, query and fragment, which may be signatures or tokens. In
+    file:// URLs these are parts of a name, and stay."""
 
     def shown(url: re.Match) -> str:
         return url[0] if url[1].lower() == "file://" else url[1] + url[2]

@@ -1,7 +1,7 @@
-"""Where a model lies: a folder, "demo", or a name on the Hugging Face hub. Imports nothing heavy, to answer at once.
+"""Where a model is: a folder, "demo", or a name on the Hugging Face hub. Imports nothing heavy, to answer at once.
 
-What is in the hub's cache is used without a request. Else the hub is asked once whether it has the name, before any
-library starts a download of its own with its own retries.
+What is in the hub's cache is used without a request. Otherwise the hub is asked once whether it has the name, before
+any library starts a download with its own retries.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ Loaded = TypeVar("Loaded")
 DEMO = Path(__file__).parent / "demo"  # the model folder that is called "demo"
 TIMEOUT = 3  # seconds for each phase of the request: connecting, the first byte
 LIMIT = 10  # seconds for all of it, name servers included
-PICKLED = ["*.bin", "*.pth", "*.pt"]  # weights that are left where there are .safetensors
-ABSENT, PARTIAL = "is neither a folder nor in the cache", "is no folder, and only a part of it is in the cache"
+PICKLED = ["*.bin", "*.pth", "*.pt"]  # weights that are not fetched if there are .safetensors
+ABSENT, PARTIAL = "is neither a folder nor in the cache", "is not a folder, and the cache holds only a part of it"
 UNWANTED = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "onnx/*", "*.gguf", "original/*"]
 
 
 def local_folder(name: str | Path) -> Path | None:
-    """The folder that a name is; "demo" is the one that comes with the library, unless there is such a folder."""
+    """The folder with that name, or None. "demo" is the model in the package, unless there is a folder with that
+    name."""
     if Path(name).is_dir():
         return Path(name)
     return DEMO if str(name) == DEMO.name else None
@@ -40,19 +41,19 @@ def local_folder(name: str | Path) -> Path | None:
 def model_folder(
     name: str | Path, option: str = "--model", parts: Sequence[str] = (), also: Sequence[str] = (), **where: Any
 ) -> Path:
-    """The folder of a model: its own, the demo's, or that of the hub's cache, filled if need be.
+    """The folder of a model: the one that is named, the demo's, or that of the hub's cache, filled if necessary.
 
     Args:
         name: a folder, "demo", or a name on the hub.
         option: what messages call the name.
-        parts, also: the files and folders to fetch, and those that may be missing; default: all but the weights of
-            other frameworks.
+        parts: the files and folders to fetch; default: all but the weights of other frameworks.
+        also: files and folders to fetch if they exist.
         where: options of `huggingface_hub.snapshot_download`: revision, token, cache_dir, force_download,
             local_files_only.
 
     Raises:
-        UsageError: for a name that the hub does not know; within seconds, if it is not in the cache and the hub cannot
-            be reached.
+        UsageError: for a name that the hub does not know, or that is not in the cache while the hub cannot be reached;
+            within seconds.
     """
     if (folder := local_folder(name)) is not None:
         return folder
@@ -79,14 +80,14 @@ def model_folder(
         wanted = {"ignore_patterns": UNWANTED + PICKLED * safe}
     try:
         return Path(snapshot_download(name, **wanted, **where))
-    except Exception as error:  # the hub's client raises those of its transport, whichever that is
+    except Exception as error:  # the hub's client passes on the errors of its transport
         raise UsageError(f"{option}: {name} cannot be downloaded ({type(error).__name__}); {instead}") from error
 
 
 def _cached(name: str, parts: Sequence[str], wanted: dict[str, Any], where: dict[str, Any]) -> Path | str:
-    """The folder of the hub's cache, or what keeps it from being used.
+    """The folder in the hub's cache, or why it cannot be used.
 
-    The client knows what an interrupted download left out, if the cache has the repository's list of files.
+    If the cache has the repository's list of files, the client knows what an interrupted download left out.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -105,7 +106,7 @@ def _cached(name: str, parts: Sequence[str], wanted: dict[str, Any], where: dict
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a model of others has a configuration and weights; of weights in several files all of them."""
+    """Whether a foreign model has a configuration and weights, and all files of weights that are split."""
     weights = [*folder.glob("*.safetensors")] or [path for pattern in PICKLED for path in folder.glob(pattern)]
     numbered = {(number[0], int(number[1])) for path in weights if (number := re.search(r"-of-(\d+)\.\w+$", path.name))}
     configured = any((folder / config).exists() for config in ("config.json", "open_clip_config.json"))
@@ -113,10 +114,12 @@ def _is_whole(folder: Path) -> bool:
 
 
 def from_hub(name: str, option: str, instead: str, load: Callable[[], Loaded]) -> Loaded:
-    """What `load`, a call of another library, makes of a folder or a name on the hub.
+    """The result of `load`, a call of another library with a folder or a name on the hub.
 
-    It first runs without a request. If that fails for a name, and the hub has it, `load` runs again with the hub.
-    Raises UsageError by `ask_hub`, with the first failure if the cache has files of that name; and what `load` raises.
+    `load` first runs without a request. If that fails for a name that the hub has, it runs again with the hub.
+
+    Raises:
+        UsageError: as in `ask_hub`, with the first failure if the cache has files of that name. Errors of `load` pass.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -124,7 +127,7 @@ def from_hub(name: str, option: str, instead: str, load: Callable[[], Loaded]) -
     try:
         with without_hub():
             return load()
-    except Exception as error:  # of damaged files the libraries raise many kinds
+    except Exception as error:  # the libraries raise many kinds of errors for damaged files
         if Path(name).exists():
             raise
         found = ABSENT
@@ -139,10 +142,18 @@ def ask_hub(
     name: str, option: str, instead: str, token: str | bool | None = None, revision: str | None = None,
     found: str = ABSENT,
 ) -> ModelInfo:  # fmt: skip
-    """What the hub says of a name, in one request of at most `LIMIT` seconds. found: what is known of it without.
+    """What the hub says about a name, in one request of at most `LIMIT` seconds.
 
-    Raises UsageError, naming the option that the name came from and what to do `instead`, if it does not know the name
-    or does not answer.
+    Args:
+        name: of a model.
+        option: the option that it came from, for messages.
+        instead: what to do if there is no answer, for messages.
+        token: of the hub.
+        revision: of the model.
+        found: what is known without a request, for messages.
+
+    Raises:
+        UsageError: if the hub does not know the name or does not answer.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -158,7 +169,7 @@ def ask_hub(
     def ask() -> None:
         try:
             answers.put(HfApi(token=token).model_info(name, revision=revision, timeout=TIMEOUT))
-        except Exception as error:  # the hub's client raises those of its transport, whichever that is
+        except Exception as error:  # the hub's client passes on the errors of its transport
             answers.put(error)
 
     Thread(target=ask, daemon=True).start()  # a name server may be silent for minutes, whatever the timeout
@@ -169,7 +180,7 @@ def ask_hub(
     if not isinstance(answer, Exception):
         return answer
     if isinstance(answer, HFValidationError):
-        reason = f"{name} is no folder, and cannot be a name on the hub"
+        reason = f"{name} is neither a folder nor a possible name on the hub"
     elif isinstance(answer, RevisionNotFoundError):
         reason = f"{name} has no revision {revision!r} on the hub"
     elif isinstance(answer, GatedRepoError):
@@ -185,7 +196,7 @@ def ask_hub(
 
 @contextmanager
 def without_hub() -> Iterator[None]:
-    """Inside the `with` block the hub's client serves from its cache alone: a folder's files make no request."""
+    """A context in which the hub's client uses only its cache, so that a folder's files cause no request."""
     from huggingface_hub import constants
 
     with mock.patch.object(constants, "HF_HUB_OFFLINE", True):

@@ -24,7 +24,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, over the quota, ov
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Whatever library meets a full disk, the error is an OSError that names `path`, and so a user error."""
+    """A context that turns any library's error about a full disk into an OSError that names `path`: a user error."""
     try:
         yield
     except Exception as error:
@@ -65,7 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a flushed file or folder, in the place of an older one, and flush the new name to the disk."""
+    """Rename a flushed file or folder, replacing an older one, and flush the new name to the disk."""
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(source, target)
@@ -73,7 +73,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it exists."""
+    """Remove a file or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -81,7 +81,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    """Wait until a file, or a folder with its content, is on the disk."""
     for entry in path.rglob("*"):
         flush_entry(entry)
     flush_entry(path)
@@ -114,8 +114,8 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: str | Path, option: str) -> Any:
-    """The content of a JSON file. Raises UsageError, naming the option that the path came from, if it is invalid or
-    larger than `MAX_LIST_BYTES`."""
+    """The content of a JSON file. Raises UsageError, which names `option`, if it is invalid or larger than
+    `MAX_LIST_BYTES`."""
     check_size(path, option)
     try:
         return parse_json(Path(path).read_bytes())

@@ -168,7 +168,7 @@ PARTS = ("config.json", "model.safetensors", "tokenizer")
 def test_a_part_of_a_model_in_the_cache_is_not_taken_for_the_whole(files, listed, parts, tmp_path, monkeypatch):
     cached(tmp_path, files, listed)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", MagicMock(side_effect=ConnectionError("no route")))
-    part = "model: me/model is no folder, and only a part of it is in the cache"
+    part = "model: me/model is not a folder, and the cache holds only a part of it"
     with pytest.raises(UsageError, match=f"{part}, and the hub cannot be reached"):
         hub.model_folder("me/model", "model", parts, cache_dir=tmp_path)
     with pytest.raises(UsageError, match=f"{part}; with a network"):

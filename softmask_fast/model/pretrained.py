@@ -98,7 +98,7 @@ class Pretrained(ModelHubMixin):
             write_json(save_directory / EVALUATION, self.evaluation)
 
     def push_to_hub(self, repo_id: str, *, delete_patterns: Sequence[str] | str | None = None, **options: Any) -> str:
-        """The mixin's, which also removes the figures and the task of the model that the repository had before."""
+        """The mixin's method, which also removes evaluation.json and task.json of the repository's earlier model."""
         chosen = [delete_patterns] if isinstance(delete_patterns, str) else delete_patterns or ()
         return super().push_to_hub(repo_id, delete_patterns=[EVALUATION, TASK, *chosen], **options)
 

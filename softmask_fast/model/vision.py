@@ -68,15 +68,15 @@ class ImageBlock(WeightedLayer):
 class ConvolutionalStem(nn.Sequential):
     """Residual stages of convolutions in place of ViT's projection of patches (Xiao et al., NeurIPS 2021).
 
-    Each stage halves the image and doubles the channels. Norms are of groups: the momentum teacher averages weights,
-    and would have no statistics of batches.
+    Each stage halves the image and doubles the channels. It uses group norms because the momentum teacher only averages
+    weights, and would have no batch statistics.
 
     Args:
-        width: channels of a token (Cv).
-        patch_size: pixels from token to token, a power of 2 above 1 that divides width.
+        width: of a token, Cv.
+        patch_size: pixels from one token to the next, a power of 2 above 1 that divides `width`.
     """
 
-    def __init__(self, width: int, patch_size: int):
+    def __init__(self, width: int, patch_size: int) -> None:
         channels = 2 * width // patch_size
         stages = [nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False), self.norm(channels), nn.ReLU()]
         while channels < width:
@@ -87,7 +87,7 @@ class ConvolutionalStem(nn.Sequential):
 
     @staticmethod
     def norm(channels: int, **placed: Any) -> nn.GroupNorm:
-        """Groups of about 16 channels."""
+        """A norm of groups of about 16 channels."""
         return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels, **placed)
 
     def forward(self, pixels: Tensor) -> Tensor:
