@@ -1,7 +1,7 @@
-"""The build backend: setuptools', which asks for torch only where the environment to install into has none.
+"""The build backend: setuptools', but it asks for torch only if the target environment has none.
 
-pip builds in isolation, where torch cannot be imported. The extensions need the headers and libraries of a torch, not
-to import it, and those of any from 2.11 on will do, as they keep to its stable ABI: `find_torch` finds what pip hides.
+pip builds in isolation, where torch cannot be imported. The extensions need only the headers and libraries of a torch.
+Those of any version from 2.11 on will do, as the extensions use its stable ABI. `find_torch` finds what pip hides.
 """
 
 from __future__ import annotations

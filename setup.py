@@ -1,4 +1,4 @@
-"""Builds the compiled extensions where a compiler is at hand, else installs without them and warns.
+"""Builds the compiled extensions if there is a compiler. Otherwise installs without them and warns.
 
 softmask_fast/_C.abi3.so needs a C++ compiler ($CXX, g++), softmask_fast/_cuda.abi3.so also nvcc ($CUDA_HOME/bin, PATH)
 and a torch that was built with CUDA. build_backend.py finds torch, pyproject.toml has the metadata. In the environment:
@@ -30,7 +30,7 @@ def give_up(reason: object, *costs: str) -> None:
     message = f"softmask_fast: {reason}. Everything works, but {', and '.join(costs)}."
     if REQUIRED:
         raise SystemExit(f"SOFTMASK_FAST_REQUIRE_EXTENSION=1: {message}")
-    if not {"egg_info", "dist_info"} & set(sys.argv):  # pip asks for the metadata first: the warning comes once
+    if not {"egg_info", "dist_info"} & set(sys.argv):  # pip first asks for the metadata; warn only once
         warnings.warn(message, stacklevel=2)
 
 

@@ -1,7 +1,7 @@
 """Text-driven soft masks and focal contrastive learning for vision-language pretraining (SoftMask++), fast.
 
-The public operators, `load_model` and `draw` are here, loaded when first used: the operators need torch alone, the
-others the extra `look`. `import softmask_fast` itself loads nothing else.
+The public operators, `load_model` and `draw` are here, and are loaded when first used. The operators need only torch,
+the others the extra `look`. `import softmask_fast` itself loads nothing else.
 """
 
 from __future__ import annotations

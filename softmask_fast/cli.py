@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from softmask_fast.evaluation.tables import Report
 
-PRETRAINED = ("retrieval", "grounding", "maps")  # tasks of a model without fine-tuning
+PRETRAINED = ("retrieval", "grounding", "maps")  # tasks that need no fine-tuning
 TASKS = (*PRETRAINED, "vqa", "nlvr2", "entailment")
 SCENE = "shapes:"  # in place of an image: a scene by its number
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.parser.refuse(others)
     options.others = others
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("softmask_fast.data.tables").setLevel(logging.INFO)  # what was guessed
+    logging.getLogger("softmask_fast.data.tables").setLevel(logging.INFO)  # names what was guessed
     try:
         return options.run(options) or 0
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -1,6 +1,6 @@
 """The command `softmask-fast doctor`: what runs on this machine, and whether it computes correctly.
 
-Needs torch alone, as the operators do.
+Like the operators, it needs only torch.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def self_test(limit: float = SELF_TEST_SECONDS) -> list[Check]:
 
 
 def _runnable(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """The implementations to test -> None, or why one fails at once: its library exists but does not load."""
+    """implementation -> None if it can be tested, or why it fails at once: its library exists but does not load."""
     found = {}
     for implementation in registry.implementations(operator):
         try:
@@ -164,7 +164,7 @@ def _run(check: Check, case: Callable, device: torch.device, dtype: torch.dtype,
         while sum(times) < TIMED_SECONDS:
             times.append(_timed(lambda: run(check.impl), device)[0])
         check.seconds = statistics.median(times)
-    except Exception as error:  # of any kind: the other implementations are still tested
+    except Exception as error:  # of any kind, so that the other implementations are still tested
         check.result, check.reason = "failed", f"{type(error).__name__}: {error}"
 
 
@@ -230,7 +230,7 @@ def _cpu_name() -> str:
 
 
 def _library(name: str) -> dict[str, Any]:
-    """Whether a compiled library loads, else why not, and what it was compiled for."""
+    """Whether a compiled library loads or why not, and what it was compiled for."""
     path = Path(softmask_fast.__file__).with_name(f"{name}.abi3.so")
     load = extension.missing if name == "_C" else extension.cuda_missing
     try:

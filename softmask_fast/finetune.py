@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None, name: str = "finetune.py") -> int:
 
 
 def work(config: FinetuneConfig, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
-    """Fine-tunes and, at the end, shows how good the model is."""
+    """Fine-tunes and then shows how good the model is."""
     trainer = build_trainer(config, deepspeed_config, output, stop)
     if trainer.train():
         stop.end()

@@ -1,4 +1,4 @@
-"""The commands that install more of this package, or build it again, from where this copy of it came."""
+"""The commands that install more of this package or rebuild it, from the source that this copy came from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def install_command(extra: str | None = None) -> str:
 
 
 def build_command() -> str:
-    """The line that compiles the extensions and installs them, or says why it cannot."""
+    """The line that compiles and installs the extensions. If that fails, it says why."""
     requirement, url = _requirement(None)
     if url is not None and url.endswith(".whl"):
         return "pip install of a clone or of the sdist: the wheel that is installed holds no extension"
@@ -37,7 +37,7 @@ def explain_missing(error: ModuleNotFoundError) -> str:
 
 
 def _requirement(extra: str | None) -> tuple[str, str | None]:
-    """What to give to pip, and the URL that it leads to; None for the index."""
+    """What pip installs this copy from, and its URL; None for the index."""
     suffix = f"[{extra}]" if extra else ""
     if (SOURCES / "pyproject.toml").exists():  # installed as editable, or only imported from there
         return f"-e {shlex.quote(f'{SOURCES}{suffix}')}", SOURCES.as_uri()

@@ -16,7 +16,7 @@ from softmask_fast.config import RENAMED, renamed
 from softmask_fast.errors import UsageError
 from softmask_fast.utils import parse_json, read_json
 
-# DeepSpeed's configuration where no file is named; the numbers that both know come from our options. As in ds.json.
+# DeepSpeed's configuration if no file is named, as in ds.json. Numbers that are also options of ours come from these.
 DEEPSPEED = {"zero_optimization": {"stage": 1}, "steps_per_print": 1_000_000_000}
 ESSENTIAL = (
     "model", "data", "eval_data", "output_dir", "resume", "max_steps", "epochs", "batch_size", "learning_rate", "seed",
@@ -77,7 +77,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown name: a known one that starts with it or resembles it, if any."""
+    """A suggestion to end a message about an unknown name: a known name that starts with it or resembles it, if any."""
     similar = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {similar[0]}?" if similar else ""
 
@@ -225,7 +225,7 @@ def parse_sections(
     stored = {name: value for name, value in stored.items() if name in names and name not in NOT_STORED}
     incomplete = stored.keys() & renamed(dict.fromkeys(record.get("incomplete", ())))  # had passwords or signatures
     stored |= dict.fromkeys(incomplete, argparse.SUPPRESS)
-    # an option that the run did not know takes the dataclass's default: the preset may have changed since
+    # an option that did not exist then takes the dataclass's default, as the preset may have changed since
     parser.set_defaults(**(stored or table.get(row, {})) | from_file)
     options = parser.parse_args(argv)
     for name in sorted(incomplete):

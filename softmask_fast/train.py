@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None, name: str = "train.py") -> int:
 
 
 def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> None:
-    """Pretrains and, at the end, shows how good the model is."""
+    """Pretrains and then shows how good the model is."""
     trainer = build_trainer(config, deepspeed_config, output, stop)
     finished, rank = trainer.train(), dist.get_rank()
     dist.destroy_process_group()
@@ -60,7 +60,7 @@ def work(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: S
 
 
 def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path, stop: StopRequest) -> Trainer:
-    """Builds all that a pretraining run needs. A collective. Raises AgreedUsageError for what is missing or misfits."""
+    """Builds all that a pretraining run needs. A collective. Raises AgreedUsageError for anything missing or unfit."""
     torch.manual_seed(config.train.seed)
     source, evaluator = run_on_all_ranks(lambda: open_sources(config, output))
     tokenizer = build_tokenizer(config, source, output)
@@ -70,7 +70,8 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], output: Path
 
 
 def open_sources(config: Config, output: Path) -> tuple[CaptionSource, Evaluator | None]:
-    """The training pairs and the evaluator, which opens the held-out ones: their errors surface before training."""
+    """The training pairs, and the evaluator. It opens the held-out pairs, so that their errors surface before
+    training."""
     options = {"split": "train", "seed": config.train.seed, "image_size": config.model.image_size}
     source = open_as_configured(config.data.data, config.data, **options)
     held_out = held_out_pairs(config)
@@ -78,7 +79,7 @@ def open_sources(config: Config, output: Path) -> tuple[CaptionSource, Evaluator
 
 
 def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreTrainedTokenizerFast:
-    """The run's tokenizer, kept in its folder: the named one, that of the starting weights, or a newly trained one.
+    """The run's tokenizer, stored in its folder: the one that is named, that of the starting weights, or a new one.
 
     Raises AgreedUsageError when it cannot be loaded, or does not fit the weights.
     """
@@ -95,7 +96,7 @@ def build_tokenizer(config: Config, source: CaptionSource, output: Path) -> PreT
         elif named is not None:
             tokenizer = load_tokenizer(named)
         else:
-            images = 20_000 if source.encoded else 1_000  # photographs; drawn scenes have few words
+            images = 20_000 if source.encoded else 1_000  # drawn scenes have few words
             tokenizer = train_tokenizer(sample_captions(source, images), config.model.vocab_size)
         if config.data.drop_punctuation:
             tokenizer = without_punctuation(tokenizer)
@@ -122,7 +123,7 @@ def sample_captions(source: CaptionSource, images: int) -> Iterator[str]:
         try:
             yield from source.read(index).captions
             used = True
-        except BadSample as error:  # the loader will count and name it
+        except BadSample as error:  # the loader counts and names it
             first = first or f"{source.keys[index]}: {error}"
     if not used:
         raise UsageError(f"data: none of {len(indices)} samples that were tried can be used; the first, {first}")

@@ -49,8 +49,9 @@ def full_disk(error: BaseException | None) -> int | None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write a file or a folder to, which then becomes `path`.
 
-    Readers see the old content or the new one, no part, also after a power cut: what was written is flushed to the disk
-    before it is renamed. An error leaves the old content and removes the new one; a full disk is a user error.
+    Readers see the old content or the new one, never a part, even after a power failure: what was written is flushed
+    to the disk before it is renamed. An error leaves the old content and removes the new one; a full disk is a user
+    error.
     """
     temporary = path.with_name(path.name + ".partial")
     remove(temporary)  # of a process that was killed

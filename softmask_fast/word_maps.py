@@ -34,8 +34,10 @@ def explainer(
 ) -> Explainer:
     """A function from an image's file to the picture and its maps, by a model of any kind.
 
-    folder: of ours, of transformers or of open_clip. Raises UsageError for what is wrong with it; the function, with an
-    image or the text.
+    The folder holds a model of this library, of transformers or of open_clip.
+
+    Raises:
+        UsageError: if the model cannot be used. The function raises it for an image or a text that cannot be used.
     """
     if not _is_foreign(folder):
         model, tokenizer = read_model(folder, device)
@@ -59,7 +61,7 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _read(file: Path) -> tuple[Image.Image, str | None]:
-    """The picture in a file, or that of a scene, "shapes:N", and its caption."""
+    """The picture in a file; or that of a scene, "shapes:N", and its caption."""
     if str(file).startswith(SCENE):
         number, scenes = str(file).removeprefix(SCENE), open_source(SCENES, split="val", image_size=SCENE_SIZE)
         if not number.isdecimal() or int(number) >= len(scenes):

@@ -1,8 +1,8 @@
 """One attention layer of a forward pass, recorded, and the word maps that follow from it.
 
 A layer is recorded where transformers hands queries, keys and values to the attention function (the attention
-interface), whichever function that is, and its output becomes a leaf of the graph. A map then needs the word's rows
-alone: their log-sum-exp over all keys, and the keys and values of the image.
+interface), whichever function that is, and its output becomes a leaf of the graph. A map then only needs
+the word's rows: their log-sum-exp over all keys, and the keys and values of the image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from softmask_fast.ops import word_gradcam
 from softmask_fast.ops.checks import compute_dtype
 
 MASKED = -1e4  # additive masks have at most this value at hidden keys
-# Arguments of attention functions that change what a row attends to, beside its mask.
+# Arguments of attention functions, other than the mask, that change what a row attends to.
 REFUSED = (("s_aux", "attention sinks"), ("position_bias", "a position bias"), ("cu_seq_lens_q", "packed sequences"))
 _KEEPERS: dict[int, Callable] = {}  # of the modules that are observed, by their id
 _LAYERS: list[nn.Module] = []  # whose lower part has no graph
@@ -146,8 +146,8 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def cut(output: Tensor) -> Tensor:
-    """The layer's output as the graph's leaf, with a graph from here on. If a graph has begun below, the output is a
-    part of it and stays."""
+    """The layer's output as a leaf, so that the graph starts here. If the graph has started below, the output is part
+    of it and stays as it is."""
     if output.requires_grad:
         return output
     torch.set_grad_enabled(True)
@@ -160,8 +160,8 @@ def observed_attention(
 ) -> Iterator[None]:
     """Within the block, `keep` gets a record of every call of the attention interface of transformers by `modules`.
 
-    The name of the model's attention stays, as masks are made by it; only what the interface returns is wrapped, once
-    for all blocks that are open: of several threads, too.
+    The name of the model's attention does not change, as masks depend on it. Only what the interface returns is
+    wrapped, once for all open blocks, including those of other threads.
     """
     if not modules:
         yield
@@ -186,7 +186,7 @@ def observed_attention(
 
 
 def _observed(get_interface: Callable) -> Callable:
-    """The interface's lookup, whose attention functions record the modules that someone waits for."""
+    """The interface's lookup. Its attention functions record the modules that a block observes."""
 
     @functools.wraps(get_interface)
     def lookup(self: Any, implementation: str, default: Callable) -> Callable:
@@ -232,9 +232,9 @@ def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[
 def lower_part_without_graph(model: nn.Module, layer: nn.Module, *others: nn.Module) -> Iterator[None]:
     """Within the block what runs before a layer has no graph, whichever method of the model or of a part of it runs.
 
-    Those are the modules that hold the layer, up to it, those beside them without an input that has a graph, as they do
-    not read the layer's output, and others. From the layer on there is one, until the next pass. A graph that begins at
-    another layer, which another block observes, is kept.
+    These are the modules that contain the layer, until it runs; modules next to them whose inputs have no graph, as
+    they do not read the layer's output; and `others`. From the layer on there is a graph, until the next pass. A graph
+    that starts at another layer, which another block observes, is kept.
     """
     place = next((name for name, module in model.named_modules() if module is layer), "").split(".")[:-1]
     holders = [model.get_submodule(".".join(place[:depth])) for depth in range(len(place) + 1)]
@@ -265,8 +265,8 @@ def lower_part_without_graph(model: nn.Module, layer: nn.Module, *others: nn.Mod
 def observed_model(
     model: nn.Module, cam: Any, modules: Sequence[nn.Module], layer: nn.Module | None = None, *others: nn.Module
 ) -> Iterator[Any]:
-    """Within the block the model runs without a graph up to a layer, by default the first of the modules, and so do
-    others; `cam` gets its inputs, its outputs, and by `cam.keep` what the modules compute."""
+    """Within the block the model and `others` run without a graph up to a layer, by default the first of the modules.
+    `cam` gets the model's inputs and outputs, and through `cam.keep` what the modules compute."""
 
     signature = inspect.signature(model.forward)
 

@@ -72,7 +72,7 @@ def open_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[nn
             model, processor = family(folder, device)
     except UsageError:
         raise
-    except Exception as error:  # of damaged files the libraries raise many kinds
+    except Exception as error:  # the libraries raise many kinds of errors for damaged files
         raise UsageError(f"--model: {name} cannot be opened: {one_line(error)}") from error
     return model.to(device).eval(), processor
 
@@ -84,7 +84,7 @@ def _open_clip(folder: Path, device: torch.device | str) -> tuple[nn.Module, Any
         raise UsageError(f"--model: {folder} needs open_clip; install it with: pip install open_clip_torch") from error
     source, given = f"local-dir:{folder}", {}
     if read_json(folder / "open_clip_config.json", "--model")["model_cfg"]["text_cfg"].get("hf_tokenizer_name"):
-        given = SAFELY  # the file could ask for code
+        given = SAFELY  # the file could ask to run code
     model, transform = open_clip.create_model_from_pretrained(source)
     return model, (transform, open_clip.get_tokenizer(source, **given))
 
@@ -282,7 +282,8 @@ def _zero(cam: Any, words: Sequence[Word]) -> list[str]:
 
 
 def _in_picture(pictures: Tensor, processor: Any, image: Image.Image) -> Tensor:
-    """Maps of what a processor cuts out of the picture, or pads it to, in the whole picture."""
+    """Maps of the part that a processor cuts out of the picture, or of the square it pads it to, placed in the
+    picture."""
     images = processor[0] if isinstance(processor, tuple) else getattr(processor, "image_processor", processor)
     top, left, bottom, right = _seen(images, image.height, image.width)
     if (top, left, bottom, right) == WHOLE:

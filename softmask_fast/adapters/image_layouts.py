@@ -58,7 +58,7 @@ def on_picture(maps: Tensor, layout: Layout, size: tuple[int, int] | None = None
 
 
 def _overlap(cells: int, low: float, high: float, pixels: int) -> Tensor:
-    """(pixels, cells): the share of each of the cells between low and high that lies in each pixel."""
+    """(pixels, cells): the fraction of each cell between low and high that lies in each pixel."""
     edges = torch.linspace(low * pixels, high * pixels, cells + 1, dtype=torch.float64)
     pixel = torch.arange(pixels, dtype=torch.float64)[:, None]
     common = torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)
@@ -120,7 +120,7 @@ def _runs(row: list[bool]) -> list[tuple[int, int]]:
 
 
 def _in_turn(runs: list[list[tuple[int, int]]], images: Sequence[Layout]) -> list[list[Layout]]:
-    """Images of a batch, in order, dealt to the samples by their numbers of tokens."""
+    """The images of a batch, in order, assigned to the samples by their numbers of tokens."""
     dealt, waiting = [], list(images)
     for sample in runs:
         left = sum(length for _, length in sample)
@@ -132,13 +132,13 @@ def _in_turn(runs: list[list[tuple[int, int]]], images: Sequence[Layout]) -> lis
 
 
 def _equal(runs: list[list[tuple[int, int]]], layout: Layout) -> list[list[Layout]]:
-    """Every image alike."""
+    """The same layout for every image."""
     return [[layout] * (sum(length for _, length in sample) // layout.tokens) for sample in runs]
 
 
 def _llava(model: nn.Module, inputs: dict[str, Any], runs: list, sizes: Any) -> list[list[Layout]]:
     config, vision = model.config, model.config.vision_config
-    if vision.model_type == "pixtral":  # its rows end with a token of their own, which is no image token
+    if vision.model_type == "pixtral":  # each row ends with a token that is not an image token
         step = vision.patch_size * getattr(config, "spatial_merge_size", 1)
         grids = [(height // step, width // step) for height, width in inputs["image_sizes"].tolist()]
         return _in_turn(runs, [Layout(rows * columns, (Part(0, rows, columns),)) for rows, columns in grids])
@@ -148,8 +148,8 @@ def _llava(model: nn.Module, inputs: dict[str, Any], runs: list, sizes: Any) -> 
 
 
 def _llava_next(model: nn.Module, inputs: dict[str, Any], runs: list, sizes: Any) -> list[list[Layout]]:
-    """An overview and the tiles' patches as one grid without their padding, rows ended by a token. The model packs them
-    itself: what it makes of zeros and ends that are NaN shows the grid."""
+    """An overview, and the patches of all tiles as one grid without padding, whose rows end with a token. The model
+    itself packs zeros with ends that are NaN, and the result shows the grid."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
     config, vision = model.config, model.config.vision_config
@@ -158,7 +158,7 @@ def _llava_next(model: nn.Module, inputs: dict[str, Any], runs: list, sizes: Any
         options = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
     else:
         options = {"vision_aspect_ratio": config.vision_aspect_ratio}
-    together = inputs.get("batch_num_images")  # several images in a sample are not cut
+    together = inputs.get("batch_num_images")  # if a sample has several images, they are not cut into tiles
     alone = [True] * len(inputs["image_sizes"]) if together is None else [n == 1 for n in together for _ in range(n)]
     images = []
     for size, cut in zip(inputs["image_sizes"].cpu(), alone, strict=True):
@@ -219,8 +219,8 @@ def _tiles(rows: int, columns: int, side: int, tokens: int) -> list[Part]:
 
 
 def _idefics(model: nn.Module, inputs: dict[str, Any], runs: list, sizes: Any) -> list[list[Layout]]:
-    """Tiles row by row, one run of tokens each, then the overview, which the same token always precedes. Between two
-    tiles of a row stand two tokens, and more at the end of a row."""
+    """Tiles row by row, one run of tokens each, then the overview, which the same token always precedes. There are
+    two tokens between two tiles of a row, and more at its end."""
     vision = model.config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2 // model.config.scale_factor**2
     side = math.isqrt(tokens)

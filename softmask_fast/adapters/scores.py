@@ -1,5 +1,4 @@
-"""What a map explains where the caller names no score, its gradient, and what is said of maps that are zero by
-construction."""
+"""The default score that a map explains, its gradient, and the notes about maps that are zero by construction."""
 
 from __future__ import annotations
 
@@ -75,7 +74,7 @@ def next_token_log_probability(logits: Tensor, attended: Tensor) -> Tensor:
 
 
 def notes(words: Tensor, reasons: Sequence[tuple[Tensor, str]]) -> list[str]:
-    """For each reason the words (B, W) that it holds for, (B, W) bool, as lines."""
+    """A line for each reason, with the words that it holds for, from (B, W) bool."""
     notes = []
     for found, reason in reasons:
         for sample in range(len(found)):

@@ -14,7 +14,7 @@ from softmask_fast.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Arguments with one number a token, and what a generated token has there.
+# Arguments with one number per token, and the number for a generated token.
 TOKEN_ARGUMENTS = {"token_type_ids": 0, "mm_token_type_ids": 0}
 SUFFIX = {"paligemma": 1}  # token_type_ids of an answer, by model_type
 ONE_PASS = ("labels", "position_ids", "cache_position", "past_key_values", "rope_deltas")

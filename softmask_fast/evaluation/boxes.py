@@ -31,8 +31,10 @@ class GroundingScore:
 def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
     """Scores a map (rows, columns), finite and at least 0, against the union of boxes.
 
-    A flat map scores what a random one is expected to score, and its mask is 0: nothing is masked. Raises UsageError
-    without boxes, or for a box without area inside the image.
+    A flat map scores what a random one is expected to score, and its mask is 0: nothing is masked.
+
+    Raises:
+        UsageError: without boxes, or for a box without area inside the image.
     """
     rows, cols = heat.shape
     coverage = box_coverage(boxes, rows, cols)
@@ -75,7 +77,8 @@ def proposal_score(
     largest sum of the map over the square root of the proposal's area (on RefCOCO+, proposals are MAttNet's
     detections). A proposal is right if its intersection over union with one of the boxes is at least 0.5.
 
-    Returns whether the chosen proposal is right, and the fraction of proposals that are right.
+    Returns:
+        Whether the chosen proposal is right, and the fraction of proposals that are right.
     """
     width, height = size
     full = F.interpolate(torch.from_numpy(heat)[None, None].double(), size=(height, width), mode="bicubic")[0, 0]

@@ -30,7 +30,7 @@ def read_coco_masks(path: str | Path) -> Iterator[ImageMasks]:
     """The images of an annotation file that have masks, in its order: polygons, and run lengths, compressed or not.
 
     Raises:
-        UsageError: for a file that is no such file, naming the annotation.
+        UsageError: for any other file. The message names the annotation that is wrong.
     """
     content = read_json(path, "masks")
     try:
@@ -74,8 +74,8 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def _uncompressed(text: str | bytes) -> list[int]:
-    """COCO's string of run lengths: 5 bits a character, the lowest first, bit 5 says that more follow; from the third
-    length on, the difference to the one two before."""
+    """COCO's string of run lengths. Each character holds 5 bits, the lowest first, and a sixth that says that more
+    follow. From the third length on, it stores the difference from the length two before."""
     lengths: list[int] = []
     value = shift = 0
     for character in text.encode() if isinstance(text, str) else text:

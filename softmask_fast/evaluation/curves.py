@@ -44,10 +44,10 @@ COLORS = {
     "itc": "#4c78a8", "itm": "#f58518", "mlm": "#54a24b", "itc_image_accuracy": "#4c78a8",
     "itc_text_accuracy": "#9ecae9", "itm_accuracy": "#f58518", "mlm_accuracy": "#54a24b",
 }  # fmt: skip
-MANY = ("#4c78a8", "#e45756", "#b279a2", "#72b7b2", "#9d755d", "#eeca3b")  # of lines that stand for nothing elsewhere
+MANY = ("#4c78a8", "#e45756", "#b279a2", "#72b7b2", "#9d755d", "#eeca3b")  # of lines that mean nothing elsewhere
 INK = "#263238"
-WINDOWS = 24  # a long curve is a moving average over one part of so many, the values behind it faint
-FEW_POINTS = 40  # a curve of at most so many points has markers
+WINDOWS = 24  # a long curve is a moving average over 1 / this of its length, drawn over the faint values
+FEW_POINTS = 40  # curves with at most this many points have markers
 
 
 def plot_curves(
@@ -59,10 +59,11 @@ def plot_curves(
     Args:
         metrics: a metrics.jsonl: each line is a JSON object of "step" and numbers.
         held_out: further such objects, of fractions.
-        events: name -> step at which something of the schedule sets in; a vertical line each.
+        events: name -> step at which something in the schedule starts; drawn as vertical lines.
         weights: of the parts "itc", "itm" and "mlm" in the loss; 1 if not given.
 
-    Raises UsageError if there are no metrics.
+    Raises:
+        UsageError: if there are no metrics.
     """
     out = Path(out)
     records = [json.loads(line) for line in Path(metrics).read_text().splitlines() if line.strip()]
@@ -98,8 +99,8 @@ def plot_curves(
 def shortcut_accuracy(kinds: Sequence[str]) -> float:
     """The matching accuracy of the best model that sees of a pair only whether the image has a soft mask.
 
-    kinds: of the pairs, equally many of each; true and soft-masked ones match. Without soft masks it is the accuracy of
-    the more frequent answer.
+    There are equally many pairs of each of the `kinds`; true and soft-masked ones match. Without soft masks it is the
+    accuracy of the more frequent answer.
     """
     right = 0
     for masked in (True, False):
@@ -132,7 +133,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _losses(ax: Axes, records: Sequence[Record], parts: Mapping[str, str], weights: Mapping[str, float]) -> None:
-    """The weighted parts as areas on each other, which the loss, a line, has as its sum."""
+    """The weighted parts as stacked areas, whose sum is the loss, a line."""
     whole = [record for record in records if all(record.get(name) is not None for name in parts)]
     if parts and whole:
         window = max(1, len(whole) // WINDOWS)
@@ -144,7 +145,7 @@ def _losses(ax: Axes, records: Sequence[Record], parts: Mapping[str, str], weigh
 
 
 def _pairs(ax: Axes, records: Sequence[Record], kinds: Sequence[str]) -> None:
-    """One line for each kind of pair, and what a model reaches that sees none of it."""
+    """A line for each kind of pair, and the accuracy of a model that sees only whether there is a mask."""
     _lines(ax, records, {f"{KIND}{kind}_accuracy": kind.replace("_", " ") for kind in kinds}, percent=True)
     masked = any(kind.startswith("soft_masked") for kind in kinds)
     label = f"all, seeing {'only whether there is a mask' if masked else 'nothing'}"
@@ -188,7 +189,7 @@ def _bars(ax: Axes, record: Record) -> None:
 
 
 def _draw(panels: Mapping[str, Painter], out: Path, width: float, columns: int, events: Mapping[str, int]) -> None:
-    """Draw panels `width` inches wide in rows of so many, the last one up to the end of its row. No figure of none."""
+    """Draw panels `width` inches wide in rows; the last panel fills its row. Without panels there is no figure."""
     from matplotlib.figure import Figure  # slow to import, and only needed at the end
 
     if not panels:
@@ -213,7 +214,7 @@ def _draw(panels: Mapping[str, Painter], out: Path, width: float, columns: int, 
 
 
 def _legend(ax: Axes, width: float) -> int:
-    """Name the curves above the panel, where no curve is hidden; returns how many lines that takes."""
+    """Name the curves above the panel, where the names hide no curve; returns the number of lines that takes."""
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) < 2:
         return 0
@@ -226,7 +227,7 @@ def _legend(ax: Axes, width: float) -> int:
 
 
 def _characters(labels: Sequence[str], lines: int) -> int:
-    """How wide a legend of so many lines is, its handles included."""
+    """The width of a legend with this many lines, including its handles."""
     return sum(5 + max(map(len, labels[i : i + lines])) for i in range(0, len(labels), lines))
 
 

@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
     from softmask_fast.model.vision_language import VisionLanguageModel
 
-COLORS, GRAYS = "inferno", "gray"  # colormaps; the second of maps of a pair that does not match
+COLORS, GRAYS = "inferno", "gray"  # colormaps; the second one for pairs that do not match
 MATCHES = 0.5  # from this probability on
 GRAY, GREEN, RED = "#666666", "#1a7f37", "#c62828"
 SHOWN_SIDE = 384  # longer side of an image inside a figure, in pixels
-# What keeps a figure of a bounded size, whatever its image and text are:
-TALLEST = 1.4  # height by width of a panel; a taller image becomes a narrow one inside
-MOST_WORDS = 59  # that `draw` shows: twelve rows of panels with the image
-MOST_IMAGES, MOST_PHRASES = 50, 12  # rows of a page, and its columns beside the image
+# These bound the size of a figure, whatever its image and text:
+TALLEST = 1.4  # height / width of a panel; a taller image becomes narrower inside it
+MOST_WORDS = 59  # that `draw` shows at most: with the image, twelve rows of panels
+MOST_IMAGES, MOST_PHRASES = 50, 12  # rows of a page, and its columns next to the image
 
 
 def explain(
@@ -329,7 +329,7 @@ def _show(ax: Axes, picture: np.ndarray, title: str, note: str = "") -> None:
 
 
 def _lines(text: str, width: int, most: int = 8) -> str:
-    """A text of any length as a few lines of so many letters; what is cut off ends in an ellipsis."""
+    """A text of any length as a few lines of limited length. If it is cut, it ends in an ellipsis."""
     return "\n".join(textwrap.wrap(text, width, max_lines=most, placeholder=" ..."))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def save_figure(figure: Figure, out: str | Path) -> None:
-    """Writes a PNG, and its folder if there is none. All text is drawn as it stands, never as a formula."""
+    """Writes a PNG, and its folder if there is none. Text is drawn literally, never as a formula."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):

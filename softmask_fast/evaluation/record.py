@@ -19,8 +19,8 @@ def evaluation_record(
     the keys that do not apply; see docs/training.md.
 
     Args:
-        data: the held-out data, as an option names it; of URLs no password or signature is recorded.
-        size: most samples that are taken of it; None or 0: all.
+        data: the held-out data, as the option names it. Passwords and signatures of URLs are not recorded.
+        size: the largest number of samples used; None or 0: all.
         headline: name and value in [0, 1] of the metric that the best model is chosen by.
         about: what was evaluated: "step" and "epoch" of a run, or the "model" folder.
     """

@@ -1,4 +1,4 @@
-"""How a pretraining run is evaluated on held-out pairs, and what it shows at its end."""
+"""The evaluation of a pretraining run on held-out pairs, and what the run shows at its end."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ class PretrainingEvaluation:
         return reports
 
     def headline(self, reports: Sequence[Report]) -> tuple[str, float]:
-        """By contrast and matching together. Maps do not choose: most data have no boxes."""
+        """Retrieval by contrast and matching together. Grounding does not decide, as most data have no boxes."""
         return reports[0].headline
 
     def figures(self, reports: dict[str, dict[str, Any]]) -> dict[str, float]:
-        """What curves show beside the headline, of a record's reports."""
+        """The metrics of a record's reports that curves show in addition to the headline, by their names."""
         retrieval, grounding = reports["retrieval"], reports.get("grounding", {})
         shown = {"recall at 1 by contrast": retrieval["itc"]["text_to_image"]["recall@1"]}
-        if reranked := retrieval.get("both") or retrieval.get("itm"):  # older records have ITM alone
+        if reranked := retrieval.get("both") or retrieval.get("itm"):  # older records only have ITM
             shown["recall at 1 re-ranked"] = reranked["text_to_image"]["recall@1"]
         measured = {name: grounding.get(name.replace(" ", "_")) for name in ("pointing game", "box accuracy")}
         return shown | {name: value["model"] for name, value in measured.items() if value}
 
     def draw(self, model: torch.nn.Module, tokenizer: Any, out: Path) -> None:
         """A page of heat maps of held-out pairs."""
-        from softmask_fast.evaluation.heatmaps import heatmap_page  # matplotlib, which training does not wait for
+        from softmask_fast.evaluation.heatmaps import heatmap_page  # imports matplotlib
 
         heatmap_page(model, tokenizer, self.source, out)
 

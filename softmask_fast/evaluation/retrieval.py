@@ -137,7 +137,8 @@ def evaluate_retrieval(
                 _both_recalls(
                     by.masked_fill(~best_images, -torch.inf), by.masked_fill(~best_texts, -torch.inf), image_of_text
                 )
-                # The sum: matching learns which of the pairs that look alike to the contrast match, not how alike.
+                # The sum, as matching learns which of the pairs that the contrast finds similar match, but not how
+                # similar they are.
                 for by in (scores, scores + similarity / model.temperature.float())
             )
     return RetrievalReport(

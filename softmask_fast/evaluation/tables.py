@@ -22,12 +22,12 @@ class Report(Protocol):
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction as a number of percent."""
+    """A fraction as percent, without the sign."""
     return f"{100 * fraction:.{digits}f}"
 
 
 def format_title(title: str, notes: dict[str, int]) -> str:
-    """The title, followed by those notes (what is counted -> count) that are not zero."""
+    """The title, followed by the notes (what is counted -> count) whose counts are not zero."""
     counted = ", ".join(f"{count} {what}" for what, count in notes.items() if count)
     return printable(f"{title} ({counted})" if counted else title)
 
