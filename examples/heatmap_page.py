@@ -1,4 +1,4 @@
-"""Word heat maps in a browser, for this machine alone: python examples/heatmap_page.py [--model runs/photos/model]
+"""Word heat maps in a browser, on this machine only: python examples/heatmap_page.py [--model runs/photos/model]
 
 Needs `pip install -e '.[page]'`. Without --model it is the model in the package, which knows scenes of colored shapes.
 """
@@ -24,7 +24,7 @@ from softmask_fast.installation import install_command
 if TYPE_CHECKING:
     import gradio
 
-LONGEST = 500  # letters of a text
+LONGEST = 500  # characters of a text
 COLUMNS = ["word", "strength %", "peak x %", "peak y %"]
 
 
@@ -48,7 +48,7 @@ def heat_maps(model: Any, tokenizer: Any, image: np.ndarray | None, text: str) -
 
 
 def make_page(model: Any, tokenizer: Any, image: np.ndarray | None = None, text: str = "") -> gradio.Interface:
-    """The page; it starts with an image and a text, if there are."""
+    """The page. It starts with an image and a text, if they are given."""
     import gradio
 
     def answer(image: np.ndarray | None, text: str) -> tuple[np.ndarray, list[list[Any]]]:

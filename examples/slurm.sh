@@ -1,6 +1,6 @@
 #!/bin/bash
-# The paper's 512 pairs a step on two machines with 8 GPUs each: sbatch examples/slurm.sh, again until the run is done.
-# Not tried on a cluster yet; its options and its shell are checked by the tests.
+# The paper's 512 pairs a step on two machines with 8 GPUs each: sbatch examples/slurm.sh, repeated until the run is done.
+# Not tried on a cluster yet; the tests check its options and its shell.
 #SBATCH --job-name=softmask
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -8,8 +8,8 @@
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@120
-# Two minutes before the end Slurm sends SIGTERM: the run writes a checkpoint and ends; `resume: auto` goes on from it.
-# Data and output_dir lie on a disk that all machines share.
+# Two minutes before the end Slurm sends SIGTERM: the run writes a checkpoint and ends; `resume: auto` continues from it.
+# Data and output_dir are on a disk that all machines share.
 set -euo pipefail
 source .venv/bin/activate
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500
