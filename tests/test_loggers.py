@@ -142,7 +142,7 @@ def test_a_logger_that_fails_is_left_out_after_one_line(tmp_path, clients, caplo
         reports.close()
     lines = [record.message for record in caplog.records]
     assert lines == [
-        f"warning: report_to: {name} failed, the run goes on without it: no route to https://host/api"
+        f"warning: report_to: {name} failed, the run continues without it: no route to https://host/api"
         for name in ("wandb", "mlflow")
     ]
     assert [call[2] for call in clients["mlflow"].calls if call[0] == "log_metrics"] == [1, 2]

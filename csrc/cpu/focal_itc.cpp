@@ -165,7 +165,7 @@ SOFTMASK_INLINE void draw(
         scores[j] = (products[j] - maximum) * inverse - log_positive(exponential);
     }
     const float best = largest(scores + from, to - from);
-    if (!(best > sums.best)) return;  // of NaN, too
+    if (!(best > sums.best)) return;  // also of NaN
     sums.best = best;
     places.best = tile.first_key + (std::find(scores + from, scores + to, best) - scores);
 }

@@ -154,7 +154,7 @@ SOFTMASK_CLONES void token_factors(const Problem& p, int64_t image, int64_t sequ
     }
 }
 
-// Chosen, not added, so that NaN in the keys of a token that is not attended reaches nobody.
+// Chosen, not added, so that NaN in the keys of a token that is not attended has no effect.
 SOFTMASK_INLINE float biased(float logit, float bias) { return bias == 0.0f ? logit : bias; }
 
 // One row of logits s -> keep * softmax(keep * s + bias), in place. Writes the maximum and the inverse sum.

@@ -68,7 +68,7 @@ template <typename T>
 struct Chunk {
     T values[VECTOR<T>];
 
-    // Of `size` elements, `stride` apart, those from `first` on; zeros behind the end.
+    // Of `size` elements, `stride` apart, those from `first` on; zeros after the end.
     template <bool IN_16_BYTES>
     __device__ __forceinline__ void load(const T* row, int64_t stride, int first, int size) {
         uint4 bytes = make_uint4(0, 0, 0, 0);
@@ -95,7 +95,7 @@ __device__ __forceinline__ bool attended(const Problem& p, int64_t image, int64_
     return !p.key_mask || p.key_mask[image * p.mask_image + token * p.mask_token];
 }
 
-// The word of a map, -1 if there is none: then the map is NaN, as nobody looks at the index on the host.
+// The word of a map, -1 if it is out of range: then the map is NaN, as the host does not read the index.
 __device__ __forceinline__ int64_t word_of(const Problem& p, int64_t map) {
     const int64_t word = p.word_index ? p.word_index[map / p.words] : p.first_word + map % p.words;
     return word >= 0 && word < p.length ? word : -1;

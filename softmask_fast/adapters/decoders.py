@@ -48,7 +48,7 @@ class DecoderRelevance:
 
     @property
     def image_tokens(self) -> Tensor:
-        """(B, N) bool: True for image tokens. Raises UsageError if they cannot be told."""
+        """(B, N) bool: True for image tokens. Raises UsageError if they are unknown."""
         self._check_pass()
         tokens = self.record.key.shape[2]
         found = self._given_tokens

@@ -1,4 +1,4 @@
-"""Where a run's metrics go beside metrics.jsonl (`--report_to`): TensorBoard, Weights & Biases, MLflow.
+"""Where a run's metrics go besides metrics.jsonl (`--report_to`): TensorBoard, Weights & Biases, MLflow.
 
 A logger is opened with the run's folder, the number of steps done, the options and, if the run was reported before, its
 id there. It has the methods of `Reports`, and `id`, which is None if the folder identifies the run.
@@ -174,7 +174,7 @@ class Reports:
     """All loggers of a run. One that fails is dropped after one line, so that no run ends because of its logger."""
 
     def __init__(self, report_to: str | None, folder: Path, first_step: int, options: Options) -> None:
-        """Open them: for a run that goes on after `first_step` those of before, at step 0 new ones."""
+        """Open them: new ones at step 0; for a resumed run, those that reported its first `first_step` steps."""
         self.loggers: dict[str, Any] = {}
         known = known_ids(folder) if first_step else {}
         for name in report_names(report_to):
@@ -192,7 +192,7 @@ class Reports:
         except Exception as error:  # whatever a client raises, without a network, a login or space on the disk
             self.loggers.pop(name, None)
             reason = printable(without_secrets(one_line(error)))
-            logger.warning("warning: report_to: %s failed, the run goes on without it: %s", name, reason)
+            logger.warning("warning: report_to: %s failed, the run continues without it: %s", name, reason)
 
     def _each(self, method: str, *values: Any) -> None:
         for name, opened in list(self.loggers.items()):

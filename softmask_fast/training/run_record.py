@@ -109,5 +109,5 @@ def changes(before: dict[str, Any], record: dict[str, Any]) -> list[str]:
         {**one.get("deepspeed", {}), **renamed(flat(shown(one["config"]))), "world_size": one["world_size"]}
         for one in (before, record)
     )
-    told = [name for name in new if name in old and name not in ("resume", "output_dir", MICRO_BATCH)]
-    return [f"{name} {old[name]} -> {new[name]}" for name in told if old[name] != new[name]]
+    compared = [name for name in new if name in old and name not in ("resume", "output_dir", MICRO_BATCH)]
+    return [f"{name} {old[name]} -> {new[name]}" for name in compared if old[name] != new[name]]

@@ -10,7 +10,7 @@ from torch import Tensor
 SECOND_DERIVATIVE = "focal_itc_loss: second derivatives are not supported"
 
 # What the forward leaves for the backward: the rows of `row_state` (ROW_STATES, B), in the dtype of the sums. The
-# layout of csrc/cpu/focal_itc.h and of the Triton kernels, too.
+# layout is also that of csrc/cpu/focal_itc.h and of the Triton kernels.
 # log p_ij = (<x_i, y_j> - MAX) / tau - LOG_SUM. The two are kept apart, and the maximum in units of the product, so
 # that differences of large logits stay exact and log p near 0 keeps its precision.
 ROW_MAX, ROW_LOG_SUM = 0, 1

@@ -32,7 +32,7 @@ def spans(size: int, tile: int) -> Iterator[tuple[int, int]]:
 class _RunningSum:
     """Row maximum of the products and sum of `exp((product - maximum) / temperature)`, over tiles of products.
 
-    The term of the maximum itself, 1, is kept out of the sum, which may be small beside it.
+    The sum leaves out the term of the maximum itself, 1, as the rest may be small compared with it.
     """
 
     def __init__(self, rows: int, temperature: Tensor) -> None:

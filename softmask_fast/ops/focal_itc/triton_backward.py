@@ -1,6 +1,6 @@
 """Backward kernels of the focal contrastive loss in Triton: tiles of products are recomputed from the row state.
 
-As in the forward, what only few tiles need stands in a branch: positives, the dominant key, the end of the keys.
+As in the forward, work that only a few tiles need is behind a branch: positives, the dominant key, the end of the keys.
 """
 
 import triton

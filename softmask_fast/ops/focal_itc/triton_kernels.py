@@ -8,8 +8,8 @@ dominant key is the most probable one, the first of equals.
 Logarithms are to base 2, which is what the hardware has. Sums over keys are relative to a reference, the product of the
 dominant key: x = (product - reference) log2(e) / tau, and u likewise for the teacher.
 
-Most tiles have no positive, no new dominant key and no end of the keys: whatever only these need stands in branches
-that all threads take or skip together. What is left is what every element pays for.
+Most tiles have no positive, no new dominant key and no end of the keys. Work for these is behind branches that all
+threads take or skip together. Every element pays only for the rest.
 """
 
 import triton

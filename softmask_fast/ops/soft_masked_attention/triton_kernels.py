@@ -89,8 +89,8 @@ def forward(
 ):  # fmt: skip
     """Grid (SPLIT * H * (B + 1),): program `split` takes row tiles split, split + SPLIT, ... of a head of an image.
 
-    Where all rows of an image fit one tile, which is usual, its keys and values are read once. Image B stands for the
-    sequences whose image does not exist: they get NaN. The maximum that is saved has the unit of `logit_factor`.
+    If all rows of an image fit into one tile, as usual, its keys and values are read once. Image B stands for sequences
+    whose image does not exist: they get NaN. The maximum that is saved has the unit of `logit_factor`.
     """
     i_program = tl.program_id(0)
     split, head, image = i_program % SPLIT, (i_program // SPLIT) % H, i_program // (SPLIT * H)
@@ -178,7 +178,7 @@ def backward_rows(
 ):  # fmt: skip
     """Same grid as `forward`. Writes dq, and delta, which the other backward kernels read.
 
-    With OWNS_KEYS a program whose image has no more rows than a tile writes dK and dV, too: nobody else adds to them.
+    With OWNS_KEYS a program whose image has no more rows than a tile also writes dK and dV: no other adds to them.
     Images with more rows leave them to `backward_key_value`.
 
     delta is <dO, O - b_v>; with EXACT it is summed from the maps in a pass of its own, because the rounding of O is
