@@ -1,8 +1,8 @@
 # make pretrain   set up .venv, then pretrain the demo and write its tables, curves and heat maps to a folder in runs/
 # make test       set up .venv, then run all tests but those marked learning
-# make aot        set up .venv, compile everything that the Triton kernels can be for four GPUs, without one
+# make aot        set up .venv, compile every variant of the Triton kernels for four GPUs; no GPU is needed
 # make docs       the documentation as a site, in build/site, without a network
-# make lint, make clean; make setup prepares .venv alone
+# make lint, make clean; make setup only prepares .venv
 # make bench      set up .venv, run the benchmarks, write benchmarks/results; make report: README's table and the plots
 # make gpu        build, tests and benchmarks on a GPU machine without a network, see benchmarks/gpu.sh; make gpu-clean
 # PYTHON=python3.12 make ... chooses the interpreter .venv is made of (3.10 or newer)
@@ -21,7 +21,7 @@ export PATH := $(VENV)/bin:$(PATH)
 pretrain: $(STAMP)
 	deepspeed softmask_fast/train.py --deepspeed ds.json
 
-# the threads of two processes share the cores: one that waits must not spin; tests/conftest.py orders the files
+# two processes share the cores, so waiting threads must not spin; tests/conftest.py orders the files
 test: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -449,7 +449,7 @@ class SampleLoader(Generic[BatchType]):
 
 
 class PretrainingLoader(SampleLoader[Batch]):
-    """Batches of images and captions, with masked words."""
+    """Batches of images and captions, with masked tokens."""
 
     preparer = PretrainingPreparer
 

@@ -20,10 +20,10 @@ Record = Mapping[str, float]  # "step" and metrics
 Painter = Callable[["Axes"], None]
 
 # metrics of a panel -> their names in it
-PARTS = {"mlm": "masked words", "itm": "matching", "itc": "contrast"}  # of the loss
+PARTS = {"mlm": "masked tokens", "itm": "matching", "itc": "contrast"}  # of the loss
 ACCURACIES = {
     "itc_image_accuracy": "contrast, text of an image", "itc_text_accuracy": "contrast, image of a text",
-    "itm_accuracy": "matching", "mlm_accuracy": "masked words", "accuracy": "answers",
+    "itm_accuracy": "matching", "mlm_accuracy": "masked tokens", "accuracy": "answers",
 }  # fmt: skip
 SCHEDULE = {
     "learning rate": {"learning_rate": "learning rate"},

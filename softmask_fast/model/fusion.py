@@ -6,7 +6,7 @@ Four properties make it cheap, without approximation:
 - A soft mask commutes with their projections: a masked image has the same keys and values, scaled by one factor `keep`
   per token inside the attention.
 - The Grad-CAM of a layer only needs the graph from that layer's attention output onwards.
-- The last layer only computes the tokens that are read: [CLS] for matching, the masked words for MLM.
+- The last layer only computes the tokens that are read: [CLS] for matching, the masked tokens for MLM.
 
 With `match_through_words` cross-attention gives nothing to [CLS] and [SEP]. Matching, which reads [CLS], then learns of
 the image through the words alone, so each word has to look at what it names.

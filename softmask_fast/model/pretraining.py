@@ -1,7 +1,7 @@
 """One pretraining step, batch -> losses: the method of SoftMask++ (Park & Han, CVPR 2023).
 
 Read `PretrainingStep._losses` from top to bottom: encode, contrast (ITC), choose hard negatives, make the text-driven
-soft mask, fuse all sequences in one batch, match (ITM), predict the masked words (MLM). `pretraining_reference.py` is
+soft mask, fuse all sequences in one batch, match (ITM), predict the masked tokens (MLM). `pretraining_reference.py` is
 the same step in plain PyTorch, the oracle of this one.
 """
 
@@ -33,7 +33,7 @@ class TeacherOutputs:
 
     image_features: Tensor  # (B, d) unit
     text_features: Tensor  # (B, d) unit
-    words: Tensor | None  # (P, V) probabilities of the masked words; None: no soft targets for MLM
+    words: Tensor | None  # (P, V) probabilities of the masked tokens; None: no soft targets for MLM
 
 
 @dataclass
@@ -133,7 +133,7 @@ class PretrainingStep(nn.Module):
             positions = batch.mlm_positions
             sequences.append(Sequences("masked_caption", text, mask, pairs, words=positions, token_bounds=bounds))
 
-        # Fuse, match, predict the masked words
+        # Fuse, match, predict the masked tokens
         first_tokens, masked_words = self._fuse(sequences, keys_values)
         if objectives.itm_weight:
             losses["itm"], by_kind = self._match(sequences, first_tokens)
@@ -278,7 +278,7 @@ class PretrainingStep(nn.Module):
     def _predict_words(
         self, masked_words: Tensor, labels: Tensor, teacher_out: TeacherOutputs, alpha: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """MLM of the fused masked words (P, C), with the teacher's predictions as soft targets: loss and accuracy.
+        """MLM of the fused masked tokens (P, C), with the teacher's predictions as soft targets: loss and accuracy.
 
         Words with the label NOT_SCORED, which fill a batch up to a fixed number, do not count.
         """

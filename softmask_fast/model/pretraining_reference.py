@@ -118,7 +118,7 @@ class ReferenceStep(nn.Module):
         label[len(texts) : 3 * len(texts)] = 0
         itm = F.cross_entropy(logits, label)
 
-        # predict the masked words
+        # predict the masked tokens
         labels = torch.full_like(batch.masked_ids, IGNORED)
         labels.view(-1)[batch.mlm_positions] = batch.mlm_labels
         labels = pad(labels, longest, IGNORED)
