@@ -54,7 +54,7 @@ def test_few_panels_that_say_something(draw):
     figures = draw(records, held_out, {"queue enters": 10}, {"itm": 2.0, "mlm": 3.0})
     learned = figures["curves.png"]
     assert list(learned) == [LOSS, RIGHT, PAIRS, "held-out data, with the last figure"]
-    assert legend(learned[LOSS]) == ["masked words", "matching", "contrast", "all"]
+    assert legend(learned[LOSS]) == ["masked tokens", "matching", "contrast", "all"]
     assert legend(learned[RIGHT]) == ["matching"]
     kinds = ["true pair", "other image", "soft masked other text", "soft masked"]
     assert legend(learned[PAIRS]) == [*kinds, "all, seeing only whether there is a mask"]
