@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softmask_fast import __version__
-from softmask_fast.errors import UsageError, format_error, is_user_error, one_line, printable
+from softmask_fast.errors import UsageError, format_error, is_user_error, one_line, printable, until_unread
 from softmask_fast.hub import local_folder, model_folder
 from softmask_fast.installation import explain_missing
 from softmask_fast.options import CommandParser
@@ -32,7 +32,12 @@ SCENE = "shapes:"  # in place of an image: a scene by its number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 1 if `doctor` found a fault, 2 after a user error."""
+    """Runs one command. Returns the exit status: 1 if `doctor` found a fault, 2 after a user error, 141 if the reader
+    of its output has gone."""
+    return until_unread(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     options, others = parser.parse_known_args(argv)
     if others and options.run not in (_train, _finetune, _ablate):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
+import select
+import signal
+from collections.abc import Callable
 from typing import Any
 
 _SCHEME = r"[a-z][a-z0-9+.-]*://"
@@ -68,3 +72,29 @@ def one_line(error: BaseException) -> str:
     if "weights_only" in text:
         return "it holds more than tensors and plain containers, and nothing else is unpickled"
     return text[:300] or type(error).__name__
+
+
+def until_unread(command: Callable[[], int]) -> int:
+    """The exit status of a command, which ends without a word when the reader of its output has gone, as `head` goes.
+
+    The status is then 141, 128 + SIGPIPE, as shells report a tool that the signal ended.
+    """
+    try:
+        try:
+            return command()
+        finally:
+            print(end="", flush=True)  # at its end the interpreter could only complain
+    except BrokenPipeError:
+        gone = [stream for stream in (1, 2) if _is_unread(stream)]
+        if not gone:  # another pipe, of a worker for instance
+            raise
+        for stream in gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        return 128 + signal.SIGPIPE
+
+
+def _is_unread(stream: int) -> bool:
+    """Whether the descriptor is that of a pipe without a reader."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))

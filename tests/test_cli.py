@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from shard_files import write_shard
 from spellings import check_both_spellings, options_of
 
 from softmask_fast import __version__
@@ -191,6 +193,25 @@ def test_help_imports_nothing_heavy():
             [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True
         )
         assert "usage: softmask-fast" in shown.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["index", "a.tar"], ["index", "b.tar", "2>&1"]])
+def test_a_reader_that_has_gone_ends_a_command_in_silence(arguments, tmp_path):
+    write_shard(tmp_path / "a.tar", {"cat": {"jpg": b"", "txt": b"a cat"}})
+    reader, writer = os.pipe()
+    os.close(reader)
+    error = writer if arguments[-1] == "2>&1" else subprocess.PIPE
+    command = [sys.executable, "-m", "softmask_fast.cli", *arguments[:2]]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=writer, stderr=error, text=True, cwd=tmp_path, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr or "") == (141, "")
+
+
+def test_a_pipe_of_something_else_is_an_error(monkeypatch):
+    monkeypatch.setattr("softmask_fast.cli._doctor", MagicMock(side_effect=BrokenPipeError(32, "a worker's")))
+    with pytest.raises(BrokenPipeError):
+        main(["doctor"])
 
 
 def test_every_option_of_every_command_takes_both_spellings():
