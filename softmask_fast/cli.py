@@ -232,7 +232,7 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
         raise UsageError(
             f"--predictions, --answers: expected only with a task that has answers, got --task {options.task}"
         )
-    from softmask_fast.data.sources import open_source
+    from softmask_fast.data.sources import open_source, refuse_columns
     from softmask_fast.data.synthetic import HELD_OUT
     from softmask_fast.evaluation import evaluate_grounding, evaluate_maps, evaluate_retrieval
     from softmask_fast.model.export import read_model
@@ -242,7 +242,7 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
     opened = HELD_OUT | {"image_size": model.config.image_size, "image_root": options.image_root}
     named = {"image_column": options.image_column, "caption_column": options.caption_column}
     if options.task != "retrieval" and options.data.endswith(".json"):
-        _refuse_columns(options)
+        refuse_columns(options.data, **named)
         source = open_expressions(options.data, **opened)
     else:
         source = open_source(options.data, **opened, **named)
@@ -257,14 +257,7 @@ def _evaluate_pretrained(options: argparse.Namespace, common: dict[str, Any]) ->
     return evaluate(model, tokenizer, source, layer=options.layer, **common)
 
 
-def _refuse_columns(options: argparse.Namespace) -> None:
-    for name in ("image_column", "caption_column"):
-        if value := getattr(options, name):
-            raise UsageError(f"--{name}: expected only for tables, got {value!r} for {options.task} on {options.data}")
-
-
 def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Report:
-    _refuse_columns(options)
     if options.heatmaps:
         raise UsageError(f"--heatmaps: expected only with --task {', '.join(PRETRAINED)}, got --task {options.task}")
     from softmask_fast.config import DataConfig
@@ -279,9 +272,9 @@ def _evaluate_answers(options: argparse.Namespace, common: dict[str, Any]) -> Re
         if options.task != "vqa":
             raise UsageError(f"--answers: expected only with --task vqa, got --task {options.task}")
         model.answers = read_answers(options.answers)
-    data = DataConfig(image_root=options.image_root)
+    named = {name: getattr(options, name) for name in ("image_root", "image_column", "caption_column")}
     size = model.config.image_size
-    source = recipes.TASKS[options.task].open(options.data, data, image_size=size, **HELD_OUT)
+    source = recipes.TASKS[options.task].open(options.data, DataConfig(**named), image_size=size, **HELD_OUT)
     return evaluate_answers(model, tokenizer, source, **common)
 
 

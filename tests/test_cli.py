@@ -124,7 +124,7 @@ def test_the_demo_is_a_model_in_half_precision_that_needs_no_training_library(fo
         (["evaluate", "--task", "grounding", "--layer", "5"], "layer: expected a fusion layer from 0 to 0, got 5"),
         (
             ["evaluate", "--task", "grounding", "--data", "boxes.json", "--image_column", "url"],
-            "--image_column: expected only for tables, got 'url' for grounding on boxes.json",
+            "image_column: expected only for tables of images and captions, got 'url' for boxes.json",
         ),
         (["evaluate", "--rerank", "3"], "rerank: expected 0, or at least 10"),
         (["evaluate", "--device", "abacus"], "--device"),

@@ -9,13 +9,15 @@ import pytest
 from PIL import Image
 from shard_files import encode
 
+from softmask_fast.config import DataConfig
 from softmask_fast.data import columnar, folders
 from softmask_fast.data.images import check_image, convert_image, decode_image
 from softmask_fast.data.prepare import make_shards
-from softmask_fast.data.sources import open_source, shared_files
+from softmask_fast.data.sources import open_as_configured, open_source, shared_files
 from softmask_fast.data.tables import read_table
 from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError
+from softmask_fast.tasks.recipes import TASKS
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
 DOG, SURF = encode(PIXELS), encode(PIXELS[::-1])
@@ -249,6 +251,28 @@ def test_only_tables_have_splits(folder):
     make_shards(folder / "pairs.csv", folder, folder / "out", workers=1)
     with pytest.raises(UsageError, match="data: expected a split only of a table with splits, got .*000000.tar:val"):
         open_source(f"{folder}/out/shard-000000.tar:val")
+
+
+def test_columns_are_named_for_tables_alone(folder):
+    (folder / "pairs.csv").write_text("photo,words\ndog.jpg,A dog runs .\n")
+    make_shards(folder / "pairs.csv", folder, folder / "out", image_column="photo", caption_column="words", workers=1)
+    options = {"split": "train", "seed": 0, "image_size": 16}
+    named = {"image_column": "photo", "caption_column": "words"}
+    shards, table = f"{folder}/out", str(folder / "pairs.csv")
+    for data in ("shapes:num=2", shards, "https://host/a.tar"):
+        with pytest.raises(UsageError, match=f"image_column: expected only for tables .*, got 'photo' for {data}"):
+            open_source(data, **named)
+        with pytest.raises(UsageError, match=f"image_column: expected only for tables .*, got 'photo' for {data}"):
+            open_as_configured(data, DataConfig(data=data, **named), **options)
+    for task in ("grounding", "vqa"):
+        with pytest.raises(UsageError, match="caption_column: expected only for tables"):
+            TASKS[task].open("shapes:num=2", DataConfig(caption_column="words"), **options)
+    for config in (
+        DataConfig(data=shards, eval_data=table, **named),
+        DataConfig(data=table, eval_data=shards, **named),
+    ):
+        for data in (config.data, config.eval_data):
+            assert open_as_configured(data, config, **options).read(0).captions == ["A dog runs ."]
 
 
 def test_row_groups_have_a_bound_and_few_are_kept(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def open_source(
         remote: How shards by URL are cached and mixed.
         image_root: Folder of relative image paths in tables; default: that of the table. Of several folders, separated
             by commas, a table takes the one that holds its images.
-        image_column, caption_column: Of tables, see `read_table`.
+        image_column, caption_column: Of tables, see `read_table`; refused if `data` has none.
         max_missing: Largest fraction of a table's images that may be missing. If all are missing, it is an error
         anyway.
 
@@ -55,7 +55,10 @@ def open_source(
         UsageError: If data are missing, damaged or cannot be listed. The message names them.
         UnreachableFile: If a download fails.
     """
-    if isinstance(data, str) and (data == "shapes" or data.startswith("shapes:")):
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    if any(columns.values()) and not has_tables(data):
+        refuse_columns(data, **columns)
+    if _is_drawn(data):
         return ShapesSource.from_options(data[len("shapes:") :], split=split, seed=seed, image_size=image_size)
     names = expand_names(data)
     if urls := [name for name in names if "://" in name]:
@@ -77,24 +80,43 @@ def open_source(
     if shards:
         sources.append(ShardSource(shards))
     if tables:
-        columns = {"image_column": image_column, "caption_column": caption_column}
         sources.append(TableSource(tables, image_root, max_missing, **columns))
     return sources[0] if len(sources) == 1 else JoinedSource(sources)
 
 
 def open_as_configured(data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> CaptionSource:
-    """`open_source` with the options of a run's configuration."""
+    """`open_source` with the other options of a run's configuration. Columns are those of the run's tables: other data
+    of a run that has some do without."""
+    columns = {"image_column": options.image_column, "caption_column": options.caption_column}
+    if any(columns.values()) and any(map(has_tables, filter(None, (options.data, options.eval_data)))):
+        columns = columns if has_tables(data) else {}
     return open_source(
         data, split=split, seed=seed, image_size=image_size, remote=RemoteOptions.of(options),
-        image_root=options.image_root, image_column=options.image_column, caption_column=options.caption_column,
-        max_missing=options.max_bad_fraction if split == "train" else 1.0,
+        image_root=options.image_root, max_missing=options.max_bad_fraction if split == "train" else 1.0, **columns,
     )  # fmt: skip
+
+
+def has_tables(data: str | Sequence[str]) -> bool:
+    """Whether a file of `data` is a table. Raises UsageError for files that do not exist."""
+    names = [] if _is_drawn(data) else [name for name in expand_names(data) if "://" not in name]
+    return any(path.suffix in TABLE_FORMATS for path, _ in expand_files(names))
+
+
+def refuse_columns(data: str | Sequence[str], **columns: str | None) -> None:
+    """Raises UsageError if a column is named for data that have none."""
+    for name, value in columns.items():
+        if value:
+            raise UsageError(f"{name}: expected only for tables of images and captions, got {value!r} for {data}")
+
+
+def _is_drawn(data: str | Sequence[str]) -> bool:
+    return isinstance(data, str) and data.split(":")[0] == "shapes"
 
 
 def shared_files(first: str, second: str) -> list[str]:
     """The files and URLs that are part of both. Drawn scenes share none: held-out ones differ from those of
     training."""
-    if "shapes" in (first.split(":")[0], second.split(":")[0]):
+    if _is_drawn(first) or _is_drawn(second):
         return []
     files: list[dict[str, set[str]]] = []  # the splits of each that are read; "" for all
     for names in map(expand_names, (first, second)):

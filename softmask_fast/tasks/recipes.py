@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from softmask_fast.config import DataConfig, ObjectiveConfig
 from softmask_fast.data.loader import PretrainingLoader, SampleLoader
-from softmask_fast.data.sources import open_as_configured
+from softmask_fast.data.sources import open_as_configured, refuse_columns
 from softmask_fast.data.types import CaptionSource
 from softmask_fast.errors import UsageError
 from softmask_fast.evaluation.grounding import GroundingReport, evaluate_grounding, map_layer
@@ -117,6 +117,7 @@ class GroundingTask(RetrievalTask):
     there are proposals, otherwise the pointing game."""
 
     def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> ExpressionSource:
+        refuse_columns(data, image_column=options.image_column, caption_column=options.caption_column)
         return open_expressions(data, split=split, seed=seed, image_size=image_size, image_root=options.image_root)
 
     def step(self, model: VisionLanguageModel, config: FinetuneConfig) -> tuple[PretrainingStep, MomentumTeacher]:
@@ -143,6 +144,7 @@ class LabelTask(Task):
         self.model_class, self.images_per_sample = model_class, model_class.images_per_example
 
     def open(self, data: str, options: DataConfig, *, split: str, seed: int, image_size: int) -> ExampleSource:
+        refuse_columns(data, image_column=options.image_column, caption_column=options.caption_column)
         scenes = {"split": split, "seed": seed, "image_size": image_size}
         return open_examples(data, self.model_class.name, self.form(split), **scenes, image_root=options.image_root)
 
