@@ -14,7 +14,7 @@ from softmask_fast.data import columnar, folders
 from softmask_fast.data.images import check_image, convert_image, decode_image
 from softmask_fast.data.prepare import make_shards
 from softmask_fast.data.sources import open_as_configured, open_source, shared_files
-from softmask_fast.data.tables import read_table
+from softmask_fast.data.tables import read_tables
 from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError
 from softmask_fast.tasks.recipes import TASKS
@@ -149,7 +149,7 @@ def test_a_list_of_albef_has_a_sample_for_each_entry(folder):
     (folder / "coco.json").write_text(json.dumps(objects("image", "caption")))
     source = open_source(str(folder / "coco.json"))
     assert source.keys == ["dog.jpg", "dog.jpg#2", "surf.jpg"] and source.image_ids[0] == source.image_ids[1]
-    assert len(read_table(folder / "coco.json").entries) == 2
+    assert len(read_tables([(folder / "coco.json", None)])[0].entries) == 2
 
 
 def stored_table(path, images=(DOG, SURF), names=("dog.jpg", "surf.jpg"), captions=None, **options):
@@ -244,6 +244,24 @@ def test_a_digest_beside_paths_is_no_image(folder):
     columns = {"file_name": list(CAPTIONS), "caption": list(CAPTIONS.values()), "md5": digests}
     parquet.write_table(pyarrow.table(columns), folder / "t.parquet")
     assert content(open_source(str(folder / "t.parquet"))) == CAPTIONS
+
+
+def test_of_several_tables_some_may_lack_the_split(folder, caplog):
+    for name, rows in (("a", "dog.jpg,A dog runs .,val\n"), ("b", "surf.jpg,A wave .,train\n"), ("c", "")):
+        (folder / f"part-{name}.csv").write_text("image,caption,split\n" + rows)
+    source = open_source(f"{folder}/part-*.csv:val")
+    assert content(source) == {"dog.jpg": ["A dog runs ."]}
+    (said,) = (record.message for record in caplog.records if "split" in record.message)
+    assert said == f"split val: 2 of 3 tables have no row of it: {folder}/part-b.csv, {folder}/part-c.csv"
+    assert len(open_source(f"{folder}/part-*.csv:train+val")) == 2
+    make_shards(f"{folder}/part-*.csv:train", None, folder / "out", workers=1)
+    assert content(open_source(str(folder / "out"))) == {"surf.jpg": ["A wave ."]}
+    none = r"data: .*/part-a.csv and 2 more tables: no split 'test'; they have val \(1 rows\), train \(1 rows\)"
+    for data in (f"{folder}/part-*.csv:test", f"{folder}/part-*.csv:val+test"):
+        with pytest.raises(UsageError, match=none):
+            open_source(data)
+    with pytest.raises(UsageError, match="part-c.csv: no split 'val'; it has no splits"):
+        open_source(f"{folder}/part-c.csv:val")
 
 
 def test_only_tables_have_splits(folder):

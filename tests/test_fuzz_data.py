@@ -18,7 +18,7 @@ from shard_files import encode
 
 from softmask_fast.data.images import check_image
 from softmask_fast.data.sources import open_source
-from softmask_fast.data.tables import read_table
+from softmask_fast.data.tables import read_tables
 from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError
 from softmask_fast.tasks.datasets import open_examples, open_expressions
@@ -136,7 +136,7 @@ def time_limit(seconds):
 def read_all(kind, path):
     """Everything that is in a file; what is wrong with single samples is counted."""
     if kind in ("csv", "tsv", "json", "jsonl"):
-        return len(read_table(path, "image", "caption").entries), 0
+        return len(read_tables([(path, None)], "image", "caption")[0].entries), 0
     if kind == "tif":
         try:
             return check_image(path.read_bytes()).height, 0

@@ -13,9 +13,10 @@ from shard_files import encode
 
 from softmask_fast.cli import main
 from softmask_fast.data import prepare as prepare_module
-from softmask_fast.data.prepare import make_shards, read_table
+from softmask_fast.data.prepare import make_shards
 from softmask_fast.data.shards import read_index
 from softmask_fast.data.sources import open_source
+from softmask_fast.data.tables import read_tables
 from softmask_fast.errors import UsageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
@@ -157,7 +158,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(images, tmp_path, monkeypa
         make_shards(table, images, tmp_path / "out", shard_size=2, workers=1)
     plan.write_text(json.dumps(begun))
     make_shards(table, images, tmp_path / "out", shard_size=2, workers=1)
-    assert made[6:] == made[4:5] + [entry.image for entry in read_table(table).entries][5:]
+    assert made[6:] == made[4:5] + [entry.image for entry in read_tables([(table, None)])[0].entries][5:]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from softmask_fast.data import columnar
-from softmask_fast.data.tables import read_table
+from softmask_fast.data.tables import read_tables
 from softmask_fast.errors import UsageError
 
 
@@ -17,7 +17,7 @@ def read(tmp_path):
     def written(name, content):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return [(entry.image, entry.captions) for entry in read_table(path, "image", "caption").entries]
+        return [(entry.image, entry.captions) for entry in read_tables([(path, None)], "image", "caption")[0].entries]
 
     return written
 
@@ -86,19 +86,19 @@ def test_tables_of_several_columns_of_one_name_in_parquet(tmp_path):
     table = pyarrow.table([["a"], ["x"], ["y"]], names=["image", "caption", "caption"])
     parquet.write_table(table, tmp_path / "t.parquet")
     with pytest.raises(UsageError, match="two columns are named 'caption'"):
-        read_table(tmp_path / "t.parquet", "image", "caption")
+        read_tables([(tmp_path / "t.parquet", None)], "image", "caption")
 
 
 def test_a_table_that_is_too_large_is_refused_at_once(read, tmp_path, monkeypatch):
     with open(tmp_path / "large.csv", "wb") as file:
         file.truncate(5 << 30)  # without a byte on the disk
     with pytest.raises(UsageError, match="large.csv has 5368709120 bytes, the limit is 4294967296"):
-        read_table(tmp_path / "large.csv", "image", "caption")
+        read_tables([(tmp_path / "large.csv", None)], "image", "caption")
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(columnar, "MAX_ROWS", 10)
     parquet.write_table(pyarrow.table({"image": ["a"] * 11, "caption": ["x"] * 11}), tmp_path / "t.parquet")
     with pytest.raises(UsageError, match="has 11 rows, the limit is 10"):
-        read_table(tmp_path / "t.parquet", "image", "caption")
+        read_tables([(tmp_path / "t.parquet", None)], "image", "caption")
 
 
 def test_numbers_and_names_of_images_are_shown_short(read):

@@ -29,7 +29,7 @@ from softmask_fast.data.images import check_image, convert_image, read_image
 from softmask_fast.data.parsing import parse_phrases, usable_captions
 from softmask_fast.data.shards import INDEX_SUFFIX, write_index
 from softmask_fast.data.sources import expand_files, expand_names, expand_paths
-from softmask_fast.data.tables import TableEntry, read_table
+from softmask_fast.data.tables import TableEntry, read_tables
 from softmask_fast.data.types import BadSample
 from softmask_fast.errors import UsageError, printable
 from softmask_fast.utils import file_sha256, flush, move, naming, read_json, write_json, write_text
@@ -80,7 +80,7 @@ def make_shards(
         out: Folder of the shards, new or empty.
         shard_size: Listed images per shard.
         short_side: In pixels. Images whose short side is longer become JPEGs of that size.
-        image_column, caption_column: Names in the table; default: guessed, see `read_table`.
+        image_column, caption_column: Names in the table; default: guessed, see `read_tables`.
         workers: Number of processes; default: all cores.
         progress: Show a progress bar.
 
@@ -93,7 +93,7 @@ def make_shards(
     if images is not None and not images.is_dir():
         raise UsageError(f"images: expected a folder, got {images}")
     files = expand_files([str(pairs)], "pairs")
-    tables = [read_table(path, image_column, caption_column, split=split) for path, split in files]
+    tables = read_tables(files, image_column, caption_column)
     columns = {(table.image_column, table.caption_column) for table in tables}
     if len(columns) > 1:
         raise UsageError(f"pairs: expected tables with the same columns, got {' and '.join(map(str, sorted(columns)))}")

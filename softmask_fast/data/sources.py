@@ -23,7 +23,7 @@ from softmask_fast.data.sampler import WindowedSampler
 from softmask_fast.data.seeding import image_ids
 from softmask_fast.data.shards import ShardSource
 from softmask_fast.data.synthetic import ShapesSource
-from softmask_fast.data.tables import TABLE_FORMATS, TableEntry, read_table
+from softmask_fast.data.tables import TABLE_FORMATS, TableEntry, read_tables
 from softmask_fast.data.types import BadSample, CaptionSource, Sample
 from softmask_fast.errors import UsageError
 
@@ -47,7 +47,7 @@ def open_source(
         remote: How shards by URL are cached and mixed.
         image_root: Folder of relative image paths in tables; default: that of the table. Of several folders, separated
             by commas, a table takes the one that holds its images.
-        image_column, caption_column: Of tables, see `read_table`; refused if `data` has none.
+        image_column, caption_column: Of tables, see `read_tables`; refused if `data` has none.
         max_missing: Largest fraction of a table's images that may be missing. If all are missing, it is an error
         anyway.
 
@@ -218,7 +218,7 @@ class TableSource:
             tables: Files, and the split to read from each.
             image_root: See `image_folder`; default: the folder of the table.
             max_missing: See `check_existence`.
-            columns: `image_column` and `caption_column` of `read_table`.
+            columns: `image_column` and `caption_column` of `read_tables`.
 
         Raises:
             UsageError: If a table cannot be read, or its images do not exist.
@@ -226,8 +226,8 @@ class TableSource:
         self._entries: list[TableEntry] = []
         self._columns: list[str] = []  # caption columns of each entry
         names = []
-        for path, split in tables:
-            table = read_table(path, split=split, join=path.suffix != ".json", option="data", **columns)
+        read = read_tables(tables, join=lambda path: path.suffix != ".json", option="data", **columns)
+        for (path, _), table in zip(tables, read, strict=True):
             root = image_folder(image_root, [one.image for one in table.entries if one.stored is None]) or path.parent
             for entry in table.entries:
                 if entry.stored is None and entry.image:

@@ -6,7 +6,7 @@ import csv
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -51,30 +51,49 @@ class Table:
     entries: list[TableEntry]
     image_column: str
     caption_column: str  # several are separated by commas
+    splits: Counter[str] = field(default_factory=Counter)  # rows of each, read or not
 
 
-def read_table(
-    path: Path, image_column: str | None = None, caption_column: str | None = None, *, split: str | None = None,
-    join: bool = True, option: str = "pairs",
-) -> Table:  # fmt: skip
-    """Reads a table. A caption may be a string or a list of strings.
+def read_tables(
+    files: Sequence[tuple[Path, str | None]], image_column: str | None = None, caption_column: str | None = None, *,
+    join: Callable[[Path], bool] = lambda path: True, option: str = "pairs",
+) -> list[Table]:  # fmt: skip
+    """Reads tables. A caption may be a string or a list of strings.
 
     Args:
-        path: In one of `TABLE_FORMATS`.
-        image_column: Name of a column; None: guessed from `IMAGE_NAMES`, and logged.
-        caption_column: Names of one or several columns, separated by commas; None: guessed from `CAPTION_NAMES`.
-        split: Value of "split" in the rows to read; several are separated by +. A table with several splits needs it.
-        join: Whether rows of the same image become one entry.
-        option: The option that the path came from, for messages.
+        files: Each with the split to read: rows whose "split" is this or, separated by +, one of these. A table of
+            several splits needs it. If another file has the split, one without a row of it is logged, and has no
+            entries.
+        image_column, caption_column: Names of columns, of captions also several, separated by commas; None: guessed
+            from `IMAGE_NAMES` and `CAPTION_NAMES`, and logged.
+        join: Whether the rows of the same image in a file become one entry; otherwise each is an entry.
+        option: What the paths came from, for messages.
 
     Raises:
-        UsageError: If the table cannot be read, or lacks a column or a split.
+        UsageError: If a table cannot be read or lacks a column, or none has a split.
     """
+    tables = []
+    for path, split in files:
+        tables.append(_read(path, split, _Columns(path, image_column, caption_column), join(path), option))
+    for split in dict.fromkeys(split for _, split in files if split):
+        asked = [(path, table) for (path, own), table in zip(files, tables, strict=True) if own == split]
+        splits = sum((table.splits for _, table in asked), Counter())
+        if unknown := [name for name in split.split("+") if name not in splits]:
+            where = f"{asked[0][0]}" + f" and {len(asked) - 1} more tables" * (len(asked) > 1)
+            has = f"{'it has' if len(asked) == 1 else 'they have'} {_counted(splits) or 'no splits'}"
+            raise UsageError(f"{option}: {where}: no split {unknown[0]!r}; {has}")
+        if without := [str(path) for path, table in asked if not table.entries]:
+            some = ", ".join(without[:10]) + " ..." * (len(without) > 10)
+            lacking = f"split {split}: {len(without)} of {len(asked)} tables have no row of it: {some}"
+            logger.warning("%s", printable(lacking))
+    return tables
+
+
+def _read(path: Path, split: str | None, columns: _Columns, join: bool, option: str) -> Table:
     if path.suffix not in TABLE_FORMATS:
         raise UsageError(f"{option}: expected a table ({', '.join(TABLE_FORMATS)}), got {path}")
-    if path.suffix not in COLUMNAR:  # those are not read into memory as a whole
+    if path.suffix not in COLUMNAR:  # of these only a part is read into memory
         check_size(path, option)
-    columns = _Columns(path, image_column, caption_column)
     wanted, splits, found = split.split("+") if split else [], Counter(), {}
     try:
         for number, row in enumerate(_rows(path, columns.choose), 1):
@@ -89,11 +108,13 @@ def read_table(
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{option}: {path} cannot be read: {error}") from error
-    _check_splits(splits, wanted, option, path)
-    if not found:
+    if not wanted and len(splits) > 1:
+        one = f"name one after a colon, as in {path}:{next(iter(splits))}"
+        raise UsageError(f"{option}: {path} has the splits {_counted(splits)}: {one}")
+    if not wanted and not found:
         raise UsageError(f"{option}: {path} lists no images")
     entries = _joined_images(list(found.values())) if join else list(found.values())
-    return Table(entries, columns.image, ",".join(columns.captions))
+    return Table(entries, columns.image, ",".join(columns.captions), splits)
 
 
 def _add_row(found: dict[str, TableEntry], number: int, row: dict[str, Any], columns: _Columns, join: bool) -> None:
@@ -111,14 +132,8 @@ def _add_row(found: dict[str, TableEntry], number: int, row: dict[str, Any], col
     entry.phrases += limited(phrases if isinstance(phrases, list) else [phrases], 4)
 
 
-def _check_splits(splits: Counter[str], wanted: list[str], option: str, path: Path) -> None:
-    where = f"{option}: {path}"
-    listed = ", ".join(f"{name} ({count:,} rows)" for name, count in splits.most_common(10))
-    if unknown := [name for name in wanted if name not in splits]:
-        raise UsageError(f"{where}: no split {unknown[0]!r}; " + (f"it has {listed}" if splits else "it has no splits"))
-    if len(splits) > 1 and not wanted:
-        name = next(iter(splits))
-        raise UsageError(f"{where} has the splits {listed}: name one after a colon, as in {path}:{name}")
+def _counted(splits: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count:,} rows)" for name, count in splits.most_common(10))
 
 
 def _joined_images(entries: list[TableEntry]) -> list[TableEntry]:
