@@ -135,13 +135,32 @@ def test_arrow_has_the_bounds_of_parquet(folder, monkeypatch):
     stored_table(folder / "u.arrow", (b"0" * (1 << 20),) * 2, captions=["a dog"] * 2)
     monkeypatch.setattr(columnar, "MAX_GROUP_BYTES", 1 << 20)
     assert len(open_source(str(folder / "u.arrow"))) == 2  # mapped
-    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
-    source = pyarrow.ipc.open_stream(pyarrow.memory_map(str(folder / "u.arrow"))).read_all()
-    with pyarrow.OSFile(str(folder / "v.arrow"), "wb") as file:
-        with pyarrow.ipc.new_stream(file, source.schema, options=options) as writer:
-            writer.write_table(source)
-    with pytest.raises(UsageError, match="it is compressed, and has more than 1048576 bytes"):
-        open_source(str(folder / "v.arrow"))
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+@pytest.mark.parametrize("new", ["new_stream", "new_file"])
+def test_a_compressed_arrow_file_is_refused_before_it_is_unpacked(folder, monkeypatch, compression, new):
+    pyarrow = pytest.importorskip("pyarrow")
+    monkeypatch.setattr(columnar, "MAX_GROUP_BYTES", 1 << 21)
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+
+    def write(images):
+        captions = pyarrow.array(["a dog"] * len(images)).dictionary_encode()
+        table = pyarrow.table({"image": pyarrow.array(images), "caption": captions})
+        with pyarrow.OSFile(str(folder / "c.arrow"), "wb") as file:
+            with getattr(pyarrow.ipc, new)(file, table.schema, options=options) as writer:
+                writer.write_table(table, max_chunksize=1)
+        return str(folder / "c.arrow")
+
+    assert content(open_source(write([DOG, SURF]))) == {"dog.jpg": ["a dog"], "surf.jpg": ["a dog"]}
+    path = write([bytes(1 << 20)] * 2)
+    unpack = pyarrow.ipc.open_stream
+    monkeypatch.setattr(pyarrow.ipc, "open_stream", lambda source: pytest.fail("unpacked"))
+    with pytest.raises(UsageError, match="c.arrow cannot be read: it is compressed, and has more than 2097152 bytes"):
+        open_source(path)
+    monkeypatch.setattr(pyarrow.ipc, "open_stream", unpack)
+    monkeypatch.setattr(columnar, "MAX_GROUP_BYTES", (1 << 21) + 1000)  # images, and few bytes more
+    assert len(open_source(path)) == 2
 
 
 def test_a_list_of_albef_has_a_sample_for_each_entry(folder):

@@ -6,6 +6,7 @@ A parquet file is read by row groups. An Arrow file is mapped into memory and re
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -205,25 +206,59 @@ def _arrow_rows(path: str, choose: Choose) -> Iterator[dict[str, Any]]:
 
 @lru_cache(maxsize=64)
 def _arrow_batches(path: str, *version: int) -> list[Any]:
-    """The record batches of a mapped file. Their offsets are checked to lie inside it."""
+    """The record batches of a mapped file, whose offsets were checked to lie inside it."""
     import pyarrow
 
     source, before = pyarrow.memory_map(path), pyarrow.total_allocated_bytes()
-    if source.read(6) == b"ARROW1":
-        reader = pyarrow.ipc.open_file(source)
-        found = (reader.get_batch(number) for number in range(reader.num_record_batches))
-    else:
-        source.seek(0)
-        found = iter(pyarrow.ipc.open_stream(source))
+    start = 8 if source.read(6) == b"ARROW1" else 0  # a file is a stream behind its magic, with a footer
+    source.seek(start)
+    if sum(map(_unpacked_bytes, pyarrow.ipc.MessageReader.open_stream(source))) > MAX_GROUP_BYTES:
+        raise ValueError(f"it is compressed, and has more than {MAX_GROUP_BYTES} bytes; write it uncompressed")
+    source.seek(start)
     batches, rows = [], 0
-    for batch in found:
-        if (rows := rows + batch.num_rows) > MAX_ROWS:  # a column of nulls has rows but no bytes
+    for batch in pyarrow.ipc.open_stream(source):
+        if (rows := rows + batch.num_rows) > MAX_ROWS:  # a column of nulls has rows without bytes
             raise ValueError(f"it has more than {MAX_ROWS} rows")
         if pyarrow.total_allocated_bytes() - before > MAX_GROUP_BYTES:  # mapped buffers do not count
-            raise ValueError(f"it is compressed, and has more than {MAX_GROUP_BYTES} bytes; write it uncompressed")
+            raise ValueError(f"its dictionaries take more than {MAX_GROUP_BYTES} bytes; write it without")
         batch.validate(full=True)
         batches.append(batch)
     return batches
+
+
+def _unpacked_bytes(message: Any) -> int:
+    """What a message's compressed buffers take in memory: each begins with that size, -1 if it is not compressed.
+
+    Where they lie is in the message's flatbuffer (Message.fbs of the Arrow format), which pyarrow does not show.
+    """
+    data = memoryview(message.metadata)
+
+    def at(kind: str, position: int) -> int:
+        return struct.unpack_from(f"<{kind}", data, position)[0]
+
+    def member(table: int, number: int) -> int:
+        """The position of a member of a table, 0 if it has its default."""
+        members, slot = table - at("i", table), 4 + 2 * number
+        offset = at("H", members + slot) if slot < at("H", members) else 0
+        return table + offset if offset else 0
+
+    if message.type not in ("record batch", "dictionary"):
+        return 0
+    try:
+        batch = member(at("I", 0), 2)
+        batch += at("I", batch)
+        if message.type == "dictionary":
+            batch = member(batch, 1)
+            batch += at("I", batch)
+        if not member(batch, 3):  # no compression
+            return 0
+        buffers = member(batch, 2)
+        buffers += at("I", buffers)
+        places = struct.iter_unpack("<qq", data[buffers + 4 : buffers + 4 + 16 * at("I", buffers)])
+        body = memoryview(message.body)
+        return sum(max(0, *struct.unpack_from("<q", body, offset)) for offset, length in places if length)
+    except struct.error as error:
+        raise ValueError(f"a {message.type} is damaged: {error}") from error
 
 
 def _version(path: str) -> tuple[str, int, int]:
