@@ -7,7 +7,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from softmask_fast.ops.registry import plain_eager, refuse_transforms
+from softmask_fast.ops import triton_support
+from softmask_fast.ops.registry import generation_reason, plain_eager, refuse_transforms, resolve
 
 
 class Subclass(torch.Tensor):
@@ -34,6 +35,25 @@ def test_plain_eager_is_for_plain_tensors_alone():
     assert seen and not any(seen)
     compiled = torch.compile(lambda y: y + (1 if plain_eager(y) else 2), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), x + 2)
+
+
+@pytest.mark.parametrize("operator", ["soft_masked_attention", "focal_itc", "word_mask"])
+def test_triton_refuses_gpus_that_are_too_old(operator, monkeypatch):
+    capabilities = [(7, 5), (8, 0), (9, 0)]
+    generation_reason.cache_clear()
+    monkeypatch.setattr(triton_support, "_missing", lambda: False)
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    old, *others = (torch.device("cuda", index) for index in range(3))
+    try:
+        reason = "it needs an NVIDIA GPU of sm_80 or later, cuda:0 is sm_75"
+        with pytest.raises(ValueError, match=f"^impl: {operator} cannot run 'triton' here: {reason}$"):
+            resolve(operator, "triton", old)
+        assert resolve(operator, None, old).name != "triton"
+        assert [resolve(operator, None, device).name for device in others] == ["triton"] * 2
+    finally:
+        generation_reason.cache_clear()
 
 
 TRANSFORMS = {

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from softmask_fast.ops.registry import generation_reason
+
 _FOLDER = Path(__file__).parents[1]
 
 
@@ -50,16 +52,10 @@ def cuda_unavailable_reason(device: torch.device, dtype: torch.dtype, width: int
         return f"it runs on an NVIDIA GPU, the tensors are on {device}"
     if width > 128:
         return f"it takes heads of up to 128 elements, not {width}"
-    return _dtype_reason(dtype) or _generation_reason(device) or cuda_missing()
+    return _dtype_reason(dtype) or generation_reason(device) or cuda_missing()
 
 
 def _dtype_reason(dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes float32, float16 and bfloat16, not {dtype}"
     return None
-
-
-@functools.cache
-def _generation_reason(device: torch.device) -> str | None:
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"it is compiled for sm_80 and later, {device} is sm_{major}{minor}"

@@ -6,6 +6,7 @@ last. `resolve` takes the one that the caller names, or the first one that is au
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,15 @@ UnavailableReason = Callable[[torch.device, torch.dtype, int], str | None]
 def always_available(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """The unavailable_reason of an implementation that runs everywhere."""
     return None
+
+
+@functools.cache
+def generation_reason(device: torch.device) -> str | None:
+    """Why an NVIDIA GPU is too old for the kernels, of Triton and of CUDA; None for others, and without any."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs an NVIDIA GPU of sm_80 or later, {device} is sm_{major}{minor}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from softmask_fast.ops.registry import generation_reason
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -20,6 +22,8 @@ def unavailable_reason(
         return "the package triton is not installed"
     if device.type != "cuda" and not INTERPRETED:
         return f"it runs on a GPU (or, slowly, with TRITON_INTERPRET=1 in the environment), the tensors are on {device}"
+    if device.type == "cuda" and not INTERPRETED and (reason := generation_reason(device)):
+        return reason
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes float16, bfloat16 and float32, not {dtype}"
     if width > largest:
