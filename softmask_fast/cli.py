@@ -95,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     retrieval = evaluate.add_argument_group("retrieval")
     captions_help = "Captions of each image to use (default: all, as papers do)."
     retrieval.add_argument("--captions", choices=("all", "first"), default="all", help=captions_help)
-    rerank_help = "Candidates per query that image-text matching (ITM) re-ranks; 0: none (default: 16)."
+    rerank_help = "Candidates per query that image-text matching (ITM) re-ranks; 0: none (default: 16, an eighth of "
+    rerank_help += "the work of ALBEF's 128, the default of finetune's --candidates)."
     retrieval.add_argument("--rerank", type=int, default=16, metavar="K", help=rerank_help)
     score_help = 'Score that ITM ranks by: its log-odds (default), or the logit of "matched" alone, as in ALBEF.'
     retrieval.add_argument("--match_score", choices=("log_odds", "logit"), default="log_odds", help=score_help)
@@ -116,8 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     images = dict(nargs="+", type=Path, default=[Path("shapes:0")])
     maps.add_argument("--image", metavar="FILE", help=image_help, **images)
     text_help = (
-        "Caption of the image, right or wrong, or a question for models that answer (default: a scene's caption)."
+        "Caption of the image, right or wrong, or a question for models that answer (default: a scene's caption; "
     )
+    text_help += "files need one, unless the model writes)."
     maps.add_argument("--text", metavar="TEXT", help=text_help)
     maps.add_argument("--answer", metavar="TEXT", help="Explain this answer (default: the model's own).")
     layer_of_help = "Layer of the word maps; 0 is the first (default: depends on the model, see docs/word_maps.md)."

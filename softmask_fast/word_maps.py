@@ -80,8 +80,10 @@ def _own(
     model: Any, tokenizer: Any, file: Path, text: str | None, layer: int | None
 ) -> tuple[Image.Image, Explanation]:
     picture, caption = _read(file)
+    if text is None and caption is None:
+        raise UsageError(f"--text: expected a caption of {file}, right or wrong, got none; only scenes have their own")
     picture = np.asarray(picture)
-    shown, maps = explained_words(model, tokenizer, picture, text or caption or "", layer=layer)
+    shown, maps = explained_words(model, tokenizer, picture, text or caption, layer=layer)
     with torch.inference_mode():
         patches = model.vision(image_pixels(model, [Sample("image", picture, [])]))[0, model.prefix_tokens :]
     words = []

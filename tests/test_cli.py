@@ -159,6 +159,25 @@ def test_user_errors_get_a_message_and_no_traceback(folder, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["explain", "features"])
+def test_a_photograph_needs_a_text(folder, tmp_path, capsys, command):
+    out = str(tmp_path / ("a.png" if command == "explain" else "a.npz"))
+    image = str(folder / "scene.jpg")
+    assert main([command, "--model", str(folder / "model"), "--image", image, "--out", out]) == 2
+    said = f"--text: expected a caption of {image}, right or wrong, got none; only scenes have their own\n"
+    assert capsys.readouterr().err == f"softmask-fast: error: {said}"
+
+
+def test_re_ranking_has_its_default_in_both_helps():
+    shown = [
+        subprocess.run([sys.executable, "-m", "softmask_fast.cli", command, "--help"], capture_output=True, text=True,
+                       env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}).stdout
+        for command in ("evaluate", "finetune")
+    ]  # fmt: skip
+    for text in shown:
+        assert "128" in text and "16" in text and "--rerank" in text and "--candidates" in text
+
+
 def test_debug_shows_the_traceback(folder):
     command = ["evaluate", "--model", "nowhere", "--data", "shapes", "--task", "retrieval", "--debug"]
     with pytest.raises(ValueError, match="--model"):

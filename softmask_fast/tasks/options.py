@@ -22,7 +22,11 @@ class TaskConfig(Section):
     )
     hidden_dropout: float | None = option(None, "Dropout in the text and fusion encoders; default: the model's.")
     answers: str | None = option(None, "vqa: JSON list of the answers to rank (required, except on shapes).")
-    candidates: int = option(128, "vqa: answers scored in full; retrieval: candidates re-ranked by ITM, 0: none.")
+    candidates: int = option(
+        128,
+        "vqa: answers scored in full; retrieval: candidates per query re-ranked by ITM, 0: none; 128 as ALBEF, where "
+        "evaluate --rerank has 16 to be quick.",
+    )
     captions: str = option("all", "retrieval: captions of each image to evaluate, 'all' or the 'first'.")
     layer: int | None = option(None, "grounding: fusion layer of the word maps; default: that of the soft masks.")
 
