@@ -1,6 +1,7 @@
 """Loggers: TensorBoard's own files are read back; wandb and mlflow are clients that note what they are asked."""
 
 import logging
+import os
 import sys
 from concurrent.futures import wait
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_s
 from softmask_fast import config
 from softmask_fast.config import TrainConfig
 from softmask_fast.errors import UsageError
-from softmask_fast.training.loggers import LOGGERS, Reports, check_loggers, held_out_tag, tag
+from softmask_fast.training.loggers import LOGGERS, REQUEST, Reports, check_loggers, held_out_tag, tag
 from softmask_fast.training.options import make_config
 from softmask_fast.training.run_record import reported_options
 
@@ -128,6 +129,17 @@ def test_mlflow_continues_the_run_of_the_folder(tmp_path, clients, picture, monk
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
     Reports("mlflow", tmp_path, 0, OPTIONS)
     assert [call[0] for call in calls] == ["start_run", "log_params"]
+
+
+def test_mlflow_gives_a_request_up_in_time(tmp_path, clients, monkeypatch):
+    for name in REQUEST:
+        monkeypatch.setenv(name, "7")  # to have it restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
+    seen = []
+    clients["mlflow"].set_experiment = lambda name: seen.append({name: os.environ.get(name) for name in REQUEST})
+    Reports("mlflow", tmp_path, 0, OPTIONS).close()
+    assert seen == [{"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5", "MLFLOW_HTTP_REQUEST_TIMEOUT": "99"}]  # the user's
 
 
 def test_a_logger_that_fails_is_left_out_after_one_line(tmp_path, clients, caplog):

@@ -34,6 +34,9 @@ logger = logging.getLogger("softmask_fast")
 IDS = "loggers.json"  # in the run's folder: logger -> id of the run there
 PROJECT = "softmask_fast"  # where the client's own environment variables name no other
 SECONDS = 120  # that the end of a run waits for what is still to be sent
+# of MLflow's client, for one request: tries with pauses of 0, 4, 8, 16 and 32 seconds between them, so that a server
+# that does not answer holds a process for at most two minutes
+REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 LONGEST = 500  # characters of an option's value in MLflow, whose stores refuse or cut longer ones
 
 Options = dict[str, bool | int | float | str]
@@ -119,6 +122,8 @@ class MLflow:
     def __init__(self, folder: Path, first_step: int, options: Options, known: str | None) -> None:
         import mlflow
 
+        for name, value in REQUEST.items():
+            os.environ.setdefault(name, value)
         self.mlflow = mlflow
         if known is None and not os.environ.keys() & {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"}:
             mlflow.set_experiment(PROJECT)
