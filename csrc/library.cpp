@@ -50,6 +50,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(softmask_fast_cpp, m) {
         "float gamma, int order, float alpha, bool any_positive, Tensor grad_loss, Tensor row_state, Tensor dominant, "
         "Tensor(c!) of_inverse) -> ()");
 
+    // cpu/focal_itc_tile.cpp
+    m.def(
+        "focal_itc_tile(Tensor(a!) products, float inverse_temperature, Tensor? columns, Tensor? first, Tensor? count, "
+        "int row_offset, float gamma, int order, bool any_positive, bool sample, int first_negative, "
+        "int last_negative, int seed, float scale, Tensor(b!) loss, Tensor(c!)? grad_temperature, "
+        "Tensor(d!) statistics, Tensor(e!) hard_negative) -> ()");
+
     // cpu/focal_itc_sigmoid.cpp
     m.def(
         "focal_itc_sigmoid(Tensor(a!) products, float inverse_temperature, float bias, int first_row, int first_key, "

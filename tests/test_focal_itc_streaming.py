@@ -358,7 +358,8 @@ from softmask_fast.ops import focal_itc_loss
 torch.set_num_threads(8)
 before = len(os.listdir("/proc/self/task"))
 image, text = (torch.nn.functional.normalize(torch.randn({batch}, 64), dim=1).requires_grad_() for _ in range(2))
-for options in ({{}}, {{"ids": torch.arange({batch})}}, {{"image_keys": image, "text_keys": text}}):
+keys = {{"image_keys": image, "text_keys": text}}
+for options in ({{}}, {{"ids": torch.arange({batch})}}, keys, {{"loss": "sigmoid"}}):
     focal_itc_loss(image, text, temperature=torch.tensor(0.1), return_stats=True, impl="cpp", **options)[0].backward()
 print(len(os.listdir("/proc/self/task")) - before)
 """

@@ -1,5 +1,7 @@
 """A batch that is its own keys: its two directions computed together are the two, and the reference."""
 
+from collections import Counter
+
 import itc_cases
 import pytest
 import torch
@@ -70,12 +72,50 @@ def test_any_subset_of_gradients(impl):
         assert all(torch.equal(mine, everything[i]) for i, mine in zip(chosen, gradients(chosen), strict=True)), chosen
 
 
-def test_every_product_is_computed_once(monkeypatch):
-    """The forward makes one matrix product, the backward three, for all pairs of one tile."""
+@pytest.mark.parametrize("reduction, products", [("mean", 3), ("none", 4)])
+def test_every_product_is_computed_once(monkeypatch, reduction, products):
+    """The forward makes one matrix product, the backward two of a reduced loss, else three, for all pairs of a tile."""
     monkeypatch.setattr(cpp, "TILE_ROWS", 64)
     monkeypatch.setattr(cpp, "TILE_KEYS", 64)
     image, text = (tensor.requires_grad_() for tensor in inputs(40, 40, 24, torch.float32)[:2])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-        focal_itc_loss(image, text, temperature=0.1, impl="cpp").backward()
-    calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["aten::mm"] + calls["aten::addmm_"] == 4
+        focal_itc_loss(image, text, temperature=0.1, reduction=reduction, impl="cpp").sum().backward()
+    calls = Counter({event.key: event.count for event in profile.key_averages()})
+    assert calls["aten::mm"] + calls["aten::addmm_"] == products
+
+
+def reduced(impl, tensors, dtype, **options):
+    """Loss and gradients of its fourfold, with statistics."""
+    leaves = [*(tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors)]
+    leaves.append(torch.tensor(0.1, dtype=torch.promote_types(dtype, torch.float32)).requires_grad_())
+    loss, stats = focal_itc_loss(*leaves[:2], temperature=leaves[2], return_stats=True, seed=3, impl=impl, **options)
+    return [loss.detach(), *torch.autograd.grad(4 * loss, leaves)], stats
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("gamma", [*GAMMAS, 2.5])
+def test_one_tile_is_as_accurate_as_pytorch_and_has_the_statistics_of_its_rows(gamma, positives, dtype):
+    tensors = inputs(45, 45, 24, dtype)[:2]
+    options = {} if positives == "own" else {"ids": torch.arange(45) % 7, "positives": positives}
+    options |= {"gamma": gamma, "reduction": "mean" if gamma < 2 else "sum"}
+    actual, stats = reduced("cpp", tensors, dtype, **options)
+    baseline, truth = (reduced("reference", tensors, kind, **options)[0] for kind in (dtype, torch.float64))
+    for name, *results in zip(NAMES, actual, baseline, truth, strict=True):
+        assert_as_accurate(*results, torch.float32 if results[0].dim() < 2 else dtype, name)
+    _, of_rows = focal_itc_loss(
+        *tensors, temperature=0.1, return_stats=True, seed=3, impl="cpp", **options | {"reduction": "none"}
+    )
+    assert all(torch.equal(*pair) for pair in zip(stats, of_rows, strict=True))
+
+
+def test_a_batch_of_one_tile_may_be_a_penalty_on_its_gradient_alone():
+    """The gradient that is to be differentiated again is the same, and raises only where it is."""
+    tensors = inputs(20, 20, 24, torch.float32)[:2]
+    image, text = (tensor.requires_grad_() for tensor in tensors)
+    loss = focal_itc_loss(2 * image, text, temperature=0.1, impl="cpp")
+    expected = torch.autograd.grad(3 * loss, [image, text], retain_graph=True)
+    found = torch.autograd.grad(3 * loss, [image, text], create_graph=True)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match="second derivatives are not supported"):
+        found[1].square().sum().backward()

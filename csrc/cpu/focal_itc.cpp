@@ -32,12 +32,12 @@ struct Sums {
     double teacher[ORDERS][2];  // sum e^u e^(kx) x^j;  for other gamma [1] holds the loss and the weight
     double hard[ORDERS][2];     // sum e^(kx) x^j over the positives;  likewise
 };
-constexpr int64_t SUMS = sizeof(Sums) / sizeof(double);
+static_assert(sizeof(Sums) == SUMS * sizeof(double));
 
 struct Places {
     int64_t dominant, dominant_is_positive, best;
 };
-constexpr int64_t PLACES = sizeof(Places) / sizeof(int64_t);
+static_assert(sizeof(Places) == PLACES * sizeof(int64_t));
 
 struct Sampler {
     bool on;
@@ -327,6 +327,8 @@ struct State {
     }
 };
 
+}  // namespace
+
 // Adds a tile of products, which it overwrites, to the sums of the rows from first_row on; `start`: it is their first
 // one.
 void focal_itc_sums(
@@ -365,15 +367,6 @@ void focal_itc_terms(
         });
     };
     for_directions(tiles, products, teacher, transposed, first_row, first_key, key_offset, run);
-}
-
-// A tensor of `size` elements to write to.
-template <class T>
-T* results_of(const Tensor& tensor, const char* name, int64_t size, ScalarType dtype) {
-    STD_TORCH_CHECK(tensor.numel() == size, name, ": expected ", size, " elements, got ", tensor.numel());
-    check_dtype(tensor, name, dtype);
-    check_contiguous(tensor, name);
-    return tensor.mutable_data_ptr<T>();
 }
 
 // Of one direction or of both, before all other dimensions: loss (rows), row_state (ROW_STATES, rows), dominant (rows),
@@ -460,7 +453,6 @@ void focal_itc_finish(
     }
 }
 
-}  // namespace
 }  // namespace softmask
 
 STABLE_TORCH_LIBRARY_IMPL(softmask_fast_cpp, CPU, m) {

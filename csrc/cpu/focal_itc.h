@@ -30,6 +30,8 @@ enum StateRow {
     ROW_STATES
 };
 
+constexpr int64_t SUMS = 25, PLACES = 3;  // numbers of a row on the way to its loss, see focal_itc.cpp
+
 struct Tile {
     float* products;  // (rows, keys)
     float* teacher;   // (rows, keys), or null
@@ -156,6 +158,15 @@ inline float* products_of(const Tensor& tensor, const char* name, int64_t rows, 
     return tensor.mutable_data_ptr<float>();
 }
 
+// A tensor of `size` elements to write to.
+template <class T>
+T* results_of(const Tensor& tensor, const char* name, int64_t size, ScalarType dtype) {
+    STD_TORCH_CHECK(tensor.numel() == size, name, ": expected ", size, " elements, got ", tensor.numel());
+    check_dtype(tensor, name, dtype);
+    check_contiguous(tensor, name);
+    return tensor.mutable_data_ptr<T>();
+}
+
 // use(place in a matrix, place in its transpose) of all elements, in blocks that stay in the cache.
 template <class Use>
 void for_transposed(int64_t rows, int64_t columns, const Use& use) {
@@ -183,5 +194,29 @@ void for_directions(
     use(tiles.tile(data, teacher_data, rows, keys, first_row, key_offset + first_key), 0, first_row);
     if (other) use(tiles.tile(other, nullptr, keys, rows, first_key, first_row), 1, tiles.batch + first_key);
 }
+
+// The operators that focal_itc_tile.cpp calls one after another; what they do stands where they are defined.
+using OptionalTensor = std::optional<Tensor>;
+void focal_itc_sums(
+    const Tensor& products, const OptionalTensor& teacher, const OptionalTensor& transposed, double inverse_temperature,
+    int64_t first_row, int64_t first_key, int64_t key_offset, const OptionalTensor& columns,
+    const OptionalTensor& first, const OptionalTensor& count, int64_t row_offset, bool start, int64_t order,
+    bool sample, int64_t first_negative, int64_t last_negative, int64_t seed, int64_t direction, const Tensor& sums,
+    const Tensor& places);
+void focal_itc_terms(
+    const Tensor& products, const OptionalTensor& teacher, const OptionalTensor& transposed, double inverse_temperature,
+    int64_t first_row, int64_t first_key, int64_t key_offset, const OptionalTensor& columns,
+    const OptionalTensor& first, const OptionalTensor& count, int64_t row_offset, double gamma, const Tensor& sums,
+    const Tensor& places);
+void focal_itc_finish(
+    const Tensor& sums, const Tensor& places, const OptionalTensor& count, double inverse_temperature, double gamma,
+    int64_t order, double alpha, bool any_positive, bool stats, const Tensor& loss_of_rows, const Tensor& row_state,
+    const Tensor& dominant_key, const Tensor& statistics, const Tensor& hard_negative);
+void focal_itc_gradient(
+    const Tensor& products, const OptionalTensor& teacher, const OptionalTensor& transposed, double inverse_temperature,
+    int64_t first_row, int64_t first_key, int64_t key_offset, const OptionalTensor& columns,
+    const OptionalTensor& first, const OptionalTensor& count, int64_t row_offset, double gamma, int64_t order,
+    double alpha, bool any_positive, const Tensor& grad_loss, const Tensor& row_state, const Tensor& dominant,
+    const Tensor& of_inverse);
 
 }  // namespace softmask

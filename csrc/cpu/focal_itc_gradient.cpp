@@ -110,6 +110,8 @@ SOFTMASK_CLONES void gradients_of_rows(const Tile& tile, const Gradient& g, int6
     }
 }
 
+}  // namespace
+
 // Replaces a tile of products by the gradient of the products, by temperature. grad_loss, dominant and of_inverse
 // (directions, batch), row_state (directions, ROW_STATES, batch); of_inverse adds up the gradient of 1 / temperature.
 // With `transposed` the gradient is the sum of both directions', see for_directions.
@@ -147,7 +149,6 @@ void focal_itc_gradient(
     for_transposed(products.size(0), products.size(1), [&](int64_t to, int64_t from) { sum[to] += other[from]; });
 }
 
-}  // namespace
 }  // namespace softmask
 
 STABLE_TORCH_LIBRARY_IMPL(softmask_fast_cpp, CPU, m) {

@@ -19,7 +19,7 @@ from softmask_fast.ops.checks import (
     check_tensor,
 )
 from softmask_fast.ops.extension import cpu_unavailable_reason
-from softmask_fast.ops.focal_itc import cpp, cpp_sigmoid, operators, reference, sigmoid, streamed
+from softmask_fast.ops.focal_itc import cpp, cpp_sigmoid, cpp_tile, operators, reference, sigmoid, streamed
 from softmask_fast.ops.focal_itc.state import Problem
 
 __all__ = ["FocalITCStats", "focal_itc_loss"]
@@ -52,6 +52,8 @@ registry.register(
             "backward": cpp.backward,
             "symmetric_forward": cpp.symmetric_forward,
             "symmetric_backward": cpp.symmetric_backward,
+            "whole_covers": cpp_tile.covers,
+            "whole": cpp_tile.loss,
         },
         sigmoid.parts(cpp_sigmoid.add_losses, cpp_sigmoid.gradients),
         unavailable_reason=cpu_unavailable_reason,
@@ -198,6 +200,9 @@ def focal_itc_loss(
         with torch.autocast(image.device.type, enabled=False):
             directions = [reference.direction(*direction) for direction in problem.directions()]
             of_rows, *figures = (torch.stack(results) for results in zip(*directions, strict=True))
+    elif reduction != "none" and (whole := operators.whole(problem)) is not None:
+        result, *figures = whole(problem, 0.5 / batch if reduction == "mean" else 0.5)
+        return (result, statistics(*figures)) if return_stats else result
     else:
         of_rows, *figures = operators.focal_itc(problem)
     if reduction == "mean":

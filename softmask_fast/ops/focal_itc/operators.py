@@ -4,7 +4,8 @@ Every streaming implementation has two parts for each loss: "forward", a class d
 "backward", a function with the arguments of `Backward`. One that can compute each product <x_i, y_j> of a batch that
 is its own keys once for both directions has two more, "symmetric_forward" and "symmetric_backward", and
 "symmetric_covers", which says for what, unless it is for everything. Those of the sigmoid's loss are "sigmoid_forward"
-and so on.
+and so on. "whole" is a function for small batches of that kind, those of which "whole_covers" is true. It takes a
+problem and a factor, and returns the sum of all losses times the factor, the statistics and the hard negatives.
 
 In eager mode an autograd.Function calls the implementation, which costs the host less than the registered operator.
 """
@@ -62,6 +63,14 @@ def focal_itc(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     registry.refuse_transforms("focal_itc_loss", *tensors)
     loss, _, _, statistics, hard_negative = torch.ops.softmask_fast.focal_itc(*problem)
     return loss, statistics, hard_negative
+
+
+def whole(problem: Problem) -> Callable[[Problem, float], tuple[Tensor, Tensor, Tensor]] | None:
+    """What takes the problem as a whole, from the features to the reduced loss; None where nothing does."""
+    if problem.bias is not None or not registry.plain_eager(*problem[:TENSORS]):
+        return None
+    run = resolve(problem.impl, problem.image)
+    return run["whole"] if "whole" in run and together(run, problem) and run["whole_covers"](problem) else None
 
 
 class BlockwiseForward:
