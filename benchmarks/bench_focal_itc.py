@@ -19,6 +19,7 @@ modalities. "focal_itc_queue" is the loss of the paper, with queue, momentum tea
 | forward | 2 B M d, and as many for a teacher |
 | backward | 2 B M d for each gradient: to the rows, and to the keys where they have one |
 | what streams (ours, inf_cl) | the products of the forward once more in the backward (inf_cl, in two passes: twice) |
+| "focal_itc", cpp, a batch of one tile | it streams nothing: no product twice |
 | "focal_itc", cpp, and triton on 2-byte elements | one direction only, as the other one uses the same products |
 | "focal_itc_sigmoid", open_clip and all of ours | likewise |
 
@@ -112,7 +113,8 @@ class Problem:
             if name != "reference":
                 run = registry.resolve("focal_itc", name, DEVICE, DTYPE, self.width)
                 directions = 1 if operators.together(run, self.problem(name)) else 2
-                found[name] = self.variant(lambda name=name: self.loss(name), 1, directions, ours=True)
+                recomputed = 1 if operators.whole(self.problem(name)) is None else 0
+                found[name] = self.variant(lambda name=name: self.loss(name), recomputed, directions, ours=True)
         return found
 
     def eager(self) -> dict[str, Variant]:

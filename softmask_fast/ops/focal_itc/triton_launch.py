@@ -35,8 +35,9 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine, crowded
         sizes = (16, 32, min(block_d, 32), min(block_d, 32), 4, 1)
     elif dtype == torch.float32:
         # by what compiles without spills, on Blackwell with fewer columns at a time; not timed
-        more_warps = 8 if (backward or crowded) and block_d > 32 and nvidia else 4
         columns = 16 if machine.capability >= 100 else 32
+        many = block_d > 32 if backward else crowded and block_d > columns
+        more_warps = 8 if many and nvidia else 4
         sizes = (32, 32, max(16, min(block_d // 2, columns)), min(block_d, 128), more_warps, 1)
     elif machine.shared_memory < 200 * 1024 or kernel == "row_negatives":
         # sm_80, AMD: the tiles below do not fit; the noise of row_negatives takes the registers of a second tile
