@@ -61,16 +61,18 @@ def read_tables(
     """Reads tables. A caption may be a string or a list of strings.
 
     Args:
-        files: Each with the split to read: rows whose "split" is this or, separated by +, one of these. A table of
-            several splits needs it. If another file has the split, one without a row of it is logged, and has no
-            entries.
-        image_column, caption_column: Names of columns, of captions also several, separated by commas; None: guessed
-            from `IMAGE_NAMES` and `CAPTION_NAMES`, and logged.
-        join: Whether the rows of the same image in a file become one entry; otherwise each is an entry.
-        option: What the paths came from, for messages.
+        files: Paths, in one of `TABLE_FORMATS`, each with the value of "split" in the rows to read; several are
+            separated by +. A table with several splits needs it.
+        image_column: Name of a column; None: guessed from `IMAGE_NAMES`, and logged.
+        caption_column: Names of one or several columns, separated by commas; None: guessed from `CAPTION_NAMES`.
+        join: Whether rows of the same image in this file become one entry.
+        option: The option that the paths came from, for messages.
+
+    Returns:
+        A table for each file. If other files have the split, one without a row of it is logged, and has no entries.
 
     Raises:
-        UsageError: If a table cannot be read or lacks a column, or none has a split.
+        UsageError: If a table cannot be read, or lacks a column, or if no table has a split.
     """
     tables = []
     for path, split in files:
@@ -79,9 +81,9 @@ def read_tables(
         asked = [(path, table) for (path, own), table in zip(files, tables, strict=True) if own == split]
         splits = sum((table.splits for _, table in asked), Counter())
         if unknown := [name for name in split.split("+") if name not in splits]:
-            where = f"{asked[0][0]}" + f" and {len(asked) - 1} more tables" * (len(asked) > 1)
-            has = f"{'it has' if len(asked) == 1 else 'they have'} {_counted(splits) or 'no splits'}"
-            raise UsageError(f"{option}: {where}: no split {unknown[0]!r}; {has}")
+            more = f" and {len(asked) - 1} more tables" if len(asked) > 1 else ""
+            has = f"{'they have' if more else 'it has'} {_counted(splits) or 'no splits'}"
+            raise UsageError(f"{option}: {asked[0][0]}{more}: no split {unknown[0]!r}; {has}")
         if without := [str(path) for path, table in asked if not table.entries]:
             some = ", ".join(without[:10]) + " ..." * (len(without) > 10)
             lacking = f"split {split}: {len(without)} of {len(asked)} tables have no row of it: {some}"
@@ -92,7 +94,7 @@ def read_tables(
 def _read(path: Path, split: str | None, columns: _Columns, join: bool, option: str) -> Table:
     if path.suffix not in TABLE_FORMATS:
         raise UsageError(f"{option}: expected a table ({', '.join(TABLE_FORMATS)}), got {path}")
-    if path.suffix not in COLUMNAR:  # of these only a part is read into memory
+    if path.suffix not in COLUMNAR:  # those are not read into memory as a whole
         check_size(path, option)
     wanted, splits, found = split.split("+") if split else [], Counter(), {}
     try:
