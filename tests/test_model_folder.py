@@ -81,6 +81,27 @@ def test_bert_weights_are_split_into_text_and_fusion_layers(tokenizer, tmp_path)
     torch.testing.assert_close(model.language_head(tokens), expected)
 
 
+def test_a_bert_without_a_head_says_so_and_without_a_layer_is_refused(tokenizer, tmp_path, caplog, capfd):
+    bert = bert_folder(tmp_path, vocabulary=len(tokenizer))
+    bert.bert.save_pretrained(tmp_path)
+    model = make_model(tokenizer, text_weights=str(tmp_path))
+    head = model.language_head.transform.dense.weight.clone()
+    capfd.readouterr()
+    load_pretrained(model)
+    printed = "".join(capfd.readouterr())
+    assert torch.equal(model.text.bert.embeddings.word_embeddings.weight, bert.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(model.language_head.transform.dense.weight, head)
+    expected = f"text_weights: {tmp_path} has no head for masked language modeling; it starts random"
+    assert caplog.messages == [expected] and not printed.strip().removeprefix(expected)
+    state = {name: tensor for name, tensor in bert.bert.state_dict().items() if "layer.1.output.dense" not in name}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    message = (
+        f"^text_weights: '{tmp_path}' lacks 2 tensors of a BERT, the first is bert.encoder.layer.1.output.dense.bias$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(model)
+
+
 def test_bert_of_another_size_is_refused(tokenizer, tmp_path):
     bert_folder(tmp_path, layers=2, vocabulary=70)
     model = make_model(tokenizer, text_weights=str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from softmask_fast.model.state import load_own_state, own_state
 from softmask_fast.model.text import load_bert
 from softmask_fast.model.vision import load_vision_weights
 from softmask_fast.model.vision_language import VisionLanguageModel
+
+logger = logging.getLogger(__name__)
 
 ALBEF_TOKENIZER = "google-bert/bert-base-uncased"
 
@@ -99,7 +102,7 @@ def load_pretrained(model: VisionLanguageModel) -> None:
     load_vision_weights(model.vision, config)
     if config.text_weights == "random":
         return
-    bert = load_bert(config)
+    bert, has_head = load_bert(config)
     layers = bert.bert.encoder.layer
     model.text.bert.embeddings.load_state_dict(bert.bert.embeddings.state_dict())
     for ours, theirs in zip(model.text.bert.encoder.layer, layers[: config.text_layers], strict=True):
@@ -108,5 +111,10 @@ def load_pretrained(model: VisionLanguageModel) -> None:
     for ours, theirs in zip(model.fusion.layers, fusion_weights, strict=True):
         for part in ("attention", "intermediate", "output"):
             getattr(ours, part).load_state_dict(getattr(theirs, part).state_dict())
+    if not has_head:
+        logger.warning(
+            "text_weights: %s has no head for masked language modeling; it starts random", config.text_weights
+        )
+        return
     model.language_head.transform.load_state_dict(bert.cls.predictions.transform.state_dict())
     model.language_head.decoder.bias.data.copy_(bert.cls.predictions.decoder.bias)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 from transformers.models.bert.modeling_bert import (
@@ -169,17 +172,23 @@ class MaskedLanguageHead(WeightedLayer):
         return run_region(self.compiled, function, self.weights(), hidden, *labels, self.transform.LayerNorm.eps)
 
 
-def load_bert(config: ModelConfig) -> BertForMaskedLM:
-    """The pretrained BERT named by `text_weights`. Raises UsageError if it cannot be loaded or has other sizes."""
+def load_bert(config: ModelConfig) -> tuple[BertForMaskedLM, bool]:
+    """The pretrained BERT named by `text_weights`, and whether it brings a head for masked language modeling.
+
+    Raises:
+        UsageError: if it cannot be loaded, lacks tensors of an encoder or has other sizes.
+    """
     name = config.text_weights
-    options = {"trust_remote_code": False, "weights_only": True}
+    options = {"trust_remote_code": False, "weights_only": True, "output_loading_info": True}
     options["local_files_only"] = Path(name).is_dir()  # a folder is data: its files must not name anything on a hub
     instead = (
         "give a folder with a BERT (--text_weights DIR), copy the hub's cache from a machine with a network "
         f"(`hf download {name}`), or start from --text_weights random"
     )
     try:
-        bert = from_hub(name, "text_weights", instead, lambda: BertForMaskedLM.from_pretrained(name, **options))
+        with _quiet_transformers():  # its report of tensors that are missing calls every encoder without a head corrupt
+            load = functools.partial(BertForMaskedLM.from_pretrained, name, **options)
+            bert, report = from_hub(name, "text_weights", instead, load)
     except UsageError:
         raise
     except Exception as error:  # the libraries raise many kinds of errors for damaged files
@@ -193,4 +202,22 @@ def load_bert(config: ModelConfig) -> BertForMaskedLM:
     if wrong:
         sizes = ", ".join(f"{name} is {got}, expected {want}" for name, (got, want) in wrong.items())
         raise UsageError(f"text_weights: {name!r} does not fit the configuration: {sizes}")
-    return bert
+    missing = sorted(report["missing_keys"])
+    if encoder := [key for key in missing if not key.startswith("cls.")]:
+        raise UsageError(f"text_weights: {name!r} lacks {len(encoder)} tensors of a BERT, the first is {encoder[0]}")
+    return bert, not missing
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the library's warnings and progress bars."""
+    messages = transformers.utils.logging
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()
