@@ -66,7 +66,7 @@ class PretrainingStep(nn.Module):
     def forward(
         self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of this rank's batch. The teacher's features enter its queue. A collective.
+        """The loss of this rank's batch. In training mode the teacher's features enter its queue. A collective.
 
         Returns:
             The loss and the detached metrics, all float32 scalars: "loss"; "itc", "itm" and "mlm" if they have a

@@ -87,8 +87,8 @@ class ConvolutionalStem(nn.Sequential):
 
     @staticmethod
     def norm(channels: int, **placed: Any) -> nn.GroupNorm:
-        """A norm of groups of about 16 channels."""
-        return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels, **placed)
+        """A norm of groups of 16 channels, or of the largest power of 2 below that divides them."""
+        return nn.GroupNorm(channels // math.gcd(channels, 16), channels, **placed)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, H, W) -> (B, Cv, H / patch_size, W / patch_size)."""
