@@ -1,6 +1,7 @@
 """A batch that is its own keys: its two directions computed together are the two, and the reference."""
 
 from collections import Counter
+from unittest import mock
 
 import itc_cases
 import pytest
@@ -9,11 +10,21 @@ from compare import assert_as_accurate, thin_out
 from itc_cases import device_of, inputs
 
 from softmask_fast.ops import focal_itc_loss
-from softmask_fast.ops.focal_itc import cpp
+from softmask_fast.ops.focal_itc import cpp, cpp_tile
 
 impl, small_tiles = itc_cases.impl, itc_cases.small_tiles  # fixtures
 NAMES = ("loss", "grad image", "grad text", "grad temperature")
 GAMMAS, POSITIVES = (0.0, 0.5, 1.0, 2.0, 3.0), ("own", "mean", "any")
+
+
+@pytest.fixture
+def one_tile(monkeypatch):
+    """Tiles that hold every batch, so that C++ takes a reduced loss as a whole, as the test has to make it do."""
+    monkeypatch.setattr(cpp, "TILE_ROWS", 64)
+    monkeypatch.setattr(cpp, "TILE_KEYS", 64)
+    with mock.patch.object(cpp_tile, "_forward", wraps=cpp_tile._forward) as forward:
+        yield
+    forward.assert_called()
 
 
 def run(impl, tensors, dtype, temperature, positives="own", copies=False, **options):
@@ -60,7 +71,10 @@ def test_any_number_of_pairs(impl, size):
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_any_subset_of_gradients(impl):
+@pytest.mark.parametrize("tile", [16, 64])  # 20 rows in tiles, and in C++ as a whole
+def test_any_subset_of_gradients(monkeypatch, impl, tile):
+    monkeypatch.setattr(cpp, "TILE_ROWS", tile)
+
     def gradients(chosen):
         values = [*inputs(20, 20, 24, torch.float32)[:2], torch.tensor(0.1)]
         values = [value.to(device_of(impl), copy=True) for value in values]
@@ -95,7 +109,7 @@ def reduced(impl, tensors, dtype, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("gamma", [*GAMMAS, 2.5])
-def test_one_tile_is_as_accurate_as_pytorch_and_has_the_statistics_of_its_rows(gamma, positives, dtype):
+def test_one_tile_is_as_accurate_as_pytorch_and_has_the_statistics_of_its_rows(one_tile, gamma, positives, dtype):
     tensors = inputs(45, 45, 24, dtype)[:2]
     options = {} if positives == "own" else {"ids": torch.arange(45) % 7, "positives": positives}
     options |= {"gamma": gamma, "reduction": "mean" if gamma < 2 else "sum"}
@@ -109,13 +123,26 @@ def test_one_tile_is_as_accurate_as_pytorch_and_has_the_statistics_of_its_rows(g
     assert all(torch.equal(*pair) for pair in zip(stats, of_rows, strict=True))
 
 
-def test_a_batch_of_one_tile_may_be_a_penalty_on_its_gradient_alone():
-    """The gradient that is to be differentiated again is the same, and raises only where it is."""
-    tensors = inputs(20, 20, 24, torch.float32)[:2]
-    image, text = (tensor.requires_grad_() for tensor in tensors)
-    loss = focal_itc_loss(2 * image, text, temperature=0.1, impl="cpp")
-    expected = torch.autograd.grad(3 * loss, [image, text], retain_graph=True)
-    found = torch.autograd.grad(3 * loss, [image, text], create_graph=True)
-    torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize(
+    "text_of",
+    [
+        pytest.param(None, id="a leaf"),
+        pytest.param(lambda rows: rows, id="the image"),
+        pytest.param(lambda rows: rows.flip(0) * 1.5, id="made of the image"),
+    ],
+)
+def test_a_batch_of_one_tile_may_be_a_penalty_on_its_gradient_alone(one_tile, text_of):
+    """The gradient that is to be differentiated again is the same, and raises only where it is. A hook runs once."""
+    image, text = inputs(20, 20, 24, torch.float32)[:2]
+    leaves = [tensor.requires_grad_() for tensor in (image, text, torch.zeros(()))]
+    rows, calls = 2 * image, []
+    rows.register_hook(calls.append)
+    keys = text if text_of is None else text_of(rows)
+    loss = focal_itc_loss(rows, keys, temperature=leaves[2].exp(), impl="cpp")
+    expected = torch.autograd.grad(3 * loss, leaves, retain_graph=True, materialize_grads=True)
+    calls.clear()
+    found = torch.autograd.grad(3 * loss, leaves, create_graph=True, materialize_grads=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert len(calls) == 1
     with pytest.raises(RuntimeError, match="second derivatives are not supported"):
-        found[1].square().sum().backward()
+        found[0].square().sum().backward()

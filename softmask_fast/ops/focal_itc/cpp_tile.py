@@ -66,11 +66,12 @@ class _Tile(torch.autograd.Function):
         gradient, of_temperature, *inputs = ctx.saved_tensors
         problem = Problem(*inputs, *ctx.options)
         if torch.is_grad_enabled():  # to be differentiated again: the registered operator knows what to say
-            of_rows = torch.ops.softmask_fast.focal_itc(*problem)[0]
-            inputs = zip((problem.image, problem.text, problem.temperature), wanted, strict=True)
-            leaves = [x for x, wants in inputs if wants]
-            found = iter(torch.autograd.grad(of_rows.sum() * ctx.scale, leaves, grad_loss, create_graph=True))
-            return None, None, None, *(next(found) if wants else None for wants in wanted)
+            with torch.no_grad():  # autograd within the user's graph would count what the inputs share twice
+                _, *state, _, _ = torch.ops.softmask_fast.focal_itc(*problem._replace(seed=None))
+            of_rows = (grad_loss * ctx.scale).expand(2, len(problem.image))
+            places = wanted[0], wanted[1], False, False, wanted[2], False
+            found = torch.ops.softmask_fast.focal_itc_backward(of_rows, *state, places, *problem)
+            return None, None, None, *(found[place] if places[place] else None for place in (0, 1, 4))
         gradient = gradient * grad_loss
         grad_image = _times(gradient, problem.text) if wanted[0] else None
         grad_text = _times(gradient.t(), problem.image) if wanted[1] else None
