@@ -163,6 +163,30 @@ def test_a_compressed_arrow_file_is_refused_before_it_is_unpacked(folder, monkey
     assert len(open_source(path)) == 2
 
 
+def test_an_arrow_file_that_was_cut_is_refused(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    table, path = pyarrow.table({"image": ["dog.jpg", "surf.jpg"], "caption": ["a", "b"]}), folder / "f.arrow"
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+        end = file.tell()
+    whole = path.read_bytes()
+    assert len(open_source(str(path))) == 2
+    half = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_file(half, table.schema) as writer:
+        writer.write_table(table[:1])
+    one = half.getvalue().to_pybytes()
+    other = one[: one.rindex(b"\xff\xff\xff\xff\0\0\0\0")] + whole[end:]  # one batch, and the footer of two
+    garbage = whole[:end] + b"x" * len(whole[end:])
+    for stored, reason in (
+        (whole[:end], ".*"),
+        (garbage, ".*"),
+        (other, "its footer lists 2 record batches, it has 1"),
+    ):
+        path.write_bytes(stored)
+        with pytest.raises(UsageError, match=f"f.arrow cannot be read: {reason}"):
+            open_source(str(path))
+
+
 def test_a_list_of_albef_has_a_sample_for_each_entry(folder):
     """Its epochs are counted in entries; tables in others."""
     (folder / "coco.json").write_text(json.dumps(objects("image", "caption")))

@@ -211,6 +211,7 @@ def _arrow_batches(path: str, *version: int) -> list[Any]:
 
     source, before = pyarrow.memory_map(path), pyarrow.total_allocated_bytes()
     start = 8 if source.read(6) == b"ARROW1" else 0  # a file is a stream behind its magic, with a footer
+    count = pyarrow.ipc.open_file(source).num_record_batches if start else None
     source.seek(start)
     if sum(map(_unpacked_bytes, pyarrow.ipc.MessageReader.open_stream(source))) > MAX_GROUP_BYTES:
         raise ValueError(f"it is compressed, and has more than {MAX_GROUP_BYTES} bytes; write it uncompressed")
@@ -223,6 +224,8 @@ def _arrow_batches(path: str, *version: int) -> list[Any]:
             raise ValueError(f"its dictionaries take more than {MAX_GROUP_BYTES} bytes; write it without")
         batch.validate(full=True)
         batches.append(batch)
+    if count not in (None, len(batches)):
+        raise ValueError(f"its footer lists {count} record batches, it has {len(batches)}")
     return batches
 
 
