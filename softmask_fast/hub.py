@@ -25,8 +25,10 @@ Loaded = TypeVar("Loaded")
 DEMO = Path(__file__).parent / "demo"  # the model folder that is called "demo"
 TIMEOUT = 3  # seconds for each phase of the request: connecting, the first byte
 LIMIT = 10  # seconds for all of it, name servers included
+SAFE = ["*.safetensors"]
 PICKLED = ["*.bin", "*.pth", "*.pt"]  # weights that are not fetched if there are .safetensors
 ABSENT, PARTIAL = "is neither a folder nor in the cache", "is not a folder, and the cache holds only a part of it"
+NEEDED = ["*config*.json", "*token*", "*vocab*", "merges.txt", "*.model", "*template*"]  # besides weights
 UNWANTED = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "onnx/*", "*.gguf", "original/*"]
 
 
@@ -61,12 +63,10 @@ def model_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = [pattern for part in (*parts, *also) for pattern in (part, f"{part}/*")]
-    wanted = {"allow_patterns": patterns} if parts else {}
     found = ABSENT
     try:
         if not where.get("force_download"):
-            found = _cached(name, parts, wanted, where)
+            found = _cached(name, parts, where)
     except HFValidationError as error:
         raise UsageError(f"{option}: expected a folder or a name on the hub, got {name}") from error
     if isinstance(found, Path):
@@ -75,7 +75,9 @@ def model_folder(
     if where.get("local_files_only"):
         raise UsageError(f"{option}: {name} {found}; {instead}")
     answer = ask_hub(name, option, instead, where.get("token"), where.get("revision"), found)
-    if not parts:
+    if parts:
+        wanted = {"allow_patterns": _below(*parts, *also)}
+    else:
         safe = any(file.rfilename.endswith(".safetensors") for file in answer.siblings or ())
         wanted = {"ignore_patterns": UNWANTED + PICKLED * safe}
     try:
@@ -84,7 +86,12 @@ def model_folder(
         raise UsageError(f"{option}: {name} cannot be downloaded ({type(error).__name__}); {instead}") from error
 
 
-def _cached(name: str, parts: Sequence[str], wanted: dict[str, Any], where: dict[str, Any]) -> Path | str:
+def _below(*parts: str) -> list[str]:
+    """Patterns of these files, and of what is in these folders."""
+    return [pattern for part in parts for pattern in (part, f"{part}/*")]
+
+
+def _cached(name: str, parts: Sequence[str], where: dict[str, Any]) -> Path | str:
     """The folder in the hub's cache, or why it cannot be used.
 
     If the cache has the repository's list of files, the client knows what an interrupted download left out.
@@ -93,21 +100,28 @@ def _cached(name: str, parts: Sequence[str], wanted: dict[str, Any], where: dict
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     found = ABSENT
-    for chosen in (wanted,) if parts else ({"ignore_patterns": UNWANTED + more} for more in (PICKLED, [])):
+    for weights in ([],) if parts else (SAFE, PICKLED):
+        wanted = _below(*parts) if parts else [*NEEDED, *weights, *(f"{kind}.index.json" for kind in weights)]
+        local = {"allow_patterns": wanted, "ignore_patterns": UNWANTED, "local_files_only": True}
         try:
-            folder = Path(snapshot_download(name, **chosen, **where | {"local_files_only": True}))
+            folder = Path(snapshot_download(name, **where | local))
         except LocalEntryNotFoundError as error:
             found = PARTIAL if hasattr(error, "snapshot_path") else found
             continue
-        if all((folder / part).exists() for part in parts) if parts else _is_whole(folder):
+        if all((folder / part).exists() for part in parts) if parts else _is_whole(folder, weights):
             return folder
         found = PARTIAL
     return found
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a foreign model has a configuration and weights, and all files of weights that are split."""
-    weights = [*folder.glob("*.safetensors")] or [path for pattern in PICKLED for path in folder.glob(pattern)]
+def _is_whole(folder: Path, kinds: Sequence[str]) -> bool:
+    """Whether a foreign model has a configuration and weights of these kinds, and all files of those that are split.
+
+    Pickled ones do not count beside an index of others, which libraries prefer.
+    """
+    weights = [path for pattern in kinds for path in folder.glob(pattern)]
+    if kinds is PICKLED and any(folder.glob(f"{SAFE[0]}.index.json")):
+        return False
     numbered = {(number[0], int(number[1])) for path in weights if (number := re.search(r"-of-(\d+)\.\w+$", path.name))}
     configured = any((folder / config).exists() for config in ("config.json", "open_clip_config.json"))
     return configured and bool(weights) and all(len([*folder.glob(f"*{end}")]) >= count for end, count in numbered)

@@ -163,6 +163,7 @@ PARTS = ("config.json", "model.safetensors", "tokenizer")
         (["config.json", "model.safetensors"], ["config.json", "model.safetensors", "tokenizer.json"], ()),
         (["config.json", "model-00001-of-00002.safetensors"], None, ()),
         (["config.json", "pytorch_model-00002-of-00002.bin"], None, ()),
+        (["config.json", "model.safetensors.index.json", "pytorch_model.bin"], None, ()),
     ],
 )
 def test_a_part_of_a_model_in_the_cache_is_not_taken_for_the_whole(files, listed, parts, tmp_path, monkeypatch):
@@ -182,11 +183,19 @@ def test_a_part_of_a_model_in_the_cache_is_not_taken_for_the_whole(files, listed
         (["config.json", "model.safetensors"], ["config.json", "model.safetensors", "pytorch_model.bin"], ()),
         (["open_clip_config.json", "a.bin"], ["open_clip_config.json", "a.bin", "a.onnx"], ()),
         (["config.json", "a-1-of-2.bin", "a-2-of-2.bin"], None, ()),
+        (["config.json", "a.safetensors"], ["config.json", "a.safetensors", "README.md", ".gitattributes"], ()),
+        (["config.json", "a.bin", "a-1-of-2.safetensors"], None, ()),
     ],
 )
 def test_what_is_left_out_on_purpose_is_not_missed(files, listed, parts, tmp_path):
     folder = cached(tmp_path, files, listed)
     assert hub.model_folder("me/model", "model", parts, cache_dir=tmp_path, local_files_only=True) == folder
+
+
+def test_files_that_need_not_exist_are_not_missed(tmp_path):
+    folder = cached(tmp_path, OWN, [*OWN, "evaluation.json"])
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    assert hub.model_folder("me/model", "model", PARTS, ("evaluation.json",), **options) == folder
 
 
 def test_why_the_cache_did_not_do_is_said(tmp_path, monkeypatch):
