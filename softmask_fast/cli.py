@@ -32,8 +32,8 @@ SCENE = "shapes:"  # in place of an image: a scene by its number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 1 if `doctor` found a fault, 2 after a user error, 141 if the reader
-    of its output has gone."""
+    """Runs one command. Returns the exit status: 1 if `doctor` found a fault, 2 after a user error or if the output
+    cannot be written, 141 if its reader has gone."""
     return until_unread(lambda: _run(argv))
 
 

@@ -7,6 +7,7 @@ import re
 import reprlib
 import select
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -77,24 +78,46 @@ def one_line(error: BaseException) -> str:
 def until_unread(command: Callable[[], int]) -> int:
     """The exit status of a command, which ends without a word when the reader of its output has gone, as `head` goes.
 
-    The status is then 141, 128 + SIGPIPE, as shells report a tool that the signal ended.
+    The status is then 141, 128 + SIGPIPE, as shells report a tool that the signal ended; 2 if the end of its output
+    cannot be written.
     """
     try:
         try:
-            return command()
-        finally:
-            print(end="", flush=True)  # at its end the interpreter could only complain
+            status = command()
+        except SystemExit:  # of --help, for instance
+            if _written():
+                raise
+            return 2
+        return status if _written() else 2
     except BrokenPipeError:
         gone = [stream for stream in (1, 2) if _is_unread(stream)]
         if not gone:  # another pipe, of a worker for instance
             raise
         for stream in gone:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            _discard(stream)
         return 128 + signal.SIGPIPE
 
 
+def _written() -> bool:
+    """Whether all output could be written; at its end the interpreter could only complain."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard(1)
+        print(f"softmask-fast: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return False
+    return True
+
+
+def _discard(stream: int) -> None:
+    """From now on nothing that is written to the descriptor goes anywhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
 def _is_unread(stream: int) -> bool:
-    """Whether the descriptor is that of a pipe without a reader."""
+    """Whether the descriptor is that of a pipe or socket without a reader."""
     poll = select.poll()
     poll.register(stream, 0)
-    return any(events & select.POLLERR for _, events in poll.poll(0))
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

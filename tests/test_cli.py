@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,26 @@ def test_a_reader_that_has_gone_ends_a_command_in_silence(arguments, tmp_path):
     done = subprocess.run(command, stdout=writer, stderr=error, text=True, cwd=tmp_path, env=environment)
     os.close(writer)
     assert (done.returncode, done.stderr or "") == (141, "")
+
+
+def test_output_that_cannot_be_written_is_said_in_a_line():
+    command = [sys.executable, "-m", "softmask_fast.cli", "--version"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": ""}
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    full = "softmask-fast: error: the output cannot be written: No space left on device\n"
+    with ours, open("/dev/full", "wb") as disk:
+        for output, expected in ((disk, (2, full)), (ours, (141, ""))):
+            done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
+            assert (done.returncode, done.stderr) == expected
+
+
+def test_a_reader_that_has_gone_hides_no_fault(monkeypatch):
+    monkeypatch.setattr("softmask_fast.cli._doctor", MagicMock(side_effect=ZeroDivisionError))
+    monkeypatch.setattr("builtins.print", MagicMock(side_effect=BrokenPipeError))
+    monkeypatch.setattr("softmask_fast.errors._is_unread", lambda stream: False)
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
 
 
 def test_a_pipe_of_something_else_is_an_error(monkeypatch):
