@@ -179,6 +179,17 @@ def test_each_of_several_tables_has_its_own_images(tmp_path):
         assert sample.captions == [f"a {color} square"]
 
 
+def test_a_table_without_entries_has_no_say_in_the_columns(images, tmp_path):
+    (images / "1.jsonl").write_text('{"file": "a.jpg", "text": "a dog", "split": "val"}')
+    for other in ("", '{"caption": "a cat", "split": "train", "image": "b.png"}'):
+        (images / "2.jsonl").write_text(other)
+        report = make_shards(images / "*.jsonl:val", None, tmp_path / f"out{len(other)}", workers=1)
+        assert (report.listed, report.bad) == (1, [])
+    (images / "2.jsonl").write_text(other.replace("train", "val"))
+    with pytest.raises(UsageError, match="pairs: expected tables with the same columns, got .'file', 'text'. and"):
+        make_shards(images / "*.jsonl:val", None, tmp_path / "out", workers=1)
+
+
 def test_phrases_and_other_columns(images, tmp_path):
     phrase = {"caption": "a dog", "text": "a dog", "first_word": 0, "n_words": 2, "boxes": [[0, 0, 0.5, 1]]}
     rows = [

@@ -94,7 +94,7 @@ def make_shards(
         raise UsageError(f"images: expected a folder, got {images}")
     files = expand_files([str(pairs)], "pairs")
     tables = read_tables(files, image_column, caption_column)
-    columns = {(table.image_column, table.caption_column) for table in tables}
+    columns = {(table.image_column, table.caption_column) for table in tables if table.entries}
     if len(columns) > 1:
         raise UsageError(f"pairs: expected tables with the same columns, got {' and '.join(map(str, sorted(columns)))}")
     parents = [os.path.abspath(images or path.parent) for path, _ in files]
