@@ -41,3 +41,20 @@ def test_docstrings_have_one_dialect():
     texts = {name: ast.get_docstring(node) or "" for name, node in [*PUBLIC, *TREES.items()]}
     other = re.compile(r"(?<!`)``(?!`)|^ *:(param|return|raises)|^ *(Args|Attributes|Returns|Raises): *\S", re.M)
     assert [name for name, text in texts.items() if other.search(text)] == []
+
+
+SECTION = re.compile(r"^(?:Args|Attributes|Raises):\n((?:    .*\n|\n)+)", re.M)
+
+
+def test_items_of_a_section_have_names():
+    """A line at their level without one is a broken continuation."""
+    texts = {name: ast.get_docstring(node) or "" for name, node in [*PUBLIC, *TREES.items()]}
+    lines = [
+        (name, line)
+        for name, text in texts.items()
+        for part in SECTION.findall(text + "\n")
+        for line in part.splitlines()
+    ]
+    assert len(lines) > 100
+    item = re.compile(r"    (?: |\*{0,2}[\w.]+(?:, \*{0,2}[\w.]+)*(?: \([^)]*\))?:)")
+    assert [found for found in lines if found[1] and not item.match(found[1])] == []

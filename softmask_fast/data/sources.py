@@ -49,7 +49,7 @@ def open_source(
             by commas, a table takes the one that holds its images.
         image_column, caption_column: Of tables, see `read_tables`; refused if `data` has none.
         max_missing: Largest fraction of a table's images that may be missing. If all are missing, it is an error
-        anyway.
+            anyway.
 
     Raises:
         UsageError: If data are missing, damaged or cannot be listed. The message names them.

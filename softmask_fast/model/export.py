@@ -101,7 +101,7 @@ def read_model_folder(directory: str | Path, option: str = "model") -> tuple[Mod
 
     Raises:
         UsageError: if a file is missing, an option is unknown or out of range, or the weights are too few for the
-        sizes.
+            sizes.
     """
     directory = Path(directory)
     absent = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (directory / name).exists()]

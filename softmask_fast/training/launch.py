@@ -183,8 +183,7 @@ def output_directory(config: RunConfig) -> Path:
 
     Raises:
         AgreedUsageError: when the folder holds a run but --resume is not given, or the other way round; when another
-        run
-            is writing to it; when it cannot be made; when some hosts do not see it.
+            run is writing to it; when it cannot be made; when some hosts do not see it.
     """
     first = dist.get_rank() == 0
     choice = [config.train.output_dir]
