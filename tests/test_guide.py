@@ -183,7 +183,7 @@ def test_tcl():
 
     assert_loss(
         lambda model, features: (
-            run("TCL: within modalities, too", self=model, alpha=ALPHA, **local, **features).loss_ita
+            run("TCL: within modalities as well", self=model, alpha=ALPHA, **local, **features).loss_ita
         ),
         formula,
     )
