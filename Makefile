@@ -45,6 +45,7 @@ gpu-clean:
 
 lint: $(STAMP)
 	ruff check .
+	ruff format --check .
 
 setup: $(STAMP)
 

@@ -19,13 +19,18 @@ ROWS = pytest.StashKey[list]()
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--save-results", nargs="?", const=str(report.RESULTS), metavar="FOLDER",
+        "--save-results",
+        nargs="?",
+        const=str(report.RESULTS),
+        metavar="FOLDER",
         help="write FOLDER/<device>/<date>.json (default folder: benchmarks/results)",
-    )  # fmt: skip
+    )
     parser.addoption(
-        "--short", type=float, metavar="SECONDS",
+        "--short",
+        type=float,
+        metavar="SECONDS",
         help="time each case for at most this long; leave out torch.compile's variants, which take longer to compile",
-    )  # fmt: skip
+    )
 
 
 def pytest_configure(config):

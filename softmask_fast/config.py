@@ -230,9 +230,10 @@ class DataConfig(Section):
         "Karpathy); or folders of Hugging Face datasets. Tables and folders take a split: 'dataset_coco.json:val'.",
     )
     image_root: str | None = option(
-        None, "Folder that image paths in tables are relative to; of several ('train2017,val2017'), a "
+        None,
+        "Folder that image paths in tables are relative to; of several ('train2017,val2017'), a "
         "table takes the one that holds its images. Default: the table's folder.",
-    )  # fmt: skip
+    )
     image_column: str | None = option(None, "Image column of a table; default: recognized by name.")
     caption_column: str | None = option(
         None, "Caption column of a table, or several separated by commas; default: recognized by name."
@@ -260,9 +261,10 @@ class DataConfig(Section):
         None, "Threads that decode and augment (and read, without data_workers); default: all cores, at most 16."
     )
     data_workers: int | None = option(
-        None, "Processes that read, check, tokenize and mask; 0: use threads. Default: half the cores of a rank, at "
+        None,
+        "Processes that read, check, tokenize and mask; 0: use threads. Default: half the cores of a rank, at "
         "most 8, if it has a GPU and at least 4 cores; else 0.",
-    )  # fmt: skip
+    )
     cache_dir: str | None = option(None, "Folder that caches shards read by URL; default: ~/.cache/softmask_fast.")
     cache_gigabytes: float = option(64.0, "Size limit of cache_dir in GB, shared by all ranks of a machine.")
     shuffle_shards: int = option(8, "Shards read by URL that a rank mixes at a time; changes the data order.")

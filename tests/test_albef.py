@@ -209,9 +209,12 @@ def test_what_does_not_fit_is_named(albef, tmp_path):
         (changed(albef, visual_encoder__pos_embed=torch.zeros(1, 13, IMAGE_WIDTH)), {}, "got 13 of them"),
         (albef.state_dict(), {"image_size": 30}, "image_size: expected a multiple of .* 8, got 30"),
         (albef.state_dict(), {"head_width": 60}, "head_width: expected a divisor of 128"),
-        (changed(albef, text_encoder__cls__predictions__decoder__weight=torch.zeros(VOCABULARY, TEXT_WIDTH)), {},
-         "decoder.weight equal to .*word_embeddings.weight, to which it is tied"),
-    ]:  # fmt: skip
+        (
+            changed(albef, text_encoder__cls__predictions__decoder__weight=torch.zeros(VOCABULARY, TEXT_WIDTH)),
+            {},
+            "decoder.weight equal to .*word_embeddings.weight, to which it is tied",
+        ),
+    ]:
         with pytest.raises(ValueError, match=message):
             load_albef_state(state, **options)
 

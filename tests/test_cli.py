@@ -104,9 +104,12 @@ def test_the_demo_is_a_model_in_half_precision_that_needs_no_training_library(fo
         run("evaluate", *data, "--task", "grounding", "--heatmaps", "page.png")
     """
     result = subprocess.run(
-        [sys.executable, "-c", code, str(folder / "model")], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-c", code, str(folder / "model")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Grounding of" in result.stdout and "in 4 images" in result.stdout
     pictures = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}

@@ -291,9 +291,12 @@ def test_the_queue_holds_the_newest_features_whatever_the_batch_sizes(sizes, wit
         new = unit(2 * size, size).unflatten(0, (2, size))
         new_ids = torch.randint(0, 1000, (size,))
         loss_module(
-            *unit(2 * size, 1).unflatten(0, (2, size)), teacher_image=new[0], teacher_text=new[1], temperature=0.1,
+            *unit(2 * size, 1).unflatten(0, (2, size)),
+            teacher_image=new[0],
+            teacher_text=new[1],
+            temperature=0.1,
             ids=new_ids if with_ids else None,
-        )  # fmt: skip
+        )
         images, texts, ids = torch.cat([images, new[0]]), torch.cat([texts, new[1]]), torch.cat([ids, new_ids])
     queue = loss_module.queue
     order = (int(queue.queue_position) + torch.arange(8)) % 8

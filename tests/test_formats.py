@@ -337,8 +337,9 @@ def test_columns_are_named_for_tables_alone(folder):
 
 
 def test_row_groups_have_a_bound_and_few_are_kept(tmp_path, monkeypatch):
-    path = stored_table(tmp_path / "t.parquet", (DOG, SURF) * 4, [f"{i}.jpg" for i in range(8)], ["a dog"] * 8,
-                        row_group_size=1)  # fmt: skip
+    path = stored_table(
+        tmp_path / "t.parquet", (DOG, SURF) * 4, [f"{i}.jpg" for i in range(8)], ["a dog"] * 8, row_group_size=1
+    )
     monkeypatch.setattr(columnar, "CACHE_BYTES", 3 * len(DOG))
     source = open_source(str(path))
     assert [source.read(index).image for index in range(8)] == [DOG, SURF] * 4
@@ -377,12 +378,12 @@ def test_images_that_do_not_exist_are_said_at_once(folder, monkeypatch, caplog):
     [
         (COCO.replace('"caption": "A dog', '"bbox": "A dog'), '"annotations", entry 0: .* captions_.*json'),
         (COCO.replace('"image_id": 522418', '"image_id": 5'), '"annotations", entry 1: "image_id": .* got 5'),
-        (COCO.replace("id\": 522418", "id\": 391895"), '"images", entry 1: "id": expected one of its own, got 391895'),
+        (COCO.replace('id": 522418', 'id": 391895'), '"images", entry 1: "id": expected one of its own, got 391895'),
         (KARPATHY.replace("sentences", "captions"), '"images", entry 0: "sentences": expected a list of objects'),
         ('{"images": [1]}', '"images", entry 0: expected an object'),
         ('{"image": "a.jpg", "caption": "x"}', 'expected a list of objects, or an object with "images"'),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_a_layout_is_named(folder, content, message):
     (folder / "c.json").write_text(content)
     with pytest.raises(UsageError, match=f"data: .*c.json cannot be read: {message}"):

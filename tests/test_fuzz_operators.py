@@ -96,11 +96,14 @@ def of_maps(draw):
     batch, groups, length, tokens, width = (draw.size(n) for n in (3, 3, 6, 40, 33))
     heads = draw.one_of(groups, 2 * groups)
     arguments = dict(
-        query=draw.tensor(batch, heads, length, width), key=draw.tensor(batch, groups, tokens, width),
-        value=draw.tensor(batch, groups, tokens, width), grad_output=draw.tensor(batch, heads, length, width),
-        word_index=draw.index(batch, length), key_mask=draw.mask(batch, tokens),
+        query=draw.tensor(batch, heads, length, width),
+        key=draw.tensor(batch, groups, tokens, width),
+        value=draw.tensor(batch, groups, tokens, width),
+        grad_output=draw.tensor(batch, heads, length, width),
+        word_index=draw.index(batch, length),
+        key_mask=draw.mask(batch, tokens),
         scale=draw.one_of(None, draw.number(0.3)),
-    )  # fmt: skip
+    )
     if draw.chance(0.5):
         features = draw.one_of(None, draw.tensor(batch, tokens, draw.size(9)))
         return word_soft_mask, arguments | dict(features=features, prefix_tokens=draw.one_of(0, 1, 1, tokens))
@@ -115,11 +118,14 @@ def attention(draw):
     images, heads, length, tokens, width = (draw.size(n) for n in (3, 3, 6, 40, 33))
     sequences = draw.one_of(images, draw.size(6))
     arguments = dict(
-        key=draw.tensor(images, heads, tokens, width), value=draw.tensor(images, heads, tokens, width),
-        key_mask=draw.mask(images, tokens), value_bias=draw.one_of(None, draw.tensor(heads, width)),
-        scale=draw.one_of(None, draw.number(0.3)), image_index=draw.one_of(None, draw.index(sequences, images)),
+        key=draw.tensor(images, heads, tokens, width),
+        value=draw.tensor(images, heads, tokens, width),
+        key_mask=draw.mask(images, tokens),
+        value_bias=draw.one_of(None, draw.tensor(heads, width)),
+        scale=draw.one_of(None, draw.number(0.3)),
+        image_index=draw.one_of(None, draw.index(sequences, images)),
         keep=draw.one_of(None, draw.tensor(sequences, tokens, dtype=draw.wide)),
-    )  # fmt: skip
+    )
     if draw.chance(0.3):
         lengths = torch.randint(0, 7, (sequences,), generator=draw.generator, dtype=torch.int32)
         boundaries = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -148,9 +154,12 @@ def loss(draw):
     if draw.chance(0.5) and type(temperature) is float:
         temperature = torch.tensor(temperature, dtype=draw.wide, requires_grad=True)
     arguments |= dict(
-        temperature=temperature, gamma=draw.one_of(0, 1, 2, 3, 0.5, draw.number(2.0)),
-        reduction=draw.one_of("mean", "sum", "none"), return_stats=draw.chance(0.5), seed=draw.random.getrandbits(40),
-    )  # fmt: skip
+        temperature=temperature,
+        gamma=draw.one_of(0, 1, 2, 3, 0.5, draw.number(2.0)),
+        reduction=draw.one_of("mean", "sum", "none"),
+        return_stats=draw.chance(0.5),
+        seed=draw.random.getrandbits(40),
+    )
     if draw.chance(0.4):
         known = draw.index(keys, 5)
         chosen = torch.randint(0, max(keys, 1), (batch,), generator=draw.generator)

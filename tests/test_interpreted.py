@@ -15,10 +15,13 @@ FILES = {
     "word_mask": ("test_word_mask.py", "test_word_gradcam.py"),
     "soft_masked_attention": ("test_soft_masked_attention.py", "test_packed_attention.py"),
     "focal_itc": (
-        "test_focal_itc_streaming.py", "test_focal_itc_symmetric.py", "test_focal_itc_module.py",
-        "test_focal_itc_sigmoid.py", "test_triton_symmetric.py",
+        "test_focal_itc_streaming.py",
+        "test_focal_itc_symmetric.py",
+        "test_focal_itc_module.py",
+        "test_focal_itc_sigmoid.py",
+        "test_triton_symmetric.py",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are tested on the GPU")

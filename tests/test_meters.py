@@ -72,11 +72,14 @@ def test_operations_are_those_of_a_real_step(device, checkpointing):
     assert 1 <= count(step, teacher, batch) / counted_by_pytorch(step.to(device), teacher, batch) < 1.1
 
 
-@pytest.mark.parametrize("kind, targets", [
-    (EntailmentModel, [0, 1, 2]),
-    (VQAModel, [[("red", 1.0)], [("a blue circle", 0.5), ("red", 0.5)], [("blue", 1.0)]]),
-    (NLVR2Model, [0, 1, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, targets",
+    [
+        (EntailmentModel, [0, 1, 2]),
+        (VQAModel, [[("red", 1.0)], [("a blue circle", 0.5), ("red", 0.5)], [("blue", 1.0)]]),
+        (NLVR2Model, [0, 1, 1]),
+    ],
+)
 def test_operations_of_fine_tuning_are_those_of_a_real_step(kind, targets):
     tokenizer = small_tokenizer()
     base = small_model(tokenizer, hidden_dropout=0.1)

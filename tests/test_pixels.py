@@ -49,8 +49,9 @@ def photograph(width: int, height: int) -> np.ndarray:
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"),
-                                        ("WEBP", "RGB")])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB")]
+)
 @pytest.mark.parametrize("size", [64, 256])
 def test_dali_and_pil_agree(kind, mode, size):
     files = [encode(photograph(*shape), kind, mode) for shape in ((320, 240), (160, 208), (500, 96))]

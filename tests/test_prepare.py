@@ -31,14 +31,19 @@ ROWS = [
     ("missing.jpg", "gone"), ("f.jpg", "fine"), ("f.jpg", "..."),
 ]  # fmt: skip
 GOOD = {
-    "a.jpg": ["a dog", "the same dog"], "b.png": ['a "red" cat, sitting'], "sub/c.webp": ["caf\u00e9"],
+    "a.jpg": ["a dog", "the same dog"],
+    "b.png": ['a "red" cat, sitting'],
+    "sub/c.webp": ["caf\u00e9"],
     "f.jpg": ["fine"],
-}  # fmt: skip
+}
 REASONS = {
-    (3, "cut.jpg"): "cannot be decoded", (6, ""): "no image in column 'image'",
-    (7, "../secret.jpg"): "lies outside", (8, "e.gif"): "GIF is not supported",
-    (9, "d.jpg"): "no usable caption", (10, "missing.jpg"): "does not exist",
-}  # fmt: skip
+    (3, "cut.jpg"): "cannot be decoded",
+    (6, ""): "no image in column 'image'",
+    (7, "../secret.jpg"): "lies outside",
+    (8, "e.gif"): "GIF is not supported",
+    (9, "d.jpg"): "no usable caption",
+    (10, "missing.jpg"): "does not exist",
+}
 
 
 @pytest.fixture

@@ -181,10 +181,13 @@ def test_a_question_to_query_formers(kind):
     text = sizes | dict(model_type="opt", ffn_dim=48, vocab_size=len(words), word_embed_proj_dim=32, pad_token_id=0)
     former = sizes | dict(intermediate_size=48, vocab_size=len(words), encoder_hidden_size=32)
     config = getattr(tf, f"{kind}Config")(
-        text_config=text, vision_config=sizes | dict(intermediate_size=48, image_size=16, patch_size=4),
-        qformer_config=former, num_query_tokens=4, image_token_id=words.convert_tokens_to_ids("<image>"),
+        text_config=text,
+        vision_config=sizes | dict(intermediate_size=48, image_size=16, patch_size=4),
+        qformer_config=former,
+        num_query_tokens=4,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
         image_token_index=words.convert_tokens_to_ids("<image>"),
-    )  # fmt: skip
+    )
     small = getattr(tf, f"{kind}ForConditionalGeneration")(config).eval()
     for parameter in small.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))

@@ -99,9 +99,12 @@ def cache_bytes(folder):
 def test_the_samples_are_those_of_the_local_files_though_the_server_fails(shards, server, remote, caplog):
     local = open_source(str(shards))
     server.faults |= {
-        "/s-0.tar": ["drop", "503", "drop"], "/s-1.tar": ["stall"], "/s-2.tar": ["503", "stall"], "/s-3.tar": ["429"],
+        "/s-0.tar": ["drop", "503", "drop"],
+        "/s-1.tar": ["stall"],
+        "/s-2.tar": ["503", "stall"],
+        "/s-3.tar": ["429"],
         "/s-4.tar.index.jsonl": ["503", "drop"],
-    }  # fmt: skip
+    }
     source = remote()
     assert len(source) == len(local) and list(source.keys) == local.keys and source.keys[-1] == local.keys[-1]
     assert (source.image_ids[list(range(len(local)))] == local.image_ids).all()
@@ -196,10 +199,13 @@ def test_processes_that_evict_each_others_shards_still_read_all(shards, server, 
     server.watch = lambda: seen.append(cache_bytes(cache))
     url = f"{server.url}/s-{{0..{SHARDS - 1}}}.tar"
     readers = [
-        subprocess.Popen([sys.executable, "-c", READER, url, str(cache), str(limit / 1e9), str(first)],
-                         stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", READER, url, str(cache), str(limit / 1e9), str(first)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for first in range(2)
-    ]  # fmt: skip
+    ]
     assert [reader.communicate(timeout=60)[0] for reader in readers] == [f"{2 * SHARDS * PER_SHARD}\n"] * 2
     assert [reader.returncode for reader in readers] == [0, 0]
     assert 0 < max(seen) <= limit
@@ -337,9 +343,11 @@ def test_shards_on_s3(shards, tmp_path, monkeypatch):
     try:
         host, port = server.get_host_and_port()
         for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():  # fmt: skip
+        }.items():
             monkeypatch.setenv(name, value)
         s3 = s3fs.S3FileSystem(skip_instance_cache=True)
         s3.mkdir("pairs")

@@ -323,8 +323,10 @@ def test_opcheck(impl):
 def test_compiles_in_one_graph_with_dynamic_sizes():
     compiled = torch.compile(
         lambda index, **tensors: soft_masked_attention(**tensors, image_index=index).square(),
-        fullgraph=True, dynamic=True, backend="aot_eager",
-    )  # fmt: skip
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
     for sizes in ((4, 2, 2, 3, 5, 16), (9, 3, 2, 4, 7, 16)):
         tensors, image_index = draw(sizes, torch.float32, "cpu")
         leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}

@@ -26,19 +26,25 @@ def captions(*texts):
 def test_members_of_a_shard_are_read_by_offset(tmp_path):
     png, webp = encode(PIXELS, "PNG"), encode(PIXELS, "WEBP")
     phrase = {"caption": "a dog", "text": "a dog", "first_word": 0, "n_words": 2, "boxes": [[0, 0, 0.5, 1]]}
-    write_shard(tmp_path / "a.tar", {
-        "one": {"jpg": JPEG, "json": json.dumps({"captions": [" a dog ", "two"], "phrases": [phrase]}).encode()},
-        "folder/two": {"txt": b"first line\n\nsecond line\n", "png": png},
-        "three": {"WEBP": webp, "json": b'{"caption": "from img2dataset", "width": 3}', "txt": b"other"},
-        "four": {"jpeg": JPEG, "json": b'{"width": 3}', "txt": b"only here", "cls": b"7"},
-    })  # fmt: skip
+    write_shard(
+        tmp_path / "a.tar",
+        {
+            "one": {"jpg": JPEG, "json": json.dumps({"captions": [" a dog ", "two"], "phrases": [phrase]}).encode()},
+            "folder/two": {"txt": b"first line\n\nsecond line\n", "png": png},
+            "three": {"WEBP": webp, "json": b'{"caption": "from img2dataset", "width": 3}', "txt": b"other"},
+            "four": {"jpeg": JPEG, "json": b'{"width": 3}', "txt": b"only here", "cls": b"7"},
+        },
+    )
     source = open_source(str(tmp_path / "a.tar"))
     assert source.keys == ["a/one", "a/folder/two", "a/three", "a/four"]
     samples = [source.read(i) for i in range(4)]
     assert [sample.image for sample in samples] == [JPEG, png, webp, JPEG]
     assert [sample.captions for sample in samples] == [
-        ["a dog", "two"], ["first line", "second line"], ["from img2dataset"], ["only here"],
-    ]  # fmt: skip
+        ["a dog", "two"],
+        ["first line", "second line"],
+        ["from img2dataset"],
+        ["only here"],
+    ]
     assert samples[0].phrases[0].boxes == [(0.0, 0.0, 0.5, 1.0)] and samples[0].phrases[0].n_words == 2
     assert source.image_ids.dtype == np.int64 and len(set(source.image_ids)) == 4
 
@@ -280,7 +286,7 @@ def test_many_continued_headers_are_an_error(tmp_path):
         ("a cat".encode("utf-16-le"), "NUL at byte 1"),
         (b"a\ncaf\xe9", "not UTF-8: .* at byte 5"),
     ],
-)  # fmt: skip
+)
 def test_lines_of_a_text_file(tmp_path, content, expected):
     source = open_source(str(write_shard(tmp_path / "s.tar", {"x": {"jpg": JPEG, "txt": content}})))
     if isinstance(expected, list):

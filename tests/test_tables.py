@@ -34,7 +34,7 @@ def read(tmp_path):
         ("breaks.jsonl", '{"image": "a", "caption": "x\u2028y"}\n{"image": "b", "caption": "z"}\n', ["x\u2028y", "z"]),
         ("mark.json", b'\xef\xbb\xbf[{"image": "a", "caption": "x"}]', ["x"]),
     ],
-)  # fmt: skip
+)
 def test_rows_are_read_as_they_stand(read, name, content, expected):
     assert [captions for _, captions in read(name, content)] == [[caption] for caption in expected]
 
@@ -59,7 +59,7 @@ def test_rows_are_read_as_they_stand(read, name, content, expected):
         ("name.json", '[{"image": "a", "caption": "x", "caption": "y"}]', "an object has 'caption' twice"),
         ("name.jsonl", '{"image": "a", "image": "b"}', "line 1: an object has 'image' twice"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_with_a_table_is_named_with_its_line(read, name, content, message):
     with pytest.raises(UsageError, match=rf"pairs: .*{name} cannot be read: .*{message}") as error:
         read(name, content)

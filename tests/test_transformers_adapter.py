@@ -28,8 +28,9 @@ IMAGE = dict(SIZES, image_size=32, patch_size=8)
 def blip(backend):
     config = BlipConfig(
         text_config=TEXT | dict(encoder_hidden_size=64, is_decoder=True, bos_token_id=1, sep_token_id=2),
-        vision_config=IMAGE, image_text_hidden_size=32,
-    )  # fmt: skip
+        vision_config=IMAGE,
+        image_text_hidden_size=32,
+    )
     return BlipForImageTextRetrieval._from_config(config, attn_implementation=backend)
 
 
@@ -41,9 +42,12 @@ def captioner(backend):
 
 def bridgetower(backend):
     config = BridgeTowerConfig(
-        hidden_size=64, num_attention_heads=2, num_hidden_layers=3, text_config=dict(TEXT, pad_token_id=1),
+        hidden_size=64,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+        text_config=dict(TEXT, pad_token_id=1),
         vision_config=dict(hidden_size=64, num_hidden_layers=4, image_size=32, patch_size=8),
-    )  # fmt: skip
+    )
     return BridgeTowerForImageAndTextRetrieval._from_config(config, attn_implementation=backend)
 
 

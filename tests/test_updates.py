@@ -44,9 +44,11 @@ class Run:
     def __init__(self, stage, path):
         self.train = TrainConfig(gradient_accumulation_steps=MICRO_STEPS, gradient_clipping=0.5, batch_size=4)
         config = {
-            "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": MICRO_STEPS, "gradient_clipping": 0.5,
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": MICRO_STEPS,
+            "gradient_clipping": 0.5,
             "zero_optimization": {"stage": stage},
-        }  # fmt: skip
+        }
         step = Regression()
         self.teacher, self.watch, self.done = MomentumCopy(step.model, 0.9), FiniteWatch(), 0
         self.engine = create_engine(step, config, self.train)

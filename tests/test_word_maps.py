@@ -268,10 +268,13 @@ def test_mllama():
     ids[:, 1] = 59
     seen[:, 0], seen[0, :, :, 1] = 0, 0  # the model lets a word that sees no image see all; a sample has one tile
     batch = dict(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(2, 1, 2, 3, 16, 16),
-        aspect_ratio_ids=torch.tensor([[1], [2]]), aspect_ratio_mask=torch.tensor([[[1, 0]], [[1, 1]]]),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.randn(2, 1, 2, 3, 16, 16),
+        aspect_ratio_ids=torch.tensor([[1], [2]]),
+        aspect_ratio_mask=torch.tensor([[[1, 0]], [[1, 1]]]),
         cross_attention_mask=seen,
-    )  # fmt: skip
+    )
     _, kept = returned_map(eager.model.language_model.layers[1].cross_attn)
     logits = eager(**batch).logits.log_softmax(-1)
     expected = cam_of(kept["map"], sum(logits[:, p - 1].gather(1, ids[:, p, None])[:, 0] for p in (4, 5, 6)))

@@ -149,9 +149,12 @@ def _decoder(
     if getattr(processor, "chat_template", None):
         content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
         inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
             return_tensors="pt",
-        )  # fmt: skip
+        )
     else:
         image_token = "" if hasattr(model, "qformer") else getattr(processor, "image_token", "<image>")
         inputs = processor(images=image, text=f"{image_token}{text}", return_tensors="pt")

@@ -210,12 +210,14 @@ def _canvas(tiles: int, height: int, width: int) -> tuple[int, int]:
 def _tiles(rows: int, columns: int, side: int, tokens: int) -> list[Part]:
     return [
         Part(
-            (row * columns + column) * tokens, side, side,
+            (row * columns + column) * tokens,
+            side,
+            side,
             (row / rows, column / columns, (row + 1) / rows, (column + 1) / columns),
         )
         for row in range(rows)
         for column in range(columns)
-    ]  # fmt: skip
+    ]
 
 
 def _idefics(model: nn.Module, inputs: dict[str, Any], runs: list, sizes: Any) -> list[list[Layout]]:

@@ -209,9 +209,12 @@ class TableSource:
     encoded = True
 
     def __init__(
-        self, tables: Sequence[tuple[Path, str | None]], image_root: str | None = None, max_missing: float = 1.0,
+        self,
+        tables: Sequence[tuple[Path, str | None]],
+        image_root: str | None = None,
+        max_missing: float = 1.0,
         **columns: str | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Reads the tables.
 
         Args:

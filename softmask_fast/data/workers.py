@@ -205,8 +205,10 @@ class _Worker:
         descriptors = [theirs.fileno(), preparer, *(slot.descriptor for slot in self.slots)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _START, json.dumps(sys.path), *map(str, [os.getpid(), *descriptors])],
-            pass_fds=descriptors, stdin=subprocess.DEVNULL, env=os.environ | _ENVIRONMENT,
-        )  # fmt: skip
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | _ENVIRONMENT,
+        )
         theirs.close()
         self._readable = select.poll()
         self._readable.register(self._connection.fileno(), select.POLLIN)

@@ -22,16 +22,20 @@ Painter = Callable[["Axes"], None]
 # metrics of a panel -> their names in it
 PARTS = {"mlm": "masked tokens", "itm": "matching", "itc": "contrast"}  # of the loss
 ACCURACIES = {
-    "itc_image_accuracy": "contrast, text of an image", "itc_text_accuracy": "contrast, image of a text",
-    "itm_accuracy": "matching", "mlm_accuracy": "masked tokens", "accuracy": "answers",
-}  # fmt: skip
+    "itc_image_accuracy": "contrast, text of an image",
+    "itc_text_accuracy": "contrast, image of a text",
+    "itm_accuracy": "matching",
+    "mlm_accuracy": "masked tokens",
+    "accuracy": "answers",
+}
 SCHEDULE = {
     "learning rate": {"learning_rate": "learning rate"},
     "soft masks, soft targets, temperature": {
-        "soft_mask_mean": "share of the patches masked", "alpha": "weight of the soft targets",
+        "soft_mask_mean": "share of the patches masked",
+        "alpha": "weight of the soft targets",
         "temperature": "temperature of the contrast",
     },
-}  # fmt: skip
+}
 SYSTEM = {
     "pairs per second": {"pairs_per_second": "pairs per second"},
     "operations": {"flops_utilisation": "share of a large product's rate"},
@@ -51,9 +55,12 @@ FEW_POINTS = 40  # curves with at most this many points have markers
 
 
 def plot_curves(
-    metrics: str | Path, out: str | Path, held_out: Sequence[Record] = (), events: Mapping[str, int] | None = None,
+    metrics: str | Path,
+    out: str | Path,
+    held_out: Sequence[Record] = (),
+    events: Mapping[str, int] | None = None,
     weights: Mapping[str, float] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Draws what was learned over the steps, and the schedule and the machine in a second figure, NAME-system.png.
 
     Args:

@@ -12,9 +12,12 @@ from softmask_fast.evaluation.tables import Report
 
 
 def evaluation_record(
-    reports: Sequence[Report], data: str, size: int | None = None, headline: tuple[str, float] | None = None,
+    reports: Sequence[Report],
+    data: str,
+    size: int | None = None,
+    headline: tuple[str, float] | None = None,
     **about: Any,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """{"step", "epoch", "model", "data", "size", "headline": {"name", "value"}, "reports": {task: metrics}}, without
     the keys that do not apply; see docs/training.md.
 

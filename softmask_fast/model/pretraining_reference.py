@@ -44,9 +44,12 @@ class ReferenceStep(nn.Module):
         self.bf16 = bf16
 
     def forward(
-        self, batch: Batch, teacher: MomentumTeacher, settings: StepSettings,
+        self,
+        batch: Batch,
+        teacher: MomentumTeacher,
+        settings: StepSettings,
         negatives: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch. The momentum features enter the queue.
 
         Args:

@@ -47,10 +47,11 @@ class ImageBlock(WeightedLayer):
             and all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
             and block.norm1.eps == block.norm2.eps
             and all(isinstance(module, nn.Linear) and module.bias is not None for module in linear)
-            and isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none"
+            and isinstance(mlp.act, nn.GELU)
+            and mlp.act.approximate == "none"
             and attention.gate is None
             and not any(drop.p for drop in (attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2))
-        )  # fmt: skip
+        )
 
     def joined(self) -> list[Joined]:
         """The weights of `image_block`."""

@@ -25,6 +25,9 @@ class ExampleLoader(SampleLoader[TaskBatch]):
 
     def _batch(self, selection: Any, pixels: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> TaskBatch:
         return TaskBatch(
-            pixels=pixels, **tensors, targets=selection.column("targets"), keys=selection.keys,
+            pixels=pixels,
+            **tensors,
+            targets=selection.column("targets"),
+            keys=selection.keys,
             token_count=int(selection.column("input_ids").lengths.sum()),
-        )  # fmt: skip
+        )

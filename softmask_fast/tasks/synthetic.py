@@ -130,5 +130,8 @@ def _neighbors(scene: Sequence[SceneObject], generator: np.random.Generator) -> 
 
 
 _MAKERS: dict[str, Callable[[ShapesTask, int, np.random.Generator], Entry]] = {
-    "vqa": _question, "nlvr2": _pair, "entailment": _statement, "grounding": _expression,
-}  # fmt: skip
+    "vqa": _question,
+    "nlvr2": _pair,
+    "entailment": _statement,
+    "grounding": _expression,
+}

@@ -137,8 +137,10 @@ class VQAModel(TaskModel):
         if base.vision.width != base.config.text_width:
             logger.warning(
                 "the decoder's keys and values start at random: those of the fusion encoder are for image tokens of "
-                "width %d, the decoder needs width %d", base.vision.width, base.config.text_width,
-            )  # fmt: skip
+                "width %d, the decoder needs width %d",
+                base.vision.width,
+                base.config.text_width,
+            )
 
     def question_states(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L, C), the tokens of the questions, fused with the images. The inputs are those of `predict`."""
@@ -165,9 +167,11 @@ class VQAModel(TaskModel):
             states_mask: (A, L) bool.
         """
         written = self.decoder(
-            input_ids=ids[:, :-1], attention_mask=mask[:, :-1].long(), encoder_hidden_states=states,
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1].long(),
+            encoder_hidden_states=states,
             encoder_attention_mask=states_mask.long(),
-        )  # fmt: skip
+        )
         return written.logits.float()
 
     def loss(self, batch: TaskBatch, teacher: VQAModel | None, alpha: float) -> Loss:

@@ -42,9 +42,11 @@ Parse = Callable[[list[str] | None], tuple[RunConfig, LaunchOptions]]
 
 
 def run_script(
-    name: str, argv: list[str] | None, parse: Parse,
+    name: str,
+    argv: list[str] | None,
+    parse: Parse,
     work: Callable[[RunConfig, dict[str, Any], Path, StopRequest], None],
-) -> int:  # fmt: skip
+) -> int:
     """Run a script's work on this rank of the deepspeed launcher.
 
     Args:

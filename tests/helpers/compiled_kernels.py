@@ -84,16 +84,21 @@ WORD_MAP_FLAGS = ("HAS_MASK", "HAS_SUM", "NORMALISE")
 STRIDED = ("word_products", "mask_features")
 # ORDER, ANY, HAS_TEACHER, HAS_IDS, STATS: as trained, as much as there is, gammas that do not expand, as little as CLIP
 FOCAL_FLAGS = (
-    (2, False, True, True, True), (3, True, True, True, True), (-1, False, True, True, False),
-    (0, False, False, False, False), (1, True, False, True, True),
-)  # fmt: skip
+    (2, False, True, True, True),
+    (3, True, True, True, True),
+    (-1, False, True, True, False),
+    (0, False, False, False, False),
+    (1, True, False, True, True),
+)
 FLOATS = ("scale", "soft_cap", "constant_spread", "gamma", "magnify")
 POINTERS = {
-    "*i1": "mask", "*i64": "index word ids key_ids count dominant negative seed", "*fp64": "alpha",
+    "*i1": "mask",
+    "*i64": "index word ids key_ids count dominant negative seed",
+    "*fp64": "alpha",
     "*i32": "plan boundaries spans places",
     "*fp32": "keep sum statistics delta d_keep logits gradients map temperature sums terms loss state grad_inverse "
     "largest row_parts column_parts row_sums column_sums parts with_products",
-}  # fmt: skip
+}
 POINTERS = {f"p_{name}": kind for kind, names in POINTERS.items() for name in names.split()}
 
 

@@ -38,5 +38,6 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
 
 def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
     """Writes samples, name -> extension -> content, as a tar file."""
-    return write_tar(path, [(f"{name}.{kind}", content) for name, files in samples.items()
-                            for kind, content in files.items()])  # fmt: skip
+    return write_tar(
+        path, [(f"{name}.{kind}", content) for name, files in samples.items() for kind, content in files.items()]
+    )

@@ -44,9 +44,12 @@ COMMON = {
     "data_threads": 1, "log_steps": 10, "checkpoint_steps": 1000, "batch_size": 32,
 }  # fmt: skip
 LABELS = {
-    "data": ASKED.format(8192), "eval_data": ASKED.format(256), "momentum": 0.98, "max_steps": 150,
+    "data": ASKED.format(8192),
+    "eval_data": ASKED.format(256),
+    "momentum": 0.98,
+    "max_steps": 150,
     "learning_rate": 1e-3,
-}  # fmt: skip
+}
 CONTRAST = {"data": SCENES.format(8192), "queue_size": 0, "momentum": 0.98}
 LEARNED = {
     "entailment": LABELS | {"max_steps": 250},

@@ -62,9 +62,12 @@ class _Sums:
         self.options, self.order, self.inverse = options, expansion_order(options.gamma), inverse_of(temperature)
         self.passes = 1 if self.order >= 0 else 2
         self.sampler = (
-            options.stats, options.first_negative, options.last_negative, int(options.seed) if options.stats else 0,
+            options.stats,
+            options.first_negative,
+            options.last_negative,
+            int(options.seed) if options.stats else 0,
             options.direction,
-        )  # fmt: skip
+        )
         self.sums = torch.empty(directions, batch, SUMS, dtype=torch.float64)
         self.places = torch.empty(directions, batch, PLACES, dtype=torch.int64)
         self.empty = True
@@ -147,9 +150,12 @@ def _gradients(
 
 
 def add_gradients(
-    run: Callable[[tuple[Tensor | None, ...], int, int], None], rows: Rows, keys: Keys, both: bool,
+    run: Callable[[tuple[Tensor | None, ...], int, int], None],
+    rows: Rows,
+    keys: Keys,
+    both: bool,
     wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Gradients of rows and keys; `run`, given a tile's first row and key, turns its products into their gradient."""
     x, y = rows.features, keys.features
     totals = [torch.empty(source.shape if wants else 0) for source, wants in zip((x, y), wanted, strict=True)]

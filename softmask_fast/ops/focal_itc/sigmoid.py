@@ -64,9 +64,11 @@ def parts(add_losses: Callable, gradients: Callable) -> dict[str, Callable]:
         return gradients(grad_loss, *problem.directions()[0], wanted)
 
     return {
-        "forward": partial(Forward, add_losses), "backward": backward, "symmetric_forward": symmetric_forward,
+        "forward": partial(Forward, add_losses),
+        "backward": backward,
+        "symmetric_forward": symmetric_forward,
         "symmetric_backward": symmetric_backward,
-    }  # fmt: skip
+    }
 
 
 def _tiles(rows: Rows, keys: Keys) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:

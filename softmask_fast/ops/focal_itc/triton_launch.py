@@ -181,9 +181,12 @@ def backward(
     rows, teacher_rows, ids, temperature, options = _aligned(rows)
     keys, key_ids = with_aligned_rows(keys, 1), None if key_ids is None else key_ids.contiguous()
     flags = {
-        "ORDER": expansion_order(options.gamma), "ANY": options.any_positive, "HAS_TEACHER": teacher_rows is not None,
-        "HAS_IDS": ids is not None, **element_options(rows.dtype),
-    }  # fmt: skip
+        "ORDER": expansion_order(options.gamma),
+        "ANY": options.any_positive,
+        "HAS_TEACHER": teacher_rows is not None,
+        "HAS_IDS": ids is not None,
+        **element_options(rows.dtype),
+    }
     (batch, width), total = rows.shape, keys.shape[0]
     inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, options.alpha, *state)
     strides = _strides(rows, teacher_rows, keys)

@@ -150,9 +150,12 @@ class _Launch:
         self.row_offset = rows.options.row_offset - keys.first
         self.sizes = tiles(self.x.dtype, self.width, machine_of(self.x.device))
         self.options = dict(
-            ORDER=expansion_order(self.gamma), HAS_IDS=ids is not None, BOTH=both, **self.sizes,
+            ORDER=expansion_order(self.gamma),
+            HAS_IDS=ids is not None,
+            BOTH=both,
+            **self.sizes,
             **element_options(self.x.dtype),
-        )  # fmt: skip
+        )
 
     def grid(self, rows: int, columns: int) -> tuple[int, int]:
         return triton.cdiv(rows, self.sizes["BLOCK_B"]), triton.cdiv(columns, self.sizes["BLOCK_K"])

@@ -122,9 +122,7 @@ def forward(
             )  # fmt: skip
             keep = scores
             if HAS_KEEP:
-                keep = load_keep(
-                    p_keep, (owner * keep_s)[:, None], n[None, :], (n < columns)[None, :]
-                )  # fmt: skip
+                keep = load_keep(p_keep, (owner * keep_s)[:, None], n[None, :], (n < columns)[None, :])
             logits = masked_logits(
                 scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
             )
@@ -234,9 +232,7 @@ def backward_rows(
                 )  # fmt: skip
                 keep = scores
                 if HAS_KEEP:
-                    keep = load_keep(
-                        p_keep, (owner * keep_s)[:, None], n[None, :], (n < columns)[None, :]
-                    )  # fmt: skip
+                    keep = load_keep(p_keep, (owner * keep_s)[:, None], n[None, :], (n < columns)[None, :])
                 logits = masked_logits(
                     scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
                 )
@@ -261,9 +257,7 @@ def backward_rows(
             )  # fmt: skip
             keep = scores
             if HAS_KEEP:
-                keep = load_keep(
-                    p_keep, (owner * keep_s)[:, None], n[None, :], (n < columns)[None, :]
-                )  # fmt: skip
+                keep = load_keep(p_keep, (owner * keep_s)[:, None], n[None, :], (n < columns)[None, :])
             logits = masked_logits(
                 scores, keep, p_mask, (image64 * mask_b + n * mask_n)[None, :], m_keys[None, :], HAS_KEEP, HAS_MASK
             )
@@ -368,9 +362,7 @@ def backward_key_value(
                 scores *= factor  # (BLOCK_N, BLOCK_M)
                 keep = scores
                 if HAS_KEEP:
-                    keep = load_keep(
-                        p_keep, (owner * keep_s)[None, :], n[:, None], (n < columns)[:, None]
-                    )  # fmt: skip
+                    keep = load_keep(p_keep, (owner * keep_s)[None, :], n[:, None], (n < columns)[:, None])
                 logits = masked_logits(
                     scores, keep, p_mask, (image64 * mask_b + n * mask_n)[:, None], m_keys[:, None], HAS_KEEP, HAS_MASK
                 )

@@ -37,9 +37,10 @@ def tiles(
         # time 9.0, 16 10.7). Above 2,048 tokens by the registers of that, not measured.
         block_n = max(16, next_power_of_2(tokens))
         return {
-            "BLOCK_H": max(1, min(4, 16384 // block_n)), "BLOCK_N": block_n,
+            "BLOCK_H": max(1, min(4, 16384 // block_n)),
+            "BLOCK_N": block_n,
             "num_warps": 4 if block_n <= 512 else 8 if block_n <= 2048 else 16,
-        }  # fmt: skip
+        }
     if kernel == "mask_features":
         # H100, 2026-11-27, C 768: 69.5 us at B 256, N 257 (2.91 TB/s, a copy 3.02), 77.8 at B 128, N 577, 69.2 at B 64,
         # N 1,025; 8 tokens, three tiles in turn: 70.6, 78.9, 70.1. float32 by the same bytes, not measured.
