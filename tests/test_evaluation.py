@@ -333,9 +333,10 @@ def test_grounding_equals_its_definition(model_and_tokenizer, shapes):
     """One phrase at a time: the mean Grad-CAM of its tokens over the patches, scored by `grounding_score`."""
     model, tokenizer = model_and_tokenizer
     for layer in (None, 0):
-        expected = []
+        expected, others = [], []
         for i in range(8):
             sample = shapes.read(i)
+            heats = []
             for phrase in sample.phrases:
                 tokens = tokenize(model, tokenizer, [phrase.caption])
                 relevance = model.word_relevance(
@@ -345,6 +346,10 @@ def test_grounding_equals_its_definition(model_and_tokenizer, shapes):
                 span = word_tokens(phrase.caption, tokens.offsets[0], words)
                 heat = relevance[0, span].mean(0)[model.prefix_tokens :].reshape(model.grid_size)
                 expected.append(grounding_score(heat.numpy(), phrase.boxes))
+                heats.append((phrase, heat.numpy()))
+            for phrase, _ in heats:
+                neighbors = [heat for other, heat in heats if other.caption == phrase.caption and other != phrase]
+                others.append(np.mean([grounding_score(heat, phrase.boxes).hit for heat in neighbors]))
         report = evaluate_grounding(model, tokenizer, shapes, layer=layer, limit=8, batch_size=3)
         assert report.flat_maps < len(expected)
         assert report.phrases == len(expected) > 8
@@ -359,8 +364,38 @@ def test_grounding_equals_its_definition(model_and_tokenizer, shapes):
             (report.mean_mask["image"], "mask_image"),
         ):
             assert ours == pytest.approx(np.mean([getattr(score, field) for score in expected]), abs=1e-4), field
+        assert report.pointing_game["other_phrase"] == pytest.approx(np.mean(others), abs=1e-4)
+        missed = [i for i, score in enumerate(expected) if not score.hit_center]
+        assert 0 < len(missed) < len(expected)
+        for name, hits in (("model", [score.hit for score in expected]), ("other_phrase", others)):
+            assert report.pointing_off_center[name] == pytest.approx(np.mean(np.array(hits)[missed]), abs=1e-4), name
+        assert report.pointing_off_center["center"] == 0
         assert json.loads(json.dumps(report.as_dict()))["phrases"] == len(expected)
         assert "pointing game" in report.table()
+
+
+def test_floors_that_a_sample_cannot_give_are_left_out(model_and_tokenizer, shapes):
+    """A phrase alone in its caption has no other's map, and without a phrase off the center there is no such row."""
+    model, tokenizer = model_and_tokenizer
+    image = shapes.read(0).image
+    alone = Phrase("a red circle", "circle", 2, 1, [(0.25, 0.25, 0.75, 0.75)])
+    sample = Sample("alone", image, [alone.caption], [alone])
+    report = evaluate_grounding(model, tokenizer, ListSource([sample]))
+    assert "other_phrase" not in report.pointing_game and report.pointing_off_center is None
+    assert "another phrase" not in report.table() and "off center" not in report.table()
+
+    pair = [
+        Phrase("a box, a bar", name, word, 2, [(0.0, 0.0, 0.25, 0.25)]) for name, word in (("a box", 0), ("a bar", 2))
+    ]
+    both = evaluate_grounding(model, tokenizer, ListSource([sample, Sample("pair", image, ["a box, a bar"], pair)]))
+    floors = both.pointing_game
+    hits = [
+        evaluate_grounding(model, tokenizer, ListSource([Sample("one", image, ["a box, a bar"], [one])]))
+        for one in pair
+    ]
+    expected = report.pointing_game["random"] + sum(hit.pointing_game["model"] for hit in hits)
+    assert floors["other_phrase"] == pytest.approx(expected / 3)  # the same boxes, so each hits as its own phrase does
+    assert "map of another phrase" in both.table() and "off center" in both.table()
 
 
 def test_phrases_beyond_the_token_limit_are_counted(model_and_tokenizer, shapes):

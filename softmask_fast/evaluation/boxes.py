@@ -38,13 +38,13 @@ def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
     """
     rows, cols = heat.shape
     coverage = box_coverage(boxes, rows, cols)
-    centers = _inside((np.arange(cols) + 0.5) / cols, (np.arange(rows) + 0.5) / rows, boxes)  # (rows, cols) bool
+    centers = _patch_centers_inside(heat.shape, boxes)
     low, high = float(heat.min()), float(heat.max())
     mask = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
     total = float(heat.sum(dtype=np.float64))
     area = float(coverage.mean())
     return GroundingScore(
-        hit=float(centers[heat == high].mean()),
+        hit=pointing_hit(heat, boxes),
         hit_random=float(centers.mean()),
         hit_center=float(_inside(np.array([0.5]), np.array([0.5]), boxes)[0, 0]),
         mass_inside=float((heat * coverage).sum()) / total if total > 0 else area,
@@ -53,6 +53,11 @@ def grounding_score(heat: np.ndarray, boxes: Sequence[Box]) -> GroundingScore:
         mask_image=float(mask.mean()),
         flat=high == low,
     )
+
+
+def pointing_hit(heat: np.ndarray, boxes: Sequence[Box]) -> float:
+    """The pointing game: 1 if the center of the map's largest patch is inside a box, else 0; ties are averaged."""
+    return float(_patch_centers_inside(heat.shape, boxes)[heat == heat.max()].mean())
 
 
 def region_score(heat: np.ndarray, coverage: np.ndarray) -> float:
@@ -128,3 +133,9 @@ def _inside(x: np.ndarray, y: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
     for x1, y1, x2, y2 in boxes:
         inside |= ((y >= y1) & (y <= y2))[:, None] & ((x >= x1) & (x <= x2))[None, :]
     return inside
+
+
+def _patch_centers_inside(grid: tuple[int, ...], boxes: Sequence[Box]) -> np.ndarray:
+    """(rows, columns) bool: whether the center of each patch of a grid is inside any box."""
+    rows, cols = grid
+    return _inside((np.arange(cols) + 0.5) / cols, (np.arange(rows) + 0.5) / rows, boxes)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from softmask_fast.data.images import image_size
 from softmask_fast.data.types import CaptionSource, Phrase, Sample
 from softmask_fast.errors import UsageError
-from softmask_fast.evaluation.boxes import GroundingScore, grounding_score, proposal_score
+from softmask_fast.evaluation.boxes import GroundingScore, grounding_score, pointing_hit, proposal_score
 from softmask_fast.evaluation.common import (
     Tokens,
     batches,
@@ -45,7 +45,10 @@ class GroundingReport:
     skipped_phrases: int  # without a token among the first max_tokens
     flat_maps: int  # phrases whose map is the same everywhere; they score like a random patch
     layer: int  # fusion layer of the maps, 0 = first
-    pointing_game: dict[str, float]  # hits of the "model", of a "random" patch, and of the image's "center"
+    # Hits of the "model", of a "random" patch, of the image's "center" and, where captions have several phrases, of the
+    # model's map of an "other_phrase" of the caption: the mean over all others, a random patch for a phrase alone.
+    pointing_game: dict[str, float]
+    pointing_off_center: dict[str, float] | None  # the same where the image's center is in no box; None: nowhere
     mass_inside: dict[str, float]  # fraction of the relevance inside the boxes: of the "model", and of an "even" map
     mean_mask: dict[str, float]  # mean of the min-max normalized map: "inside" the boxes, and over the whole "image"
     box_accuracy: dict[str, float] | None = None  # right choices: "model", and "random" proposals; None without any
@@ -54,20 +57,24 @@ class GroundingReport:
         return {"task": "grounding"} | asdict(self)
 
     def table(self) -> str:
-        body = [
-            ["pointing game", *(percent(self.pointing_game[name]) for name in ("model", "random", "center"))],
-            ["relevance inside the boxes", percent(self.mass_inside["model"]), percent(self.mass_inside["even"]), ""],
-            ["mean mask inside the boxes", percent(self.mean_mask["inside"]), percent(self.mean_mask["image"]), ""],
-        ]
+        pointing = [name for name in ("model", "random", "center", "other_phrase") if name in self.pointing_game]
+        body = [["pointing game", *(percent(self.pointing_game[name]) for name in pointing)]]
+        if self.pointing_off_center is not None:
+            body.append(["... boxes off center", *(percent(self.pointing_off_center[name]) for name in pointing)])
+        body.append(
+            ["relevance inside the boxes", percent(self.mass_inside["model"]), percent(self.mass_inside["even"])]
+        )
+        body.append(["mean mask inside the boxes", percent(self.mean_mask["inside"]), percent(self.mean_mask["image"])])
         if self.box_accuracy is not None:
-            body.append(["box accuracy", percent(self.box_accuracy["model"]), percent(self.box_accuracy["random"]), ""])
+            body.append(["box accuracy", percent(self.box_accuracy["model"]), percent(self.box_accuracy["random"])])
         title = f"Grounding of {self.phrases} phrases in {self.images} images, fusion layer {self.layer}"
         notes = {
             "samples skipped": len(self.skipped),
             "phrases beyond the token limit": self.skipped_phrases,
             "phrases with a flat map": self.flat_maps,
         }
-        return format_table(title, notes, ["in %", "model", "random or even", "image center"], body)
+        header = ["in %", "model", "random or even", "image center", "map of another phrase"][: 1 + len(pointing)]
+        return format_table(title, notes, header, [row + [""] * (len(header) - len(row)) for row in body])
 
 
 @dataclass
@@ -75,6 +82,7 @@ class _Scores:
     """What one rank measured."""
 
     phrases: list[GroundingScore] = field(default_factory=list)
+    others: list[float | None] = field(default_factory=list)  # for each phrase, the mean hit of its caption's others
     choices: list[tuple[bool, float]] = field(default_factory=list)  # of `proposal_score`
     images: set[str] = field(default_factory=set)  # keys
     skipped: dict[str, str] = field(default_factory=dict)
@@ -86,6 +94,9 @@ def evaluate_grounding(
     batch_size: int = 32, limit: int | None = None, progress: bool = False,
 ) -> GroundingReport:  # fmt: skip
     """Scores the word map of every phrase that has boxes: pointing game, and relevance inside the boxes.
+
+    Three floors say what a hit is worth: a random patch, the image's center, and the map of another phrase of the same
+    caption, which hits as often as the phrase's own if maps only show what stands out in the image.
 
     The map of a phrase is the mean of its tokens' maps. If the phrase is the whole caption, [CLS] and [SEP] count too,
     as in ALBEF on RefCOCO+. The map hits if the center of its largest patch lies in one of the phrase's boxes. Each
@@ -119,6 +130,7 @@ def evaluate_grounding(
                 _score_caption(query, maps_of_caption, spans_of_caption, own)
     ranks = gather_objects(own)
     scores = [score for rank in ranks for score in rank.phrases]
+    others = [hit for rank in ranks for hit in rank.others]
     choices = [choice for rank in ranks for choice in rank.choices]
     if not scores:
         skipped = "".join(f"; skipped {key}: {reason}" for rank in ranks for key, reason in rank.skipped.items())
@@ -126,6 +138,16 @@ def evaluate_grounding(
 
     def mean(field: str) -> float:
         return float(np.mean([getattr(score, field) for score in scores]))
+
+    pointing = {
+        "model": np.array([score.hit for score in scores]),
+        "random": np.array([score.hit_random for score in scores]),
+        "center": np.array([score.hit_center for score in scores]),
+    }
+    if any(hit is not None for hit in others):
+        alone = pointing["random"]
+        pointing["other_phrase"] = np.array([alone[i] if hit is None else hit for i, hit in enumerate(others)])
+    off_center = pointing["center"] == 0
 
     box_accuracy = None
     if choices:
@@ -138,7 +160,10 @@ def evaluate_grounding(
         skipped_phrases=sum(rank.skipped_phrases for rank in ranks),
         flat_maps=sum(score.flat for score in scores),
         layer=layer,
-        pointing_game={"model": mean("hit"), "random": mean("hit_random"), "center": mean("hit_center")},
+        pointing_game={name: float(hits.mean()) for name, hits in pointing.items()},
+        pointing_off_center=(
+            {name: float(hits[off_center].mean()) for name, hits in pointing.items()} if off_center.any() else None
+        ),
         mass_inside={"model": mean("mass_inside"), "even": mean("area_inside")},
         mean_mask={"inside": mean("mask_inside"), "image": mean("mask_image")},
         box_accuracy=box_accuracy,
@@ -148,13 +173,15 @@ def evaluate_grounding(
 def _score_caption(query: Query, maps: list[np.ndarray], spans: list[list[int]], scores: _Scores) -> None:
     sample, _, phrases = query
     scores.images.add(sample.key)
-    for phrase, heat, span in zip(phrases, maps, spans, strict=True):
-        if not span:
-            scores.skipped_phrases += 1
-            continue
+    mapped = [(phrase, heat) for phrase, heat, span in zip(phrases, maps, spans, strict=True) if span]
+    scores.skipped_phrases += len(phrases) - len(mapped)
+    for phrase, heat in mapped:
         if not np.isfinite(heat).all():
             raise UsageError(f"model: its word map of {phrase.text!r} in {sample.key} is not finite")
+    for phrase, heat in mapped:
         scores.phrases.append(grounding_score(heat, phrase.boxes))
+        others = [pointing_hit(other, phrase.boxes) for other_phrase, other in mapped if other_phrase is not phrase]
+        scores.others.append(float(np.mean(others)) if others else None)
         if phrase.proposals:
             scores.choices.append(proposal_score(heat, phrase.boxes, phrase.proposals, image_size(sample.image)))
 
