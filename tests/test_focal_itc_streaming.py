@@ -91,6 +91,35 @@ def test_dtypes(impl, dtype):
         assert_as_accurate(*results, torch.float32 if results[0].dim() < 2 else dtype, name)
 
 
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="needs a GPU, or the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_gradients_in_chunks(positives, dtype, monkeypatch):
+    """More columns than one tile has: G goes through memory, here in chunks of a few tiles."""
+    if INTERPRETED and (torch.float32, torch.float16, torch.bfloat16).index(dtype) != POSITIVES.index(positives):
+        pytest.skip("another case covers it in the interpreter")
+    launch = importlib.import_module("softmask_fast.ops.focal_itc.triton_launch")
+    chunks, (batch, keys, width) = [], (33, 50, 40) if INTERPRETED else (300, 700, 320)
+    tile = 32 if INTERPRETED else 128
+    monkeypatch.setattr(launch, "CHUNK_ROWS", tile)
+    monkeypatch.setattr(launch, "CHUNK_COLUMNS", tile)
+    whole = launch.add_product
+    monkeypatch.setattr(launch, "add_product", lambda total, *rest: chunks.append(total.shape) or whole(total, *rest))
+    tensors = inputs(batch, keys, width, dtype)
+    gamma = {"offset": 2.0, "mean": 2.5, "any": 3.0}[positives]
+    keywords = {"gamma": gamma, "alpha": 0.0 if positives == "mean" else 0.4, "seed": 3, "row_offset": 7}
+    if positives != "offset":
+        ids = torch.arange(batch) % (batch // 2)
+        key_ids = torch.cat([ids, torch.arange(keys - batch) % 30])
+        keywords |= {"positives": positives, "ids": ids, "key_ids": key_ids, "row_offset": 0}
+    actual, _ = run("triton", tensors, dtype, 0.07, **keywords)
+    assert len(chunks) >= 2 * 2 * 2 * 2  # directions, rows and keys, chunks of each
+    baseline, _ = run("reference", tensors, dtype, 0.07, **keywords)
+    truth, _ = run("reference", tensors, torch.float64, 0.07, **keywords)
+    for name, *results in zip(NAMES, actual, baseline, truth, strict=True):
+        assert_as_accurate(*results, torch.float32 if results[0].dim() < 2 else dtype, name)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 16), (1, 9, 16), (3, 3, 5), (17, 25, 1), (16, 24, 33), (2, 49, 130)])
 @pytest.mark.parametrize("gamma", [2.0, 1.5])
 def test_odd_sizes(impl, shape, gamma):
@@ -155,8 +184,9 @@ def test_clip_keys_get_both_gradients(impl):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (2,), (4,), (0, 3), (1, 4)])
-def test_each_subset_of_gradients(impl, wanted):
-    tensors = inputs(19, 30, 24, torch.float32, device=device_of(impl))
+@pytest.mark.parametrize("width", [24, 40])  # the interpreter has tiles of at most 32 columns
+def test_each_subset_of_gradients(impl, wanted, width):
+    tensors = inputs(19, 30, width, torch.float32, device=device_of(impl))
 
     def gradients(chosen):
         values = [*(tensor.clone() for tensor in tensors[:4]), torch.tensor(0.1, device=device_of(impl))]

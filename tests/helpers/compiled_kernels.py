@@ -58,7 +58,8 @@ KERNELS = {
         attention_kernels.forward, attention_kernels.backward_rows, attention_kernels.backward_key_value,
         attention_kernels.backward_keep, triton_kernels.row_sums, triton_kernels.row_terms,
         triton_negatives.row_negatives, triton_finish.merge, triton_finish.finish, triton_backward.grad_rows,
-        triton_backward.grad_keys, triton_symmetric.symmetric_sums, triton_symmetric.add_parts,
+        triton_backward.grad_keys, triton_backward.chunk_gradient, triton_symmetric.symmetric_sums,
+        triton_symmetric.add_parts,
         triton_symmetric.symmetric_finish, triton_symmetric.symmetric_gradient, triton_sigmoid.sigmoid_sums,
         triton_sigmoid.sigmoid_gradient,
     )
@@ -66,7 +67,7 @@ KERNELS = {
 WITHOUT_PRODUCTS = ("plan", "word_products", "word_map", "mask_features", "merge", "finish", "add_parts")
 SIGMOID = ("sigmoid_sums", "sigmoid_gradient")
 SYMMETRIC = ("symmetric_sums", "symmetric_finish", "symmetric_gradient")
-FOCAL = ("row_sums", "row_terms", "row_negatives", "merge", "finish", "grad_rows", "grad_keys")
+FOCAL = ("row_sums", "row_terms", "row_negatives", "merge", "finish", "grad_rows", "grad_keys", "chunk_gradient")
 ATTENTION_FLAGS = {
     "forward": ("HAS_INDEX", "HAS_MASK", "HAS_KEEP", "HAS_BIAS"),
     "backward_rows": ("HAS_INDEX", "HAS_MASK", "HAS_KEEP", "HAS_BIAS"),
@@ -82,9 +83,11 @@ WORD_MASK_FLAGS = {
 WORD_MAP_FLAGS = ("HAS_MASK", "HAS_SUM", "NORMALISE")
 # these and word_map take any strides; for the others the launch copies what is not dense
 STRIDED = ("word_products", "mask_features")
-# ORDER, ANY, HAS_TEACHER, HAS_IDS, STATS: as trained, as much as there is, gammas that do not expand, as little as CLIP
+# ORDER, ANY, HAS_TEACHER, HAS_IDS, STATS: as trained, with ids and without; as much as there is; gammas that do not
+# expand; as little as CLIP
 FOCAL_FLAGS = (
     (2, False, True, True, True),
+    (2, False, True, False, True),
     (3, True, True, True, True),
     (-1, False, True, True, False),
     (0, False, False, False, False),
@@ -185,10 +188,15 @@ def cases(target: str, everything: bool) -> list[Case]:
             "row_negatives": {"HAS_IDS": ids},
             "grad_rows": inputs | loss | {"WANTS_ROWS": True},
             "grad_keys": inputs | loss,
+            "chunk_gradient": inputs | loss,
         }
+        crowded = any_positive or order not in (0, 1, 2)
+        given = (dtype, width, machine, crowded, teacher, ids)
+        in_chunks = width > focal_launch.tiles("grad_rows", *given)["BLOCK_C"]
         for kernel in flags:
-            crowded = any_positive or order not in (0, 1, 2)
-            add(kernel, dtype, focal_launch.tiles(kernel, dtype, width, machine, crowded), flags[kernel])
+            if kernel in (("grad_rows", "grad_keys") if in_chunks else ("chunk_gradient",)):
+                continue
+            add(kernel, dtype, focal_launch.tiles(kernel, *given), flags[kernel])
         rows = {"HAS_TEACHER": teacher, "BLOCK_B": focal_launch.MERGE_ROWS}
         add("merge", torch.float32, rows, terms)
         add("finish", torch.float32, rows, loss | {"STATS": stats})
@@ -233,7 +241,7 @@ def cases(target: str, everything: bool) -> list[Case]:
                 for both in (False, True):
                     add_sigmoid(dtype, width, order, ids, both)
             for width, flags in itertools.product((16, 32, 64, 128, 256, 512, 1024), FOCAL_FLAGS):
-                if width == 256 or flags in FOCAL_FLAGS[:2]:
+                if width == 256 or flags in FOCAL_FLAGS[:3]:
                     add_focal(dtype, width, *flags)
     return list(dict.fromkeys(found))
 

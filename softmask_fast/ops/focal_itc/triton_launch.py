@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_k
 from softmask_fast.ops.focal_itc.operators import BlockwiseForward
 from softmask_fast.ops.focal_itc.positives import PositiveLists
 from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Rows, expansion_order
+from softmask_fast.ops.focal_itc.triton_symmetric_launch import CHUNK_COLUMNS, CHUNK_ROWS, MAGNIFY, add_product
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
     Machine,
@@ -22,7 +25,9 @@ from softmask_fast.ops.triton_support import (
 MERGE_ROWS = 128  # rows per program of the kernels without products
 
 
-def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine, crowded: bool) -> dict[str, int | bool]:
+def tiles(
+    kernel: str, dtype: torch.dtype, width: int, machine: Machine, crowded: bool, teacher: bool, ids: bool
+) -> dict[str, int | bool]:
     """Tile sizes, warps and pipeline stages of a kernel; `crowded`: see `_is_crowded`.
 
     Chosen by sizes alone, not timed at run time: another tile is another order of summation, and results must be the
@@ -33,6 +38,12 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine, crowded
     # BLOCK_B, BLOCK_K, BLOCK_D, BLOCK_C, num_warps, num_stages
     if INTERPRETED:
         sizes = (16, 32, min(block_d, 32), min(block_d, 32), 4, 1)
+    elif kernel == "chunk_gradient":
+        # by what compiles without spills, not timed
+        if dtype == torch.float32 or not nvidia:
+            sizes = (64, 64, 16 if dtype == torch.float32 else 64, 0, 8 if nvidia else 4, 1)
+        else:
+            sizes = (128, 64, 64, 0, 8, 3)
     elif dtype == torch.float32:
         # by what compiles without spills, on Blackwell with fewer columns at a time; not timed
         columns = 16 if machine.capability >= 100 else 32
@@ -45,9 +56,12 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine, crowded
         sizes = (64, 32, min(block_d, 64), min(block_d, 128), more_warps, 1)
     else:
         whole_rows = block_d if block_d <= 256 else 64
-        # H100, 2026-11-27, queue of 65,536, B 4,096, d 256, alpha 0.4: 5.86 ms with these tiles; grad_rows (128, 32)
-        # with 3 stages 4.62, but with ids it spills 24 registers. crowded: narrower, or registers spill; not timed.
-        if kernel == "grad_rows":
+        # crowded: narrower, or registers spill; not timed
+        if kernel == "grad_rows" and machine.capability == 90 and not (crowded or (teacher and ids)):
+            # H100, 2026-11-27, queue of 65,536, B 4,096, d 256, alpha 0.4, no ids: 4.62 ms with 3 stages, which today
+            # spill a register, 5.86 with the tiles below; with ids these spill 20. 2 stages are not timed.
+            sizes = (128, 32, whole_rows, min(block_d, 256), 8, 2 if teacher else 3)
+        elif kernel == "grad_rows":
             sizes = (64, 32 if crowded else 64, whole_rows, min(block_d, 256), 8, 1)
         elif kernel == "grad_keys":
             sizes = (32 if crowded else 64, 64, whole_rows, min(block_d, 256), 8, 2)
@@ -57,6 +71,8 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, machine: Machine, crowded
     names = ("BLOCK_B", "BLOCK_K", "BLOCK_D", "BLOCK_C", "num_warps", "num_stages")
     chosen = dict(zip(names, sizes, strict=True))
     resident = block_d == chosen["BLOCK_D"]
+    if kernel == "chunk_gradient":
+        return {name: chosen[name] for name in names if name != "BLOCK_C"} | {"GROUP": 8} | machine.launch_options
     if not backward:
         del chosen["BLOCK_C"]
     elif resident:
@@ -110,7 +126,8 @@ class Forward(BlockwiseForward):
     def _add(self, keys: Keys, second_pass: bool, positives: PositiveLists | None) -> None:
         rows, options, (keys, key_ids, first_key) = self.rows, self.options, keys
         (batch, width), total = rows.shape, keys.shape[0]
-        given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options))
+        inputs_given = self.teacher_rows is not None, self.ids is not None
+        given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options), *inputs_given)
         sizes, terms_kept = tiles("row_terms" if second_pass else "row_sums", *given), max(self.order, 0) + 1
         splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
         flags = {"HAS_TEACHER": self.teacher_rows is not None}
@@ -177,7 +194,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `operators.Backward`."""
     grad_loss, unpadded = grad_loss.contiguous(), rows.features.shape[1]
-    (wants_rows, wants_keys, wants_temperature), (keys, key_ids, first_key) = wanted, keys
+    keys, key_ids, first_key = keys
     rows, teacher_rows, ids, temperature, options = _aligned(rows)
     keys, key_ids = with_aligned_rows(keys, 1), None if key_ids is None else key_ids.contiguous()
     flags = {
@@ -187,35 +204,97 @@ def backward(
         "HAS_IDS": ids is not None,
         **element_options(rows.dtype),
     }
-    (batch, width), total = rows.shape, keys.shape[0]
+    width = rows.shape[1]
     inputs = (rows, teacher_rows, keys, ids, key_ids, _spans(ids, key_ids), temperature, options.alpha, *state)
-    strides = _strides(rows, teacher_rows, keys)
-    scalars = (batch, total, width, first_key, options.row_offset, options.gamma)
-    given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options))
-    grad_rows, grad_keys, grad_temperature = rows.new_empty(0), keys.new_empty(0), temperature.new_empty(0)
+    numbers = (
+        *_strides(rows, teacher_rows, keys), len(rows), len(keys), width, first_key, options.row_offset, options.gamma
+    )  # fmt: skip
+    inputs_given = teacher_rows is not None, ids is not None
+    given = (rows.dtype, width, machine_of(rows.device), _is_crowded(options), *inputs_given)
+    make = _in_chunks if width > tiles("grad_rows", *given)["BLOCK_C"] else _by_tiles
     with device_of(rows):
-        if wants_rows or wants_temperature:
-            sizes = tiles("grad_rows", *given)
-            splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
-            dtype = rows.dtype if splits == 1 else torch.float32
-            partial = rows.new_empty((splits, batch, width) if wants_rows else 0, dtype=dtype)
-            grad_inverse = temperature.new_empty(splits, batch)
-            columns = -(-width // sizes["BLOCK_C"]) if wants_rows else 1
-            triton_backward.grad_rows[(-(-batch // sizes["BLOCK_B"]), splits, columns)](
-                grad_loss, *inputs, partial, grad_inverse, *strides, *scalars, keys_per_split, WANTS_ROWS=wants_rows,
-                **flags, **sizes,
-            )  # fmt: skip
-            if wants_rows:
-                grad_rows = partial[0] if splits == 1 else partial.sum(0).to(rows.dtype)
-            if wants_temperature:
-                grad_temperature = -grad_inverse.sum()
-        if wants_keys:
-            sizes = tiles("grad_keys", *given)
-            grad_keys = keys.new_empty(keys.shape)
-            largest = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-            triton_backward.grad_keys[(-(-total // sizes["BLOCK_K"]), -(-width // sizes["BLOCK_C"]))](
-                grad_loss, largest, *inputs, grad_keys, *strides, *scalars, **flags, **sizes
-            )
+        grad_rows, grad_keys, grad_temperature = make(grad_loss, inputs, numbers, flags, given, wanted)
     if unpadded < width:
         grad_rows, grad_keys = (gradient[..., :unpadded].contiguous() for gradient in (grad_rows, grad_keys))
+    return grad_rows, grad_keys, grad_temperature
+
+
+def _largest(grad_loss: Tensor) -> Tensor:
+    """The largest size of a gradient, which those of the tiles are relative to."""
+    return grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _by_tiles(
+    grad_loss: Tensor, inputs: tuple, numbers: tuple, flags: dict, given: tuple, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows, keys and temperature, empty where not wanted: each tile of products is multiplied at once."""
+    (wants_rows, wants_keys, wants_temperature), (rows, _, keys), temperature = wanted, inputs[:3], inputs[6]
+    (batch, width), total = rows.shape, len(keys)
+    grad_rows, grad_keys, grad_temperature = rows.new_empty(0), keys.new_empty(0), temperature.new_empty(0)
+    if wants_rows or wants_temperature:
+        sizes = tiles("grad_rows", *given)
+        splits, keys_per_split = _split(batch, total, sizes["BLOCK_B"], sizes["BLOCK_K"], rows.device)
+        dtype = rows.dtype if splits == 1 else torch.float32
+        partial = rows.new_empty((splits, batch, width) if wants_rows else 0, dtype=dtype)
+        grad_inverse = temperature.new_empty(splits, batch)
+        triton_backward.grad_rows[(-(-batch // sizes["BLOCK_B"]), splits)](
+            grad_loss, *inputs, partial, grad_inverse, *numbers, keys_per_split, WANTS_ROWS=wants_rows, **flags, **sizes
+        )
+        if wants_rows:
+            grad_rows = partial[0] if splits == 1 else partial.sum(0).to(rows.dtype)
+        if wants_temperature:
+            grad_temperature = -grad_inverse.sum()
+    if wants_keys:
+        sizes, grad_keys = tiles("grad_keys", *given), keys.new_empty(keys.shape)
+        triton_backward.grad_keys[(-(-total // sizes["BLOCK_K"]),)](
+            grad_loss, _largest(grad_loss), *inputs, grad_keys, *numbers, **flags, **sizes
+        )
+    return grad_rows, grad_keys, grad_temperature
+
+
+def _in_chunks(
+    grad_loss: Tensor, inputs: tuple, numbers: tuple, flags: dict, given: tuple, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same through chunks of G in memory, and products by the library, where columns do not fit one tile.
+
+    `grad_rows` and `grad_keys` would make the products again for every BLOCK_C columns: for two blocks of columns six
+    times 2 B M D operations, ten with a teacher, where this has three and four. Every gradient wanted or not, the
+    kernel is the same, so that each has the same bits alone and with the others.
+    """
+    (wants_rows, wants_keys, wants_temperature), (rows, _, keys), temperature = wanted, inputs[:3], inputs[6]
+    (batch, width), total, sizes = rows.shape, len(keys), tiles("chunk_gradient", *given)
+    block_k, largest = sizes["BLOCK_K"], _largest(grad_loss)
+    chunk_rows = min(CHUNK_ROWS, batch)
+    chunk_keys = CHUNK_ROWS * CHUNK_COLUMNS * 2 // rows.element_size() // chunk_rows  # as many bytes for any dtype
+    chunk_keys = min(max(chunk_keys // block_k, 1) * block_k, total)
+    gradient = rows.new_empty(chunk_rows, -(-chunk_keys // 16) * 16)  # rows that begin at multiples of 16 bytes
+    sum_rows = temperature.new_empty(batch, width) if wants_rows else None
+    sum_keys = temperature.new_empty(chunk_keys, width) if wants_keys else None
+    grad_rows, grad_temperature = rows.new_empty(0), temperature.new_empty(0)
+    grad_keys = keys.new_empty(keys.shape if wants_keys else 0)
+    factor, sum_x = largest / (temperature * MAGNIFY), torch.zeros_like(temperature, dtype=torch.float64)
+    for first_key in range(0, total, chunk_keys):
+        columns = slice(first_key, min(first_key + chunk_keys, total))
+        breadth = columns.stop - first_key
+        for first_row in range(0, batch, chunk_rows):
+            part = slice(first_row, min(first_row + chunk_rows, batch))
+            height = part.stop - first_row
+            programs = -(-height // sizes["BLOCK_B"]) * -(-breadth // block_k)
+            with_products = temperature.new_empty(programs, sizes["BLOCK_B"])
+            triton_backward.chunk_gradient[(programs,)](
+                grad_loss, largest, *inputs, gradient, with_products, *numbers, gradient.stride(0), first_row,
+                first_key, height, breadth, MAGNIFY, **flags, **sizes,
+            )  # fmt: skip
+            chunk = gradient[:height, :breadth]
+            sum_x += with_products.sum(dtype=torch.float64)  # it cancels where gains and losses of rows balance
+            if wants_rows:
+                add_product(sum_rows[part], chunk, keys[columns], first_key == 0)
+            if wants_keys:
+                add_product(sum_keys[:breadth], chunk.T, rows[part], first_row == 0)
+        if wants_keys:
+            torch.mul(sum_keys[:breadth], factor, out=grad_keys[columns])
+    if wants_rows:
+        grad_rows = torch.mul(sum_rows, factor, out=rows.new_empty(batch, width))
+    if wants_temperature:
+        grad_temperature = (-sum_x * math.log(2) * factor).to(temperature.dtype)  # x is to base 2
     return grad_rows, grad_keys, grad_temperature
