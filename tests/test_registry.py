@@ -7,7 +7,14 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from softmask_fast.ops import triton_support
+from softmask_fast.ops import (
+    attention_output_gradient,
+    focal_itc_loss,
+    soft_masked_attention,
+    triton_support,
+    word_gradcam,
+    word_soft_mask,
+)
 from softmask_fast.ops.registry import generation_reason, plain_eager, refuse_transforms, resolve
 
 
@@ -84,3 +91,40 @@ def test_forward_mode_is_refused_where_there_is_a_tangent():
         with pytest.raises(RuntimeError, match="^operator: forward mode is not supported"):
             refuse_transforms("operator", x, forward_ad.make_dual(x, x))
     torch.func.grad(lambda y: (refuse_transforms("operator", x), y.sum())[1])(x)  # not an input of the transform
+
+
+def compiled(f):
+    """In one graph: otherwise Dynamo goes on to try every inner frame, which takes seconds."""
+    return torch.compile(f, backend="eager", fullgraph=True)
+
+
+def in_dual_numbers(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent
+
+
+# with torch.compile inside of a transform and around it
+COMPILED = {
+    "jvp": ("forward mode", lambda f, x: compiled(lambda y: torch.func.jvp(f, (y,), (y,)))(x)),
+    "grad": ("torch.func", lambda f, x: compiled(torch.func.grad(f))(x)),
+    "dual numbers": ("forward mode", lambda f, x: in_dual_numbers(compiled(f), x)),
+}
+FEATURES, TEXT = torch.eye(3, 4), torch.eye(3, 4).roll(1, 1)
+HEADS = torch.arange(24.0).view(1, 2, 3, 4).cos()
+WORD = torch.tensor([1])
+OPERATORS = {
+    "focal_itc_loss": (lambda x: focal_itc_loss(x, TEXT, temperature=0.5), FEATURES),
+    "soft_masked_attention": (lambda x: soft_masked_attention(HEADS, x, HEADS).sum(), HEADS),
+    "word_gradcam": (lambda x: word_gradcam(HEADS, x, HEADS, HEADS).sum(), HEADS),
+    "word_soft_mask": (lambda x: word_soft_mask(HEADS, HEADS, HEADS, HEADS, WORD, x)[0].sum(), FEATURES[None]),
+    "attention_output_gradient": (lambda x: attention_output_gradient(torch.Tensor.sum, x).sum(), HEADS),
+}
+
+
+@pytest.mark.parametrize("transform", COMPILED)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_no_operator_loses_a_derivative_under_torch_compile(operator, transform):
+    torch.compiler.reset()
+    what, apply = COMPILED[transform]
+    with pytest.raises(RuntimeError, match=f"{operator}: {what} is not supported; use torch.autograd.grad"):
+        apply(*OPERATORS[operator])

@@ -190,15 +190,18 @@ def plain_eager(*tensors: Tensor | None) -> bool:
 
 
 def refuse_transforms(operator: str, *tensors: Tensor | None) -> None:
-    """Raises RuntimeError where PyTorch would lose the derivative of an operator, or fail without its name."""
-    if torch.compiler.is_compiling():
-        return
-    functorch, given = torch._C._functorch, [tensor for tensor in tensors if tensor is not None]
+    """Raises RuntimeError where PyTorch would lose the derivative of an operator, or fail without its name.
+
+    Under `torch.compile` no tensor says what tracks it, so any transform will do. Unless asked for a full graph, Dynamo
+    then calls the function eagerly, and the tensors decide.
+    """
     forward_mode = forward_ad._current_level >= 0
-    if any(functorch.is_gradtrackingtensor(tensor) or functorch.is_batchedtensor(tensor) for tensor in given):
-        what = "forward mode" if forward_mode else "torch.func"
-    elif forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
-        what = "forward mode"
+    if torch.compiler.is_compiling():
+        transformed, dual = torch._C._are_functorch_transforms_active(), forward_mode
     else:
-        return
-    raise RuntimeError(f"{operator}: {what} is not supported; use torch.autograd.grad")
+        functorch, given = torch._C._functorch, [tensor for tensor in tensors if tensor is not None]
+        transformed = any(functorch.is_gradtrackingtensor(x) or functorch.is_batchedtensor(x) for x in given)
+        dual = forward_mode and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+    if transformed or dual:
+        what = "forward mode" if forward_mode else "torch.func"
+        raise RuntimeError(f"{operator}: {what} is not supported; use torch.autograd.grad")
