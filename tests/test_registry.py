@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from softmask_fast.ops import (
+    FocalITCLoss,
     attention_output_gradient,
     focal_itc_loss,
     soft_masked_attention,
@@ -128,3 +129,30 @@ def test_no_operator_loses_a_derivative_under_torch_compile(operator, transform)
     what, apply = COMPILED[transform]
     with pytest.raises(RuntimeError, match=f"{operator}: {what} is not supported; use torch.autograd.grad"):
         apply(*OPERATORS[operator])
+
+
+TEACHERS = {"teacher_image": FEATURES, "teacher_text": TEXT, "temperature": 0.5}
+# arguments that are constants of backward
+CONSTANTS = {
+    "focal_itc_loss, alpha": (lambda x: focal_itc_loss(FEATURES, TEXT, alpha=x, **TEACHERS), torch.tensor(0.3)),
+    "focal_itc_loss, teacher": (
+        lambda x: focal_itc_loss(FEATURES, TEXT, alpha=0.3, **TEACHERS | {"teacher_image": x}),
+        FEATURES,
+    ),
+    "FocalITCLoss, alpha": (lambda x: FocalITCLoss()(FEATURES, TEXT, alpha=x, **TEACHERS), torch.tensor(0.3)),
+    "word_gradcam, log_sum_exp": (lambda x: word_gradcam(*[HEADS] * 4, log_sum_exp=x).sum(), HEADS[..., 0]),
+    "word_gradcam, grad_output": (lambda x: word_gradcam(*[HEADS] * 3, x).sum(), HEADS),
+    "word_soft_mask, value": (lambda x: word_soft_mask(*[HEADS] * 2, x, HEADS, WORD, FEATURES[None])[0].sum(), HEADS),
+}
+
+
+@pytest.mark.parametrize("case", CONSTANTS)
+def test_constants_have_no_tangent_and_no_gradient(case):
+    """In no mode is a derivative that a caller asked for zero."""
+    function, x = CONSTANTS[case]
+    message = case.split(",")[0] + ": {} is not supported"
+    for transform in ("dual numbers", "jvp", "grad"):
+        what, apply = TRANSFORMS.get(transform, ("forward mode", in_dual_numbers))
+        with pytest.raises(RuntimeError, match=message.format(what)):
+            apply(function, x)
+    assert not function(x.clone().requires_grad_()).requires_grad

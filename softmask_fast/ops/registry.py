@@ -189,19 +189,20 @@ def plain_eager(*tensors: Tensor | None) -> bool:
     return True
 
 
-def refuse_transforms(operator: str, *tensors: Tensor | None) -> None:
+def refuse_transforms(operator: str, *arguments: Any) -> None:
     """Raises RuntimeError where PyTorch would lose the derivative of an operator, or fail without its name.
 
-    Under `torch.compile` no tensor says what tracks it, so any transform will do. Unless asked for a full graph, Dynamo
-    then calls the function eagerly, and the tensors decide.
+    To be called before any argument is detached. Under `torch.compile` no tensor says what tracks it, so any transform
+    will do. Unless asked for a full graph, Dynamo then calls the function eagerly, and the tensors decide.
     """
-    forward_mode = forward_ad._current_level >= 0
-    if torch.compiler.is_compiling():
-        transformed, dual = torch._C._are_functorch_transforms_active(), forward_mode
-    else:
-        functorch, given = torch._C._functorch, [tensor for tensor in tensors if tensor is not None]
-        transformed = any(functorch.is_gradtrackingtensor(x) or functorch.is_batchedtensor(x) for x in given)
-        dual = forward_mode and any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+    forward_mode, transformed = forward_ad._current_level >= 0, torch._C._are_functorch_transforms_active()
+    if not forward_mode and not transformed:
+        return
+    dual = forward_mode
+    if not torch.compiler.is_compiling():
+        functorch, tensors = torch._C._functorch, [x for x in arguments if isinstance(x, Tensor)]
+        transformed = any(functorch.is_gradtrackingtensor(x) or functorch.is_batchedtensor(x) for x in tensors)
+        dual = forward_mode and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
     if transformed or dual:
         what = "forward mode" if forward_mode else "torch.func"
         raise RuntimeError(f"{operator}: {what} is not supported; use torch.autograd.grad")

@@ -157,14 +157,19 @@ def focal_itc_loss(
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-dim, or (B,) with reduction "none". With `return_stats`,
-        (loss, stats). Gradients flow to image, text, both key sets, temperature and bias; none flow to the teachers or
-        through the statistics.
+        (loss, stats). Gradients flow to image, text, both key sets, temperature and bias; none flow to the teachers, to
+        alpha or through the statistics.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; the same for every implementation.
             On a GPU and under `torch.compile`, the host reads no tensor, because it would wait for the device. There an
             id without a key trips a device-side assertion, and a 0-dim tensor out of range is used as it is.
+        RuntimeError: in forward-mode autograd and under `torch.func` transforms.
     """
+    registry.refuse_transforms(
+        "focal_itc_loss", image, text, image_keys, text_keys, temperature, teacher_image, teacher_text, alpha, ids,
+        key_ids, bias, seed,
+    )  # fmt: skip
     check_tensor("image", image, ("B", "d"))
     batch, width = image.shape
     if batch == 0 or width == 0:
@@ -196,7 +201,6 @@ def focal_itc_loss(
         gamma, positives == "any", row_offset, first_negative, last_negative, impl,
     )  # fmt: skip
     if impl == "reference" or impl is None and _takes_definition(problem, keys):
-        registry.refuse_transforms("focal_itc_loss", image, text, image_keys, text_keys, temperature, bias)
         with torch.autocast(image.device.type, enabled=False):
             directions = [reference.direction(*direction) for direction in problem.directions()]
             of_rows, *figures = (torch.stack(results) for results in zip(*directions, strict=True))

@@ -22,6 +22,7 @@ from softmask_fast.ops.focal_itc import FocalITCStats, check_loss, focal_itc_los
 from softmask_fast.ops.focal_itc.feature_queue import FeatureQueue, Features
 from softmask_fast.ops.focal_itc.ring import ring_rows
 from softmask_fast.ops.focal_itc.state import Problem
+from softmask_fast.ops.registry import refuse_transforms
 
 GATHERS = ("momentum", "with_grad", "ring")
 NEGATIVES = ("keys", "batch", "rank")
@@ -132,7 +133,11 @@ class FocalITCLoss(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came. If the ranks disagree on sizes
                 or options, or one has no rows, every rank raises.
+            RuntimeError: in forward-mode autograd and under `torch.func` transforms.
         """
+        refuse_transforms(
+            "FocalITCLoss", image, text, temperature, bias, teacher_image, teacher_text, alpha, ids, seed
+        )  # fmt: skip
         own_queue = queue is None
         queue = self.queue if own_queue else queue
         if queue is not None and queue.size == 0:

@@ -60,7 +60,6 @@ def focal_itc(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     if registry.plain_eager(*tensors):
         loss, statistics, hard_negative = _Eager.apply(problem, *problem[:DIFFERENTIABLE])
         return loss, statistics, hard_negative
-    registry.refuse_transforms("focal_itc_loss", *tensors)
     loss, _, _, statistics, hard_negative = torch.ops.softmask_fast.focal_itc(*problem)
     return loss, statistics, hard_negative
 

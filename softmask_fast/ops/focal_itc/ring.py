@@ -17,7 +17,6 @@ from softmask_fast.ops.collectives import JoinedBatch
 from softmask_fast.ops.focal_itc import operators
 from softmask_fast.ops.focal_itc.feature_queue import Features
 from softmask_fast.ops.focal_itc.state import DIFFERENTIABLE, TENSORS, Keys, Outputs, Problem
-from softmask_fast.ops.registry import refuse_transforms
 
 
 def ring_rows(problem: Problem, queued: Features | None, joined: JoinedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,7 +25,6 @@ def ring_rows(problem: Problem, queued: Features | None, joined: JoinedBatch) ->
     The problem has no keys. Returns loss (2, B), statistics and hard negatives, see `Outputs`. Image, text (as rows
     and as keys), temperature and bias get gradients.
     """
-    refuse_transforms("FocalITCLoss", *problem[:DIFFERENTIABLE])
     if problem.bias is not None and problem.seed is not None:  # the statistics are those of the softmax
         loss = ring_rows(problem._replace(seed=None), queued, joined)[0]
         return loss, *ring_rows(problem._replace(bias=None), queued, joined)[1:]

@@ -79,6 +79,7 @@ def soft_masked_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. On a GPU, `image_index` is not read
             on the host: a sequence with an index out of range gives NaN.
+        RuntimeError: in forward-mode autograd and under `torch.func` transforms.
     """
     plan = image_index if isinstance(image_index, ImagePlan) else None
     if plan is not None:

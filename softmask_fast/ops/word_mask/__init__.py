@@ -83,8 +83,10 @@ def word_gradcam(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. On a GPU, `word_index` is not read
             on the host: a word out of range gives a map of NaN.
+        RuntimeError: in forward-mode autograd and under `torch.func` transforms.
     """
-    query, key, value, grad_output = _checked("word_gradcam", query, key, value, grad_output, word_index, key_mask)
+    registry.refuse_transforms("word_gradcam", query, key, value, grad_output, word_index, key_mask, log_sum_exp)
+    query, key, value, grad_output = _checked(query, key, value, grad_output, word_index, key_mask)
     scale = query.shape[3] ** -0.5 if scale is None else check_number("scale", scale)
     if log_sum_exp is not None:
         dtype = reference.compute_dtype(query.dtype)
@@ -94,7 +96,6 @@ def word_gradcam(
     tensors = (query, key, value, grad_output, word_index, key_mask, log_sum_exp)
     if registry.plain_eager(*tensors):
         return _word_gradcam(*tensors, soft_cap, scale, impl)
-    registry.refuse_transforms("word_gradcam", *tensors)
     return torch.ops.softmask_fast.word_gradcam(*tensors, soft_cap, scale, impl)
 
 
@@ -131,8 +132,10 @@ def word_soft_mask(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. On a GPU, a word out of range gives
             NaN.
+        RuntimeError: in forward-mode autograd and under `torch.func` transforms.
     """
-    query, key, value, grad_output = _checked("word_soft_mask", query, key, value, grad_output, word_index, key_mask)
+    registry.refuse_transforms("word_soft_mask", query, key, value, grad_output, word_index, features, key_mask)
+    query, key, value, grad_output = _checked(query, key, value, grad_output, word_index, key_mask)
     if word_index is None:
         raise TypeError("word_index: expected a tensor, got NoneType")
     batch, _, tokens, width = key.shape
@@ -148,14 +151,12 @@ def word_soft_mask(
     if registry.plain_eager(*inputs, key_mask):
         run = _SoftMask.apply if features is not None and features.requires_grad else _word_soft_mask
     else:
-        registry.refuse_transforms("word_soft_mask", *inputs, key_mask)
         run = torch.ops.softmask_fast.word_soft_mask
     masked, keep = run(*inputs, prefix_tokens, key_mask, scale, impl)
     return keep if features is None else (masked, keep)
 
 
 def _checked(
-    operator: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -179,8 +180,6 @@ def _checked(
         check_tensor("word_index", word_index, (batch,), dtypes=(torch.int64,), like=("query", query))
     if key_mask is not None:
         check_tensor("key_mask", key_mask, (batch, key.shape[2]), dtypes=(torch.bool,), like=("query", query))
-    if not registry.plain_eager(query, key, value, grad_output):
-        registry.refuse_transforms(operator, query, key, value, grad_output)  # a constant there would be a silent zero
     return query.detach(), key.detach(), value.detach(), grad_output.detach()
 
 
