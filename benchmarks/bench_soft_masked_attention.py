@@ -14,9 +14,12 @@
 | counted | operations |
 | --- | --- |
 | forward | 4 S H L N D: logits and output |
-| forward and backward | 14 S H L N D: five more products, two of them recomputed |
+| backward, eager and compiled | 8 S H L N D: the gradients of A, V, Q and K |
+| backward of the others | 10 S H L N D: the logits once more, as no maps are stored |
+| projections | "projected" 4 S N C C for keys and values, ours 4 B N C C (C = H D); twice that in the backward |
 
-The two variants with projections do more than is counted. Compare them only with each other.
+Not counted: the logits and the gradient of A once more, where a backward pass has a kernel for Q and one for K and V
+("flex"; "triton" where an image has more rows than a tile).
 
     pytest benchmarks/bench_soft_masked_attention.py --benchmark-only
 """
@@ -53,8 +56,8 @@ class Problem:
         self.image_index = torch.arange(sequences, device=DEVICE) % images
         self.plan = plan_image_index(self.image_index, images)  # made once for all layers of a step
         self.grad = draw(sequences, heads, length, width)
-        products = sequences * heads * length * tokens * width
-        self.work = {"forward": 4 * products, "both": 14 * products}
+        self.product = 2 * sequences * heads * length * tokens * width
+        self.projection = 2 * 2 * tokens * channels**2  # of one image
 
     def project(self, features):
         return (features @ self.weight.T).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -95,8 +98,14 @@ class Problem:
         key, value = self.project(self.features) if projection else (self.key, self.value)
         return soft_masked_attention(self.query, key, value, self.keep, image_index=self.plan, impl=impl)
 
-    def variant(self, forward, projection=False, **options) -> Variant:
-        inputs = (self.query, self.features, self.weight) if projection else (self.query, self.key, self.value)
+    def variant(self, forward, recomputed=1, projected=0, **options) -> Variant:
+        """`recomputed`: products of the forward that the backward makes again; `projected`: images or sequences."""
+        inputs = (self.query, self.features, self.weight) if projected else (self.query, self.key, self.value)
+        projection = projected * self.projection
+        work = {
+            "forward": 2 * self.product + projection,
+            "both": (6 + recomputed) * self.product + 3 * projection,
+        }
 
         def inference():
             with torch.no_grad():
@@ -106,13 +115,13 @@ class Problem:
             output = forward()
             return output.detach(), *torch.autograd.grad(output, inputs, self.grad)
 
-        return Variant(inference, both, work={} if projection else self.work, **options)
+        return Variant(inference, both, work=work, **options)
 
     def variants(self) -> dict[str, Variant]:
         no_backward = {} if ON_GPU else {"both": "flex_attention has no backward pass on the CPU"}
         found = {
-            "eager": self.variant(self.eager),
-            "compiled": self.variant(torch.compile(self.eager, dynamic=False)),
+            "eager": self.variant(self.eager, recomputed=0),
+            "compiled": self.variant(torch.compile(self.eager, dynamic=False), recomputed=0),
             "sdpa_gathered": self.variant(self.sdpa_gathered),
             "flex": self.variant(torch.compile(self.flex, dynamic=False), missing=no_backward),
             "sdpa_unmasked": self.variant(self.sdpa_unmasked, checked=False),
@@ -124,8 +133,8 @@ class Problem:
     def variants_with_projection(self) -> dict[str, Variant]:
         best = registry.resolve("soft_masked_attention", None, DEVICE, DTYPE, WIDTH).name
         return {
-            "projected": self.variant(self.projected, projection=True),
-            f"{best} + projection": self.variant(lambda: self.fused(best, True), projection=True, ours=True),
+            "projected": self.variant(self.projected, projected=len(self.query)),
+            f"{best} + projection": self.variant(lambda: self.fused(best, True), projected=self.images, ours=True),
         }
 
 

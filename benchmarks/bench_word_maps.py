@@ -11,7 +11,8 @@ of the layer's output, as both need the same partial backward pass for it.
 
 | counted | operations |
 | --- | --- |
-| eager, eager forward | 2 D H L L (logits), as many for the output, and as many for the map's gradient |
+| eager, eager forward | 2 D H L L (logits), as many for the output; eager as many again for the map's gradient |
+| ours | 2 D H words (L + 2 N): logits with all tokens, logits and the map's gradient with the image's |
 
     pytest benchmarks/bench_word_maps.py --benchmark-only
 """
@@ -43,8 +44,12 @@ class Problem:
         self.columns = torch.arange(FIRST, FIRST + image, device=DEVICE)[None]
         self.hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).triu_(1)
         self.record = AttentionRecord(self.query, self.key, self.value, self.query, WIDTH**-0.5, causal=True)
-        product = 2.0 * WIDTH * HEADS * tokens * tokens
-        self.work = {"eager": {"forward": 3 * product}, "eager forward": {"forward": 2 * product}}
+        unit = 2 * WIDTH * HEADS  # operations of one row with one token
+        self.work = {
+            "eager": {"forward": 3 * unit * tokens * tokens},
+            "eager forward": {"forward": 2 * unit * tokens * tokens},
+            "ours": {"forward": unit * words * (tokens + 2 * image)},
+        }
 
     @property
     def map_bytes(self) -> int:
@@ -72,7 +77,7 @@ class Problem:
         return {
             "eager": Variant(self.eager, work=self.work["eager"]),
             "eager forward": Variant(lambda: self.eager_forward()[1], checked=False, work=self.work["eager forward"]),
-            "ours": Variant(self.ours, ours=True),
+            "ours": Variant(self.ours, ours=True, work=self.work["ours"]),
         }
 
 

@@ -14,10 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_host  # noqa: E402
+import bench_soft_masked_attention  # noqa: E402
+import bench_step  # noqa: E402
+import bench_word_maps  # noqa: E402
 import gpu_parts  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 import traffic  # noqa: E402
+
+from softmask_fast.training.meters import OperationCounter  # noqa: E402
 
 
 @pytest.fixture
@@ -72,6 +77,23 @@ def test_traffic_counts_less_where_operators_are_fused():
         assert set(one.bytes) == {*traffic.KERNELS, traffic.FUSABLE}
     ratio = large.operations["matrix products"] / small.operations["matrix products"]
     assert 1.5 < ratio < 2.1  # what grows with the batch
+    step = {name: one.work["both"] for name, one in bench_step.Problem("tiny", 4).variants().items()}
+    # without padding; traffic.py counts captions as if all were as long as the longest
+    assert 0.95 < step["fast"] / sum(small.operations.values()) <= 1 and step["reference"] > 1.5 * step["fast"]
+
+
+def test_operations_that_a_benchmark_states_are_those_that_run():
+    attention = bench_soft_masked_attention.Problem(2, 9, passes=3, heads=2, length=5, width=8)
+    maps = bench_word_maps.Problem(tokens=32, image=16, words=4)
+    variants = attention.variants() | attention.variants_with_projection()
+    variants |= {f"maps: {name}": one for name, one in maps.variants().items()}
+    for name, variant in variants.items():
+        for phase, function in variant.phases().items() if name not in measure.COMPILED else ():
+            with OperationCounter() as counter:
+                function()
+            # the counter does not know word_gradcam, whose two products are with the image's tokens
+            unseen = 2 * 2 * 128 * 28 * 4 * 16 if name == "maps: ours" else 0
+            assert variant.work[phase] == counter.operations + unseen, (name, phase)
 
 
 @pytest.mark.skipif(measure.ON_GPU, reason="the resident memory of the process")
