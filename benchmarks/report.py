@@ -53,7 +53,8 @@ VARIANTS = {
     "liger": ("Liger-Kernel", "#8c564b"),
     "torch_fused": ("PyTorch, fused linear cross-entropy", "#9edae5"),
 }
-BUSY_ELSEWHERE = 0.15  # of the processors: if others keep more busy, the machine is too loaded for the front page
+BUSY_ELSEWHERE = 0.15  # of the processors: if others keep more busy, the machine is too loaded to be shown
+FLOOR_NOISE = 1.1  # of the ceiling: a floor can be as fast as it, and both are medians of a few runs
 # Names of sizes, for benchmarks in which only one changes from case to case.
 AXES = dict.fromkeys(("word_soft_mask", "word_soft_mask_keep", "soft_masked_attention"), "N")
 AXES |= dict.fromkeys(("focal_itc", "focal_itc_queue", "focal_itc_sigmoid"), "B")
@@ -98,20 +99,27 @@ def check(run: dict, name: object) -> None:
         raise ValueError(f"{name}: expected a results file, it has no {', '.join(missing[:5])}")
 
 
-def newest(folder: Path) -> list[dict]:
-    """The runs to report, GPUs first, newest first. Each keeps only the benchmarks that no newer run of its device
-    has."""
-    runs = []
+def newest(folder: Path) -> tuple[list[dict], list[str]]:
+    """The runs to report, GPUs first, newest first, and what was left out of newer ones, with the reason.
+
+    Each keeps only the benchmarks that no newer run of its device shows.
+    """
+    runs, left_out = [], []
     for device in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.exists() else ():
         seen = set()
         for file in sorted(device.glob("*.json"), reverse=True):
             run = json.loads(file.read_text())
             check(run, file)
-            rows = [row for row in run["rows"] if row["benchmark"] not in seen]
-            seen |= {row["benchmark"] for row in rows}
-            if rows:
-                runs.append(run | {"rows": rows})
-    return sorted(runs, key=lambda run: (run["driver"] is None, run["slug"]))
+            new = dict.fromkeys(row["benchmark"] for row in run["rows"] if row["benchmark"] not in seen)
+            reasons = {name: unfit(run, name) for name in new}
+            for reason in dict.fromkeys(filter(None, reasons.values())):
+                names = ", ".join(name for name in new if reasons[name] == reason)
+                left_out.append(f"{file}: left out {names}: {reason}; measure again on an idle machine")
+            fit = {name for name in new if reasons[name] is None}
+            seen |= fit
+            if fit:
+                runs.append(run | {"rows": [row for row in run["rows"] if row["benchmark"] in fit]})
+    return sorted(runs, key=lambda run: (run["driver"] is None, run["slug"])), left_out
 
 
 def groups(rows: Iterable[dict]) -> list[list[dict]]:
@@ -144,15 +152,15 @@ def busy_elsewhere(run: dict) -> float:
     return run["busy_elsewhere"] if "busy_elsewhere" in run else max(0.0, run["load"] - run["threads"])
 
 
-def unfit(run: dict) -> str | None:
-    """Why a run's figures must not be on the front page; None if they may."""
+def unfit(run: dict, benchmark: str) -> str | None:
+    """Why no page may show a run's figures of a benchmark; None if they may."""
     busy, processors = busy_elsewhere(run), run.get("processors", run["threads"])
     if busy > BUSY_ELSEWHERE * processors:
         return f"other processes kept {busy:.2g} of the {processors} processors busy"
-    for row in run["rows"]:
-        for share in () if row["floor"] else row["share"].values():
-            if share > 1:
-                where = f"{row['benchmark']}, {case_text(row['case'])}: {row['variant']}"
+    for row in (row for row in run["rows"] if row["benchmark"] == benchmark):
+        for share in row["share"].values():
+            if share > (FLOOR_NOISE if row["floor"] else 1):
+                where = f"{case_text(row['case'])}: {row['variant']}"
                 return f"{where} reaches {100 * share:.0f} % of the {row['ceiling']} ceiling, so one of them is wrong"
     return None
 
@@ -342,25 +350,17 @@ def insert(text: str, block: list[str], name: str) -> str:
     return text[: begin + len(MARKERS[0])] + "\n" + "\n".join(block) + "\n" + text[end:]
 
 
-def write_front(results: Path, page: Path, images: Path) -> None:
-    """Writes the section of the front page: for the latest GPU and CPU, a row per benchmark and one plot.
-
-    A run that must not be there is left out, with a message.
-    """
-    fit, block = [], []
-    for run in newest(results):
+def write_front(runs: list[dict], page: Path, images: Path) -> None:
+    """Writes the section of the front page: for the latest GPU and CPU, a row per benchmark and one plot."""
+    block = []
+    latest = {run["driver"] is None: run["slug"] for run in sorted(runs, key=lambda run: run["date"])}
+    for run in (run for run in runs if run["slug"] in latest.values()):
         shown = [
             row | {"missing": {}}
             for row in run["rows"]
             if all(row["case"][name] in sizes for name, sizes in FRONT_SIZES[row["benchmark"]].items())
         ]
-        if reason := unfit(run | {"rows": shown}):
-            print(f"{page.name}: left out {run['slug']} of {run['date']}: {reason}; measure again on an idle machine")
-        else:
-            fit.append(run | {"shown": shown})
-    latest = {run["driver"] is None: run["slug"] for run in sorted(fit, key=lambda run: run["date"])}
-    for run in (run for run in fit if run["slug"] in latest.values()):
-        block += ["", *summary(run | {"rows": run["shown"]}), ""]
+        block += ["", *summary(run | {"rows": shown}), ""]
         picture = images / f"benchmarks-soft_masked_attention-{run['slug']}.png"
         if plot(run, "soft_masked_attention", picture):
             block += [f"![soft_masked_attention on {run['device']}]({os.path.relpath(picture, page.parent)})", ""]
@@ -371,9 +371,8 @@ def write_front(results: Path, page: Path, images: Path) -> None:
     _replace(page, block)
 
 
-def write(results: Path, page: Path, images: Path, only: tuple[str, ...] | None = None) -> None:
+def write(runs: list[dict], page: Path, images: Path, only: tuple[str, ...] | None = None) -> None:
     """Writes the plots, then the section of `page` between its markers. `only` names the benchmarks it shows."""
-    runs = newest(results)
     block = []
     for run in runs:
         rows = [row for row in run["rows"] if only is None or row["benchmark"] in only]
@@ -387,7 +386,11 @@ def write(results: Path, page: Path, images: Path, only: tuple[str, ...] | None 
     if block:
         block += [f"Made by `make report` from the files in `benchmarks/results`, which `{COMMAND}` wrote."]
     else:
-        block = ["", "No file in `benchmarks/results` has it yet: `make bench` measures it here.", ""]
+        block = [
+            "",
+            "No file in `benchmarks/results` has it from an idle machine yet: `make bench` measures it here.",
+            "",
+        ]
     _replace(page, block)
 
 
@@ -399,11 +402,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     results = parser.parse_args().results
-    if not newest(results):
-        raise SystemExit(f"{results}: expected results files, <device>/<date>.json, found none")
-    write_front(results, ROOT / FRONT, ROOT / "docs" / "images")
+    runs, left_out = newest(results)
+    for reason in left_out:
+        print(reason)
+    if not runs:
+        raise SystemExit(f"{results}: expected results files, <device>/<date>.json, found none that may be shown")
+    write_front(runs, ROOT / FRONT, ROOT / "docs" / "images")
     for page, only in PAGES.items():
-        write(results, ROOT / page, ROOT / "docs" / "images", only)
+        write(runs, ROOT / page, ROOT / "docs" / "images", only)
 
 
 if __name__ == "__main__":
