@@ -84,7 +84,9 @@ def images_of_padding_only(impl, device):
 
 
 def nan_stays_nan_and_padding_is_not_read(impl, every_word, device):
-    """A key reaches the whole map through the softmax, a value only its own token; padding reaches none."""
+    """A key reaches the whole map through the softmax, a value only its own token; padding reaches none. The mask of
+    the other tokens is as if that token were not there.
+    """
     (query, key, value, grad_output), word_index = draw((4, 2, 4, 9, 16), torch.float32, device)
     key_mask = torch.ones(4, 9, dtype=torch.bool, device=device)
     key_mask[:, 8] = False
@@ -97,6 +99,10 @@ def nan_stays_nan_and_padding_is_not_read(impl, every_word, device):
     if not every_word:
         keep = word_soft_mask(query, key, value, grad_output, word_index, key_mask=key_mask, impl=impl)
         assert torch.equal(keep.isnan(), maps.isnan())
+        known = key_mask & ~maps.isnan()
+        expected = keep_from_map(maps, 1, known)[known]
+        torch.testing.assert_close(keep[known], expected, rtol=0, atol=1e-6)
+        assert keep[1, known[1]].min() == 0, "nothing is masked"
 
 
 def any_strides(impl, device):

@@ -115,7 +115,8 @@ def word_soft_mask(
     """Soft mask of one word per image: `keep = 1 - m`, where m is its Grad-CAM, min-max normalized over the patches.
 
     Multiplying the image features by `keep` hides what the word refers to (SoftMask++, Park & Han, CVPR 2023). If the
-    map is constant (up to rounding, see `reference.CONSTANT_SPREAD`), keep is 1 everywhere.
+    map is constant (up to rounding, see `reference.CONSTANT_SPREAD`), keep is 1 everywhere. Where the map is NaN, keep
+    is NaN; the other tokens are normalized without it.
 
     Args:
         query, key, value, grad_output, key_mask, scale, impl: as for `word_gradcam`.

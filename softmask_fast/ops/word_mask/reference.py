@@ -63,13 +63,13 @@ def word_gradcam(
 def soft_mask(cam: Tensor, prefix_tokens: int, key_mask: Tensor | None) -> Tensor:
     """keep = 1 - (cam - min) / (max - min) over the attended patches; 1 for the prefix, padding, constant maps.
 
-    NaN where the map is NaN.
+    NaN where the map is NaN, which counts for neither minimum nor maximum.
     """
     keep = torch.where(cam.isnan(), cam, 1.0)
     patches = cam[:, prefix_tokens:]
     if patches.numel() == 0:
         return keep
-    attended = torch.ones_like(patches, dtype=torch.bool) if key_mask is None else key_mask[:, prefix_tokens:]
+    attended = ~patches.isnan() if key_mask is None else key_mask[:, prefix_tokens:] & ~patches.isnan()
     low = patches.masked_fill(~attended, float("inf")).amin(1, keepdim=True)
     high = patches.masked_fill(~attended, 0.0).amax(1, keepdim=True)  # a map is never negative
     spread = high - low
