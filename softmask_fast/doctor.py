@@ -242,6 +242,8 @@ def _library(name: str) -> dict[str, Any]:
         found["architectures"] = _cpu_architectures(path) if name == "_C" else _gpu_architectures(path)
         built_with = re.search(rb"softmask_fast, built with ([ -~]+)", path.read_bytes())  # csrc/built_with.h
         found["built_with"] = built_with and built_with[1].decode()
+        if found["architectures"] == ["x86_64"]:  # clang's, see csrc/cpu/simd.h
+            found["build"] = f"CXX=g++ {build_command()}   # g++ adds AVX2 and AVX-512, without which it is slow"
     elif name == "_C":
         compiler = "" if shutil.which("g++") else "install g++ 12 or later; "
         found["build"] = f"{compiler}{build_command()}"

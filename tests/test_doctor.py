@@ -74,6 +74,19 @@ def test_libraries_name_what_they_were_compiled_for():
             assert names is None or (names and all(re.fullmatch(r"(PTX of )?sm_\d+\w?", found) for found in names))
 
 
+def test_a_library_without_avx_is_told_to_be_slow(tmp_path, monkeypatch):
+    """As clang makes it."""
+    for name, text in (("clang", b""), ("gcc", b"arch_x86_64_v3 arch_x86_64_v4 ")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "_C.abi3.so").write_bytes(text + b"softmask_fast, built with Clang 14.0.6, torch 2.11.0\0")
+        monkeypatch.setattr(softmask_fast, "__file__", str(folder / "__init__.py"))
+        monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+        library = doctor._library("_C")
+        assert (library["build"] or "").startswith("CXX=g++ ") == (name == "clang")
+        assert ("without which it is slow" in str(library["build"])) == (name == "clang")
+
+
 @pytest.mark.parametrize(
     "change",
     [

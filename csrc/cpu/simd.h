@@ -18,7 +18,7 @@
 #error "softmask_fast needs GCC 12 or later (function clones for x86-64-v3 and -v4, _Float16); name another one in $CXX"
 #endif
 #if defined(__x86_64__) && defined(__clang__)
-#warning "softmask_fast: clang compiles for the oldest x86-64 alone, several times slower; $CXX=g++ uses AVX2 and AVX-512"
+#warning "softmask_fast: clang compiles for the oldest x86-64 alone, which is slow; $CXX=g++ uses AVX2 and AVX-512"
 #endif
 #if defined(__x86_64__) && !defined(__clang__)
 #define SOFTMASK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
