@@ -163,6 +163,22 @@ def test_the_module_takes_a_queue_and_own_keys():
     assert torch.equal(found, expected)
 
 
+def test_chunks_have_a_bound_in_bytes(impl, monkeypatch):
+    if impl != "triton":
+        pytest.skip("the others have tiles, not chunks")
+    sigmoid = importlib.import_module("softmask_fast.ops.focal_itc.triton_sigmoid")
+    size, sizes, add_product = sigmoid.CHUNK_COLUMNS, [], sigmoid.add_product
+
+    def observed(total, left, right, first):
+        sizes.append(left.untyped_storage().nbytes())
+        add_product(total, left, right, first)
+
+    monkeypatch.setattr(sigmoid, "CHUNK_ROWS", size)
+    monkeypatch.setattr(sigmoid, "add_product", observed)
+    run(impl, inputs(size, size, 16, torch.float32), torch.float32, "own")
+    assert set(sizes) == {2 * size * size}
+
+
 def test_nothing_of_the_size_of_the_logits_is_held(monkeypatch):
     monkeypatch.setattr(streamed, "TILE_ROWS", 32)
     monkeypatch.setattr(streamed, "TILE_KEYS", 32)

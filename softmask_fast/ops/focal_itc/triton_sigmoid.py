@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softmask_fast.ops.focal_itc.positives import PositiveLists
 from softmask_fast.ops.focal_itc.state import Keys, Rows, expansion_order
-from softmask_fast.ops.focal_itc.triton_kernels import focal, log1p
+from softmask_fast.ops.focal_itc.triton_kernels import add_products, focal, log1p
 from softmask_fast.ops.focal_itc.triton_symmetric_launch import (
     CHUNK_COLUMNS,
     CHUNK_ROWS,
@@ -39,7 +39,10 @@ def sigmoid_tile(
     HAS_IDS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Products of the rows from r0 on with the keys from c0 on; 1 where positive, else -1; log p and 1 - p."""
+    """Products of the rows from r0 on with the keys from c0 on; 1 where positive, else -1; log p and 1 - p.
+
+    The scale is one float, not the pair of `load_scales`: no gradients of a row cancel here as the softmax's do.
+    """
     row, column = r0 + tl.arange(0, BLOCK_B), c0 + tl.arange(0, BLOCK_K)
     m_rows, m_keys = row < B, column < M
     p_x += r0.to(tl.int64) * x_b
@@ -49,7 +52,7 @@ def sigmoid_tile(
         d = first + tl.arange(0, BLOCK_D)
         x = load_tile(p_x, tl.arange(0, BLOCK_B) * x_b, d, m_rows, d < D, WIDEN)
         y = load_tile(p_y, tl.arange(0, BLOCK_K) * y_m, d, m_keys, d < D, WIDEN)
-        products = tl.dot(x, tl.trans(y), products, input_precision=PRECISION)
+        products = add_products(products, x, y, first, PRECISION)
     wanted, found = row + row_offset, column
     if HAS_IDS:
         wanted = tl.load(p_ids + row, mask=m_rows, other=0)
@@ -190,7 +193,8 @@ def gradients(grad_loss: Tensor, rows: Rows, keys: Keys, wanted: tuple[bool, ...
     scale, totals = largest / MAGNIFY, []
     launch = _Launch(rows, keys, len(grad_loss) == 2)
     x, y, batch, total = launch.x, launch.y, launch.batch, launch.keys
-    chunk_rows, chunk_columns = min(CHUNK_ROWS, batch), min(CHUNK_COLUMNS, total)
+    # the bytes that the chunks of `triton_symmetric_launch.py` have with 2-byte elements
+    chunk_rows, chunk_columns = min(2 * CHUNK_ROWS // x.element_size(), batch), min(CHUNK_COLUMNS, total)
     chunk = x.new_empty(chunk_rows, -(-chunk_columns // 16) * 16)  # rows that begin at multiples of 16 bytes
     sums = [
         temperature.new_empty(source.shape) if wants else None for source, wants in zip((x, y), wanted[:2], strict=True)
