@@ -11,7 +11,7 @@ from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_k
 from softmask_fast.ops.focal_itc.operators import BlockwiseForward
 from softmask_fast.ops.focal_itc.positives import PositiveLists
 from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Rows, expansion_order
-from softmask_fast.ops.focal_itc.triton_symmetric_launch import CHUNK_COLUMNS, CHUNK_ROWS, MAGNIFY, add_product
+from softmask_fast.ops.focal_itc.triton_symmetric_launch import CHUNK_COLUMNS, CHUNK_ROWS, GROUP, MAGNIFY, add_product
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
     Machine,
@@ -22,7 +22,7 @@ from softmask_fast.ops.triton_support import (
     with_aligned_rows,
 )
 
-MERGE_ROWS = 128  # rows per program of the kernels without products
+MERGE_ROWS = 128  # rows per program of the kernels without products: one per thread of 4 warps; chosen, not timed
 
 
 def tiles(
@@ -72,7 +72,7 @@ def tiles(
     chosen = dict(zip(names, sizes, strict=True))
     resident = block_d == chosen["BLOCK_D"]
     if kernel == "chunk_gradient":
-        return {name: chosen[name] for name in names if name != "BLOCK_C"} | {"GROUP": 8} | machine.launch_options
+        return {name: chosen[name] for name in names if name != "BLOCK_C"} | {"GROUP": GROUP} | machine.launch_options
     if not backward:
         del chosen["BLOCK_C"]
     elif resident:
@@ -81,7 +81,11 @@ def tiles(
 
 
 def _split(rows: int, keys: int, block_rows: int, block_keys: int, device: torch.device) -> tuple[int, int]:
-    """Number of splits of the keys, and keys per split: enough programs for the device, whatever the number of rows."""
+    """Number of splits of the keys, and keys per split: enough programs for the device, whatever the number of rows.
+
+    Two for each multiprocessor, so that none is idle where programs begin and end; chosen, not timed. Of the widest
+    tiles one program fits at a time.
+    """
     programs = 6 if INTERPRETED else 2 * torch.cuda.get_device_properties(device).multi_processor_count
     tiles_of_keys = -(-keys // block_keys)
     wanted = min(-(-programs // -(-rows // block_rows)), tiles_of_keys)
