@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from math import comb
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,6 +289,17 @@ def test_figures_of_older_records_are_those_that_they_have():
     figures = PretrainingEvaluation.figures
     for more, shown in (({"itm": recalls}, [0.25, 0.25]), ({"itm": None, "both": None}, [0.25]), ({}, [0.25])):
         assert list(figures(None, {"retrieval": {"itc": recalls} | more}).values()) == shown
+
+
+def test_what_guesses_reach_comes_with_each_metric():
+    chance = {way: {f"recall@{k}": k / 100 for k in (1, 5, 10)} for way in ("text_to_image", "image_to_text")}
+    retrieval = SimpleNamespace(chance=chance, headline=("mean recall", 0.5))
+    pointing = {"model": 0.4, "random": 0.3, "center": 0.5}
+    grounding = SimpleNamespace(pointing_game=pointing, box_accuracy=None)
+    floors = PretrainingEvaluation.floors(None, [retrieval, grounding])
+    assert floors["mean recall"] == {"chance": pytest.approx(0.16 / 3)}
+    assert floors["recall at 1 by contrast"] == floors["recall at 1 re-ranked"] == {"chance": 0.01}
+    assert floors["pointing game"] == {"chance": 0.3, "image center": 0.5} and not floors["box accuracy"]
 
 
 def test_an_image_listed_once_per_caption_is_one_image(model_and_tokenizer, shapes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from softmask_fast.evaluation.retrieval import evaluate_retrieval
 from softmask_fast.evaluation.tables import Report
 from softmask_fast.model.export import read_model
 
+GUESSES = {"random": "chance", "center": "image center", "other_phrase": "map of another phrase"}  # of grounding
 RERANKED = 16  # candidates of each query that matching re-ranks
 
 
@@ -57,6 +59,17 @@ class PretrainingEvaluation:
         measured = {name: grounding.get(name.replace(" ", "_")) for name in ("pointing game", "box accuracy")}
         return shown | {name: value["model"] for name, value in measured.items() if value}
 
+    def floors(self, reports: Sequence[Report]) -> dict[str, dict[str, float]]:
+        """What guesses reach in the metrics that curves show: metric -> {way of guessing: value}."""
+        retrieval, *others = reports
+        at_1 = {"chance": retrieval.chance["text_to_image"]["recall@1"]}
+        mean = {"chance": fmean(recall for way in retrieval.chance.values() for recall in way.values())}
+        found = {"recall at 1 by contrast": at_1, "recall at 1 re-ranked": at_1, retrieval.headline[0]: mean}
+        for grounding in others:
+            for name, scores in (("pointing game", grounding.pointing_game), ("box accuracy", grounding.box_accuracy)):
+                found[name] = {GUESSES[key]: value for key, value in (scores or {}).items() if key in GUESSES}
+        return found
+
     def draw(self, model: torch.nn.Module, tokenizer: Any, out: Path) -> None:
         """A page of heat maps of held-out pairs."""
         from softmask_fast.evaluation.heatmaps import heatmap_page  # imports matplotlib
@@ -78,7 +91,8 @@ def report_run(
     `events` of the schedule."""
     curves = output / "curves.png"
     weights = {part: getattr(config.objectives, f"{part}_weight") for part in PARTS}
-    plot_curves(output / "metrics.jsonl", curves, held_out, events, weights)
+    floors = evaluation.floors(reports) if evaluation and reports else {}
+    plot_curves(output / "metrics.jsonl", curves, held_out, events, weights, floors)
     if evaluation is None:
         data = without_secrets(config.data.data)
         print(f"no evaluation: no --eval_data was given for {data}; the curves are in {curves}")
