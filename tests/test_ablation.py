@@ -8,6 +8,7 @@ from runs import ROOT, SMALL
 
 from softmask_fast.cli import main
 from softmask_fast.errors import UsageError
+from softmask_fast.evaluation.plots import save_figure
 from softmask_fast.training import ablation
 from softmask_fast.training.ablation import (
     ROWS,
@@ -85,7 +86,8 @@ def write_evaluation(run: Run, recall: float, pointing: float | None) -> None:
     if pointing is not None:
         reports["grounding"] = {"pointing_game": {"model": pointing}}
     run.folder.mkdir(parents=True)
-    (run.folder / "evaluation.json").write_text(json.dumps({"step": 1600, "data": "shapes", "reports": reports}))
+    record = {"step": 1600, "epoch": 12.5, "data": "shapes", "reports": reports}
+    (run.folder / "evaluation.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize("pointing", [0.25, None])
@@ -95,24 +97,62 @@ def test_the_tables_have_means_spreads_and_differences(tmp_path, pointing):
     runs = [Run(row, seed, tmp_path / f"{row}-{seed}") for seed in range(2) for row in ROWS]
     for run in runs:
         write_evaluation(run, recalls.get(run.row, (0.1, 0.3))[run.seed], pointing)
-    content = write_tables(runs, ["--max_steps", "1600"], tmp_path)
+    content = write_tables(runs, ["--data", "https://me:key@a/b.tar"], "https://me:key@a/b.tar", tmp_path)
     cell = content["rows"]["all"]["R@1"]
     assert cell["values"] == pytest.approx([0.4, 0.62]) and cell["mean"] == pytest.approx(0.51)
     assert cell["spread"] == pytest.approx(0.22 / 2**0.5)
     assert cell["difference"]["values"] == pytest.approx([0.3, 0.32])
     assert list(content["rows"]["baseline"]) == (["R@1"] if pointing is None else ["R@1", "pointing game"])
     text = (tmp_path / "ablation.md").read_text()
-    assert text.startswith("1,600 steps, 2 seeds, 12 held-out images of shapes; mean ± standard deviation in %.\n")
+    about = (
+        "trained on https://a/b.tar for 1,600 steps (12.5 epochs), 2 seeds; measured on 12 held-out images of shapes"
+    )
+    assert text.startswith(f"In %, mean ± standard deviation; {about}.\n")
+    assert "key" not in (tmp_path / "ablation.json").read_text()
     values, differences = text.split("Difference from the baseline")
     assert "| all | 51.0 ± 15.6 |" in values and "| baseline | 20.0 ± 14.1 |" in values
     assert "| all | **+31.0 ± 1.4** |" in differences and "| + focal | +0.0 ± 14.1 |" in differences
     assert "baseline |" not in differences
     assert json.loads((tmp_path / "ablation.json").read_text()) == content
-    with Image.open(tmp_path / "ablation.png") as picture:
-        picture.load()
-    one = write_tables(runs[: len(ROWS)], [], tmp_path)
+    one = write_tables(runs[: len(ROWS)], [], "shapes", tmp_path)
     assert one["rows"]["all"]["R@1"]["spread"] is None and one["seeds"] == 1
     assert "| all | +30.0 |" in (tmp_path / "ablation.md").read_text()
+
+
+def test_the_figure_has_one_scale_and_shows_every_seed(tmp_path, monkeypatch):
+    """Recall of "all" is about 2 points below the baseline, pointing 20 points; "+ focal" points here and there."""
+    figures = []
+
+    def note(figure, path):
+        figures.append(figure)
+        save_figure(figure, path)
+        with Image.open(path) as picture:
+            picture.load()
+
+    monkeypatch.setattr(ablation, "save_figure", note)
+    runs = [Run(row, seed, tmp_path / f"{row}-{seed}") for seed in range(3) for row in ROWS]
+    for run in runs:
+        recall = 0.3 - (0.02 + 0.001 * run.seed) * (run.row == "all")
+        pointing = {"all": 0.5, "+ focal": 0.7 + 0.1 * run.seed}.get(run.row, 0.7)
+        write_evaluation(run, recall, pointing)
+    write_tables(runs, [], "shapes:num=9", tmp_path)
+    write_tables(runs[: len(ROWS)], [], "shapes:num=9", tmp_path)
+    for figure, seeds in zip(figures, (3, 1), strict=True):
+        recall, pointing, *_ = figure.axes
+        assert recall.get_xlim() == pointing.get_xlim()
+        names = [label.get_text() for label in recall.get_yticklabels()]
+        assert names == ["augmentation", "soft masks", "focal weights", "all three"]
+        points = [line for line in pointing.lines if line.get_marker() == "o"]
+        assert [len(line.get_xdata()) for line in points] == [seeds] * 4
+        assert list(points[3].get_xdata()) == pytest.approx([-20] * seeds)
+        assert len(pointing.collections) == (4 if seeds > 1 else 0)  # whiskers
+        numbers = [text.get_text() for text in pointing.texts]
+        assert numbers[3] == ("-20.0 ± 0.0" if seeds > 1 else "-20.0")
+        colors = [bar.get_facecolor() for bar in pointing.patches]
+        assert (colors[3] != colors[2]) == (seeds > 1)  # clear, and not
+        caption = figure.get_supxlabel()
+        assert "trained on shapes:num=9 for 1,600 steps (12.5 epochs)" in caption and "of shapes" in caption
+        assert ("whiskers" in caption) == (seeds > 1)
 
 
 def test_finished_runs_are_not_repeated_and_interrupted_ones_go_on(tmp_path, monkeypatch, capsys):

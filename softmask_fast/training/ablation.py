@@ -12,16 +12,18 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import softmask_fast
 from softmask_fast.config import Config
-from softmask_fast.errors import UsageError
+from softmask_fast.errors import UsageError, without_secrets
 from softmask_fast.evaluation.plots import save_figure
 from softmask_fast.evaluation.record import parse_record
 from softmask_fast.evaluation.report import PretrainingEvaluation, held_out_pairs
@@ -53,7 +55,9 @@ METRICS: dict[str, tuple[tuple[str, ...], ...]] = {
     "pointing game": (("grounding", "pointing_game", "model"),),
     "box accuracy": (("grounding", "box_accuracy", "model"),),
 }
-CLEAR = 2.0  # differences of more than this many standard deviations are bold
+CLEAR = 2.0  # differences of more than this many standard deviations are bold, and colored
+DRAWN = {"+ augmentation": "augmentation", "+ soft masks": "soft masks", "+ focal": "focal weights", "all": "all three"}
+INK, MORE, LESS, UNCLEAR = "#263238", "#2e8b57", "#c8553d", "#9aa5ab"
 Table = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -95,7 +99,8 @@ def run_ablation(
         launcher: options of the deepspeed launcher, as one string.
 
     Returns:
-        The content of ablation.json: "options", "seeds", "steps", "data", "images", and "rows" as in `summarize`.
+        The content of ablation.json: "options", "seeds", "training_data", what `lengths` returns, and "rows" as in
+        `summarize`.
 
     Raises:
         UsageError: for options that leave nothing to compare, or that differ from those of the folder.
@@ -113,14 +118,18 @@ def run_ablation(
             print(f"run {len(done)} of {seeds * len(ROWS)}: {row}, seed {seed}: {state}", flush=True)
             if not run.finished:
                 train(run, options, deepspeed, launcher)
-        content = write_tables(done, options, output)
+        content = write_tables(done, options, config.data.data, output)
     return content
 
 
-def write_tables(runs: Sequence[Run], options: Sequence[str], output: Path) -> dict[str, Any]:
-    """Write the three files from finished runs, equally many per row; returns the content of ablation.json."""
+def write_tables(runs: Sequence[Run], options: Sequence[str], data: str, output: Path) -> dict[str, Any]:
+    """Write the three files from finished runs on `data`, equally many per row; returns the content of ablation.json.
+
+    Passwords and signatures of URLs are not written.
+    """
     table = summarize(runs)
-    about = {"options": list(options), "seeds": len(runs) // len(ROWS), **lengths(runs)}
+    about = {"options": [without_secrets(text) for text in options], "seeds": len(runs) // len(ROWS)}
+    about |= {"training_data": without_secrets(data), **lengths(runs)}
     content = about | {"rows": table}
     write_json(output / "ablation.json", content)
     write_text(output / "ablation.md", markdown(table, about))
@@ -129,10 +138,11 @@ def write_tables(runs: Sequence[Run], options: Sequence[str], output: Path) -> d
 
 
 def lengths(runs: Sequence[Run]) -> dict[str, Any]:
-    """The length of the runs and what they were measured on: "steps", "data" and "images" (held-out ones)."""
+    """The length of the runs, "steps" and "epochs", and what they were measured on: "data" and "images"."""
     path = runs[-1].folder / "evaluation.json"
     record = parse_record(path.read_text(), path)
-    return {"steps": record["step"], "data": record["data"], "images": record["reports"]["retrieval"]["images"]}
+    about = {"steps": record["step"], "epochs": record["epoch"], "data": record["data"]}
+    return about | {"images": record["reports"]["retrieval"]["images"]}
 
 
 def check_options(options: Sequence[str], seeds: int, deepspeed: str | None) -> Config:
@@ -247,9 +257,12 @@ def _at(report: dict[str, Any], path: Sequence[str]) -> Any:
 
 
 def describe(about: dict[str, Any]) -> str:
-    """One line: how long the runs were, and what they were measured on."""
+    """One line: what the runs learned from and for how long, and what they were measured on."""
     seeds = f"{about['seeds']} seed{'s' * (about['seeds'] > 1)}"
-    return f"{about['steps']:,} steps, {seeds}, {about['images']:,} held-out images of {about['data']}"
+    trained = (
+        f"trained on {about['training_data']} for {about['steps']:,} steps ({about['epochs']:.3g} epochs), {seeds}"
+    )
+    return f"{trained}; measured on {about['images']:,} held-out images of {about['data']}"
 
 
 def markdown(table: Table, about: dict[str, Any]) -> str:
@@ -264,7 +277,7 @@ def markdown(table: Table, about: dict[str, Any]) -> str:
     ]
     bold = f"bold: more than {CLEAR:g} standard deviations"
     return (
-        f"{describe(about)}; mean ± standard deviation in %.\n\n{_table(['', *columns], values)}\n"
+        f"In %, mean ± standard deviation; {describe(about)}.\n\n{_table(['', *columns], values)}\n"
         f"Difference from the baseline of the same seed, in points; {bold}.\n\n{_table(['', *columns], differences)}"
     )
 
@@ -277,34 +290,61 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _shown(cell: dict[str, Any], sign: str = "") -> str:
     mean, spread = 100 * cell["mean"], cell["spread"]
     text = f"{mean:{sign}.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
-    return f"**{text}**" if sign and spread is not None and abs(mean) > CLEAR * 100 * spread else text
+    return f"**{text}**" if sign and _clear(cell) else text
+
+
+def _clear(difference: dict[str, Any]) -> bool:
+    return difference["spread"] is not None and abs(difference["mean"]) > CLEAR * difference["spread"]
 
 
 def plot(table: Table, about: dict[str, Any], out: Path) -> None:
-    """Draw a panel per column with each row's difference from the baseline: a bar for the mean, its standard deviation,
-    and a point per seed."""
+    """Draw a panel per column, on one scale, with each row's difference from the baseline: a point per seed, a bar for
+    the mean, and its standard deviation. Only clear differences have a color."""
     columns, rows = list(table["baseline"]), [row for row in table if row != "baseline"]
     wide = min(2, len(columns))
     high = math.ceil(len(columns) / wide)
-    figure = Figure(figsize=(6.2 * wide, 2.9 * high), layout="constrained")
-    figure.suptitle(f"Difference from the baseline, in points: {describe(about)}", fontsize=11, x=0.01, ha="left")
-    axes = figure.subplots(high, wide, squeeze=False).flatten()
+    figure = Figure(figsize=(6.2 * wide, 2.7 * high + 1.1), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    title = "Difference from the baseline of the same seed, in percentage points"
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left", color=INK)
+    axes = figure.subplots(high, wide, squeeze=False, sharex=True, sharey=True).flatten()
     for ax, column in zip(axes, columns, strict=False):
         for position, row in enumerate(rows):
-            cell = table[row][column]["difference"]
-            mean, spread = 100 * cell["mean"], 100 * (cell["spread"] or 0.0)
-            color = "#4c9f70" if mean > 0 else "#d1603d"
-            ax.barh(position, mean, xerr=spread, color=color, height=0.62, error_kw={"capsize": 4, "elinewidth": 1.2})
-            values = [100 * value for value in cell["values"]]
-            ax.plot(values, [position] * len(values), "o", color="#263238", markersize=4, alpha=0.8)
-        ax.axvline(0, color="#263238", linewidth=1)
-        ax.set_yticks(range(len(rows)), rows, fontsize=10)
+            _draw_difference(ax, position, table[row][column]["difference"])
+        ax.axvline(0, color=INK, linewidth=1.2)
+        ax.set_yticks(range(len(rows)), [DRAWN.get(row, row) for row in rows], fontsize=11)
         ax.tick_params(axis="y", length=0)
-        ax.invert_yaxis()
-        baseline = _shown(table["baseline"][column])
-        ax.set_title(f"{column} (baseline {baseline} %)", fontsize=11, fontweight="bold", loc="left")
+        ax.tick_params(axis="x", labelsize=9, labelbottom=True)
+        ax.set_title(f"{column}: baseline {_shown(table['baseline'][column])} %", fontsize=11, loc="left", color=INK)
         ax.grid(axis="x", alpha=0.25)
+        ax.set_axisbelow(True)
         ax.spines[["top", "right", "left"]].set_visible(False)
+    axes[0].invert_yaxis()  # of all panels
+    least, most = axes[0].get_xlim()
+    room = 0.17 * (most - least)  # for the numbers
+    axes[0].set_xlim(least - room, most + room)
     for ax in axes[len(columns) :]:
         ax.set_axis_off()
+    spread = f"; whiskers: standard deviation; gray: at most {CLEAR:g} of them from 0" * (about["seeds"] > 1)
+    legend = f"bar and number: mean; points: seeds{spread or '; gray, as one seed has no spread'}"
+    figure.supxlabel(f"{legend}\n{_wrapped(describe(about), 74 * wide)}", fontsize=9, x=0.01, ha="left", color=INK)
     save_figure(figure, out)
+
+
+def _draw_difference(ax: Axes, position: int, cell: dict[str, Any]) -> None:
+    mean, values = 100 * cell["mean"], [100 * value for value in cell["values"]]
+    color = (MORE if mean > 0 else LESS) if _clear(cell) else UNCLEAR
+    whiskers = {}
+    if cell["spread"] is not None:
+        whiskers = {"xerr": 100 * cell["spread"], "error_kw": {"capsize": 4, "elinewidth": 1.4, "ecolor": INK}}
+    ax.barh(position, mean, color=color, alpha=0.55, height=0.5, **whiskers)
+    places = [position + 0.1 * (number - (len(values) - 1) / 2) for number in range(len(values))]
+    ax.plot(values, places, "o", color=INK, markersize=4.5, markeredgecolor="white", zorder=4)
+    reach = [mean, *values, mean - whiskers.get("xerr", 0), mean + whiskers.get("xerr", 0)]
+    end, side, way = (max(reach), 7, "left") if mean >= 0 else (min(reach), -7, "right")
+    place = {"xytext": (side, 0), "textcoords": "offset points", "ha": way, "va": "center"}
+    ax.annotate(_shown(cell, sign="+").strip("*"), (end, position), fontsize=9, color=INK, **place)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))
