@@ -197,6 +197,8 @@ def test_figures_have_a_bounded_size_and_say_what_they_leave_out(model_and_token
         titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
         assert [title.split("-")[1] for title in titles[1:]] == ["6", "13", "20", "27"]
         assert figure.get_supxlabel().replace("\n", "").startswith("not drawn: word-0-xxx")
+        scale = figure.axes[-1].get_xlabel().replace("\n", " ")
+        assert "strength: a map's largest relevance / that of the strongest word; weaker maps are fainter" in scale
         texts = [*titles, figure.get_suptitle(), figure.get_supxlabel(), figure.axes[0].get_xlabel()]
         assert all(text.count("\n") < 8 for text in texts) and figure.get_suptitle().endswith("long ...")
     assert figures[0].get_figheight() < 6 and figures[1].get_figheight() < 6
@@ -212,6 +214,9 @@ def test_figures_have_a_bounded_size_and_say_what_they_leave_out(model_and_token
 
     heatmap_page(*model_and_tokenizer, Tall(), "out.png")
     assert figures[2].get_figheight() < 6 and len(figures[2].axes) == 6
+    scale = figures[2].axes[-1].get_xlabel().replace("\n", " ")
+    assert "the page's largest; all maps have the same colors, however weak" in scale
+    assert "cross: the map's strongest patch, green inside a box, red outside" in scale
 
 
 def test_overlay_puts_the_color_where_the_relevance_is():

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from softmask_fast.model.vision_language import VisionLanguageModel
 
 COLORS, GRAYS = "inferno", "gray"  # colormaps; the second one for pairs that do not match
+# Under the color bar, of `draw` and of a page:
+WORD_NOTE = "strength: a map's largest relevance / that of the strongest word; weaker maps are fainter"
+PAGE_NOTE = (
+    "strength: a map's largest relevance / the page's largest; all maps have the same colors, however weak. "
+    "box: what the words name; cross: the map's strongest patch, green inside a box, red outside"
+)
 MATCHES = 0.5  # from this probability on
 GRAY, GREEN, RED = "#666666", "#1a7f37", "#c62828"
 SHOWN_SIDE = 384  # longer side of an image inside a figure, in pixels
@@ -183,7 +189,7 @@ def draw(
         _show(ax, picture_of_word, words[number], f"strength {100 * strength[number]:.0f} %")
     for ax in axes.flat[len(shown) + 1 :]:
         ax.set_axis_off()
-    _color_bar(figure, axes, colors)
+    _color_bar(figure, axes, WORD_NOTE, colors)
     if footnotes:
         lines = "\n".join(_lines(text, 34 * columns) for text in footnotes)
         figure.supxlabel(lines, fontsize=9, color=GRAY)
@@ -239,7 +245,7 @@ def heatmap_page(
             _show(ax, overlay(picture, heat, colors=COLORS if match >= MATCHES else GRAYS), phrase.text, note)
             if phrase.boxes:
                 _draw_boxes(ax, picture, heat, phrase.boxes)
-    _color_bar(figure, axes)
+    _color_bar(figure, axes, PAGE_NOTE)
     save_figure(figure, out)
 
 
@@ -333,10 +339,12 @@ def _lines(text: str, width: int, most: int = 8) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=most, placeholder=" ..."))
 
 
-def _color_bar(figure: Figure, axes: np.ndarray, colors: str = COLORS) -> None:
+def _color_bar(figure: Figure, axes: np.ndarray, note: str, colors: str = COLORS) -> None:
+    """The scale of the maps under the panels, with a note on what else is drawn."""
     width, height = figure.get_size_inches()
     place = dict(location="bottom", shrink=min(1.0, 4.5 / width), aspect=45, pad=0.05 / height)
     bar = figure.colorbar(ScalarMappable(cmap=colors), ax=axes, **place)
-    bar.set_label("relevance, from each word's weakest patch (0) to its strongest (1)", fontsize=9)
+    scale = "relevance, from each word's weakest patch (0) to its strongest (1)"
+    bar.set_label(f"{scale}\n{_lines(note, round(14 * width))}", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
