@@ -1,7 +1,7 @@
 """From one GPU to a thousand, from four million pairs to a billion: a model of the time, memory and network of a step,
 as a Markdown page.
 
-    python benchmarks/scaling.py --data 'photos/{000..003}.tar' --output docs/scaling.md
+    python benchmarks/scaling.py --data 'photos/train-{000..003}.tar' --output docs/scaling.md
 
 No GPU is needed or used. The page's first table names the source of every input: counted (from the model without data),
 measured (now, on this CPU; earlier, on the GPU that `CARD` names) or assumed (an option of this script).
@@ -41,9 +41,10 @@ RANKS = (1, 8, 64, 256, 1000)
 PAIRS = (4e6, 14e6, 100e6, 1e9)
 EPOCHS = 30
 PER_SHARD = 10_000
+COMMAND = "python benchmarks/scaling.py --data 'photos/train-{000..003}.tar' --output docs/scaling.md"
 # The step of base, 128 pairs, bf16, without loader and DeepSpeed: 141.46 ms, of which 124.57 kernels; its operations
-# then. docs/decisions.md, "On a GPU"
-PAIRS_PER_SECOND, OPERATIONS_A_PAIR = 904.85, 216e9
+# then; and the whole job. docs/decisions.md, "On a GPU"
+PAIRS_PER_SECOND, OPERATIONS_A_PAIR, JOB_PAIRS_PER_SECOND = 904.85, 216e9, 370.0
 CARD = "one H200, 2026-11-27, commit 107101d, torch 2.11.0+cu130"
 EXPLANATION = """\
 # From one GPU to a thousand
@@ -51,8 +52,9 @@ EXPLANATION = """\
 A model of the `base` preset (the paper's): where time, memory and network go, and what breaks first. **How fast a GPU
 runs the step was {source}.
 Everything else about GPUs follows from the model and from assumed networks. No run has had more than one GPU.** Made by
-`{command}` on {machine}, which measured what it could and
-counted the rest.
+`{command}`
+(any shards of photographs on a local disk will do) on {machine}, which
+measured what it could and counted the rest. Its times are CPU time, which grows where others keep the machine busy.
 
 {inputs}
 
@@ -61,9 +63,8 @@ counted the rest.
 {steps}
 
 - *compute*: pairs / the measured pairs per second of a step without loader and DeepSpeed, at 128 pairs. Larger batches
-  were faster (1,023 at 256), smaller ones slower. The job around the step took 2.4 times as long, because its host kept
-  the GPU waiting (370 pairs/s there; 324 to 332 on an H100). The step has been rebuilt since and has not been measured
-  again ([decisions.md](decisions.md#on-a-gpu)).
+  were faster (1,023 at 256), smaller ones slower. The job around the step was slower
+  ([what breaks first](#what-breaks-first)).
 - *contrast*: five products (student and teacher, both once more in the backward pass, one gradient) in two directions
   against ranks x pairs + queue keys.
 - *gradients* and *weights*: ZeRO 1 reduces 4 bytes a parameter to their owners and gathers as many back. The reduction
@@ -85,21 +86,26 @@ shard, and their order is drawn shard by shard ([data.md](data.md)).
 
 ## What breaks first
 
-1. **Decoding on the host**, on the first GPU. A GPU that trains at the measured speed needs as many CPU cores as the
+1. **The host's launches**, on the first GPU: the only limit here that was met on one. The job around the step
+   reached {job:.0f} pairs/s on that card (324 to 332 on an H100), {share:.0%} of the bare step's {step:.0f}, as the
+   GPU waited for its host. {big} pairs x {epochs} epochs take {job_time} at that rate, {step_time} at the step's.
+   Every time in the table of steps supposes a host that keeps up. Step and job have been rebuilt since, to launch
+   less, and have not been measured again ([decisions.md](decisions.md#on-a-gpu)).
+2. **Decoding on the host**, on the first GPU. A GPU that trains at the measured speed needs as many CPU cores as the
    last column of the table of steps says. Where there is a GPU, DALI decodes and augments on it.
-2. **The index of a local source**, beyond 10 M pairs. It takes hundreds of bytes per sample in every rank, and each
+3. **The index of a local source**, beyond 10 M pairs. It takes hundreds of bytes per sample in every rank, and each
    start spends minutes reading the headers of the shards. Beyond that use shards by URL (`file://` works for a shared
    disk).
-3. **The batch**, near 64 GPUs: 128 pairs each are 8,192 together, where the paper has 512. Lower `--batch_size` first.
+4. **The batch**, near 64 GPUs: 128 pairs each are 8,192 together, where the paper has 512. Lower `--batch_size` first.
    The step then has less time to hide its communication in, and its efficiency falls below the table's.
-4. **Gathering the weights**, from 8 GPUs on. It is half of ZeRO 1's traffic, and the largest part that nothing hides.
+5. **Gathering the weights**, from 8 GPUs on. It is half of ZeRO 1's traffic, and the largest part that nothing hides.
    Stage 0 only reduces gradients, during the backward pass, but needs {replicated:.1f} GiB more on each GPU;
    `--gradient_accumulation_steps` divides the rest.
-5. **ZeRO-3** costs more time than its savings in memory are worth at this model size: two collectives for each of
+6. **ZeRO-3** costs more time than its savings in memory are worth at this model size: two collectives for each of
    {tensors} tensors.
-6. **The contrast** stays a small part even at 1,000 GPUs. Gathered features need {features:.0f} MB on each GPU there;
+7. **The contrast** stays a small part even at 1,000 GPUs. Gathered features need {features:.0f} MB on each GPU there;
    with `--itc_gather ring` a GPU holds one neighbor's rows at a time.
-7. **Checkpoints**: {checkpoint:.1f} GB for any number of GPUs. All ranks write them; the first one writes the teacher.
+8. **Checkpoints**: {checkpoint:.1f} GB for any number of GPUs. All ranks write them; the first one writes the teacher.
 
 ## Several machines
 
@@ -124,6 +130,15 @@ teacher, queues and place in the data; `--batch_size` is pairs per rank, so chan
 Both are tested: two machines as network namespaces without ssh, a rank killed; 2, then 1, then 2 ranks under ZeRO 0, 1
 and 3 (`pytest tests/test_train.py tests/test_zero.py -k "hosts or number_of_ranks"`).
 """
+
+
+def millions(pairs: float) -> str:
+    return f"{pairs / 1e6:,.0f} M"
+
+
+def duration(seconds: float) -> str:
+    """In hours, or in minutes if it is less than one."""
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def operations_per_pair(pairs: int = 32) -> float:
@@ -205,7 +220,7 @@ def seconds_of_a_windowed_order(samples: int, ranks: int) -> float:
     return time.process_time() - start
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Scaling by a stated model, as a Markdown page.")
     parser.add_argument("--data", required=True, help="photographs as shards on a local disk, to measure the loader")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.md")
@@ -216,15 +231,21 @@ def main() -> None:
     parser.add_argument("--network", type=float, default=50e9, help="bytes/s in and out of each GPU between machines")
     parser.add_argument("--link", type=float, default=300e9, help="bytes/s in and out of each GPU within a machine")
     parser.add_argument("--latency", type=float, default=30e-6, help="seconds that a collective takes at least")
-    options = parser.parse_args()
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
 
     config = make_config("base")
     with torch.device("meta"):
         weights = list(VisionLanguageModel(config.model).parameters())
     parameters = sum(weight.numel() for weight in weights)
     operations = operations_per_pair()
-    rate = options.pairs_per_second * OPERATIONS_A_PAIR
     is_measured = options.pairs_per_second == PAIRS_PER_SECOND
+    of_its_step = OPERATIONS_A_PAIR if is_measured else operations
+    rate = options.pairs_per_second * of_its_step
     source = f"measured on {CARD}" if is_measured else "assumed, `--pairs_per_second`"
     cores, size = core_seconds_per_image(options.data), options.image_bytes
     index_bytes, index_seconds = index_of_a_local_source()
@@ -243,7 +264,12 @@ def main() -> None:
         ("index of a local sample", f"{index_bytes:.0f} bytes, {1e6 * index_seconds:.0f} us", "measured"),
         ("global permutation", f"{1e9 * order_seconds:.0f} ns a sample and epoch", "measured"),
         ("pairs of a rank's batch", str(options.pairs), "`--pairs`"),
-        ("pairs/s of a GPU in the step", f"{options.pairs_per_second:.0f} ({rate / 1e12:.0f} T operations/s)", source),
+        (
+            "pairs/s of a GPU in the step",
+            f"{options.pairs_per_second:.0f} ({rate / 1e12:.0f} T operations/s, as its step had "
+            f"{of_its_step / 1e9:.0f} G a pair)",
+            source,
+        ),
         ("network of a GPU between machines", f"{options.network / 1e9:.0f} GB/s", "assumed, `--network`"),
         ("network of a GPU within a machine of 8", f"{options.link / 1e9:.0f} GB/s", "assumed, `--link`"),
         ("a collective's shortest time", f"{1e6 * options.latency:.0f} us", "assumed, `--latency`"),
@@ -265,20 +291,21 @@ def main() -> None:
                 f"{ranks:,}", f"{ranks * options.pairs:,}", *(f"{1e3 * t:.1f}" for t in (compute, contrast, reduced)),
                 f"{1e3 * gathered:.1f}", f"{1e3 * features:.1f}", f"{1e3 * zero3:.0f}",
                 f"{ranks * options.pairs / low:,.0f}", f"{compute / low:.0%}",
-                f"{4e6 * EPOCHS / (ranks * options.pairs / low) / 3600:,.1f}",
+                duration(PAIRS[0] * EPOCHS / (ranks * options.pairs / low)),
                 f"{standing('base', 1, False, ranks) / 2**30:.1f}",
                 f"{ranks * options.pairs / low * size / 1e9:.1f}", f"{options.pairs / low * cores:.1f}",
             ]
         )  # fmt: skip
     step_columns = [
         "GPUs", "batch", "compute, ms", "contrast, ms", "gradients, ms", "weights, ms", "features, ms",
-        "ZeRO-3 instead, ms", "pairs/s", "efficiency", "4M x 30 epochs, h", "held by a GPU, GiB", "storage, GB/s",
+        "ZeRO-3 instead, ms", "pairs/s", "efficiency", f"{millions(PAIRS[0])} x {EPOCHS} epochs",
+        "held by a GPU, GiB", "storage, GB/s",
         "CPU cores a GPU if it decodes there",
     ]  # fmt: skip
 
     data = [
         [
-            f"{pairs / 1e6:,.0f} M", f"{pairs * size / 1e12:.1f}", f"{pairs * index_bytes / 1e9:,.1f}",
+            millions(pairs), f"{pairs * size / 1e12:.1f}", f"{pairs * index_bytes / 1e9:,.1f}",
             f"{pairs * index_seconds / 60:,.0f}", f"{pairs * order_seconds:,.1f}",
             f"{24 * pairs / PER_SHARD / 1e6:.1f}", f"{seconds_of_a_windowed_order(int(pairs), 1000):.2f}",
         ]
@@ -290,13 +317,23 @@ def main() -> None:
     ]  # fmt: skip
 
     run = environment()
-    command = f"python benchmarks/scaling.py --data ... --pairs {options.pairs}"
+    others = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
+    command = COMMAND + "".join(
+        f" --{name} {value:g}" for name, value in others.items() if name not in ("data", "output")
+    )
     write_text(
         options.output,
         EXPLANATION.format(
             command=command,
+            job=JOB_PAIRS_PER_SECOND,
+            step=PAIRS_PER_SECOND,
+            share=JOB_PAIRS_PER_SECOND / PAIRS_PER_SECOND,
+            big=millions(PAIRS[0]),
+            epochs=EPOCHS,
+            job_time=duration(PAIRS[0] * EPOCHS / JOB_PAIRS_PER_SECOND),
+            step_time=duration(PAIRS[0] * EPOCHS / PAIRS_PER_SECOND),
             source=source,
-            machine=f"{run['device']}, {run['threads']} threads, torch {run['torch']}",
+            machine=f"{run['device']}, {run['threads']} thread{'s' * (run['threads'] > 1)}, torch {run['torch']}",
             inputs=table(["input", "value", "source"], inputs, ":---"),
             steps=table(step_columns, steps),
             data=table(data_columns, data),
