@@ -176,7 +176,9 @@ def draw(
     rows = math.ceil((len(shown) + 1) / 5)
     columns = math.ceil((len(shown) + 1) / rows)
     height, width = picture.shape[:2]
-    size = columns * 2.3, rows * (2.3 * min(height / width, TALLEST) + 0.5) + 0.9  # inches
+    scale_note = _lines(WORD_NOTE, round(14 * 2.3 * columns))
+    above = rows * (2.3 * min(height / width, TALLEST) + 0.5)  # inches
+    size = columns * 2.3, above + 1.05 + 0.15 * scale_note.count("\n")
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     if title:
@@ -189,7 +191,7 @@ def draw(
         _show(ax, picture_of_word, words[number], f"strength {100 * strength[number]:.0f} %")
     for ax in axes.flat[len(shown) + 1 :]:
         ax.set_axis_off()
-    _color_bar(figure, axes, WORD_NOTE, colors)
+    _color_bar(figure, axes, scale_note, colors)
     if footnotes:
         lines = "\n".join(_lines(text, 34 * columns) for text in footnotes)
         figure.supxlabel(lines, fontsize=9, color=GRAY)
@@ -231,7 +233,9 @@ def heatmap_page(
         for picture, caption in zip(shown, captions, strict=True)
     ]
     heights = [max(heights[row * across : (row + 1) * across]) for row in range(rows)]
-    figure = Figure(figsize=(across * width * panel, sum(heights) + 0.6), layout="constrained")
+    scale_note = _lines(PAGE_NOTE, round(14 * across * width * panel))
+    size = across * width * panel, sum(heights) + 0.75 + 0.15 * scale_note.count("\n")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, across * width, squeeze=False, height_ratios=heights)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -245,7 +249,7 @@ def heatmap_page(
             _show(ax, overlay(picture, heat, colors=COLORS if match >= MATCHES else GRAYS), phrase.text, note)
             if phrase.boxes:
                 _draw_boxes(ax, picture, heat, phrase.boxes)
-    _color_bar(figure, axes, PAGE_NOTE)
+    _color_bar(figure, axes, scale_note)
     save_figure(figure, out)
 
 
@@ -344,7 +348,6 @@ def _color_bar(figure: Figure, axes: np.ndarray, note: str, colors: str = COLORS
     width, height = figure.get_size_inches()
     place = dict(location="bottom", shrink=min(1.0, 4.5 / width), aspect=45, pad=0.05 / height)
     bar = figure.colorbar(ScalarMappable(cmap=colors), ax=axes, **place)
-    scale = "relevance, from each word's weakest patch (0) to its strongest (1)"
-    bar.set_label(f"{scale}\n{_lines(note, round(14 * width))}", fontsize=9)
+    bar.set_label(f"relevance, from each word's weakest patch (0) to its strongest (1)\n{note}", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
