@@ -1,9 +1,13 @@
-"""Loggers: TensorBoard's own files are read back; wandb and mlflow are clients that note what they are asked."""
+"""Loggers: TensorBoard's own files are read back. wandb and mlflow are clients that note what they are asked; where the
+real ones are installed, what they stored is read back as well."""
 
+import json
 import logging
 import os
+import struct
 import sys
 from concurrent.futures import wait
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -189,3 +193,81 @@ def test_a_client_that_is_not_installed_is_named_before_any_work(tmp_path, clien
     (tmp_path / "loggers.json").write_text('{"wandb": 3}')
     with pytest.raises(UsageError, match=r"resume: .*loggers\.json is damaged: expected a run's id by logger"):
         check_loggers(TrainConfig(output_dir=str(tmp_path)))
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """Real clients work offline and write nowhere else."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    variables = {"HOME": folder, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    variables |= {f"WANDB_{name}_DIR": folder for name in ("CACHE", "CONFIG", "DATA")}
+    variables |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "WANDB_FINISH_TIMEOUT": "60"} | REQUEST
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    for name in ("WANDB_PROJECT", "WANDB_DIR", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def report_twice(name, folder, picture):
+    """A run of three steps, resumed after the second for two more."""
+    for first_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        reports = Reports(name, folder, first_step, OPTIONS)
+        for step in steps:
+            reports.scalars(step, {"train/loss": 10.0 * first_step + step})
+        reports.image(step, "eval/heatmaps", picture)
+        reports.close()
+        assert list(reports.loggers) == [name]  # nothing failed
+
+
+def stored_records(path):
+    """The records in wandb's file: LevelDB's log format, parts of them in blocks of 32 KiB, after 7 bytes."""
+    data, place, record = path.read_bytes(), 7, b""
+    while place < len(data):
+        if (room := 2**15 - place % 2**15) < 7:
+            place += room
+            continue
+        length, kind = struct.unpack_from("<4xHB", data, place)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
+def test_wandb_itself_has_what_was_reported(tmp_path, own_folder, picture):
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    try:
+        report_twice("wandb", tmp_path, picture)
+    finally:
+        wandb.teardown()
+    runs, points, options, images = set(), [], {}, 0
+    for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=os.path.getmtime):
+        for record in map(Record.FromString, stored_records(path)):
+            if record.HasField("run"):
+                runs.add((record.run.project, record.run.run_id))
+                options |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            row = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            if "train/loss" in row:
+                points.append((json.loads(row["step"]), json.loads(row["train/loss"])))
+            images += any("image-file" in value for value in row.values())
+    assert len(runs) == 1 and runs.pop()[0] == "softmask_fast"
+    assert points == [(1, 1), (2, 2), (3, 3), (3, 23), (4, 24)] and images == 2
+    assert {name: options[name] for name in OPTIONS} == OPTIONS
+
+
+def test_mlflow_itself_has_what_was_reported(tmp_path, own_folder, picture):
+    mlflow = pytest.importorskip("mlflow")
+    report_twice("mlflow", tmp_path, picture)
+    client = mlflow.MlflowClient()
+    [experiment] = [found for found in client.search_experiments() if found.name == "softmask_fast"]
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.data.params == {name: str(value) for name, value in OPTIONS.items()} and run.info.status == "FINISHED"
+    points = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1), (2, 2), (3, 3), (3, 23), (4, 24)]
+    assert [file.path for file in client.list_artifacts(run.info.run_id, "eval/heatmaps")] == ["eval/heatmaps/page.png"]
+    assert own_folder in Path(run.info.artifact_uri).parents
