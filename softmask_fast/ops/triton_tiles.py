@@ -5,6 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
+def place_in_grid(first, second):
+    """This program's place in a grid of (first, second, any number), which is launched as one dimension: all but CUDA's
+    first end at 65,535.
+    """
+    program = tl.program_id(0)
+    return program % first, program // first % second, program // (first * second)
+
+
+@triton.jit
 def load_tile(p, o_rows, o_columns, m_rows, m_columns, WIDEN: tl.constexpr):
     """The tile at offsets o_rows + o_columns, 0 where masked; float32 if WIDEN."""
     tile = tl.load(p + o_rows[:, None] + o_columns[None, :], mask=m_rows[:, None] & m_columns[None, :], other=0.0)

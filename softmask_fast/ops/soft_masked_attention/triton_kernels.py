@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from softmask_fast.ops.soft_masked_attention.triton_plan import group_of, stacked_rows
-from softmask_fast.ops.triton_tiles import load_tile, products
+from softmask_fast.ops.triton_tiles import load_tile, place_in_grid, products
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -311,15 +311,15 @@ def backward_key_value(
 
     It passes over all rows of each image that has more than `fitting`; for the others `backward_rows` has done it.
     """
-    head = tl.program_id(1)
+    tile, head, chunk = place_in_grid(tl.cdiv(N, BLOCK_N), H)
     d = tl.arange(0, BLOCK_D)
     m_d = d < D
     factor = logit_factor(scale, EXACT)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m_keys = n < N
     head64 = head.to(tl.int64)
     for place in range(0, CHUNK):
-        image = tl.program_id(2) * CHUNK + place
+        image = chunk * CHUNK + place
         start, n_rows = group_of(tl.minimum(image, B - 1), p_plan, L, HAS_INDEX, PACKED)
         if (image < B) & (n_rows > fitting):
             image64 = image.to(tl.int64)
@@ -394,7 +394,7 @@ def backward_keep(
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N), S): one program owns dkeep of a key tile of one sequence; d_keep (S, N) is float32."""
-    sequence = tl.program_id(1)
+    tile, _, sequence = place_in_grid(tl.cdiv(N, BLOCK_N), 1)
     image = sequence
     if HAS_INDEX:
         image = tl.load(p_index + sequence)
@@ -408,7 +408,7 @@ def backward_keep(
     d = tl.arange(0, BLOCK_D)
     m_d = d < D
     factor = logit_factor(scale, EXACT)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m_keys = n < N
     keep = tl.load(p_keep + sequence64 * keep_s + n, mask=m_keys, other=0.0).to(tl.float32)[None, :]
     d_keep = tl.zeros((BLOCK_N,), tl.float32)

@@ -192,14 +192,14 @@ def backward(
         if key_value_gradient and most > fitting:
             chunk = IMAGES_PER_PROGRAM if own_keys else 1
             options = tiles("backward_key_value", query.dtype, width, rows, machine)
-            kernels.backward_key_value[(-(-tokens // options["BLOCK_N"]), heads, -(-images // chunk))](
+            kernels.backward_key_value[(-(-tokens // options["BLOCK_N"]) * heads * -(-images // chunk),)](
                 grad_output, query, key, value, kept, key_mask, table, statistics, delta, d_key, d_value,
                 *inputs, *d_key.stride(), *d_value.stride(), *masks, *sizes, fitting,
                 CHUNK=chunk, HAS_KEEP=keep is not None, **common, **options,
             )  # fmt: skip
         if keep_gradient:
             options = tiles("backward_keep", query.dtype, width, rows, machine)
-            kernels.backward_keep[(-(-tokens // options["BLOCK_N"]), len(keep))](
+            kernels.backward_keep[(-(-tokens // options["BLOCK_N"]) * len(keep),)](
                 grad_output, query, key, value, kept, key_mask,
                 None if image_index is None else image_index.contiguous(),
                 boundaries.contiguous() if packed else None, statistics, delta, d_keep,

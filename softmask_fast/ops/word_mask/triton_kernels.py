@@ -9,7 +9,7 @@ the features once. All words: two matrix passes, whose softmax statistics are al
 import triton
 import triton.language as tl
 
-from softmask_fast.ops.triton_tiles import load_tile, products
+from softmask_fast.ops.triton_tiles import load_tile, place_in_grid, products
 
 
 @triton.jit
@@ -47,9 +47,10 @@ def word_products(
     """Grid (cdiv(N, BLOCK_N), H, B). logits (B, H, N): <q_i, K_n> scale, capped, less the row's log-sum-exp if there is
     one, -inf at padding; gradients: <dO_i, V_n>. `group` heads of queries share a head of keys.
     """
-    head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tile, head, image = place_in_grid(tl.cdiv(N, BLOCK_N), H)
+    head, image = head.to(tl.int64), image.to(tl.int64)
     key_head = head // group
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m_keys = n < N
     n64 = n.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -131,9 +132,10 @@ def mask_features(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BLOCK_N), cdiv(C, BLOCK_C), B). masked (B, N, C): features times keep (B, N)."""
-    image = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile, channels, image = place_in_grid(tl.cdiv(N, BLOCK_N), tl.cdiv(C, BLOCK_C))
+    image = image.to(tl.int64)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = channels * BLOCK_C + tl.arange(0, BLOCK_C)
     m_keys, m_channels = n < N, c < C
     n64, c64 = n.to(tl.int64), c.to(tl.int64)
     keep = tl.load(p_keep + image * N + n, mask=m_keys, other=0.0)
@@ -153,8 +155,9 @@ def all_words_statistics(
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(L, BLOCK_L), H, B). statistics (B, H, L, 2): maximum and inverse sum of every row of the softmax."""
-    head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    word = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    tile, head, image = place_in_grid(tl.cdiv(L, BLOCK_L), H)
+    head, image = head.to(tl.int64), image.to(tl.int64)
+    word = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     m_words = word < L
     d = tl.arange(0, BLOCK_D)
     m_d = d < D
@@ -199,9 +202,10 @@ def all_words_map(
     """Grid (cdiv(N, BLOCK_N), cdiv(L, BLOCK_L), B). map (B, L, N): the mean over heads of A relu(dO V^T). With HAS_SUM
     the log-sum-exp of the rows takes the place of the statistics.
     """
-    image = tl.program_id(2).to(tl.int64)
-    word = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, words, image = place_in_grid(tl.cdiv(N, BLOCK_N), tl.cdiv(L, BLOCK_L))
+    image = image.to(tl.int64)
+    word = words * BLOCK_L + tl.arange(0, BLOCK_L)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m_words, m_keys = word < L, n < N
     word64, n64 = word.to(tl.int64), n.to(tl.int64)
     d = tl.arange(0, BLOCK_D)

@@ -89,12 +89,12 @@ def word_gradcam(
         if log_sum_exp is None:
             statistics = query.new_empty((batch, heads, length, 2), dtype=torch.float32)
             options = tiles("all_words_statistics", query.dtype, width, tokens, machine_of(query.device))
-            kernels.all_words_statistics[(-(-length // options["BLOCK_L"]), heads, batch)](
+            kernels.all_words_statistics[(-(-length // options["BLOCK_L"]) * heads * batch,)](
                 query, key, key_mask, statistics, *query.stride(), *key.stride(), *strides(key_mask, 2), *sizes,
                 **common, **options,
             )  # fmt: skip
         options = tiles("all_words_map", query.dtype, width, tokens, machine_of(query.device))
-        kernels.all_words_map[(-(-tokens // options["BLOCK_N"]), -(-length // options["BLOCK_L"]), batch)](
+        kernels.all_words_map[(-(-tokens // options["BLOCK_N"]) * -(-length // options["BLOCK_L"]) * batch,)](
             query, key, value, grad_output, key_mask, log_sum_exp, statistics, cam,
             *query.stride(), *key.stride(), *value.stride(), *grad_output.stride(), *strides(key_mask, 2),
             *strides(log_sum_exp, 3), *sizes, HAS_SUM=log_sum_exp is not None, **common, **options,
@@ -123,8 +123,7 @@ def word_soft_mask(
     dense = features.stride(2) == masked.stride(2) == 1
     options = tiles("mask_features", features.dtype, 0, tokens, machine_of(query.device), dense)
     with device_of(query):
-        grid = (-(-tokens // options["BLOCK_N"]), -(-channels // options["BLOCK_C"]), batch)
-        kernels.mask_features[grid](
+        kernels.mask_features[(-(-tokens // options["BLOCK_N"]) * -(-channels // options["BLOCK_C"]) * batch,)](
             features, keep, masked, *features.stride(), *masked.stride(), tokens, channels,
             WIDEN=element_options(features.dtype)["WIDEN"], **options,
         )  # fmt: skip
@@ -158,7 +157,7 @@ def _one_word(
         if heads:
             dense = key.stride(3) == value.stride(3) == 1
             options = tiles("word_products", query.dtype, width, tokens, machine, dense)
-            kernels.word_products[(-(-tokens // options["BLOCK_N"]), heads, batch)](
+            kernels.word_products[(-(-tokens // options["BLOCK_N"]) * heads * batch,)](
                 query, key, value, grad_output, word_index.contiguous(), key_mask, log_sum_exp, logits, gradients,
                 *query.stride(), *key.stride(), *value.stride(), *grad_output.stride(), *mask_strides,
                 *strides(log_sum_exp, 3), heads, heads // key.shape[1], length, tokens, width, scale, soft_cap or 0.0,
