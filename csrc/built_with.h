@@ -1,4 +1,4 @@
-// What a library was built with, as text in its file, where `softmask-fast doctor` reads it without loading the library.
+// What a library was built with, as text in its file, where `softmask-fast doctor` reads it without loading it.
 #pragma once
 
 #include <torch/headeronly/version.h>

@@ -13,7 +13,8 @@ inline void check_word_map(
     const int64_t images = query.size(0), heads = query.size(1), length = query.size(2), width = query.size(3);
     const int64_t key_heads = key.size(1), tokens = key.size(2);
     STD_TORCH_CHECK(
-        key_heads > 0 ? heads % key_heads == 0 : heads == 0, "key: expected a divisor of ", heads, " heads, got ", key_heads);
+        key_heads > 0 ? heads % key_heads == 0 : heads == 0, "key: expected a divisor of ", heads, " heads, got ",
+        key_heads);
     check_sizes(key, "key", {images, key_heads, tokens, width});
     check_sizes(value, "value", {images, key_heads, tokens, width});
     check_sizes(grad_output, "grad_output", {images, heads, length, width});

@@ -18,7 +18,7 @@ from compare import assert_as_accurate, require, thin_out
 from itc_cases import IMPLEMENTATIONS, device_of, inputs
 
 from softmask_fast.ops import checks, registry
-from softmask_fast.ops.focal_itc import focal_itc_loss, operators, reference, state, streamed
+from softmask_fast.ops.focal_itc import cpp, focal_itc_loss, operators, reference, state, streamed
 from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Problem, Rows
 from softmask_fast.ops.triton_support import INTERPRETED
 
@@ -377,6 +377,16 @@ def test_every_implementation_names_the_same_rows_of_the_row_state():
     assert {name: place for place, name in enumerate(names)} == {
         name: value for name, value in vars(state).items() if name.startswith("ROW_")
     }
+
+
+def test_the_compiled_operator_refuses_counts_apart():
+    require("focal_itc", "cpp", torch.device("cpu"), torch.float32, 16)
+    sums, places = torch.zeros(1, 4, cpp.SUMS, dtype=torch.float64), torch.zeros(1, 4, cpp.PLACES, dtype=torch.int64)
+    count, results = torch.ones(8, dtype=torch.int64)[::2], [torch.empty(0)] * 5
+    with pytest.raises(RuntimeError, match="count: expected a contiguous tensor"):
+        torch.ops.softmask_fast_cpp.focal_itc_finish(
+            sums, places, count, 1.0, 2.0, 2, 0.0, False, False, *results
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("batch", [16, 48])

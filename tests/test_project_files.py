@@ -1,4 +1,4 @@
-"""What the files around the code say of it: versions, the workflow's commands, the issue forms."""
+"""What the files around the code say of it: versions, the workflow's commands, the issue forms; the layout of csrc."""
 
 import re
 from pathlib import Path
@@ -36,3 +36,9 @@ def test_issue_forms():
         for field in form["body"]:
             assert field["type"] in ("textarea", "input", "dropdown", "checkboxes") and field["attributes"]["label"]
     assert "softmask-fast doctor" in (ROOT / ".github/ISSUE_TEMPLATE/bug_report.yml").read_text()
+
+
+def test_lines_of_csrc_have_at_most_120_columns():
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    lines = [(path.name, *line) for path in sources for line in enumerate(path.read_text().splitlines(), 1)]
+    assert lines and [f"{name}:{place}" for name, place, line in lines if len(line) > 120] == []

@@ -377,7 +377,10 @@ void focal_itc_finish(
     const Tensor& row_state, const Tensor& dominant_key, const Tensor& statistics, const Tensor& hard_negative) {
     const int64_t directions = sums.size(0), rows = sums.size(1), all = directions * rows;
     const State state(sums, places, directions);
-    if (count) check_sizes(*count, "count", {rows});
+    if (count) {
+        check_sizes(*count, "count", {rows});
+        check_contiguous(*count, "count");
+    }
     const int64_t* counts = count ? count->const_data_ptr<int64_t>() : nullptr;
     float* losses = results_of<float>(loss_of_rows, "loss", all, ScalarType::Float);
     float* states = results_of<float>(row_state, "row_state", ROW_STATES * all, ScalarType::Float);

@@ -1,6 +1,6 @@
-// loss="sigmoid" on the CPU: a tile of products becomes losses, or the gradient of the products. Each pair stands alone,
-// so one tile serves both directions of a batch that is its own keys: row sums are the losses of one, column sums those
-// of the other.
+// loss="sigmoid" on the CPU: a tile of products becomes losses, or the gradient of the products. Each pair stands
+// alone, so one tile serves both directions of a batch that is its own keys: row sums are the losses of one, column
+// sums those of the other.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -28,7 +28,9 @@ struct Term {
 };
 
 // NaN where the product is not finite: a pair without a number has no loss.
-SOFTMASK_INLINE float logit(float product, float inverse, float bias) { return product * inverse + bias + product * 0.0f; }
+SOFTMASK_INLINE float logit(float product, float inverse, float bias) {
+    return product * inverse + bias + product * 0.0f;
+}
 
 // Of a negative with the logit s: p = sigmoid(-s). From e = exp(-|s|), without cancellation.
 template <int ORDER>

@@ -240,8 +240,8 @@ SOFTMASK_INLINE float exp_negative(float x) {
     return x < -87.3f ? 0.0f : value;
 }
 
-// Tasks that one thread takes, of `operations` multiplications each: together some 20 to 100 us of work. Waking the thread
-// pool costs more than a small call takes, above all on a busy machine.
+// Tasks that one thread takes, of `operations` multiplications each: together some 20 to 100 us of work. Waking the
+// thread pool costs more than a small call takes, above all on a busy machine.
 constexpr int64_t tasks_per_thread(int64_t operations) {
     constexpr int64_t enough = 1 << 19;
     return operations >= enough ? 1 : enough / (operations > 0 ? operations : 1);

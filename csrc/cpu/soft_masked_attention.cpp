@@ -137,8 +137,8 @@ SOFTMASK_CLONES void transpose(const float* packed, int64_t tokens, int64_t widt
         for (int64_t d = 0; d < width; ++d) transposed[d * length + n] = packed[n * wide + d];
 }
 
-// One row per token: what multiplies logits and values of a sequence (1 without keep), and the bias of the logits: 0, or
-// -inf for padding and for tokens outside of key_mask.
+// One row per token: what multiplies logits and values of a sequence (1 without keep), and the bias of the logits: 0,
+// or -inf for padding and for tokens outside of key_mask.
 SOFTMASK_CLONES void token_factors(const Problem& p, int64_t image, int64_t sequence, float* keep, float* bias) {
     const int64_t length = padded(p.tokens);
     if (p.keep) {

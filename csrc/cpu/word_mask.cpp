@@ -70,8 +70,8 @@ SOFTMASK_INLINE void multiply_head(const Products& keys, const Products& values,
     }
 }
 
-// soft_cap tanh(logit / soft_cap), to about 1 unit in the last place: a polynomial near 0 (Cephes), where 1 - 2 / (e^2x + 1)
-// would cancel.
+// soft_cap tanh(logit / soft_cap), to about 1 unit in the last place: a polynomial near 0 (Cephes), where
+// 1 - 2 / (e^2x + 1) would cancel.
 SOFTMASK_INLINE float capped(float logit, float soft_cap) {
     const float x = logit / soft_cap, z = x * x;
     float p = -5.70498872745e-3f;
@@ -147,8 +147,8 @@ SOFTMASK_CLONES void word_map(const Attention& x, int64_t image, int64_t word, f
         for (int64_t n = 0; n < x.tokens; ++n) cam[n] = mask[n * x.mask_token] ? cam[n] : 0.0f;
 }
 
-// keep[n] = 1 - (cam[n] - min) / (max - min) over the attended patches, 1 elsewhere and for constant maps, NaN where the
-// map is NaN. In place.
+// keep[n] = 1 - (cam[n] - min) / (max - min) over the attended patches, 1 elsewhere and for constant maps, NaN where
+// the map is NaN, which counts for neither min nor max. In place.
 SOFTMASK_CLONES void normalise(const Attention& x, int64_t image, int64_t prefix, float constant_spread, float* keep) {
     const bool* mask = x.key_mask ? x.key_mask + image * x.mask_image : nullptr;
     float low = std::numeric_limits<float>::infinity(), high = 0.0f;

@@ -1,6 +1,6 @@
-// word_gradcam and word_soft_mask on NVIDIA GPUs: three plain kernels behind one call. `word_products` streams K and V once
-// and leaves two numbers per head and token; `word_map` makes the map or the mask of an image of them, one block each;
-// `mask_features` streams the features once. Every sum has one order and nothing is added atomically.
+// word_gradcam and word_soft_mask on NVIDIA GPUs: three plain kernels behind one call. `word_products` streams K and V
+// once and leaves two numbers per head and token; `word_map` makes the map or the mask of an image of them, one block
+// each; `mask_features` streams the features once. Every sum has one order and nothing is added atomically.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -101,8 +101,8 @@ __device__ __forceinline__ int64_t word_of(const Problem& p, int64_t map) {
     return word >= 0 && word < p.length ? word : -1;
 }
 
-// Grid: the tiles of tokens of every head of every map, one after the other. logits: scale <q, K_n>, capped, less the log
-// of the row's sum where it is given, -inf at padding; gradients: <dO, V_n>.
+// Grid: the tiles of tokens of every head of every map, one after the other. logits: scale <q, K_n>, capped, less the
+// log of the row's sum where it is given, -inf at padding; gradients: <dO, V_n>.
 template <typename T, bool IN_16_BYTES>
 __global__ void __launch_bounds__(THREADS) word_products(const __grid_constant__ Problem p) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, rows = WARP / p.lanes;
@@ -221,7 +221,9 @@ __global__ void __launch_bounds__(THREADS) mask_features(const __grid_constant__
     }
 }
 
-void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "word_mask on CUDA: ", cudaGetErrorString(error)); }
+void check(cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "word_mask on CUDA: ", cudaGetErrorString(error));
+}
 
 View view(const Tensor& tensor, const char* name, const Tensor& query) {
     const ScalarType dtype = tensor.scalar_type();
@@ -234,7 +236,8 @@ View view(const Tensor& tensor, const char* name, const Tensor& query) {
     for (int64_t i = 0; i < dims; ++i) {
         x.strides[i] = tensor.stride(i);
         const bool last = i == dims - 1;
-        const bool fits = last ? x.strides[i] == 1 && tensor.size(i) * element % 16 == 0 : x.strides[i] * element % 16 == 0;
+        const bool fits =
+            last ? x.strides[i] == 1 && tensor.size(i) * element % 16 == 0 : x.strides[i] * element % 16 == 0;
         x.in_16_bytes = x.in_16_bytes && (fits || (!last && tensor.size(i) == 1));
     }
     x.in_16_bytes = x.in_16_bytes && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
@@ -247,7 +250,8 @@ Problem describe(
     const std::optional<Tensor>& log_sum_exp, std::optional<double> soft_cap, double scale, const Tensor& map) {
     check_word_map(query, key, value, grad_output, word_index, key_mask, log_sum_exp);
     for (const Tensor* other : {&key, &value, &grad_output})
-        STD_TORCH_CHECK(other->scalar_type() == query.scalar_type(), "key, value, grad_output: expected the dtype of query");
+        STD_TORCH_CHECK(
+            other->scalar_type() == query.scalar_type(), "key, value, grad_output: expected the dtype of query");
     for (const auto& other : {word_index, key_mask, log_sum_exp, std::optional<Tensor>(map)})
         STD_TORCH_CHECK(
             !other || other->get_device_index() == query.get_device_index(),

@@ -74,8 +74,10 @@ def can_own_keys(
     a float32 tile has too few rows for it. Without an index a tile of 128 rows spills one register in float16, so it is
     kept to 64.
     """
-    fits = dtype != torch.float32 and width <= 64 and not masked and (80 if packed else 0) < machine.capability < 100
-    return INTERPRETED or (fits and rows <= (ONE_TILE if indexed else 48))
+    capability = machine.capability
+    spills = masked or width > 64 or capability >= 100 or (packed and capability == 80)
+    fits = dtype != torch.float32 and capability > 0 and rows <= (ONE_TILE if indexed else 48)
+    return INTERPRETED or (fits and not spills)
 
 
 def plan(image_index: Tensor, images: int, boundaries: Tensor | None, rows: int) -> Tensor:
