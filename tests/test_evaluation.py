@@ -376,11 +376,14 @@ def test_grounding_equals_its_definition(model_and_tokenizer, shapes):
             (report.mean_mask["image"], "mask_image"),
         ):
             assert ours == pytest.approx(np.mean([getattr(score, field) for score in expected]), abs=1e-4), field
-        assert report.pointing_game["other_phrase"] == pytest.approx(np.mean(others), abs=1e-4)
+        assert report.pointing_beside_others["other_phrase"] == pytest.approx(np.mean(others), abs=1e-4)
+        assert report.pointing_beside_others["phrases"] == len(expected)
         missed = [i for i, score in enumerate(expected) if not score.hit_center]
         assert 0 < len(missed) < len(expected)
-        for name, hits in (("model", [score.hit for score in expected]), ("other_phrase", others)):
-            assert report.pointing_off_center[name] == pytest.approx(np.mean(np.array(hits)[missed]), abs=1e-4), name
+        for name, field in (("model", "hit"), ("random", "hit_random")):
+            hits = [getattr(expected[i], field) for i in missed]
+            assert report.pointing_off_center[name] == pytest.approx(np.mean(hits), abs=1e-4), name
+        assert report.pointing_off_center["phrases"] == len(missed)
         assert report.pointing_off_center["center"] == 0
         assert json.loads(json.dumps(report.as_dict()))["phrases"] == len(expected)
         assert "pointing game" in report.table()
@@ -393,20 +396,21 @@ def test_floors_that_a_sample_cannot_give_are_left_out(model_and_tokenizer, shap
     alone = Phrase("a red circle", "circle", 2, 1, [(0.25, 0.25, 0.75, 0.75)])
     sample = Sample("alone", image, [alone.caption], [alone])
     report = evaluate_grounding(model, tokenizer, ListSource([sample]))
-    assert "other_phrase" not in report.pointing_game and report.pointing_off_center is None
+    assert report.pointing_beside_others is None and report.pointing_off_center is None
     assert "another phrase" not in report.table() and "off center" not in report.table()
 
     pair = [
         Phrase("a box, a bar", name, word, 2, [(0.0, 0.0, 0.25, 0.25)]) for name, word in (("a box", 0), ("a bar", 2))
     ]
     both = evaluate_grounding(model, tokenizer, ListSource([sample, Sample("pair", image, ["a box, a bar"], pair)]))
-    floors = both.pointing_game
     hits = [
         evaluate_grounding(model, tokenizer, ListSource([Sample("one", image, ["a box, a bar"], [one])]))
         for one in pair
     ]
-    expected = report.pointing_game["random"] + sum(hit.pointing_game["model"] for hit in hits)
-    assert floors["other_phrase"] == pytest.approx(expected / 3)  # the same boxes, so each hits as its own phrase does
+    mean = np.mean([hit.pointing_game["model"] for hit in hits])
+    # the phrase that is alone does not count, and the others have the same boxes: each map hits as its phrase's does
+    beside = {"phrases": 2, "model": mean, "other_phrase": mean}
+    assert {name: both.pointing_beside_others[name] for name in beside} == pytest.approx(beside)
     assert "map of another phrase" in both.table() and "off center" in both.table()
 
 

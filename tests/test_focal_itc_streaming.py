@@ -183,6 +183,33 @@ def test_clip_keys_get_both_gradients(impl):
         assert_as_accurate(*values, torch.float32, name)
 
 
+@pytest.mark.parametrize("width", [24, 40])  # the interpreter has tiles of at most 32 columns
+@pytest.mark.parametrize(
+    "options", [{}, {"own": True}, {"loss": "sigmoid", "bias": -1.0}], ids=["keys", "own", "sigmoid"]
+)
+def test_a_loss_of_no_weight_has_gradients_of_zero(impl, options, width):
+    """Gradients of logits are relative to the largest incoming one, which may be 0 or too small to be divided by."""
+    own, dtype = options.get("own"), torch.bfloat16 if options.get("own") else torch.float32
+    options = {name: value for name, value in options.items() if name != "own"}
+    tensors = inputs(9, 12, width, dtype, device=device_of(impl))[: 2 if own else 4]
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    loss = focal_itc_loss(*leaves, temperature=0.1, reduction="none", impl=impl, **options)
+    for weight in (0.0, 1e-36):
+        for gradient in torch.autograd.grad((loss * weight).sum(), leaves, retain_graph=True):
+            assert float(gradient.abs().max()) <= 100 * weight
+
+
+def test_a_gradient_that_is_not_finite_is_its_own_rows(impl):
+    width = 40  # in the interpreter more than a tile has
+    tensors = inputs(9, 12, width, torch.float32, device=device_of(impl))[:4]
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    loss = focal_itc_loss(*leaves, temperature=0.1, reduction="none", impl=impl)
+    weights = torch.ones_like(loss)
+    weights[..., 3] = float("inf")
+    gradient = torch.autograd.grad(loss, leaves[0], weights)[0]
+    assert gradient.isfinite().all(1).tolist() == [row != 3 for row in range(9)]
+
+
 @pytest.mark.parametrize("wanted", [(0,), (2,), (4,), (0, 3), (1, 4)])
 @pytest.mark.parametrize("width", [24, 40])  # the interpreter has tiles of at most 32 columns
 def test_each_subset_of_gradients(impl, wanted, width):

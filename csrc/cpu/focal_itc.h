@@ -167,15 +167,25 @@ T* results_of(const Tensor& tensor, const char* name, int64_t size, ScalarType d
     return tensor.mutable_data_ptr<T>();
 }
 
-// use(place in a matrix, place in its transpose) of all elements, in blocks that stay in the cache.
-template <class Use>
-void for_transposed(int64_t rows, int64_t columns, const Use& use) {
+// to (columns, rows) = transpose of from (rows, columns), or += it with ADD. Blocks of a cache line by as many rows go
+// through a small array, so that each line is touched once: rows of 4 KiB share the same lines of the first cache.
+template <bool ADD>
+void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
     constexpr int64_t BLOCK = 16;
     torch::stable::parallel_for(0, (columns + BLOCK - 1) / BLOCK, grain(rows), [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin * BLOCK; c < std::min(end * BLOCK, columns); c += BLOCK)
-            for (int64_t r = 0; r < rows; r += BLOCK)
-                for (int64_t j = c; j < std::min(c + BLOCK, columns); ++j)
-                    for (int64_t i = r; i < std::min(r + BLOCK, rows); ++i) use(i * columns + j, j * rows + i);
+        float block[BLOCK][BLOCK];
+        for (int64_t c = begin * BLOCK; c < std::min(end * BLOCK, columns); c += BLOCK) {
+            const int64_t width = std::min(BLOCK, columns - c);
+            for (int64_t r = 0; r < rows; r += BLOCK) {
+                const int64_t height = std::min(BLOCK, rows - r);
+                for (int64_t i = 0; i < height; ++i)
+                    for (int64_t j = 0; j < width; ++j) block[j][i] = from[(r + i) * columns + c + j];
+                for (int64_t j = 0; j < width; ++j) {
+                    float* line = to + (c + j) * rows + r;
+                    for (int64_t i = 0; i < height; ++i) line[i] = ADD ? line[i] + block[j][i] : block[j][i];
+                }
+            }
+        }
     });
 }
 
@@ -189,7 +199,7 @@ void for_directions(
     const int64_t rows = products.size(0), keys = products.size(1);
     float* data = products_of(products, "products", rows, keys);
     float* other = transposed ? products_of(*transposed, "transposed", keys, rows) : nullptr;
-    if (other) for_transposed(rows, keys, [&](int64_t from, int64_t to) { other[to] = data[from]; });
+    if (other) transpose<false>(data, rows, keys, other);
     float* teacher_data = teacher ? products_of(*teacher, "teacher", rows, keys) : nullptr;
     use(tiles.tile(data, teacher_data, rows, keys, first_row, key_offset + first_key), 0, first_row);
     if (other) use(tiles.tile(other, nullptr, keys, rows, first_key, first_row), 1, tiles.batch + first_key);

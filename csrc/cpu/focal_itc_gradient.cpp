@@ -144,9 +144,8 @@ void focal_itc_gradient(
     };
     for_directions(tiles, products, teacher, transposed, first_row, first_key, key_offset, run);
     if (!transposed) return;
-    float* sum = products.mutable_data_ptr<float>();
-    const float* other = transposed->const_data_ptr<float>();
-    for_transposed(products.size(0), products.size(1), [&](int64_t to, int64_t from) { sum[to] += other[from]; });
+    transpose<true>(
+        transposed->const_data_ptr<float>(), products.size(1), products.size(0), products.mutable_data_ptr<float>());
 }
 
 }  // namespace softmask

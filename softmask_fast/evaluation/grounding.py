@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from softmask_fast.model.vision_language import VisionLanguageModel
 
+POINTING = ("model", "random", "center")  # whose hits are counted
 Query = tuple[Sample, str, list[Phrase]]  # a sample, one of its captions, and phrases of that caption
 
 
@@ -45,10 +46,11 @@ class GroundingReport:
     skipped_phrases: int  # without a token among the first max_tokens
     flat_maps: int  # phrases whose map is the same everywhere; they score like a random patch
     layer: int  # fusion layer of the maps, 0 = first
-    # Hits of the "model", of a "random" patch, of the image's "center" and, where captions have several phrases, of the
-    # model's map of an "other_phrase" of the caption: the mean over all others, a random patch for a phrase alone.
-    pointing_game: dict[str, float]
-    pointing_off_center: dict[str, float] | None  # the same where the image's center is in no box; None: nowhere
+    pointing_game: dict[str, float]  # hits of the "model", of a "random" patch, and of the image's "center"
+    pointing_off_center: dict[str, float] | None  # the same over the "phrases" with the center in no box; None: no such
+    # The same over the "phrases" beside others in their caption, and of the map of an "other_phrase": the mean over all
+    # others. None: no caption has several.
+    pointing_beside_others: dict[str, float] | None
     mass_inside: dict[str, float]  # fraction of the relevance inside the boxes: of the "model", and of an "even" map
     mean_mask: dict[str, float]  # mean of the min-max normalized map: "inside" the boxes, and over the whole "image"
     box_accuracy: dict[str, float] | None = None  # right choices: "model", and "random" proposals; None without any
@@ -57,10 +59,15 @@ class GroundingReport:
         return {"task": "grounding"} | asdict(self)
 
     def table(self) -> str:
-        pointing = [name for name in ("model", "random", "center", "other_phrase") if name in self.pointing_game]
-        body = [["pointing game", *(percent(self.pointing_game[name]) for name in pointing)]]
-        if self.pointing_off_center is not None:
-            body.append(["... boxes off center", *(percent(self.pointing_off_center[name]) for name in pointing)])
+        header = ["in %", "model", "random or even", "image center"]
+        shown = {"pointing game": self.pointing_game}
+        if (some := self.pointing_off_center) is not None:
+            shown[f"... of {some['phrases']:,} with boxes off center"] = some
+        if (some := self.pointing_beside_others) is not None:
+            header.append("map of another phrase")
+            shown[f"... of {some['phrases']:,} beside other phrases"] = some
+        kinds = (*POINTING, "other_phrase")
+        body = [[name, *(percent(hits[kind]) for kind in kinds if kind in hits)] for name, hits in shown.items()]
         body.append(
             ["relevance inside the boxes", percent(self.mass_inside["model"]), percent(self.mass_inside["even"])]
         )
@@ -73,7 +80,6 @@ class GroundingReport:
             "phrases beyond the token limit": self.skipped_phrases,
             "phrases with a flat map": self.flat_maps,
         }
-        header = ["in %", "model", "random or even", "image center", "map of another phrase"][: 1 + len(pointing)]
         return format_table(title, notes, header, [row + [""] * (len(header) - len(row)) for row in body])
 
 
@@ -82,7 +88,7 @@ class _Scores:
     """What one rank measured."""
 
     phrases: list[GroundingScore] = field(default_factory=list)
-    others: list[float | None] = field(default_factory=list)  # for each phrase, the mean hit of its caption's others
+    others: list[float] = field(default_factory=list)  # for each phrase, the mean hit of its caption's others, or NaN
     choices: list[tuple[bool, float]] = field(default_factory=list)  # of `proposal_score`
     images: set[str] = field(default_factory=set)  # keys
     skipped: dict[str, str] = field(default_factory=dict)
@@ -139,15 +145,17 @@ def evaluate_grounding(
     def mean(field: str) -> float:
         return float(np.mean([getattr(score, field) for score in scores]))
 
-    pointing = {
+    hits = {
         "model": np.array([score.hit for score in scores]),
         "random": np.array([score.hit_random for score in scores]),
         "center": np.array([score.hit_center for score in scores]),
+        "other_phrase": np.array(others),  # NaN for a phrase alone
     }
-    if any(hit is not None for hit in others):
-        alone = pointing["random"]
-        pointing["other_phrase"] = np.array([alone[i] if hit is None else hit for i, hit in enumerate(others)])
-    off_center = pointing["center"] == 0
+
+    def pointing(chosen: np.ndarray, *names: str) -> dict[str, float] | None:
+        if not chosen.any():
+            return None
+        return {"phrases": int(chosen.sum())} | {name: float(hits[name][chosen].mean()) for name in names}
 
     box_accuracy = None
     if choices:
@@ -160,10 +168,9 @@ def evaluate_grounding(
         skipped_phrases=sum(rank.skipped_phrases for rank in ranks),
         flat_maps=sum(score.flat for score in scores),
         layer=layer,
-        pointing_game={name: float(hits.mean()) for name, hits in pointing.items()},
-        pointing_off_center=(
-            {name: float(hits[off_center].mean()) for name, hits in pointing.items()} if off_center.any() else None
-        ),
+        pointing_game={name: float(hits[name].mean()) for name in POINTING},
+        pointing_off_center=pointing(hits["center"] == 0, *POINTING),
+        pointing_beside_others=pointing(~np.isnan(hits["other_phrase"]), *POINTING, "other_phrase"),
         mass_inside={"model": mean("mass_inside"), "even": mean("area_inside")},
         mean_mask={"inside": mean("mask_inside"), "image": mean("mask_image")},
         box_accuracy=box_accuracy,
@@ -181,7 +188,7 @@ def _score_caption(query: Query, maps: list[np.ndarray], spans: list[list[int]],
     for phrase, heat in mapped:
         scores.phrases.append(grounding_score(heat, phrase.boxes))
         others = [pointing_hit(other, phrase.boxes) for other_phrase, other in mapped if other_phrase is not phrase]
-        scores.others.append(float(np.mean(others)) if others else None)
+        scores.others.append(float(np.mean(others)) if others else float("nan"))
         if phrase.proposals:
             scores.choices.append(proposal_score(heat, phrase.boxes, phrase.proposals, image_size(sample.image)))
 

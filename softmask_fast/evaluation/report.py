@@ -20,7 +20,7 @@ from softmask_fast.evaluation.retrieval import evaluate_retrieval
 from softmask_fast.evaluation.tables import Report
 from softmask_fast.model.export import read_model
 
-GUESSES = {"random": "chance", "center": "image center", "other_phrase": "map of another phrase"}  # of grounding
+GUESSES = {"random": "chance", "center": "image center"}  # of grounding
 RERANKED = 16  # candidates of each query that matching re-ranks
 
 

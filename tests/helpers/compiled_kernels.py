@@ -83,11 +83,12 @@ WORD_MASK_FLAGS = {
 WORD_MAP_FLAGS = ("HAS_MASK", "HAS_SUM", "NORMALISE")
 # these and word_map take any strides; for the others the launch copies what is not dense
 STRIDED = ("word_products", "mask_features")
-# ORDER, ANY, HAS_TEACHER, HAS_IDS, STATS: as trained, with ids and without; as much as there is; gammas that do not
-# expand; as little as CLIP
+# ORDER, ANY, HAS_TEACHER, HAS_IDS, STATS: as trained, with and without ids or teacher; as much as there is; gammas
+# that do not expand; as little as CLIP
 FOCAL_FLAGS = (
     (2, False, True, True, True),
     (2, False, True, False, True),
+    (2, False, False, True, True),
     (3, True, True, True, True),
     (-1, False, True, True, False),
     (0, False, False, False, False),
@@ -241,7 +242,7 @@ def cases(target: str, everything: bool) -> list[Case]:
                 for both in (False, True):
                     add_sigmoid(dtype, width, order, ids, both)
             for width, flags in itertools.product((16, 32, 64, 128, 256, 512, 1024), FOCAL_FLAGS):
-                if width == 256 or flags in FOCAL_FLAGS[:3]:
+                if width == 256 or flags in FOCAL_FLAGS[:4]:
                     add_focal(dtype, width, *flags)
     return list(dict.fromkeys(found))
 

@@ -11,7 +11,14 @@ from softmask_fast.ops.focal_itc import triton_backward, triton_finish, triton_k
 from softmask_fast.ops.focal_itc.operators import BlockwiseForward
 from softmask_fast.ops.focal_itc.positives import PositiveLists
 from softmask_fast.ops.focal_itc.state import Keys, Options, Outputs, Rows, expansion_order
-from softmask_fast.ops.focal_itc.triton_symmetric_launch import CHUNK_COLUMNS, CHUNK_ROWS, GROUP, MAGNIFY, add_product
+from softmask_fast.ops.focal_itc.triton_symmetric_launch import (
+    CHUNK_COLUMNS,
+    CHUNK_ROWS,
+    GROUP,
+    MAGNIFY,
+    add_product,
+    largest_size,
+)
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
     Machine,
@@ -57,9 +64,9 @@ def tiles(
     else:
         whole_rows = block_d if block_d <= 256 else 64
         # crowded: narrower, or registers spill; not timed
-        if kernel == "grad_rows" and machine.capability == 90 and not (crowded or (teacher and ids)):
+        if kernel == "grad_rows" and machine.capability == 90 and not (crowded or ids):
             # H100, 2026-11-27, queue of 65,536, B 4,096, d 256, alpha 0.4, no ids: 4.62 ms with 3 stages, which today
-            # spill a register, 5.86 with the tiles below; with ids these spill 20. 2 stages are not timed.
+            # spill a register with a teacher, 5.86 with the tiles below. 2 stages are not timed. With ids both spill.
             sizes = (128, 32, whole_rows, min(block_d, 256), 8, 2 if teacher else 3)
         elif kernel == "grad_rows":
             sizes = (64, 32 if crowded else 64, whole_rows, min(block_d, 256), 8, 1)
@@ -223,11 +230,6 @@ def backward(
     return grad_rows, grad_keys, grad_temperature
 
 
-def _largest(grad_loss: Tensor) -> Tensor:
-    """The largest size of a gradient, which those of the tiles are relative to."""
-    return grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-
-
 def _by_tiles(
     grad_loss: Tensor, inputs: tuple, numbers: tuple, flags: dict, given: tuple, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,7 +253,7 @@ def _by_tiles(
     if wants_keys:
         sizes, grad_keys = tiles("grad_keys", *given), keys.new_empty(keys.shape)
         triton_backward.grad_keys[(-(-total // sizes["BLOCK_K"]),)](
-            grad_loss, _largest(grad_loss), *inputs, grad_keys, *numbers, **flags, **sizes
+            grad_loss, largest_size(grad_loss), *inputs, grad_keys, *numbers, **flags, **sizes
         )
     return grad_rows, grad_keys, grad_temperature
 
@@ -267,7 +269,7 @@ def _in_chunks(
     """
     (wants_rows, wants_keys, wants_temperature), (rows, _, keys), temperature = wanted, inputs[:3], inputs[6]
     (batch, width), total, sizes = rows.shape, len(keys), tiles("chunk_gradient", *given)
-    block_k, largest = sizes["BLOCK_K"], _largest(grad_loss)
+    block_k, largest = sizes["BLOCK_K"], largest_size(grad_loss)
     chunk_rows = min(CHUNK_ROWS, batch)
     chunk_keys = CHUNK_ROWS * CHUNK_COLUMNS * 2 // rows.element_size() // chunk_rows  # as many bytes for any dtype
     chunk_keys = min(max(chunk_keys // block_k, 1) * block_k, total)

@@ -20,6 +20,7 @@ from softmask_fast.ops.focal_itc.triton_symmetric_launch import (
     MAGNIFY,
     PARTIAL_SUMS,
     add_product,
+    largest_size,
 )
 from softmask_fast.ops.triton_support import (
     INTERPRETED,
@@ -189,7 +190,7 @@ def add_losses(rows: Rows, keys: Keys, positives: PositiveLists | None, losses: 
 def gradients(grad_loss: Tensor, rows: Rows, keys: Keys, wanted: tuple[bool, ...]) -> tuple[Tensor, ...]:
     """See `sigmoid.parts`."""
     temperature, grad_loss = rows.temperature, grad_loss.contiguous()
-    largest = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    largest = largest_size(grad_loss)
     scale, totals = largest / MAGNIFY, []
     launch = _Launch(rows, keys, len(grad_loss) == 2)
     x, y, batch, total = launch.x, launch.y, launch.batch, launch.keys

@@ -135,7 +135,7 @@ def backward(
     batch, width = image.shape
     sizes = tiles(width, machine_of(image.device))
     inputs, elements = _inputs(image, text, sizes), element_options(image.dtype)
-    largest = grad_loss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    largest = largest_size(grad_loss)
     chunk_rows, chunk_columns = min(CHUNK_ROWS, batch), min(CHUNK_COLUMNS, batch)
     gradient = image.new_empty(chunk_rows, -(-chunk_columns // 16) * 16)  # rows that begin at multiples of 16 bytes
     sums = [temperature.new_empty(batch, width) if wanted else None for wanted in (wants_image, wants_text)]
@@ -171,6 +171,15 @@ def backward(
         total = torch.cat(with_products).sum(dtype=torch.float64)
         grad_temperature = (-total * factor / temperature).to(temperature.dtype)
     return grad_image, grad_text, grad_temperature
+
+
+def largest_size(grad_loss: Tensor) -> Tensor:
+    """The largest size of the rows' incoming gradients, which gradients of logits are relative to.
+
+    At least 2^-100, so that MAGNIFY / it is finite where all are 0. NaN and infinity do not count: they are for their
+    own rows.
+    """
+    return grad_loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax().clamp(min=2.0**-100)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
