@@ -46,6 +46,17 @@ def run(rates):
     return measure.environment() | {"busy_elsewhere": 0.0, "ceilings": measure.ceilings(), "rows": rows}
 
 
+def test_sizes_have_three_digits():
+    sizes = {
+        512: "0.5 KiB",
+        999 * 2**10: "999 KiB",
+        1000 * 2**10: "0.977 MiB",
+        1001 * 2**20: "0.978 GiB",
+        2**31: "2 GiB",
+    }
+    assert {size: report.memory_text(size) for size in sizes} == sizes
+
+
 def test_comparison_refuses_a_wrong_result(rates):
     variants = {
         "usual": measure.Variant(lambda: torch.ones(3)),
