@@ -301,25 +301,26 @@ def backward_key_value(
     grad_s, grad_h, grad_l, grad_d, query_s, query_h, query_l, query_d, key_b, key_h, key_n, key_d,
     value_b, value_h, value_n, value_d, d_key_b, d_key_h, d_key_n, d_key_d, d_value_b, d_value_h, d_value_n, d_value_d,
     keep_s, mask_b, mask_n,
-    B, H, L, N, D, columns, scale, fitting,
+    B, H, L, N, D, columns, scale, fitting, first_chunk,
     CHUNK: tl.constexpr, EXACT: tl.constexpr,
     HAS_INDEX: tl.constexpr, PACKED: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BLOCK_N), H, cdiv(B, CHUNK)): one program owns dK and dV of a key tile of CHUNK images.
+    """Grid (cdiv(N, BLOCK_N), H, chunks from first_chunk on): one program owns dK and dV of a key tile of CHUNK images.
 
+    A grid ends at 65,535 chunks, so many images take several launches: with `place_in_grid` sm_80 spills registers.
     It passes over all rows of each image that has more than `fitting`; for the others `backward_rows` has done it.
     """
-    tile, head, chunk = place_in_grid(tl.cdiv(N, BLOCK_N), H)
+    head = tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     m_d = d < D
     factor = logit_factor(scale, EXACT)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_keys = n < N
     head64 = head.to(tl.int64)
     for place in range(0, CHUNK):
-        image = chunk * CHUNK + place
+        image = (first_chunk + tl.program_id(2)) * CHUNK + place
         start, n_rows = group_of(tl.minimum(image, B - 1), p_plan, L, HAS_INDEX, PACKED)
         if (image < B) & (n_rows > fitting):
             image64 = image.to(tl.int64)

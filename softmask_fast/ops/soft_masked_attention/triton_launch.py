@@ -19,6 +19,7 @@ from softmask_fast.ops.triton_support import (
 )
 
 ONE_TILE = 128  # the most rows of a tile
+LARGEST_GRID = 65_535  # CUDA's limit of all dimensions but the first
 IMAGES_PER_PROGRAM = 8  # of `backward_key_value` where most images leave it nothing to do
 
 
@@ -194,11 +195,14 @@ def backward(
         if key_value_gradient and most > fitting:
             chunk = IMAGES_PER_PROGRAM if own_keys else 1
             options = tiles("backward_key_value", query.dtype, width, rows, machine)
-            kernels.backward_key_value[(-(-tokens // options["BLOCK_N"]) * heads * -(-images // chunk),)](
-                grad_output, query, key, value, kept, key_mask, table, statistics, delta, d_key, d_value,
-                *inputs, *d_key.stride(), *d_value.stride(), *masks, *sizes, fitting,
-                CHUNK=chunk, HAS_KEEP=keep is not None, **common, **options,
-            )  # fmt: skip
+            chunks = -(-images // chunk)
+            for first in range(0, chunks, LARGEST_GRID):
+                grid = (-(-tokens // options["BLOCK_N"]), heads, min(chunks - first, LARGEST_GRID))
+                kernels.backward_key_value[grid](
+                    grad_output, query, key, value, kept, key_mask, table, statistics, delta, d_key, d_value,
+                    *inputs, *d_key.stride(), *d_value.stride(), *masks, *sizes, fitting, first,
+                    CHUNK=chunk, HAS_KEEP=keep is not None, **common, **options,
+                )  # fmt: skip
         if keep_gradient:
             options = tiles("backward_keep", query.dtype, width, rows, machine)
             kernels.backward_keep[(-(-tokens // options["BLOCK_N"]) * len(keep),)](
