@@ -182,7 +182,7 @@ def memory_text(value: int | None) -> str:
     if value is None:
         return "-"
     for power, unit in ((30, "GiB"), (20, "MiB")):
-        if value >= 1000 * 2 ** (power - 10):  # three digits never become "1e+03"
+        if value >= 999.5 * 2 ** (power - 10):  # three digits never become "1e+03"
             return f"{value / 2**power:.3g} {unit}"
     return f"{value / 2**10:.3g} KiB"
 

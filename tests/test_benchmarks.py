@@ -51,7 +51,7 @@ def test_sizes_have_three_digits():
         512: "0.5 KiB",
         999 * 2**10: "999 KiB",
         1000 * 2**10: "0.977 MiB",
-        1001 * 2**20: "0.978 GiB",
+        round(999.7 * 2**20): "0.976 GiB",
         2**31: "2 GiB",
     }
     assert {size: report.memory_text(size) for size in sizes} == sizes

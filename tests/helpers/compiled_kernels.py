@@ -154,7 +154,7 @@ def cases(target: str, everything: bool) -> list[Case]:
                     if flag:
                         add(kernel, dtype, tiles, flags | {"PACKED": True})
                 if own_keys and kernel == "backward_rows":
-                    tiles = attention_launch.tiles(kernel, dtype, width, rows, machine, own_keys)
+                    tiles = attention_launch.tiles(kernel, dtype, width, rows, machine, own_keys, flag)
                     for index in (True, False):
                         own = {"OWNS_KEYS": True, "HAS_MASK": False, "HAS_INDEX": index}
                         if attention_launch.can_own_keys(dtype, width, rows, index, False, machine):

@@ -54,7 +54,7 @@ def tiles(
     elif dtype == torch.float32:
         # by what compiles without spills, on Blackwell with fewer columns at a time; not timed
         columns = 16 if machine.capability >= 100 else 32
-        many = block_d > 32 if backward else crowded and block_d > columns
+        many = block_d > 32 if backward else (crowded or not ids) and block_d > columns
         more_warps = 8 if many and nvidia else 4
         sizes = (32, 32, max(16, min(block_d // 2, columns)), min(block_d, 128), more_warps, 1)
     elif machine.shared_memory < 200 * 1024 or kernel == "row_negatives":
@@ -73,7 +73,7 @@ def tiles(
         elif kernel == "grad_keys":
             sizes = (32 if crowded else 64, 64, whole_rows, min(block_d, 256), 8, 2)
         else:
-            narrow = kernel == "row_sums" and (crowded or machine.capability != 90)
+            narrow = (kernel == "row_sums" and crowded) or machine.capability != 90
             sizes = (128, 32 if narrow else 64, whole_rows, 0, 8, 2)
     names = ("BLOCK_B", "BLOCK_K", "BLOCK_D", "BLOCK_C", "num_warps", "num_stages")
     chosen = dict(zip(names, sizes, strict=True))

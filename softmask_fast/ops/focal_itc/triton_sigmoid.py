@@ -135,8 +135,8 @@ def tiles(dtype: torch.dtype, width: int, machine: Machine) -> dict[str, int]:
         sizes = 16, 32, 16, 4, 1
     elif dtype == torch.float32:
         sizes = 64, 64, 32, 8, 1
-    else:  # the larger tile spills a register on Blackwell, and with few columns anywhere
-        sizes = 128 if machine.capability <= 90 and width > 32 else 64, 64, 64, 8, 3
+    else:  # the larger tile spills registers from Hopper on, and with few columns anywhere
+        sizes = 128 if machine.capability < 90 and width > 32 else 64, 64, 64, 8, 3
     block_d = min(sizes[2], next_power_of_2(width))
     options = dict(BLOCK_B=sizes[0], BLOCK_K=sizes[1], BLOCK_D=block_d, num_warps=sizes[3], num_stages=sizes[4])
     return {**options, **machine.launch_options}

@@ -24,7 +24,7 @@ IMAGES_PER_PROGRAM = 8  # of `backward_key_value` where most images leave it not
 
 
 def tiles(
-    kernel: str, dtype: torch.dtype, width: int, rows: int, machine: Machine, own_keys: bool = False
+    kernel: str, dtype: torch.dtype, width: int, rows: int, machine: Machine, own_keys: bool = False, keep: bool = True
 ) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages of a kernel for heads of `width` and `rows` stacked rows per image.
 
@@ -50,8 +50,8 @@ def tiles(
             sizes = (block_m, 32, 3, 4)
         elif own_keys:
             # the same run: 428 us; 8 warps: 604 (460 with 128 registers); 64 keys, 8 warps: 595; dQ and dK, dV in two
-            # kernels: 1,177. Only tiles of 128 rows were timed.
-            sizes = (block_m, 32, 2, 4)
+            # kernels: 1,177. Only tiles of 128 rows were timed. Without keep 2 stages spill a register.
+            sizes = (block_m, 32, 2 if keep else 3, 4)
         elif kernel == "backward_rows" and hopper and not wide:
             # the same run, dQ alone: 302 us; 1 stage: 349
             sizes = (small_m, 32, 3, 4)
@@ -179,7 +179,7 @@ def backward(
         own_keys = key_value_gradient and can_own_keys(
             query.dtype, width, rows, image_index is not None, key_mask is not None, machine, packed
         )
-        options = tiles("backward_rows", query.dtype, width, rows, machine, own_keys)
+        options = tiles("backward_rows", query.dtype, width, rows, machine, own_keys, keep is not None)
         fitting = options["BLOCK_M"] if own_keys else -1
         split = 1 if own_keys else -(-rows // options["BLOCK_M"])
         kernels.backward_rows[(split * heads * _groups(images, image_index),)](
