@@ -101,8 +101,8 @@ def evaluate_grounding(
 ) -> GroundingReport:  # fmt: skip
     """Scores the word map of every phrase that has boxes: pointing game, and relevance inside the boxes.
 
-    Three floors say what a hit is worth: a random patch, the image's center, and the map of another phrase of the same
-    caption, which hits as often as the phrase's own if maps only show what stands out in the image.
+    Three floors say what a hit is worth: a random patch, the image's center and, for phrases beside others in their
+    caption, the maps of these others, which hit as often if maps only show what stands out in the image.
 
     The map of a phrase is the mean of its tokens' maps. If the phrase is the whole caption, [CLS] and [SEP] count too,
     as in ALBEF on RefCOCO+. The map hits if the center of its largest patch lies in one of the phrase's boxes. Each

@@ -52,7 +52,7 @@ def tiles(
         else:
             sizes = (128, 64, 64, 0, 8, 3)
     elif dtype == torch.float32:
-        # by what compiles without spills, on Blackwell with fewer columns at a time; not timed
+        # by what compiles without spills (on Blackwell fewer columns at a time, without ids more warps); not timed
         columns = 16 if machine.capability >= 100 else 32
         many = block_d > 32 if backward else (crowded or not ids) and block_d > columns
         more_warps = 8 if many and nvidia else 4
@@ -292,7 +292,8 @@ def _in_chunks(
                 first_key, height, breadth, MAGNIFY, **flags, **sizes,
             )  # fmt: skip
             chunk = gradient[:height, :breadth]
-            sum_x += with_products.sum(dtype=torch.float64)  # it cancels where gains and losses of rows balance
+            if wants_temperature:
+                sum_x += with_products.sum(dtype=torch.float64)  # it cancels where gains and losses of rows balance
             if wants_rows:
                 add_product(sum_rows[part], chunk, keys[columns], first_key == 0)
             if wants_keys:
